@@ -1,0 +1,121 @@
+# make            lists the targets
+# make train      sets up .venv from the lock file, then trains on the embedded corpus
+# Everything below can be overridden: make train CORPUS=ptb PRESET=small SEED=1 ARGS='-p steps 500'
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+CORPUS    ?= grammar
+PRESET    ?= quick
+SEED      ?= 0
+OBJECTIVE ?= consistent
+ROW       ?= ldebm
+ARGS      ?=
+PORT      ?= 8000
+VENV      ?= .venv
+# NO_VENV=1 uses the environment that is active instead of making one
+NO_VENV   ?=
+# Extra arguments for pip, nbdev_test and pytest
+PIP_ARGS    ?=
+NBDEV_ARGS  ?=
+PYTEST_ARGS ?=
+
+# The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
+CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
+  if $$p -c '$(CHECK)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+endif
+
+ifeq ($(NO_VENV),)
+BIN := $(abspath $(VENV))/bin/
+TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+LOCK := requirements/lock-$(TAG).txt
+HASH := $(shell cat $(LOCK) settings.ini setup.py 2>/dev/null | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(HASH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PYTHONNOUSERSITE := 1
+export JUPYTER_PREFER_ENV_PATH := 1
+else
+STAMP :=
+endif
+
+THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+export OMP_NUM_THREADS ?= $(THREADS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+NAME ?= $(ROW)-$(basename $(notdir $(CORPUS)))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
+RUN  ?= runs/$(NAME)
+PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
+
+.PHONY: help venv train toy2d test docs docs-serve lab lint prepare clean distclean
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
+	@echo "  CORPUS=$(CORPUS) PRESET=$(PRESET) SEED=$(SEED) OBJECTIVE=$(OBJECTIVE) ROW=$(ROW) ARGS='-p name value': settings of train (SEED, ARGS also of toy2d)"
+
+venv: $(STAMP) ## Make .venv from the lock file of this Python
+
+ifeq ($(NO_VENV),)
+$(STAMP):
+	@if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(CHECK)' 2>/dev/null; then \
+	  echo "No usable Python $(PYTHON): ldebm needs Python 3.10, 3.11 or 3.12 with venv. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@if [ ! -f $(LOCK) ]; then echo "$(LOCK) is missing: this checkout has no lock file for that Python" >&2; exit 1; fi
+	@if [ -f $(VENV)/pyvenv.cfg ] && ! $(VENV)/bin/python -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$(TAG)')" 2>/dev/null; then \
+	  echo "$(VENV) is of another Python version: making it anew"; rm -rf $(VENV); fi
+	@echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $(VENV) with $$($(PYTHON) --version): once, a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	@log=$(VENV)/install.log; : > $$log; \
+	if { $(BIN)python -m pip install -q $(PIP_ARGS) -r $(LOCK) && $(BIN)python -m pip install -q --no-deps --no-build-isolation -e . \
+	  && $(BIN)python -m ipykernel install --sys-prefix --name python3; } >> $$log 2>&1; \
+	then touch $@; echo "Ready: $(VENV)"; \
+	else tail -n 15 $$log >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
+endif
+
+train: $(STAMP) ## Train on text and write a run folder
+	@mkdir -p $(RUN)
+	@$(PAPERMILL) nbs/train_ptb.ipynb $(RUN)/train_ptb.ipynb -r corpus $(CORPUS) -r preset $(PRESET) -p seed $(SEED) \
+	  -r objective $(OBJECTIVE) -r row $(ROW) -r out $(RUN) $(ARGS) \
+	|| { echo "The run stopped; $(RUN)/train_ptb.ipynb shows where. The same command resumes it." >&2; exit 1; }
+	@echo; echo "Done. Everything is in $(RUN):"; ls $(RUN)
+
+toy2d: $(STAMP) ## Two-dimensional densities: the method beside its ancestors
+	@mkdir -p runs/toy2d-s$(SEED)
+	@$(PAPERMILL) nbs/train_toy2d.ipynb runs/toy2d-s$(SEED)/train_toy2d.ipynb -p seed $(SEED) -r out runs/toy2d-s$(SEED) $(ARGS) \
+	|| { echo "The run stopped; runs/toy2d-s$(SEED)/train_toy2d.ipynb shows where." >&2; exit 1; }
+	@echo; echo "Done. Everything is in runs/toy2d-s$(SEED):"; ls runs/toy2d-s$(SEED)
+
+test: $(STAMP) ## Run every notebook, then the tests
+	@echo "Notebooks:"
+	@OMP_NUM_THREADS=1 nbdev_test --n_workers $(THREADS) $(if $(LDEBM_DATA),--flags data) $(NBDEV_ARGS)
+	@echo "Tests:"
+	@python -m pytest -q $(PYTEST_ARGS)
+
+docs: $(STAMP) ## Build the documentation site into docs/_build/html
+	@python -c 'from ldebm.docs import build; print("Site:", build())'
+
+docs-serve: docs ## Build the site and serve it on this machine
+	@echo "http://127.0.0.1:$(PORT)  (Ctrl-C ends)"
+	@python -m http.server $(PORT) --bind 127.0.0.1 --directory docs/_build/html
+
+lab: $(STAMP) ## Open the notebooks in JupyterLab
+	@jupyter lab --notebook-dir=nbs
+
+lint: $(STAMP) ## Undefined names and unused imports in the package
+	@ruff check --select F821,F401 ldebm
+
+prepare: $(STAMP) ## Export the package, clean the notebooks, render the README
+	@nbdev_export
+	@nbdev_clean
+	@python -c 'from ldebm.docs import write_readme; print(write_readme())'
+
+clean: ## Remove caches and the built site (runs and .venv stay)
+	@rm -rf docs/_build _proc _docs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find ldebm tests nbs docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	@if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi

@@ -1,0 +1,51 @@
+"Sphinx settings of the site; pages come from `ldebm.docs.build`, which also runs Sphinx"
+from configparser import ConfigParser
+from pathlib import Path
+
+from ldebm.docs import mathml
+
+_cfg = ConfigParser(delimiters=["="], interpolation=None)
+_cfg.read(Path(__file__).parent.parent/"settings.ini", encoding="utf-8")
+_cfg = _cfg["DEFAULT"]
+
+project, author, version = _cfg["title"], _cfg["author"], _cfg["version"]
+release, copyright, language = version, _cfg["copyright"], "en"
+html_title = f"{project} {version}"
+
+extensions = ["myst_nb"]
+nb_execution_mode = "off"
+nb_render_markdown_format = "myst"
+nb_number_source_lines = False
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
+myst_heading_anchors = 5
+myst_heading_slug_func = "ldebm.docs.slug"
+myst_dmath_double_inline = True
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+pygments_style, pygments_dark_style = "friendly", "monokai"
+html_math_renderer = "mathml"
+
+
+def _visit(self, node, display):
+    import docutils.nodes
+    from sphinx.util import logging
+    try: self.body.append(mathml(node.astext(), display))
+    except ValueError as e:
+        logging.getLogger(__name__).warning("%s", e, location=node)
+        self.body.append(self.encode(node.astext()))
+    raise docutils.nodes.SkipNode
+
+
+def _visit_block(self, node):
+    self.body.append(self.starttag(node, "div", CLASS="math"))
+    try: _visit(self, node, True)
+    finally: self.body.append("</div>")
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", inline_renderers=(lambda s, n: _visit(s, n, False), None), block_renderers=(_visit_block, None))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,29 @@
+"Shared fixtures: real data when it is at hand, and a count of what was skipped for want of it"
+import os
+from pathlib import Path
+
+import pytest
+
+SKIPPED_FOR_DATA = []
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "data: needs real data found through LDEBM_DATA")
+    config.addinivalue_line("markers", "slow: takes more than 5 s on two cores")
+
+
+@pytest.fixture
+def ldebm_data(request):
+    "Folder of real data named by `LDEBM_DATA`; the test is skipped (and counted) when it is not set"
+    root = os.environ.get("LDEBM_DATA")
+    if not root:
+        SKIPPED_FOR_DATA.append(request.node.nodeid)
+        pytest.skip("LDEBM_DATA is not set: no real data")
+    assert Path(root).is_dir(), f"LDEBM_DATA names {root}, which is not a folder"
+    return Path(root)
+
+
+def pytest_terminal_summary(terminalreporter):
+    n = len(SKIPPED_FOR_DATA)
+    hint = " (set LDEBM_DATA to a folder with ptb/ and dailydialog/ to run them)" if n else ""
+    terminalreporter.write_line(f"{n} tests skipped for want of data{hint}")

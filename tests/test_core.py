@@ -1,0 +1,510 @@
+"What a notebook cannot show about `core`: crashes, other processes, signals, and bad input that must leave no trace"
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ldebm import core
+from ldebm.core import (Run, atomic_write, check_params, graceful_stop, load_results, load_tensors, make_gen, metric, notebook_params,
+                        pack_state, pick_device, progress, provenance, result_path, results_table, save_tensors, settings_hash,
+                        unpack_state, write_result)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, *args, root=ROOT, **env):
+    "Start a fresh interpreter on `code`, with the package of the checkout at `root`"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            cwd=root, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **env})
+
+
+def snapshot(folder):
+    "Names, contents and times of everything below `folder`"
+    return {p.relative_to(folder): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in Path(folder).rglob("*")}
+
+
+# --- randomness
+
+def test_streams_are_the_same_bits_in_another_process():
+    code = "import torch; from ldebm.core import make_gen; print(torch.randn(5, generator=make_gen(7, 'chains', 3)).tolist())"
+    outs = [python(code, PYTHONHASHSEED=h).communicate()[0] for h in ("0", "1")]
+    assert json.loads(outs[0]) == json.loads(outs[1]) == torch.randn(5, generator=make_gen(7, "chains", 3)).tolist()
+
+
+def test_streams_are_pinned():
+    "A changed hash would silently change every seeded result: these numbers are from the first version"
+    assert torch.randint(1000, (4,), generator=make_gen(0, "batches", 1)).tolist() == [983, 373, 694, 431]
+
+
+def test_streams_do_not_touch_the_global_generator_nor_each_other():
+    before = torch.random.get_rng_state()
+    a, b = make_gen(0, "a"), make_gen(0, "b")
+    torch.randn(10, generator=a)
+    want = torch.randn(3, generator=make_gen(0, "b"))
+    assert_close(torch.randn(3, generator=b), want, rtol=0, atol=0)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_thousand_streams_have_different_seeds():
+    seeds = {make_gen(s, name, i).initial_seed() for s in range(10) for name in ("x", "y") for i in range(50)}
+    assert len(seeds) == 1000
+
+
+@pytest.mark.parametrize("bad", [(1.0,), (0, 2.5), (True,), (0, None)])
+def test_streams_refuse_other_types(bad):
+    with pytest.raises(TypeError, match="int or str"): make_gen(*bad)
+
+
+# --- settings
+
+@dataclass(frozen=True)
+class Cfg:
+    rate: float = 0.1
+    steps: int = 3
+    mode: Literal["a", "b"] = "a"
+    limit: Optional[int] = None
+    sizes: tuple[int, ...] = (1, 2)
+    flag: bool = False
+    name: str = "x"
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"stepz": 1}, "'stepz'.*'steps'"),
+    ({"qqqqqq": 1}, "'qqqqqq'.*known are rate"),
+    ({"rate": "0.1"}, "'rate' = '0.1' .*float"),
+    ({"rate": None}, "'rate'"),
+    ({"rate": True}, "'rate' = True"),
+    ({"steps": 3.0}, "'steps' = 3.0 .*int"),
+    ({"mode": "c"}, "'mode' = 'c' .*Literal"),
+    ({"limit": "5"}, "'limit'"),
+    ({"sizes": [1, "2"]}, "'sizes'"),
+    ({"sizes": 3}, "'sizes'"),
+    ({"flag": 1}, "'flag' = 1 .*bool"),
+    ({"name": 3}, "'name' = 3 .*str"),
+])
+def test_bad_parameters_are_named(values, message):
+    with pytest.raises(ValueError, match=message): check_params(Cfg, values)
+
+
+def test_good_parameters():
+    cfg = check_params(Cfg, dict(rate=1, steps=5, mode="b", limit=4, sizes=[3, 4], flag=True, name="y"))
+    assert cfg == Cfg(1.0, 5, "b", 4, (3, 4), True, "y") and type(cfg.rate) is float and type(cfg.sizes) is tuple
+
+
+def test_errors_of_the_settings_class_itself_come_through():
+    @dataclass(frozen=True)
+    class Checked:
+        T: int = 6
+        def __post_init__(self):
+            if self.T < 1: raise ValueError(f"T must be at least 1, got {self.T}")
+    with pytest.raises(ValueError, match="T must be at least 1"): check_params(Checked, {"T": 0})
+
+
+def test_notebook_parameters_ignore_what_a_session_brings_along():
+    ns = {}
+    exec("from __future__ import annotations\nimport os, pathlib\nfrom typing import Optional, List\n"
+         "from matplotlib import pyplot\nNames = List[str]\ndef f(): pass\n"
+         "rate: float = 1\nsteps: int = 2\nmode: str = 'a'\nlimit: Optional[int] = None\n"
+         "sizes: tuple = (1,)\nflag: bool = True\nname: str = 'n'", ns)
+    ns |= {"In": ["x"], "Out": {}, "_": 1, "_i1": "x", "exit": object(), "quit": object(), "get_ipython": lambda: None}
+    assert notebook_params(Cfg, ns) == Cfg(1.0, 2, "a", None, (1,), True, "n")
+    with pytest.raises(ValueError, match="unknown parameter 'stesp'.*'steps'"): notebook_params(Cfg, {**ns, "stesp": 1})
+    with pytest.raises(ValueError, match="does not set 'name'"): notebook_params(Cfg, {k: v for k, v in ns.items() if k != "name"})
+
+
+def test_settings_hash():
+    assert settings_hash({"a": 1, "b": {"c": (1, 2)}}) == settings_hash({"b": {"c": [1, 2]}, "a": 1})
+    assert len({settings_hash(o) for o in ({"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": True}, {"a": None}, {"b": 1})}) == 6
+    with pytest.raises(ValueError): settings_hash({"a": float("nan")})
+    with pytest.raises(TypeError): settings_hash({"a": Path("x")})
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU", "cpu:0:1"])
+def test_unknown_devices(name):
+    with pytest.raises(ValueError, match="unknown device"): pick_device(name)
+
+
+# --- files
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+import ldebm.core as core
+path, how = Path(sys.argv[1]), sys.argv[2]
+big = {'w': torch.full((4_000_000,), 2.)}
+if how == 'before-rename':                      # the temporary file is whole, its name is not given yet
+    core.os.replace = lambda *a: (print('ready', flush=True), core.time.sleep(60))
+print('start', flush=True)
+if how == 'before-rename': sys.exit(core.save_tensors(path, big, {'v': 2}))
+while True: core.save_tensors(path, big, {'v': 2}); core.save_tensors(path, {'w': torch.ones(10)}, {'v': 1})
+"""
+
+
+def test_writer_killed_before_the_rename_leaves_the_old_file(tmp_path):
+    p = save_tensors(tmp_path/"c.safetensors", {"w": torch.ones(10)}, {"v": 1})
+    old = p.read_bytes()
+    child = python(WRITER, p, "before-rename")
+    assert child.stdout.readline() == "start\n" and child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert p.read_bytes() == old
+    assert list(tmp_path.glob(".*.tmp"))   # the file that was being written, beside it
+    assert load_tensors(p)[1] == {"v": 1}
+
+
+def test_writer_killed_at_any_time_leaves_a_whole_file(tmp_path):
+    p = save_tensors(tmp_path/"c.safetensors", {"w": torch.ones(10)}, {"v": 1})
+    for wait in (0.0, 0.007, 0.013, 0.029, 0.053):
+        child = python(WRITER, p, "loop")
+        assert child.stdout.readline() == "start\n"
+        time.sleep(wait)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        tensors, meta = load_tensors(p)
+        assert (len(tensors["w"]), tensors["w"][0].item()) == {1: (10, 1.0), 2: (4_000_000, 2.0)}[meta["v"]]
+
+
+def test_failed_write_leaves_nothing_behind(tmp_path):
+    atomic_write(tmp_path/"a.txt", "old")
+    with pytest.raises(TypeError): atomic_write(tmp_path/"a.txt", 3)
+    with pytest.raises(Exception): save_tensors(tmp_path/"b.safetensors", {"w": torch.eye(3).to_sparse()})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and (tmp_path/"a.txt").read_text() == "old"
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    good = save_tensors(tmp_path/"good.safetensors", {"w": torch.randn(50)}, {}).read_bytes()
+    for name, data in dict(empty=b"", cut=good[:-3], head=good[:20], text=b"hello, world, this is text", long=good + b"x").items():
+        p = atomic_write(tmp_path/f"{name}.safetensors", data)
+        with pytest.raises(ValueError, match=f"{name}.safetensors is damaged.*delete"): load_tensors(p)
+    torch.save({"w": torch.ones(2)}, tmp_path/"pickle.safetensors")
+    with pytest.raises(ValueError, match="pickle.safetensors is damaged"): load_tensors(tmp_path/"pickle.safetensors")
+    with pytest.raises(FileNotFoundError, match="none.safetensors"): load_tensors(tmp_path/"none.safetensors")
+
+
+def test_shared_and_strided_tensors_are_saved(tmp_path):
+    w = torch.arange(12.).view(3, 4)
+    t = {"a": w, "b": w.t(), "c": w[1], "d": torch.nn.Parameter(w), "e": torch.zeros(0, 3), "f": torch.tensor(True), "g": w.bfloat16()}
+    back, _ = load_tensors(save_tensors(tmp_path/"t.safetensors", t, {}))
+    assert all(torch.equal(back[k], v.detach()) and back[k].dtype == v.dtype and not back[k].requires_grad for k, v in t.items())
+
+
+def test_pack_state_round_trip_is_exact():
+    obj = {"a": [1, (2.5, None), {}], 3: {"x.0": torch.ones(2), "3": -0.0}, "big": 2**80, "t": (), "l": [],
+           "inf": float("-inf"), "flag": True, "text": "é", "tiny": 5e-324, "third": 1/3}
+    tensors, meta = pack_state(obj)
+    back = unpack_state(tensors, json.loads(json.dumps(meta)))
+    assert str(back) == str(obj) and back[3]["x.0"] is obj[3]["x.0"]
+    nan = unpack_state(*pack_state(float("nan")))
+    assert nan != nan
+    for bad in ({"a": object()}, {(1, 2): 3}, [{1, 2}], {"a": {1.5: 2}}):
+        with pytest.raises(TypeError, match="cannot pack"): pack_state(bad)
+
+
+def test_training_continues_bit_for_bit_from_a_checkpoint(tmp_path):
+    def fresh():
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 1))
+        for i, p in enumerate(net.parameters()): torch.nn.init.normal_(p, generator=make_gen(0, "init", i))
+        opt = torch.optim.AdamW(net.parameters(), lr=0.1, amsgrad=True)
+        return net, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.9), make_gen(0, "data")
+    def train(net, opt, sched, gen, n):
+        for _ in range(n):
+            opt.zero_grad()
+            net(torch.randn(16, 4, generator=gen)).square().mean().backward()
+            opt.step()
+            sched.step()
+    whole = fresh()
+    train(*whole, 6)
+    net, opt, sched, gen = part = fresh()
+    train(*part, 3)
+    state = {"net": net.state_dict(), "opt": opt.state_dict(), "sched": sched.state_dict(), "gen": gen.get_state()}
+    Run(tmp_path/"r", {"a": 1}).save(state)
+    net, opt, sched, gen = part = fresh()
+    s = Run(tmp_path/"r", {"a": 1}).load()
+    net.load_state_dict(s["net"]), opt.load_state_dict(s["opt"]), sched.load_state_dict(s["sched"]), gen.set_state(s["gen"])
+    train(*part, 3)
+    assert_close(net.state_dict(), whole[0].state_dict(), rtol=0, atol=0)
+    assert sched.get_last_lr() == whole[2].get_last_lr()
+
+
+# --- runs
+
+def test_other_settings_change_nothing(tmp_path):
+    run = Run(tmp_path/"r", {"lr": 0.1, "nested": {"T": 6}})
+    run.log({"step": 1})
+    run.save({"w": torch.ones(2)})
+    (run.path/".checkpoint.safetensors.1-1.tmp").write_bytes(b"left by a crash")
+    os.utime(run.path/".checkpoint.safetensors.1-1.tmp", (0, 0))
+    with open(run.file("log.jsonl"), "a") as f: f.write('{"torn')
+    before = snapshot(tmp_path)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=r"other settings \(lr: 0.1 -> 0.2\)"):
+            Run(tmp_path/"r", {"lr": 0.2, "nested": {"T": 6}}, resume=resume)
+    with pytest.raises(ValueError, match="nested"): Run(tmp_path/"r", {"lr": 0.1, "nested": {"T": 7}})
+    with pytest.raises(TypeError): Run(tmp_path/"new", {"lr": object()})
+    assert snapshot(tmp_path) == before
+
+
+def test_same_settings_continue_and_mend(tmp_path):
+    run = Run(tmp_path/"r", {"lr": 0.1})
+    for i in range(5): run.log({"step": i, "loss": float("nan") if i == 2 else i/2})
+    with open(run.file("log.jsonl"), "a") as f: f.write('{"step": 5, "lo')
+    leftover = run.path/".log.jsonl.1-1.tmp"
+    leftover.write_bytes(b"")
+    os.utime(leftover, (0, 0))
+    run = Run(tmp_path/"r", {"lr": 0.1})
+    assert not leftover.exists() and [o["step"] for o in run.log_lines()] == [0, 1, 2, 3, 4] and run.log_lines()[2]["loss"] is None
+    run.log({"note": "no step"})
+    run.truncate_log(2)
+    run.log({"step": 3})
+    assert [o.get("step") for o in run.log_lines()] == [0, 1, 2, None, 3]
+
+
+def test_starting_over_removes_only_what_the_run_wrote(tmp_path):
+    run = Run(tmp_path/"r", {"lr": 0.1})
+    run.log({"step": 1})
+    run.save({"w": torch.ones(2)})
+    run.file("result.json").write_text("{}")
+    run.file("notes.txt").write_text("mine")
+    run = Run(tmp_path/"r", {"lr": 0.1}, resume=False)
+    assert sorted(p.name for p in run.path.iterdir()) == ["notes.txt", "settings.json"] and run.load() is None and run.log_lines() == []
+
+
+def test_a_folder_with_an_output_notebook_can_become_a_run(tmp_path):
+    (tmp_path/"train_ptb.ipynb").write_text("{}")   # papermill writes it before the first cell runs
+    assert Run(tmp_path, {"a": 1}).file("settings.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"lr": 0', "[1, 2]"])
+def test_unreadable_settings(tmp_path, text):
+    (tmp_path/"settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json"): Run(tmp_path, {"lr": 0})
+    assert (tmp_path/"settings.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path/"r").write_text("x")
+    with pytest.raises(ValueError, match="is a file"): Run(tmp_path/"r", {})
+
+
+def test_damaged_checkpoint_of_a_run_names_the_file(tmp_path):
+    run = Run(tmp_path/"r", {})
+    p = run.save({"w": torch.ones(100)})
+    p.write_bytes(p.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="checkpoint.safetensors is damaged.*delete it"): run.load()
+
+
+# --- signals
+
+LOOP = """
+import sys, time
+from ldebm.core import Run, graceful_stop
+run = Run(sys.argv[1], {})
+with graceful_stop() as leave:
+    i = 0
+    while not leave.stop:
+        i += 1
+        if i == 1: print('ready', flush=True)
+        time.sleep(.01)
+        if sys.argv[2] == 'deaf': time.sleep(60)
+run.save({'step': i})
+print('left in good order', flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_saves_and_leaves(tmp_path, signum):
+    child = python(LOOP, tmp_path, "")
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signum)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0 and "left in good order" in out, err
+    assert Run(tmp_path, {}).load()["step"] >= 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
+def test_the_second_signal_means_it(tmp_path):
+    child = python(LOOP, tmp_path, "deaf")
+    assert child.stdout.readline() == "ready\n"
+    while child.poll() is None:
+        child.send_signal(signal.SIGINT)
+        time.sleep(.05)
+    assert child.returncode != 0 and "KeyboardInterrupt" in child.stderr.read()
+
+
+def test_graceful_stop_restores_handlers_also_after_an_error():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError):
+        with graceful_stop():
+            assert signal.getsignal(signal.SIGINT) != before[0]
+            raise RuntimeError
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_graceful_stop_nests():
+    with graceful_stop() as outer:
+        with graceful_stop() as inner: signal.raise_signal(signal.SIGTERM)
+        assert inner.stop and not outer.stop
+        signal.raise_signal(signal.SIGTERM)
+        assert outer.stop
+
+
+def test_graceful_stop_is_inert_in_a_thread():
+    seen = []
+    def work():
+        with graceful_stop() as leave: seen.append((leave.stop, signal.getsignal(signal.SIGINT)))
+    t = threading.Thread(target=work)
+    t.start()
+    t.join()
+    assert seen == [(False, signal.getsignal(signal.SIGINT))]
+
+
+# --- progress
+
+def test_progress_is_silent_without_a_terminal():
+    code = ("from ldebm.core import progress\nfor i in progress(range(5)): pass\n"
+            "b = progress(total=3); b.update(2); b.set_postfix({'a': 1}); b.close()")
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**env, "PYTHONPATH": str(ROOT)})
+    assert (r.returncode, r.stdout, r.stderr) == (0, "", "")
+
+
+def test_progress_in_a_kernel_leaves_no_debris(monkeypatch):
+    import IPython.display
+    shown = []
+    class Handle:
+        def update(self, data, raw): shown.append(data["text/plain"])
+    def display(data, raw, display_id):
+        shown.append(data["text/plain"])
+        return Handle()
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(core, "_in_kernel", lambda: True)
+    for name in ("IN_TEST", "RANK"): monkeypatch.delenv(name, raising=False)
+    bar = progress(total=4, desc="epoch", unit="step")
+    bar.last = 0.0   # as if time had passed
+    bar.set_postfix({"loss": 0.123456})
+    bar.update(3)
+    assert "epoch" in shown[0] and "3/4" in shown[0] and "loss=0.1235" in shown[0]
+    bar.close()
+    assert shown[-1] == ""
+    with pytest.raises(RuntimeError):   # also when the loop fails
+        for _ in (bar := progress(range(3))):
+            bar.draw()
+            raise RuntimeError
+    bar.close()
+    assert shown[-1] == ""
+
+
+# --- records
+
+def record(**changes):
+    base = dict(row="ldebm", corpus="grammar", preset="quick", objective="consistent", seed=0, settings={"lr": 0.1},
+                metrics={"wkl": metric(0.5, (0.4, 0.6), 10, "x")}, provenance=provenance(None))
+    return {**base, **changes}
+
+
+@pytest.mark.parametrize("changes, key", [
+    ({"row": ""}, "'row'"), ({"corpus": "path/to/file.txt"}, "'corpus'"),
+    ({"preset": None}, "'preset'"), ({"objective": "a b"}, "'objective'"),
+    ({"seed": "0"}, "'seed'"), ({"seed": True}, "'seed'"), ({"metrics": {}}, "'metrics'"), ({"metrics": {"wkl": 0.5}}, "'metrics.wkl'"),
+    ({"metrics": {"wkl": {"value": 1}}}, "'metrics.wkl'"), ({"metrics": {"wkl": {**metric(1), "value": float("inf")}}}, "'metrics.wkl'"),
+    ({"metrics": {"wkl": {**metric(1), "value": "pending"}}}, "'metrics.wkl'"),
+    ({"metrics": {"wkl": {**metric(1), "interval": [2, 1]}}}, "'metrics.wkl'"),
+    ({"settings": {"p": Path("x")}}, "'settings'"), ({"settings": None}, "'settings'"), ({"provenance": {}}, "'provenance.commit'"),
+])
+def test_broken_records_are_refused_before_anything_is_written(tmp_path, changes, key):
+    run = Run(tmp_path/"r", {})
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=key): write_result(run, **record(**changes), results_dir=tmp_path/"results")
+    assert snapshot(tmp_path) == before
+
+
+def test_records(tmp_path):
+    run, results = Run(tmp_path/"r", {}), tmp_path/"results"
+    p = write_result(run, **record(), results_dir=results)
+    assert p.name == "ldebm-grammar-quick-consistent-s0.json" and p.read_text() == run.file("result.json").read_text()
+    assert write_result(run.path, **record(metrics={"wkl": metric(0.7)}), results_dir=results) == p   # same settings: replaced
+    assert load_results(results)[0]["metrics"]["wkl"]["value"] == 0.7
+    with pytest.raises(ValueError, match=r"other settings \(lr: 0.1 -> 0.3\).*variant"):
+        write_result(run, **record(settings={"lr": 0.3}), results_dir=results)
+    assert load_results(results)[0]["settings"] == {"lr": 0.1}
+    assert json.loads(run.file("result.json").read_text())["settings"] == {"lr": 0.3}   # the work is not lost
+    q = write_result(run, **record(settings={"lr": 0.3}, variant="gc"), results_dir=results)
+    assert q.name == "ldebm+gc-grammar-quick-consistent-s0.json"
+    table = results_table(load_results(results), ["ldebm", "ldebm+gc", "vae"], ["wkl", "bleu"])
+    assert table.splitlines()[2:] == ["| ldebm | 0.70 | pending |", "| ldebm+gc | 0.50 | pending |", "| vae | pending | pending |"]
+
+
+def test_name_is_checked_before_the_work(tmp_path):
+    about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
+    assert result_path(**about, settings={"lr": 1}, results_dir=tmp_path) == tmp_path/"ldebm-grammar-quick-consistent-s0.json"
+    write_result(Run(tmp_path/"r", {}), **record(), results_dir=tmp_path)
+    with pytest.raises(ValueError, match="lr: 0.1 -> 1"): result_path(**about, settings={"lr": 1}, results_dir=tmp_path)
+    with pytest.raises(ValueError, match="'corpus'"): result_path(**{**about, "corpus": "../x"}, results_dir=tmp_path)
+
+
+def test_bad_files_among_records_are_named(tmp_path):
+    (tmp_path/"bench-speed.json").write_text("[]")   # benchmarks have their own schema
+    assert load_results(tmp_path) == []
+    (tmp_path/"x.json").write_text('{"row": "ldebm"}')
+    with pytest.raises(ValueError, match="x.json.*'corpus' is missing"): load_results(tmp_path)
+    (tmp_path/"x.json").write_text("{")
+    with pytest.raises(ValueError, match="x.json is not JSON"): load_results(tmp_path)
+
+
+def test_results_root_is_found_from_below(tmp_path, monkeypatch):
+    (tmp_path/"settings.ini").write_text("")
+    (tmp_path/"nbs").mkdir()
+    monkeypatch.chdir(tmp_path/"nbs")
+    monkeypatch.delenv("LDEBM_RESULTS", raising=False)
+    assert core.results_root() == tmp_path/"results"
+    monkeypatch.setenv("LDEBM_RESULTS", str(tmp_path/"other"))
+    assert core.results_root() == tmp_path/"other"
+
+
+@pytest.mark.parametrize("bad", [
+    dict(value=float("nan")), dict(value="1"), dict(value=True), dict(value=1, interval=(1,)), dict(value=1, interval=(2, 1)),
+    dict(value=1, interval=(0, float("inf"))), dict(value=1, n=-1), dict(value=1, n=1.5), dict(value=1, estimator=3)])
+def test_bad_metrics(bad):
+    with pytest.raises(ValueError): metric(**bad)
+
+
+# --- provenance
+
+def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path):
+    pkg = tmp_path/"ldebm"
+    pkg.mkdir()
+    for name in ("__init__.py", "core.py"): (pkg/name).write_text((ROOT/"ldebm"/name).read_text())
+    def git(*args):
+        cmd = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *args]
+        return subprocess.run(cmd, check=True, capture_output=True, text=True).stdout.strip()
+    def commit():
+        code = "import ldebm.core as c; print(c.__file__); print(c.env_report()['commit'])"
+        out, err = python(code, root=tmp_path).communicate()
+        assert not err, err
+        file, found = out.split()
+        assert Path(file) == pkg/"core.py"
+        return found
+    git("init", "-q")
+    assert commit() == "unknown"   # inside a checkout that does not hold it, as in a virtual environment
+    git("add", "."), git("commit", "-qm", "x", "--no-gpg-sign")
+    (tmp_path/"notes.txt").write_text("untracked, and not the package")
+    assert commit() == git("rev-parse", "HEAD")
+    (pkg/"core.py").write_text((pkg/"core.py").read_text() + "\n")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_provenance_is_plain_json():
+    p = provenance(time.time() - 60, throughput=12.5)
+    assert json.loads(json.dumps(p)) == p and 1 <= p["minutes"] < 1.1 and p["throughput"] == 12.5 and p["threads"] >= 1
+    assert {"python", "torch", "ldebm"} <= set(p["versions"]) and (p["peak_memory_mb"] is None or p["peak_memory_mb"] > 10)

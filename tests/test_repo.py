@@ -1,0 +1,259 @@
+"The repository itself: what is generated is in step, what is stated is true, the commands that are written down work"
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
+MODULES = sorted(p.stem for p in (ROOT/"ldebm").glob("[a-z]*.py"))
+LOCKS = sorted((ROOT/"requirements").glob("lock-py*.txt"))
+
+
+# A make that runs these tests must not pass its own settings to the makes they run
+ENV = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
+
+
+def name(p): return p.name
+def text(x): return x if isinstance(x, str) else "".join(x)
+def cells(p): return json.loads(p.read_text(encoding="utf-8"))["cells"]
+def outputs(p): return [o for c in cells(p) for o in c.get("outputs", [])]
+
+
+def settings():
+    cfg = ConfigParser(delimiters=["="], interpolation=None)
+    cfg.read(ROOT/"settings.ini", encoding="utf-8")
+    return cfg["DEFAULT"]
+
+
+def words(p):
+    "Everything a reader could see in a notebook, pictures aside"
+    for c in cells(p):
+        yield text(c["source"])
+        for o in c.get("outputs", []):
+            yield text(o.get("text", ""))
+            yield "\n".join(map(str, o.get("traceback", [])))
+            yield from (text(v) for k, v in o.get("data", {}).items() if k.startswith("text/"))
+
+
+def targets(): return set(re.findall(r"^([a-z0-9-]+):", (ROOT/"Makefile").read_text(encoding="utf-8"), flags=re.M))
+
+
+def code_parts(md): return re.findall(r"```(?:sh|bash|console)\n(.*?)```", md, flags=re.S) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", md)
+
+
+# -- generated files --------------------------------------------------------------------------------------------------
+
+def test_readme_in_step():
+    from ldebm.docs import readme
+    want, images = readme(ROOT)
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == want, "README.md is out of step with nbs/index.ipynb: make prepare"
+    for path, data in images.items(): assert (ROOT/path).read_bytes() == data, f"{path} is out of step: make prepare"
+
+
+def test_readme_links_lead_somewhere():
+    md = re.sub(r"```.*?```", "", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.S)
+    for url in re.findall(r"\]\(([^()\s#]+)[^()]*\)", md):
+        if not re.match(r"[a-z]+:", url): assert (ROOT/url).exists(), f"README.md links to {url}, which is not there"
+
+
+@pytest.mark.slow
+def test_contributing_commands(tmp_path):
+    "The three commands of CONTRIBUTING.md run as written, in a copy, and leave a tree that was in step as it was"
+    md = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    commands = [c for block in re.findall(r"```sh\n(.*?)```", md, flags=re.S) for c in block.splitlines()]
+    assert len(commands) == 3
+    copy = tmp_path/"ldebm"
+    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "_build", "_proc", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", ".ipynb_checkpoints")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    def state(): return {str(p.relative_to(copy)): p.read_bytes() for d in ("nbs", "ldebm") for p in (copy/d).glob("*.*")} \
+        | {"README.md": (copy/"README.md").read_bytes()}
+    before = state()
+    # this environment instead of a new one, one notebook and one test instead of all
+    env = {**ENV, "NO_VENV": "1", "PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENV['PATH']}",
+           "NBDEV_ARGS": "--path nbs/90_docs.ipynb", "PYTEST_ARGS": "tests/test_repo.py -k changelog_and"}
+    for c in commands:
+        res = subprocess.run(["bash", "-c", c], cwd=copy, env=env, capture_output=True, text=True)
+        assert res.returncode == 0, f"{c}: {res.stdout[-2000:]}{res.stderr[-2000:]}"
+    assert "1 passed" in res.stdout and "skipped for want of data" in res.stdout
+    after = state()
+    changed = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
+    assert not changed, f"out of step: {changed}: make prepare"
+
+
+@pytest.mark.parametrize("doc", ["CONTRIBUTING.md", "README.md", "CHANGELOG.md"])
+def test_commands_name_targets(doc):
+    md = (ROOT/doc).read_text(encoding="utf-8")
+    used = {t for part in code_parts(md) for t in re.findall(r"\bmake +([a-z][a-z0-9-]*)", part)}
+    assert used or doc == "CHANGELOG.md"
+    assert used <= targets(), f"{doc} names targets that the Makefile does not have: {sorted(used - targets())}"
+
+
+# -- notebooks --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
+def test_notebook_clean(nb):
+    for part in words(nb):
+        m = re.search(r"(?<![\w.~:/])/(?:root|home|work|tmp|Users)/\w+", part)
+        assert not m, f"an absolute path: ...{part[max(0, m.start()-60):m.end()+60]}..."
+    for o in outputs(nb):
+        assert o["output_type"] != "error", f"an error in the outputs: {o.get('evalue')}"
+        assert not any("widget" in k for k in o.get("data", {})), "a widget in the outputs"
+        seen = text(o.get("text", "")) + "".join(text(v) for k, v in o.get("data", {}).items() if k.startswith("text/"))
+        assert not re.search(r"\r(?!\n)|\d%\|[ #█▏▎▍▌▋▊▉]|\d(?:it/s|s/it)\b|\x1b\[", seen), f"progress debris in the outputs: {seen[:200]!r}"
+
+
+@pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
+def test_notebook_size(nb):
+    size, limit = len(json.dumps([c.get("outputs", []) for c in cells(nb)])), 600_000 if nb in JOBS else 200_000
+    assert size <= limit, f"outputs of {size:,} bytes, {limit:,} allowed"
+
+
+@pytest.mark.parametrize("nb", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=name)
+def test_component_notebook(nb):
+    from ldebm.docs import page_name
+    src = [text(c["source"]) for c in cells(nb)]
+    exp = [m[1] for s in src for m in re.finditer(r"^#\|\s*default_exp\s+(\S+)", s, flags=re.M)]
+    assert exp == [page_name(nb)], "the module is named like the notebook, without its number"
+    assert (ROOT/"ldebm"/f"{exp[0]}.py").exists()
+    assert outputs(nb), "committed without outputs: execute it"
+    assert re.match(r"# .+\n> .+", src[0]), "the first cell is a title and one line that begins with >"
+
+
+def test_jobs_exist(): assert {p.name for p in JOBS} >= {"train_ptb.ipynb", "train_toy2d.ipynb"}
+
+
+@pytest.mark.parametrize("nb", JOBS, ids=name)
+def test_job_parameters(nb):
+    "One cell keeps its tag, holds annotated scalars with comments, and papermill prints a help page of them"
+    tagged = [text(c["source"]) for c in cells(nb) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    body = ast.parse(tagged[0]).body
+    assert body and all(isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, ast.UnaryOp)) for n in body), "annotated scalars only"
+    lines = tagged[0].splitlines()
+    bare = [n.target.id for n in body if "#" not in lines[n.lineno-1]]
+    assert not bare, f"parameters without a comment: {bare}"
+    res = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(nb)], capture_output=True, text=True, cwd=ROOT)
+    missing = [n.target.id for n in body if not re.search(rf"^\s+{n.target.id}: ", res.stdout, flags=re.M)]
+    assert res.returncode == 0 and not missing, f"papermill --help-notebook does not list {missing}: {res.stdout}{res.stderr}"
+
+
+@pytest.mark.parametrize("nb", JOBS, ids=name)
+def test_job_defines_nothing(nb):
+    src = [text(c["source"]) for c in cells(nb) if c["cell_type"] == "code"]
+    assert not any(re.search(r"^#\|\s*(?:default_exp|exports?)\b", s, flags=re.M) for s in src), "a job exports nothing"
+
+
+# -- the package ------------------------------------------------------------------------------------------------------
+
+def test_modules_import_alone():
+    "In a process of its own, with the optional packages hidden"
+    def run(m):
+        cmd = [sys.executable, str(ROOT/"tests"/"import_alone.py"), f"ldebm.{m}"]
+        return subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as ex: res = dict(zip(MODULES, ex.map(run, MODULES)))
+    failed = {m: r.stderr[-500:] for m, r in res.items() if r.returncode}
+    assert MODULES and not failed, failed
+
+
+def test_hidden_packages_are_hidden():
+    "The test above can fail: a module that needs matplotlib does"
+    cmd = [sys.executable, str(ROOT/"tests"/"import_alone.py"), "matplotlib.pyplot"]
+    res = subprocess.run(cmd, capture_output=True, text=True)
+    assert res.returncode != 0 and "hidden" in res.stderr
+
+
+def test_modules_have_notebooks():
+    from ldebm.docs import page_name
+    assert set(MODULES) <= {page_name(p) for p in NOTEBOOKS}
+
+
+# -- statements -------------------------------------------------------------------------------------------------------
+
+def test_changelog_and_versions():
+    import ldebm
+    version = settings()["version"]
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT/"CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
+    assert ldebm.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT/"CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_licence():
+    assert settings()["license"] == "apache2"
+    licence = (ROOT/"LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence and "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
+    for f in ("CITATION.cff", "CONTRIBUTING.md", "setup.py"): assert "Apache-2.0" in (ROOT/f).read_text(encoding="utf-8"), f
+    assert re.search(r"Apache[- ]2\.0|Apache License", (ROOT/"README.md").read_text(encoding="utf-8"))
+
+
+def test_citation():
+    import yaml
+    cff = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8"))
+    assert cff["cff-version"] == "1.2.0" and cff["type"] == "software" and cff["authors"] and cff["message"]
+    assert [(r["year"], len(r["authors"])) for r in cff["references"]] == [(2022, 9), (2024, 2)]
+
+
+def test_locks_cover_pythons(): assert [p.name for p in LOCKS] == [f"lock-py{v}.txt" for v in (310, 311, 312)]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=name)
+def test_lock(lock):
+    "Exact pins and nothing else, which satisfy every requirement in settings.ini"
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    lines = [s for s in lock.read_text(encoding="utf-8").splitlines() if s and not s.startswith("#")]
+    bad = [s for s in lines if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*==[0-9][0-9a-z.]*", s)]
+    assert not bad, f"not a plain pin: {bad}"
+    pins = dict(s.split("==") for s in lines)
+    assert not [n for n in pins if re.match(r"nvidia-|cuda-|triton", n)], "torch finds its accelerator libraries itself"
+    cfg = settings()
+    for r in (cfg["requirements"] + " " + cfg["dev_requirements"] + " " + cfg["text_requirements"] + " " + cfg["plot_requirements"]).split():
+        r = Requirement(r)
+        version = pins.get(canonicalize_name(r.name))
+        assert version and r.specifier.contains(version), f"{r} is not met by {version}"
+    assert {"setuptools", "wheel", "pip"} & pins.keys() >= {"setuptools", "wheel"}
+
+
+def test_no_machine_paths_in_files():
+    for f in ("Makefile", ".ci/run", "setup.py", "settings.ini", "pyproject.toml", "CONTRIBUTING.md", "README.md", "docs/conf.py"):
+        m = re.search(r"(?<![\w.~:/$}])/(?:root|home|work|Users)/\w+", (ROOT/f).read_text(encoding="utf-8"))
+        assert not m, f"{f} names {m.group(0)}"
+
+
+# -- make and the site --------------------------------------------------------------------------------------------------
+
+def test_make_says_what_python_it_needs(tmp_path):
+    res = subprocess.run(["make", "venv", "PYTHON=python9.9", f"VENV={tmp_path}/v"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert res.returncode != 0 and "3.10, 3.11 or 3.12" in res.stderr and not (tmp_path/"v").exists()
+
+
+def test_help_lists_targets():
+    res = subprocess.run(["make", "help"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    listed = set(re.findall(r"^  make ([a-z0-9-]+)", res.stdout, flags=re.M))
+    assert listed == targets()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell,ok", [("See [the other](02_other.ipynb#there) and $x_t$.", True), ("See [nothing](03_none.ipynb).", False),
+                                     ("See [the other](02_other.ipynb#nowhere).", False), (r"A formula $\nosuchcommand{x}$.", False)])
+def test_dead_link_fails_the_build(tmp_path, cell, ok):
+    from ldebm.docs import remote_parts, write_pages
+    for d in ("nbs", "proc", "ldebm"): (tmp_path/d).mkdir()
+    def md(s, kind="markdown"): return dict(cell_type=kind, metadata={}, source=s)
+    for n, body in (("index", "Front"), ("01_one", cell), ("02_other", "## There\n\nText")):
+        (tmp_path/"nbs"/f"{n}.ipynb").write_text(json.dumps(dict(cells=[md(f"# {n}"), md(body)])))
+        (tmp_path/"proc"/f"{n}.ipynb").write_text(json.dumps(dict(cells=[md(f"---\ntitle: {n}\n---", "raw"), md(body)])))
+    write_pages(tmp_path/"proc", tmp_path/"nbs", tmp_path/"pages", tmp_path)
+    cmd = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", str(ROOT/"docs"), str(tmp_path/"pages"), str(tmp_path/"html")]
+    res = subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (res.returncode == 0) == ok, res.stderr
+    if ok: assert "<math" in (tmp_path/"html"/"one.html").read_text() and remote_parts(tmp_path/"html") == []
