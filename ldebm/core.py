@@ -531,7 +531,7 @@ def result_path(
                              'give this one a `variant` name, or remove the old record')
     return p
 
-# %% ../nbs/00_core.ipynb #34ecb5b5
+# %% ../nbs/00_core.ipynb #1b4f18bb
 def write_result(
     run, # `Run`, or the path of its folder
     *,
@@ -544,13 +544,14 @@ def write_result(
     settings:dict, # Everything that makes the run what it is
     provenance:dict, # From `provenance`
     variant:str='', # Distinguishes runs of one row with other settings
-    results_dir=None, # Folder of records; `results_root()` if `None`
-) -> Path: # The copy in the folder of records
+    results_dir=None, # Folder of records; `results_root()` if `None`; `False` keeps the record in the run's folder alone
+) -> Path: # The copy in the folder of records, or the run's own
     "Write `result.json` and its copy; `ValueError` for a broken schema (nothing written) or a name taken by other settings (no copy)"
     name = dict(row=row, corpus=corpus, preset=preset, objective=objective, seed=seed, variant=variant)
     rec = check_result({**name, 'metrics': metrics, 'settings': settings, 'provenance': provenance})
     text = json.dumps(_plain({**rec, 'metrics': {k: metric(**m) for k,m in metrics.items()}}), indent=1, sort_keys=True) + '\n'
-    atomic_write((run.path if isinstance(run, Run) else Path(run))/'result.json', text)
+    own = atomic_write((run.path if isinstance(run, Run) else Path(run))/'result.json', text)
+    if results_dir is False: return own
     path = result_path(**name, settings=settings, results_dir=results_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_write(path, text)

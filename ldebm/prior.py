@@ -6,9 +6,10 @@
 __all__ = ['DiagGaussian', 'free_bits', 'StandardNormal', 'PriorCfg', 'DiffusionEBM', 'published_step', 'chain_from', 'sample',
            'flat_variances', 'base_kl', 'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms',
            'contrast', 'frozen', 'consistent_terms', 'published_terms', 'symbol_logits', 'MixtureEnergy', 'log_z', 'kl',
-           'cluster_targets', 'match_labels', 'balance_weights', 'published_draw']
+           'energy_traces', 'plot_energy_traces', 'cluster_targets', 'match_labels', 'balance_weights',
+           'published_draw']
 
-# %% ../nbs/13_prior.ipynb #fceace24
+# %% ../nbs/13_prior.ipynb #2a17e4c4
 import math
 from dataclasses import dataclass
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
 from .energy import fast_energy
-from .langevin import mala_chain, tilt_chain
+from .langevin import mala_chain, split_rhat, tilt_chain
 
 # %% ../nbs/13_prior.ipynb #b4352371
 class DiagGaussian:
@@ -369,6 +370,38 @@ def kl(self:DiffusionEBM,
         out,least = out - self.energy(self.scale(t, z)*zs[lev], t)/self.cfg.tau + lz,torch.minimum(least, ess)
     return out,least
 DiffusionEBM.kl = kl
+
+# %% ../nbs/13_prior.ipynb #0e59f5d4
+@torch.no_grad()
+def energy_traces(self:DiffusionEBM,
+    n:int=256, # Chains
+    *,
+    gen:torch.Generator|None=None, # Source of noise
+    n_steps:int|None=None, # Updates a level; the settings' if `None`
+) -> Tensor: # `F` after each update, shape `(T, n_steps, n)`, level 0 first
+    "Sample from the top and keep `F` of every chain at every update"
+    p = next(self.energy.parameters(), torch.zeros(())); z,out = torch.randn(n, self.d, generator=gen, device=p.device, dtype=p.dtype),[]
+    for lev in reversed(range(self.T)):
+        t,tr = torch.full((n,), lev, device=p.device),[]
+        z = self.chain_from(z, t, n_steps=n_steps, gen=gen, on_step=lambda i, F, **kw: tr.append(F.clone()))/self.scale(t, z)
+        out.append(torch.stack(tr))
+    return torch.stack(out[::-1])
+DiffusionEBM.energy_traces = energy_traces
+
+# %% ../nbs/13_prior.ipynb #ecd7bd51
+def plot_energy_traces(
+    traces:Tensor, # From `energy_traces`, `(T, n_steps, n)`
+):
+    "Mean and middle 80 % of `F` along the chains, one panel a level, top level first; titles carry R-hat"
+    import matplotlib.pyplot as plt
+    T,n,_ = traces.shape; tr = traces.float().cpu()
+    fig,axs = plt.subplots(1, T, figsize=(7,1.8), layout='constrained', squeeze=False)
+    for ax,lev in zip(axs[0], reversed(range(T))):
+        x = tr[lev]; lo,hi = x.quantile(torch.tensor([.1,.9]), dim=1)
+        ax.fill_between(range(1, n+1), lo, hi, alpha=.3); ax.plot(range(1, n+1), x.mean(1))
+        ax.set_title(f'level {lev}' + (f', R-hat {split_rhat(x[n//2:]):.2f}' if n >= 8 else ''), fontsize=7); ax.tick_params(labelsize=6); ax.set_xlabel('update', fontsize=7)
+    axs[0,0].set_ylabel('F (high is likely)', fontsize=7)
+    return axs[0]
 
 # %% ../nbs/13_prior.ipynb #4d9c1896
 def cluster_targets(

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'TextJob', 'TextSettings', 'choose', 'parse_settings', 'resolve', 'pick', 'train_cfg',
-           'text_cfg', 'prior_cfg', 'build_model', 'TextTask', 'job_name', 'open_job', 'record_settings', 'evaluate',
-           'save_model', 'load_model', 'metrics_table', 'plot_latents', 'save_figure']
+           'text_cfg', 'prior_cfg', 'build_model', 'TextTask', 'corpus_name', 'job_name', 'record_name',
+           'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line',
+           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure']
 
-# %% ../nbs/60_text_job.ipynb #7c1a1610
-import json, math, shlex
+# %% ../nbs/60_text_job.ipynb #d98a66f5
+import difflib, hashlib, json, math, re, shlex, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import Run, atomic_write, check_params, make_gen, metric, pick_device, progress, save_tensors, set_threads
+from .core import Run, atomic_write, check_params, load_tensors, make_gen, metric, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
 from .data import load_grammar
 from .energy import EnergyNet
 from .prior import DiffusionEBM, PriorCfg, StandardNormal, balance_weights, cluster_targets, published_draw
 from .schedule import SCHEDULES, make_schedule
-from .text import Corpus, batches, load_corpus
+from .text import CORPORA, Corpus, Vocab, batches, load_corpus
 from .text_metrics import (active_symbols, active_units, ami, bleu, distinct_n, grammar_scores, homogeneity, mean_interval, memorised_share,
                                 mutual_information, self_bleu, unique_share, unseen_share, wkl)
 from .text_vae import TextCfg, TextModel, reconstruct, sample_sentences, strip
@@ -43,7 +44,7 @@ class TextJob:
     variant:str='' # Tag of a record with other settings than the row's
     resume:bool=True # Continue a run found in `out`; otherwise start it afresh
 
-# %% ../nbs/60_text_job.ipynb #51a8559c
+# %% ../nbs/60_text_job.ipynb #26f7546c
 @dataclass(frozen=True)
 class TextSettings:
     "Every number that shapes a run; the defaults are the published PTB ones"
@@ -72,7 +73,8 @@ class TextSettings:
     floor:float=.1 # Free nats a latent dimension; `published`: threshold of its entropy mask
     levels:str='one' # Levels a sample trains in one step: `one` or `all`
     w_kl:float=1. # Weight of the latent terms
-    enc_share:float=1. # Share of the energy's gradient that the encoder gets
+    w_ebm:float=1. # `consistent`: weight of the energy's own learning, relative to the symbols'
+    enc_share:float=0. # Share of the energy's gradient that the encoder gets
     kl_warmup:float=.3 # Share of training over which that weight rises from a tenth
     w_mi:float=.05 # Weight of the information bottleneck
     w_cls:float=.05 # Weight of geometric clustering; 0 switches it off
@@ -93,22 +95,21 @@ class TextSettings:
     def _repr_markdown_(self):
         return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
 
-# %% ../nbs/60_text_job.ipynb #cfc6f9d0
+# %% ../nbs/60_text_job.ipynb #55e9343c
 PRESETS = dict(
     quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=10, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
-               lr=4e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24),
-    small=dict(embed=256, hidden=256, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=5e-4, clip=5., warmdown=.5, n_samples=40_000),
+               lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24),
+    small=dict(embed=256, hidden=256, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=40_000),
     paper=dict(steps=60*328))
 OBJECTIVES = dict(
-    consistent=dict(),
-    published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1.,
-                   w_kl=.1, kl_warmup=0., w_sym=0.))
+    consistent=dict(floor=.6, w_ebm=.1, enc_share=0., w_cls=1., cls_warmup=.5, w_sym=1., cluster_dims=4),
+    published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1., mala=False,
+                   w_kl=.1, enc_share=1., kl_warmup=0., w_mi=.05, w_cls=.05, w_sym=0., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=10., warmdown=0.))
 ROWS = {'ldebm': dict(), 'ldebm-no-gc': dict(w_cls=0.), 'vae': dict(prior='normal'), 'rnn-lm': dict(prior='none', d=0)}
 
-# %% ../nbs/60_text_job.ipynb #c2434e2a
+# %% ../nbs/60_text_job.ipynb #77f0e769
 def choose(kind:str, name:str, known) -> None:
     "`ValueError` naming what is known when `name` is not"
-    import difflib
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=.5)
         raise ValueError(f'unknown {kind} {name!r}' + (f'; did you mean {near[0]!r}?' if near else '') + f' Known: {", ".join(known)}')
@@ -168,7 +169,7 @@ def build_model(
         prior = DiffusionEBM(make_schedule(s.schedule, s.T), energy, prior_cfg(s, objective))
     return TextModel(len(vocab), text_cfg(s), prior, bos=vocab.bos, eos=vocab.eos, gen=make_gen(seed, 'text'))
 
-# %% ../nbs/60_text_job.ipynb #c85b7ac1
+# %% ../nbs/60_text_job.ipynb #da7148f1
 class TextTask:
     "A text model, its corpus and its objective, as `ldebm.train.fit` wants them"
     def __init__(self,
@@ -192,7 +193,7 @@ class TextTask:
         if s.prior == 'none': return dict(nll=1.)
         if s.prior == 'normal': return dict(nll=1., kl=kl)
         latent = ('entropy','gauss') if self.objective == 'published' else ('kl',)
-        w = dict(nll=1., **{k: kl for k in latent}, ebm_enc=kl*s.enc_share, ebm=1. if self.objective == 'consistent' else kl, mi=-s.w_mi)
+        w = dict(nll=1., **{k: kl for k in latent}, ebm_enc=kl*s.enc_share, ebm=s.w_ebm if self.objective == 'consistent' else kl, mi=-s.w_mi)
         if self.clustered: w['cls'] = s.w_cls*linear_warmup(step/steps, s.cls_warmup)
         if self.objective == 'consistent': w['sym'] = s.w_sym
         return w
@@ -245,12 +246,20 @@ class TextTask:
         "Validation metrics, with the same noise every time"
         return {k: v.mean() for k,v in self.likelihood_terms('valid', make_gen(self.seed, 'validate', device=self.device)).items()}
 
-# %% ../nbs/60_text_job.ipynb #4d9d05e2
+# %% ../nbs/60_text_job.ipynb #add92ed9
+def corpus_name(job:TextJob) -> str:
+    "Name of the corpus in records: the stem of a user's file"
+    return job.corpus if job.corpus in CORPORA else re.sub(r'[^A-Za-z0-9_.]+', '-', Path(job.corpus).stem)
 def job_name(job:TextJob) -> str:
     "Name of a run, and of its record"
-    return f'{job.row}{"+"+job.variant if job.variant else ""}-{Path(job.corpus).name}-{job.preset}-{job.objective}-s{job.seed}'
+    return f'{job.row}{"+"+job.variant if job.variant else ""}-{corpus_name(job)}-{job.preset}-{job.objective}-s{job.seed}'
+def record_name(job:TextJob) -> dict: return dict(row=job.row, corpus=corpus_name(job), preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant)
+def record_settings(job:TextJob, s:TextSettings) -> dict:
+    "What identifies a run: names, seed, every setting, and the content of a user's file"
+    extra = {} if job.corpus in CORPORA else dict(corpus_sha256=hashlib.sha256(Path(job.corpus).read_bytes()).hexdigest())
+    return dict(record_name(job), **asdict(s), **extra)
 
-# %% ../nbs/60_text_job.ipynb #83997a94
+# %% ../nbs/60_text_job.ipynb #6497582d
 def open_job(
     job:TextJob, # Parameters
 ) -> tuple[Run,TextTask,torch.device]: # Folder, task and device
@@ -258,13 +267,12 @@ def open_job(
     s,device = resolve(job),pick_device(job.device)
     if job.threads < 0: raise ValueError(f'threads must be 0 or more, got {job.threads}')
     corpus = load_corpus(job.corpus, max_len=s.max_len, vocab_size=s.vocab_size)
+    settings = record_settings(job, s)
+    if job.results: result_path(**record_name(job), settings=settings, results_dir=job.results)
     set_threads(job.threads or None)
     task = TextTask(corpus, s, job.objective, job.seed)
-    run = Run(job.out or f'runs/{job_name(job)}', record_settings(job, s), resume=job.resume)
+    run = Run(job.out or f'runs/{job_name(job)}', settings, resume=job.resume)
     return run,task,device
-def record_settings(job:TextJob, s:TextSettings) -> dict:
-    "What identifies a run: names, seed and every setting"
-    return dict(row=job.row, corpus=job.corpus, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, **asdict(s))
 
 # %% ../nbs/60_text_job.ipynb #6268e519
 @torch.no_grad()
@@ -316,20 +324,61 @@ def save_model(run:Run, task:TextTask) -> None:
     atomic_write(run.file('config.json'), json.dumps(dict(kind='text', objective=task.objective, corpus=task.corpus.name, settings=asdict(task.s), vocab=task.corpus.vocab.itos), indent=1))
     save_tensors(run.file('model.safetensors'), task.model.state_dict(), dict(kind='text'))
 
-# %% ../nbs/60_text_job.ipynb #51591824
+# %% ../nbs/60_text_job.ipynb #d373ac70
 def load_model(
     folder:str|Path, # Run folder with `model.safetensors` and `config.json`
     device='cpu', # Where to put it
 ): # `(TextModel, Vocab)`, in eval mode
     "A trained text model; `FileNotFoundError` naming the missing file"
-    from ldebm.core import load_tensors
-    from ldebm.text import Vocab
     path = Path(folder)/'config.json'
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist: {folder} is not the folder of a finished run')
     cfg = json.loads(path.read_text()); vocab = Vocab(cfg['vocab'])
     model = build_model(check_params(TextSettings, cfg['settings']), cfg['objective'], vocab, 0)
     model.load_state_dict(load_tensors(Path(folder)/'model.safetensors')[0])
     return model.to(device).eval(), vocab
+
+# %% ../nbs/60_text_job.ipynb #cf9b5cef
+def finish(
+    run:Run, task:TextTask, job:TextJob,
+    metrics:dict, # From `evaluate`
+    artefacts:dict, # From `evaluate`
+    seconds:float, # Work so far, over all sittings, evaluation included
+    throughput:float|None=None, # Sentences a second in training
+) -> Path: # The record
+    "Write `samples.txt`, `reconstructions.txt`, the model and `result.json`"
+    atomic_write(run.file('samples.txt'), ''.join(' '.join(x)+'\n' for x in artefacts['samples']))
+    if 'reconstructions' in artefacts:
+        atomic_write(run.file('reconstructions.txt'), ''.join(f'{" ".join(a)}\n{" ".join(b)}\n\n' for a,b in artefacts['reconstructions']))
+    save_model(run, task)
+    return write_result(run, **record_name(job), metrics=metrics, settings=run.settings, provenance=provenance(time.time()-seconds, throughput), results_dir=job.results or False)
+
+# %% ../nbs/60_text_job.ipynb #d62eb321
+def epoch_line(o:dict) -> str:
+    "One line about an epoch, for the log"
+    names = [k for k in ('nll','recon_nll','kl_base','base_bound','kl','neg_elbo') if k in o]
+    return f'epoch {o["epoch"]+1}, step {o["step"]}, {o["minutes"]:.1f} min: ' + ', '.join(f'{k} {o[k]:.2f}' for k in names) + ('  (best so far)' if o['best_step'] == o['step'] else '')
+
+# %% ../nbs/60_text_job.ipynb #d33ec8b6
+def sentence_table(
+    rows:list, # Lists of words, or tuples of them
+    header:tuple, # Column names
+) -> str: # Markdown
+    "Sentences side by side"
+    cell = lambda x: (x if isinstance(x, str) else ' '.join(x)).replace('|', '\\|').replace('<', '&lt;') or '(empty)'
+    return '\n'.join(['| '+' | '.join(header)+' |', '|'+'---|'*len(header)] + ['| '+' | '.join(cell(x) for x in (r if isinstance(r, tuple) else (r,)))+' |' for r in rows])
+
+# %% ../nbs/60_text_job.ipynb #a1a909f2
+def samples_by_symbol(
+    task:TextTask,
+    n:int=3, # Sentences for each symbol
+    gen:torch.Generator|None=None, # Source of noise
+    most:int=20, # Symbols shown
+) -> list: # `(symbol, sentence)` pairs
+    "Sentences drawn given each symbol"
+    v,out = task.corpus.vocab,[]
+    for y in range(min(task.s.n_symbols, most)):
+        out += [(str(y), v.decode(x)) for x in sample_sentences(task.model, n, y=y, gen=gen, max_len=task.s.max_len)]
+    return out
 
 # %% ../nbs/60_text_job.ipynb #8af7aebf
 def metrics_table(
