@@ -371,46 +371,49 @@ def kl(self:DiffusionEBM,
     return out,least
 DiffusionEBM.kl = kl
 
-# %% ../nbs/13_prior.ipynb #0e59f5d4
+# %% ../nbs/13_prior.ipynb #3d8e4db1
 @torch.no_grad()
 def energy_traces(self:DiffusionEBM,
-    n:int=256, # Chains
+    n:int=64, # Conditions a level
+    copies:int=4, # Chains for each condition
     *,
     gen:torch.Generator|None=None, # Source of noise
     n_steps:int|None=None, # Updates a level; the settings' if `None`
-) -> Tensor: # `F` after each update, shape `(T, n_steps, n)`, level 0 first
-    "Sample from the top and keep `F` of every chain at every update"
+) -> Tensor: # `F` after each update, shape `(T, n_steps, copies, n)`, level 0 first
+    "Sample from the top, several chains from each condition, and keep `F` at every update; one chain of each goes on to the next level"
     p = next(self.energy.parameters(), torch.zeros(())); z,out = torch.randn(n, self.d, generator=gen, device=p.device, dtype=p.dtype),[]
     for lev in reversed(range(self.T)):
-        t,tr = torch.full((n,), lev, device=p.device),[]
-        z = self.chain_from(z, t, n_steps=n_steps, gen=gen, on_step=lambda i, F, **kw: tr.append(F.clone()))/self.scale(t, z)
+        t,tr = torch.full((n*copies,), lev, device=p.device),[]
+        y = self.chain_from(z.repeat(copies, 1), t, n_steps=n_steps, gen=gen, on_step=lambda i, F, **kw: tr.append(F.view(copies, n).clone()))
+        z = (y/self.scale(t, y))[:n]
         out.append(torch.stack(tr))
     return torch.stack(out[::-1])
 DiffusionEBM.energy_traces = energy_traces
 
-# %% ../nbs/13_prior.ipynb #ecd7bd51
+# %% ../nbs/13_prior.ipynb #cbd1dc65
 def plot_energy_traces(
-    traces:Tensor, # From `energy_traces`, `(T, n_steps, n)`
+    traces:Tensor, # From `energy_traces`, `(T, n_steps, copies, n)`
 ):
-    "Mean and middle 80 % of `F` along the chains, one panel a level, top level first; titles carry R-hat"
+    "Mean and middle 80 % of `F` along the chains, top level first; titles carry the median over conditions of R-hat (second half of the chains)"
     import matplotlib.pyplot as plt
-    T,n,_ = traces.shape; tr = traces.float().cpu()
+    T,n = traces.shape[:2]; tr = traces.float().cpu()
     fig,axs = plt.subplots(1, T, figsize=(7,1.8), layout='constrained', squeeze=False)
     for ax,lev in zip(axs[0], reversed(range(T))):
-        x = tr[lev]; lo,hi = x.quantile(torch.tensor([.1,.9]), dim=1)
+        x = tr[lev].flatten(1); lo,hi = x.quantile(torch.tensor([.1,.9]), dim=1)
         ax.fill_between(range(1, n+1), lo, hi, alpha=.3); ax.plot(range(1, n+1), x.mean(1))
-        ax.set_title(f'level {lev}' + (f', R-hat {split_rhat(x[n//2:]):.2f}' if n >= 8 else ''), fontsize=7); ax.tick_params(labelsize=6); ax.set_xlabel('update', fontsize=7)
+        r = torch.tensor([split_rhat(tr[lev,n//2:,:,k]) for k in range(tr.shape[3])]).median() if n >= 8 else None
+        ax.set_title(f'level {lev}' + ('' if r is None else f', R-hat {r:.2f}'), fontsize=7); ax.tick_params(labelsize=6); ax.set_xlabel('update', fontsize=7)
     axs[0,0].set_ylabel('F (high is likely)', fontsize=7)
     return axs[0]
 
-# %% ../nbs/13_prior.ipynb #4d9c1896
+# %% ../nbs/13_prior.ipynb #81f2f2ea
 def cluster_targets(
     means:Tensor, # Posterior means, shape `(N, d)`
     K:int, # Number of clusters
     *,
     dims:int=3, # Dimensions kept after whitening
     gen:torch.Generator|None=None, # Seeds k-means
-    previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: cluster numbers are matched to them
+    previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
 ) -> Tensor: # Labels, shape `(N,)`, long
     "PCA whitening, unit sphere, k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
@@ -419,8 +422,10 @@ def cluster_targets(
     x = means.detach().double().cpu().numpy(); dims = min(dims, x.shape[1], len(x))
     x = PCA(dims, whiten=True, svd_solver='full').fit_transform(x)
     x /= (x**2).sum(1, keepdims=True)**.5 + 1e-12
-    seed = int(torch.randint(2**31-1, (), generator=gen))
-    labels = torch.from_numpy(KMeans(K, n_init=1, max_iter=20, random_state=seed).fit_predict(x)).long()
+    seed,init = int(torch.randint(2**31-1, (), generator=gen)),'k-means++'
+    if previous is not None and len(previous.unique()) == K:
+        init = torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
+    labels = torch.from_numpy(KMeans(K, init=init, n_init=1, max_iter=20, random_state=seed).fit_predict(x)).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)
 
 # %% ../nbs/13_prior.ipynb #bfd0d55d

@@ -6,10 +6,10 @@
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'TextJob', 'TextSettings', 'choose', 'parse_settings', 'resolve', 'pick', 'train_cfg',
            'text_cfg', 'prior_cfg', 'build_model', 'TextTask', 'corpus_name', 'job_name', 'record_name',
            'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line',
-           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure']
+           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure', 'spread', 'run_table']
 
-# %% ../nbs/60_text_job.ipynb #d98a66f5
-import difflib, hashlib, json, math, re, shlex, time
+# %% ../nbs/60_text_job.ipynb #9c52a1ae
+import difflib, hashlib, json, math, re, shlex, statistics, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
@@ -44,7 +44,7 @@ class TextJob:
     variant:str='' # Tag of a record with other settings than the row's
     resume:bool=True # Continue a run found in `out`; otherwise start it afresh
 
-# %% ../nbs/60_text_job.ipynb #26f7546c
+# %% ../nbs/60_text_job.ipynb #5f378d8c
 @dataclass(frozen=True)
 class TextSettings:
     "Every number that shapes a run; the defaults are the published PTB ones"
@@ -53,6 +53,7 @@ class TextSettings:
     hidden:int=512 # GRU units
     d:int=40 # Latent dimension
     dropout:float=.3 # On decoder inputs and outputs
+    word_dropout:float=0. # Share of its input words the decoder does not see in training
     packed:bool=True # Encoder stops at the end of each sentence
     bucket:bool=True # Batches of similar length; otherwise all padded to `max_len`
     max_len:int=40 # Longest sentence with its two tags
@@ -78,7 +79,7 @@ class TextSettings:
     kl_warmup:float=.3 # Share of training over which that weight rises from a tenth
     w_mi:float=.05 # Weight of the information bottleneck
     w_cls:float=.05 # Weight of geometric clustering; 0 switches it off
-    cls_warmup:float=0. # Share of training over which that weight rises from 0, so that the first clusters, of an untrained encoder, count little
+    cls_start:float=0. # Share of training before clustering begins: clusters of an untrained encoder only know the first word
     w_sym:float=.05 # Weight that teaches every level the symbols
     cluster_dims:int=3 # Dimensions kept by the whitening before k-means
     batch:int=128 # Sentences a step
@@ -91,18 +92,19 @@ class TextSettings:
     mixed_precision:str='no' # `no`, `bf16` or `fp16`
     accumulate:int=1 # Batches summed into one step
     checkpoint_every:int=200 # Steps between checkpoints
+    w_bow:float=0. # Weight of predicting the words of a sentence, in no order, from its latent
     n_samples:int=46_000 # Sentences generated for the metrics
     def _repr_markdown_(self):
         return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
 
-# %% ../nbs/60_text_job.ipynb #55e9343c
+# %% ../nbs/60_text_job.ipynb #efe4cb73
 PRESETS = dict(
     quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=10, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
                lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24),
     small=dict(embed=256, hidden=256, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=40_000),
     paper=dict(steps=60*328))
 OBJECTIVES = dict(
-    consistent=dict(floor=.6, w_ebm=.1, enc_share=0., w_cls=1., cls_warmup=.5, w_sym=1., cluster_dims=4),
+    consistent=dict(floor=.6, w_ebm=.1, enc_share=0., w_cls=1., cls_start=.4, w_sym=1., cluster_dims=4),
     published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1., mala=False,
                    w_kl=.1, enc_share=1., kl_warmup=0., w_mi=.05, w_cls=.05, w_sym=0., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=10., warmdown=0.))
 ROWS = {'ldebm': dict(), 'ldebm-no-gc': dict(w_cls=0.), 'vae': dict(prior='normal'), 'rnn-lm': dict(prior='none', d=0)}
@@ -131,7 +133,7 @@ def parse_settings(
         except ValueError: raise ValueError(f'setting {k}={v!r} must be {t.__name__}') from None
     return out
 
-# %% ../nbs/60_text_job.ipynb #da391f3d
+# %% ../nbs/60_text_job.ipynb #b1c7390e
 def resolve(
     job:TextJob, # Parameters
 ) -> TextSettings: # Every number of the run
@@ -151,7 +153,7 @@ def resolve(
     return s
 def pick(cls, s, **kw): return cls(**{f.name: getattr(s, f.name) for f in fields(cls) if hasattr(s, f.name) and f.name not in kw}, **kw)
 def train_cfg(s:TextSettings) -> TrainCfg: return pick(TrainCfg, s)
-def text_cfg(s:TextSettings) -> TextCfg: return pick(TextCfg, s)
+def text_cfg(s:TextSettings) -> TextCfg: return pick(TextCfg, s, init=.1, bow=s.w_bow > 0 and s.d > 0)
 def prior_cfg(s:TextSettings, objective:str) -> PriorCfg: return pick(PriorCfg, s, objective=objective, n_steps=s.langevin_steps)
 
 # %% ../nbs/60_text_job.ipynb #58217873
@@ -169,7 +171,7 @@ def build_model(
         prior = DiffusionEBM(make_schedule(s.schedule, s.T), energy, prior_cfg(s, objective))
     return TextModel(len(vocab), text_cfg(s), prior, bos=vocab.bos, eos=vocab.eos, gen=make_gen(seed, 'text'))
 
-# %% ../nbs/60_text_job.ipynb #da7148f1
+# %% ../nbs/60_text_job.ipynb #f084efd2
 class TextTask:
     "A text model, its corpus and its objective, as `ldebm.train.fit` wants them"
     def __init__(self,
@@ -191,10 +193,11 @@ class TextTask:
         "Weight of each term at a step"
         s = self.s; kl = s.w_kl*linear_warmup(step/steps, s.kl_warmup, .1)
         if s.prior == 'none': return dict(nll=1.)
-        if s.prior == 'normal': return dict(nll=1., kl=kl)
+        bow = dict(bow=s.w_bow) if s.w_bow else {}
+        if s.prior == 'normal': return dict(nll=1., kl=kl, **bow)
         latent = ('entropy','gauss') if self.objective == 'published' else ('kl',)
-        w = dict(nll=1., **{k: kl for k in latent}, ebm_enc=kl*s.enc_share, ebm=s.w_ebm if self.objective == 'consistent' else kl, mi=-s.w_mi)
-        if self.clustered: w['cls'] = s.w_cls*linear_warmup(step/steps, s.cls_warmup)
+        w = dict(nll=1., **{k: kl for k in latent}, ebm_enc=kl*s.enc_share, ebm=s.w_ebm if self.objective == 'consistent' else kl, mi=-s.w_mi, **bow)
+        if self.clustered: w['cls'] = s.w_cls*(step >= s.cls_start*steps)
         if self.objective == 'consistent': w['sym'] = s.w_sym
         return w
     def start_epoch(self, epoch, state, gen) -> dict|None:
@@ -414,3 +417,35 @@ def save_figure(run:Run, name:str, ax) -> None:
     "Save the figure that `ax` belongs to under `figures/`"
     run.file('figures').mkdir(exist_ok=True)
     ax.figure.savefig(run.file(f'figures/{name}.png'), dpi=110)
+
+# %% ../nbs/60_text_job.ipynb #0bb6cad7
+def spread(values:list, digits:int=2) -> str:
+    "One value, or mean ± standard deviation over seeds"
+    if not values: return 'pending'
+    m = f'{statistics.fmean(values):.{digits}f}'
+    return m if len(values) == 1 else f'{m} ± {statistics.stdev(values):.{digits}f}'
+
+# %% ../nbs/60_text_job.ipynb #6e90c435
+def run_table(
+    records:list, # From `ldebm.core.load_results`
+    corpus:str, # Corpus shown
+    preset:str, # Preset shown
+    rows:list, # `(row, objective)` pairs, or `(row, objective, title)`
+    metrics:dict, # Metric -> digits
+    paper:dict|None=None, # Row -> its published figures by metric
+) -> str: # Markdown
+    "Runs as rows, metrics as columns, mean ± sd over seeds, run time and machine"
+    out = ['| system | objective | source | '+' | '.join(metrics)+' | seeds | minutes | on |', '|---|---|---|'+'---|'*(len(metrics)+3)]
+    for row,objective,*title in rows:
+        name = title[0] if title else row
+        if paper and row in paper:
+            cells = ['–' if paper[row].get(k) is None else f'{paper[row][k]:g}' for k in metrics]
+            out.append(f'| {name} | published | paper | '+' | '.join(cells)+' | | | |')
+        found = [r for r in records if (r['row'],r['corpus'],r['preset'],r['objective'],r.get('variant', '')) == (row,corpus,preset,objective,'')]
+        cells = []
+        for k,digits in metrics.items():
+            v = [r['metrics'][k]['value'] for r in found if k in r['metrics']]
+            cells.append(spread([x for x in v if x is not None], digits) if v or not found else '–')
+        where = sorted({f"{r['provenance']['device']}, {r['provenance']['threads']} threads" for r in found})
+        out.append(f'| {name} | {objective} | ours, `{preset}` | '+' | '.join(cells)+f" | {len(found)} | {spread([r['provenance']['minutes'] for r in found], 1) if found else ''} | {'; '.join(where)} |")
+    return '\n'.join(out)

@@ -1,0 +1,422 @@
+"The sampler's law: what finite chains draw, level by level, is what algebra says, under both objectives and both references"
+import math
+
+import pytest
+import torch
+from ldebm.energy import EnergyNet, QuadraticEnergy, fast_energy
+from ldebm.langevin import linear_chain_moments, mala_chain, tilt_chain
+from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances
+from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, published_schedule
+from torch import nn
+from torch.testing import assert_close
+
+F64 = torch.float64
+SE = 5  # standard errors allowed
+
+
+def gen(seed): return torch.Generator().manual_seed(seed)
+
+
+def zero(T, d): return QuadraticEnergy(torch.zeros(T, d, d, dtype=F64), torch.zeros(T, d, dtype=F64))
+
+
+def quadratic(T, d, seed, lo=.1, hi=1., centre=1.):
+    "Symmetric positive matrices with eigenvalues in [lo, hi] and any axes, and centres"
+    g = gen(seed)
+    Q = torch.linalg.qr(torch.randn(T, d, d, generator=g, dtype=F64))[0]
+    A = Q@torch.diag_embed(lo+(hi-lo)*torch.rand(T, d, generator=g, dtype=F64))@Q.mT
+    return QuadraticEnergy((A+A.mT)/2, centre*torch.randn(T, d, generator=g, dtype=F64))
+
+
+def check_moments(x, mean, cov, what=""):
+    "Sample mean and every entry of the covariance, against theirs"
+    n = len(x)
+    z = (x.mean(0)-mean).abs()/(cov.diagonal()/n).sqrt()
+    assert z.max() < SE, f"{what}: mean {x.mean(0).tolist()} is {z.max():.1f} standard errors from {mean.tolist()}"
+    se = ((torch.outer(cov.diagonal(), cov.diagonal())+cov**2)/n).sqrt()
+    z = (x.T.cov().reshape(cov.shape)-cov).abs()/se
+    assert z.max() < SE, f"{what}: covariance {x.T.cov().tolist()} is {z.max():.1f} standard errors from {cov.tolist()}"
+
+
+def check_gaussian(x, what=""):
+    "Third and fourth moments of standardised coordinates"
+    u = (x-x.mean(0))/x.std(0)
+    for power, want, var in ((3, 0., 6.), (4, 3., 24.)):   # large-sample variances of skewness and kurtosis of a Gaussian
+        z = ((u**power).mean(0)-want).abs()/(var/len(x))**.5
+        assert z.max() < SE, f"{what}: moment {power} of the standardised sample is {z.max():.1f} standard errors from a Gaussian's"
+
+
+def recursion(M, b, kappa2, mean, cov, n):
+    "Moments after `n` steps of `y <- M y + b + sqrt(kappa2) eps`, iterated rather than summed"
+    for _ in range(n): mean, cov = M@mean+b, M@cov@M.T+kappa2*torch.eye(len(b), dtype=F64)
+    return mean, cov
+
+
+def model(energy, objective="consistent", reference="gaussian", **kw):
+    T = energy.n_levels
+    if objective == "published": return DiffusionEBM(published_schedule(T), energy, PriorCfg(objective="published", reference="flat", mala=False, **kw))
+    return DiffusionEBM(consistent_schedule(T), energy, PriorCfg(reference=reference, **kw))
+
+
+# -- one level, a finite number of steps
+
+@pytest.mark.parametrize("T,d,K", [(6, 3, 50), (2, 2, 9), (1, 4, 50)])
+def test_published_chain_at_each_level(T, d, K):
+    n, qe = 12_000, quadratic(T, d, 10*T+d)
+    p = model(qe, "published", n_steps=K)
+    z = torch.randn(T, d, generator=gen(1), dtype=F64)
+    t = torch.arange(T).repeat_interleave(n)
+    y = p.chain_from(z[t], t, gen=gen(2))
+    s, eye = p.schedule, torch.eye(d, dtype=F64)
+    for lev in range(T):
+        sigma2 = (1-s.a[lev+1]**2).item()
+        s2 = 2e-3*sigma2*(1-s.a[:lev+1].prod()**2).sqrt().item()/(1-s.a[0]**2).sqrt().item()
+        A, c, m = qe.A[lev].detach(), qe.c[lev].detach(), torch.zeros(d, dtype=F64) if lev == T-1 else z[lev]
+        # y + s^2/2 (grad F/s^2 - (y-m)/sigma^2) + s eps: the temperature of the published chain is its own squared step
+        M, b = eye-.5*A-.5*s2/sigma2*eye, .5*A@c+.5*s2/sigma2*m
+        check_moments(y[t == lev], *recursion(M, b, s2, z[lev], torch.zeros(d, d, dtype=F64), K), f"level {lev} of {T}")
+
+
+@pytest.mark.parametrize("K", [1, 3, 50])
+def test_published_chain_against_the_geometric_sum(K):
+    "One dimension, so that the closed form of a linear chain applies as it stands"
+    T, n, A, c, z = 6, 12_000, .3, -.8, 1.3
+    qe = QuadraticEnergy(torch.full((T, 1, 1), A, dtype=F64), torch.full((T, 1), c, dtype=F64))
+    p = model(qe, "published", n_steps=K)
+    t = torch.arange(T).repeat_interleave(n)
+    y = p.chain_from(torch.full((len(t), 1), z, dtype=F64), t, gen=gen(K))
+    for lev in range(T):
+        v = (p.schedule.sigma[lev+1]**2).item()
+        s2 = (p.schedule.sbar[lev]/p.schedule.sbar[0]).item()*2e-3*v
+        m = 0. if lev == T-1 else z
+        mean, var = linear_chain_moments(1-.5*A-.5*s2/v, .5*A*c+.5*s2*m/v, s2**.5, z, 0., K)
+        check_moments(y[t == lev], torch.tensor([mean], dtype=F64), torch.tensor([[var]], dtype=F64), f"level {lev}")
+
+
+@pytest.mark.parametrize("reference", ["gaussian", "flat"])
+@pytest.mark.parametrize("T,K,rho,tau", [(6, 5, .8, 1.), (2, 1, 0., .7), (1, 12, .9, 1.4)])
+def test_unadjusted_consistent_chain_at_each_level(reference, T, K, rho, tau):
+    n, d = 12_000, 3
+    qe = quadratic(T, d, 7*T+K)
+    p = model(qe, reference=reference, n_steps=K, rho=rho, tau=tau)
+    z = torch.randn(T, d, generator=gen(3), dtype=F64)
+    t = torch.arange(T).repeat_interleave(n)
+    y = p.chain_from(z[t], t, mala=False, gen=gen(4))
+    eye = torch.eye(d, dtype=F64)
+    for lev in range(T):
+        a, last = p.schedule.a[lev+1].item(), lev == T-1
+        v = 1. if last and reference == "gaussian" else 1-a**2
+        m = torch.zeros(d, dtype=F64) if last else z[lev]*(a if reference == "gaussian" else 1)
+        A, c = qe.A[lev].detach(), qe.c[lev].detach()
+        M, b = rho*eye-(1-rho)*v/tau*A, (1-rho)*(m+v/tau*A@c)
+        check_moments(y[t == lev], *recursion(M, b, v*(1-rho**2), m, v*eye, K), f"{reference}, level {lev} of {T}")
+
+
+def test_steps_have_the_moments_of_a_longer_chain_only_when_they_should():
+    "The comparison can fail: K steps are told from K+2 by the same test"
+    qe = quadratic(1, 2, 0)
+    p = model(qe, "published", n_steps=6)
+    z = torch.full((12_000, 2), 2., dtype=F64)
+    y = p.chain_from(z, torch.zeros(12_000, dtype=torch.long), gen=gen(0))
+    A, c, s2 = qe.A[0].detach(), qe.c[0].detach(), 2e-3*(p.schedule.sigma[1]**2).item()
+    M, b = torch.eye(2, dtype=F64)*(1-1e-3)-.5*A, .5*A@c
+    def moments(k): return recursion(M, b, s2, z[0], torch.zeros(2, 2, dtype=F64), k)
+    check_moments(y, *moments(6))
+    with pytest.raises(AssertionError): check_moments(y, *moments(8))
+
+
+# -- no energy
+
+@pytest.mark.parametrize("mala", [False, True])
+@pytest.mark.parametrize("n_steps", [0, 1, 7])
+@pytest.mark.parametrize("make", [consistent_schedule, cosine_schedule])
+def test_zero_energy_is_standard_normal_at_every_level(make, n_steps, mala):
+    "Any number of steps, with or without a Metropolis test; neighbouring levels are as correlated as the diffusion makes them"
+    n, d = 12_000, 3
+    for T in (1, 2, 6):
+        s = make(T)
+        zs = DiffusionEBM(s, zero(T, d), PriorCfg()).sample(n, gen=gen(T+100*n_steps+mala), n_steps=n_steps, mala=mala, path=True)
+        assert zs.shape == (T+1, n, d)
+        for lev, x in enumerate(zs):
+            check_moments(x, torch.zeros(d, dtype=F64), torch.eye(d, dtype=F64), f"level {lev} of {T}")
+            check_gaussian(x, f"level {lev} of {T}")
+        for lev in range(T):   # the top level does not look at what lies above it
+            a = 0. if lev == T-1 else s.a[lev+1].item()
+            both = torch.stack([zs[lev][:, 0], zs[lev+1][:, 0]], 1)
+            check_moments(both, torch.zeros(2, dtype=F64), torch.tensor([[1., a], [a, 1.]], dtype=F64), f"levels {lev} and {lev+1} of {T}")
+
+
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_zero_energy_under_the_flat_reference(T):
+    n, d, s = 12_000, 2, consistent_schedule(T)
+    want = [1-s.a[-1].item()**2]
+    for t in reversed(range(T-1)): want.insert(0, (want[0]+1-s.a[t+1].item()**2)/s.a[t+1].item()**2)
+    assert_close(flat_variances(s), torch.tensor(want, dtype=F64))
+    if T == 6: assert abs(want[0]-24.7) < .05
+    for n_steps, mala in ((0, False), (7, False), (7, True)):
+        zs = model(zero(T, d), reference="flat").sample(n, gen=gen(T+n_steps+mala), n_steps=n_steps, mala=mala, path=True)
+        for lev in range(T): check_moments(zs[lev], torch.zeros(d, dtype=F64), want[lev]*torch.eye(d, dtype=F64), f"level {lev} of {T}")
+
+
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_zero_energy_in_the_published_sampler(T):
+    "Its short chains start where the level above left them: the law is that of the finite chain, not of the level"
+    n, d, K = 12_000, 2, 50
+    p = model(zero(T, d), "published", n_steps=K)
+    zs, s = p.sample(n, gen=gen(T), path=True), p.schedule
+    var = 1.
+    for lev in reversed(range(T)):
+        v = (s.sigma[lev+1]**2).item()
+        s2 = (s.sbar[lev]/s.sbar[0]).item()*2e-3*v
+        alpha = 1-.5*s2/v
+        noise = s2*(1-alpha**(2*K))/(1-alpha**2)
+        var = alpha**(2*K)*var+noise if lev == T-1 else (var+noise)/s.a[lev+1].item()**2
+        check_moments(zs[lev], torch.zeros(d, dtype=F64), var*torch.eye(d, dtype=F64), f"level {lev} of {T}")
+
+
+# -- quadratic energies, all levels in a row
+
+@pytest.mark.parametrize("reference", ["gaussian", "flat"])
+@pytest.mark.parametrize("T,tau", [(1, 1.), (2, 1.6), (6, 1.)])
+def test_every_level_with_a_metropolis_test(reference, T, tau):
+    n, d = 12_000, 2
+    qe = quadratic(T, d, T+3, lo=.3, hi=1.5)
+    p = model(qe, reference=reference, rho=.4, tau=tau)
+    zs = p.sample(n, gen=gen(T), n_steps=30, mala=True, path=True)
+    mean, cov, eye = torch.zeros(d, dtype=F64), torch.eye(d, dtype=F64), torch.eye(d, dtype=F64)
+    for lev in reversed(range(T)):
+        a, last = p.schedule.a[lev+1].item(), lev == T-1
+        v = 1. if last and reference == "gaussian" else 1-a**2
+        slope = 0. if last else a if reference == "gaussian" else 1.
+        scale = a if reference == "flat" and not last else 1.
+        A, c = qe.A[lev].detach()/tau, qe.c[lev].detach()
+        S = torch.linalg.inv(A+eye/v)
+        mean, cov = S@(A@c+slope/v*mean)/scale, (S+(slope/v)**2*S@cov@S)/scale**2
+        check_moments(zs[lev], mean, cov, f"{reference}, level {lev} of {T}")
+
+
+# -- the gradient that trains
+
+@pytest.mark.parametrize("reference,T,tau", [("gaussian", 3, 1.), ("flat", 3, 1.), ("gaussian", 1, 1.), ("flat", 2, 1.7), ("gaussian", 6, .8)])
+def test_surrogate_gradient_is_the_exact_one(reference, T, tau):
+    "Encoder: of -F/tau + log Z by autograd through the closed form; energy: the same sum's derivative in A and c"
+    n, d = 6000, 2
+    qe = quadratic(T, d, 20+T, lo=.2, hi=1.)
+    p = model(qe, reference=reference, n_steps=30, rho=.4, tau=tau, levels="all")
+    z = torch.randn(n, d, generator=gen(5), dtype=F64).requires_grad_()
+    q = DiagGaussian(z.detach(), torch.zeros(n, d, dtype=F64))
+    terms = p.terms(q, z, gen(6))
+    got, = torch.autograd.grad(terms["ebm_enc"].sum(), z, retain_graph=True)
+    t = torch.arange(T).repeat_interleave(n)
+    zt, zn = diffuse_pair(p.schedule, z.repeat(T, 1), t, gen(6))   # the very pairs the terms drew
+    exact = 0.
+    for lev in range(T):
+        rows = t == lev
+        a, last = p.schedule.a[lev+1].item(), lev == T-1
+        v = 1. if last and reference == "gaussian" else 1-a**2
+        m = zn[rows]*(0. if last else a if reference == "gaussian" else 1.)
+        pos = zt[rows]*(a if reference == "flat" and not last else 1.)
+        A, c = (qe.A[lev]+qe.A[lev].T)/2/tau, qe.c[lev]
+        P, h = A+torch.eye(d, dtype=F64)/v, m/v+A@c
+        log_z = .5*(h*torch.linalg.solve(P, h.T).T).sum(-1)-.5*(m**2).sum(-1)/v-.5*c@A@c-.5*torch.logdet(v*P)
+        exact = exact+log_z+.5*((pos-c)@A*(pos-c)).sum(-1)
+    want, = torch.autograd.grad(exact.sum(), z, retain_graph=True)
+    gap = got-want
+    noise = gap.std(0)/n**.5
+    assert (gap.mean(0).abs() < SE*noise+1e-12).all() and want.mean(0).abs().max() > 5*noise.max(), (gap.mean(0), noise)
+    weighted = gap*z.detach()   # not on average alone: also along the latent itself
+    assert (weighted.mean(0).abs() < SE*weighted.std(0)/n**.5+1e-12).all()
+    def slopes(x): return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(part.mean(), [qe.A, qe.c], retain_graph=True)]) for part in x.split(n//20)])
+    gap = slopes(terms["ebm"])-slopes(exact)   # twenty independent parts give the standard error
+    assert (gap.mean(0).abs() < SE*gap.std(0)/20**.5).all(), (gap.mean(0), gap.std(0)/20**.5)
+
+
+@pytest.mark.parametrize("reference", ["gaussian", "flat"])
+def test_no_energy_no_gradient_noise(reference):
+    z = torch.randn(50, 2, generator=gen(0), dtype=F64).requires_grad_()
+    terms = model(zero(4, 2), reference=reference).terms(DiagGaussian(z, torch.zeros_like(z)), z, gen(1))
+    assert (torch.autograd.grad(terms["ebm_enc"].sum(), z)[0] == 0).all()
+
+
+@pytest.mark.parametrize("objective", ["consistent", "published"])
+def test_one_level_a_sample_is_unbiased(objective):
+    "A random level times T has the mean of all levels; `published` has no such claim, and takes one random level and the last"
+    if objective == "published":
+        net = EnergyNet(2, 3, 4, 8, 1, gen=gen(0))
+        seen = spy(p := model(net, "published", n_steps=1))
+        p.terms(DiagGaussian(torch.zeros(200, 2), torch.zeros(200, 2)), torch.zeros(200, 2), gen(0))
+        levels = seen[0]["t"]
+        assert set(levels[:200].tolist()) == {0, 1, 2} and set(levels[200:].tolist()) == {3}
+        return
+    qe, n = quadratic(4, 2, 9), 8000
+    z = torch.randn(n, 2, generator=gen(1), dtype=F64)
+    q = DiagGaussian(z, torch.zeros_like(z))
+    one, every = (model(qe, levels=k, n_steps=10, rho=.4).terms(q, z, gen(2))["ebm"].detach() for k in ("one", "all"))
+    assert (one.mean()-every.mean()).abs() < SE*((one.var()+every.var())/n)**.5
+
+
+# -- interface
+
+def spy(p):
+    "Record what `chain_from` is asked for"
+    seen, real = [], p.chain_from
+    def chain_from(z, t, **kw):
+        seen.append(dict(t=t, y=kw.get("y")))
+        return real(z, t, **kw)
+    p.chain_from = chain_from
+    return seen
+
+
+def small(objective, T, **kw): return model(EnergyNet(3, 4, T, 16, 2, gen=gen(T)), objective, n_steps=5, **kw)
+
+
+@pytest.mark.parametrize("objective", ["consistent", "published"])
+def test_one_level_only(objective):
+    "T = 1 is level 0 and the last level at once: a marginal energy model that looks at nothing above it"
+    p = small(objective, 1)
+    seen = spy(p)
+    z = torch.randn(30, 3, generator=gen(0)).requires_grad_()
+    labels = torch.arange(30) % 4
+    terms = p.terms(DiagGaussian(z, torch.zeros_like(z)), z, gen(1), labels)
+    assert {k: tuple(v.shape) for k, v in terms.items()} == dict.fromkeys(terms, (30,)) and all(v.isfinite().all() for v in terms.values())
+    sum(v.mean() for v in terms.values()).backward()
+    assert all(w.grad is not None and w.grad.isfinite().all() for w in p.energy.parameters())
+    assert [o["t"].tolist() for o in seen] == [[0]*30]
+    x = p.sample(40, gen=gen(2))
+    assert x.shape == (40, 3) and x.isfinite().all() and len(seen) == 2
+    assert p.sample(5, y=3, gen=gen(2)).isfinite().all()
+    top = torch.full((6, 3), 50.)
+    m, v = p.tilt(top, torch.zeros(6, dtype=torch.long))
+    assert (m == 0).all()
+    if objective == "consistent": assert p.kl(DiagGaussian(z, torch.zeros_like(z)), z, gen(3))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["consistent", "published"])
+@pytest.mark.parametrize("kw", [{}, {"init": .1}, {"free_head": True}], ids=["layers", "published init", "free head"])
+def test_sampling_straight_after_construction(objective, kw):
+    "In evaluation mode, before any step of training, at published size"
+    p = model(EnergyNet(40, 20, 6, gen=gen(0), **kw), objective, n_steps=3).eval()
+    z = p.sample(20, gen=gen(1))
+    assert z.isfinite().all() and z.std() > .1
+    assert p.sample(20, y=7, gen=gen(1)).isfinite().all() and p.symbol_logits(z).isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["consistent", "published"])
+def test_same_generator_same_bits(objective):
+    p = small(objective, 3)
+    torch.manual_seed(0)
+    a = p.sample(50, gen=gen(7))
+    torch.manual_seed(1)
+    b = p.sample(50, gen=gen(7))
+    assert torch.equal(a, b) and not torch.equal(a, p.sample(50, gen=gen(8)))
+    state = torch.get_rng_state()
+    p.sample(50, gen=gen(7))
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
+    z = torch.randn(20, 3, generator=gen(0))
+    q = DiagGaussian(z, torch.zeros_like(z))
+    x, y = p.terms(q, z, gen(9)), p.terms(q, z, gen(9))
+    assert all(torch.equal(x[k], y[k]) for k in x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("y", [4, -1, torch.tensor([0, 1, 4]), torch.tensor([0, -2, 3])])
+@pytest.mark.parametrize("objective", ["consistent", "published"])
+def test_symbols_out_of_range(objective, y):
+    p = small(objective, 2)
+    seen = spy(p)
+    with pytest.raises(ValueError, match=r"symbols must lie in 0\.\.3, got"): p.sample(3, y=y, gen=gen(0))
+    assert not seen
+
+
+def test_where_a_symbol_acts():
+    "At every level in `consistent`, at level 0 alone in `published`"
+    y = torch.tensor([0, 3, 1])
+    for objective in ("consistent", "published"):
+        p = small(objective, 4)
+        seen = spy(p)
+        p.sample(3, y=y, gen=gen(0))
+        assert [int(o["t"][0]) for o in seen] == [3, 2, 1, 0]
+        given = [o["y"] is not None and torch.equal(o["y"], y) for o in seen]
+        assert given == ([True]*4 if objective == "consistent" else [False]*3+[True])
+        assert all(o["y"] is None for o, g in zip(seen, given) if not g)
+    p = small("published", 4)
+    top = p.sample(20, gen=gen(1), path=True)[1:]
+    assert torch.equal(top, p.sample(20, y=2, gen=gen(1), path=True)[1:])
+
+
+def test_published_sampler_has_no_metropolis_test():
+    with pytest.raises(ValueError, match="no fixed target to correct to"): small("published", 2).sample(3, mala=True, gen=gen(0))
+    with pytest.raises(ValueError, match="has no KL"): small("published", 2).kl(DiagGaussian(torch.zeros(2, 3), torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+# -- the bound
+
+def log_normal(x, mean, var): return (-.5*(x-mean)**2/var-.5*math.log(2*math.pi*var)).sum(-1)
+
+
+@pytest.mark.parametrize("reference", ["gaussian", "flat"])
+@pytest.mark.parametrize("T,d", [(6, 40), (2, 3), (1, 5)])
+def test_base_kl_against_densities_along_paths(reference, T, d):
+    "Zero energy, every factor of the path written out; `flat` carries a Jacobian, -51 nats at published size"
+    n = 2000
+    p = model(zero(T, d), reference=reference)
+    a, mean, logvar = p.schedule.a, torch.randn(d, generator=gen(0), dtype=F64), torch.randn(d, generator=gen(1), dtype=F64)-1
+    q = DiagGaussian(mean.expand(n, d), logvar.expand(n, d))
+    z = q.rsample(gen(2))
+    zs = diffuse_path(p.schedule, z, gen(3))
+    draw, jacobian = q.log_prob(z), 0.
+    for t in range(T-1):
+        v = 1-a[t+1].item()**2
+        draw = draw+log_normal(zs[t+1], a[t+1]*zs[t], v)
+        if reference == "flat":
+            jacobian += d*a[t+1].log().item()
+            draw = draw-log_normal(a[t+1]*zs[t], zs[t+1], v)-d*a[t+1].log().item()
+        else: draw = draw-log_normal(zs[t], a[t+1]*zs[t+1], v)
+    draw = draw-log_normal(zs[T-1], 0., 1-a[-1].item()**2 if reference == "flat" else 1.)
+    want = base_kl(p, q).sum(-1)[0]
+    assert (draw.mean()-want).abs() < SE*draw.std()/n**.5+1e-9, (draw.mean(), want)
+    if reference == "flat" and T == 6:
+        assert abs(jacobian+51) < .1 and 51 > 5*draw.std()/n**.5   # leaving it out could not go unseen
+    got, ess = p.kl(q, z, gen(4), n=4)   # zero energy: log Z is 0 for any number of draws
+    assert_close(got, want.expand(n))
+    assert (ess > 3.99).all()
+
+
+# -- what goes wrong is named
+
+class Poisoned(nn.Module):
+    "An energy that is NaN from its `k`-th evaluation on"
+    n_symbols, n_levels, d = 1, 3, 2
+    def __init__(self, k):
+        super().__init__()
+        self.w, self.k, self.n = nn.Parameter(torch.ones(())), k, 0
+    def power_iterate(self, n=1): pass
+    def weights(self): return None
+    def forward(self, z, t, y=None, context=None, weights=None):
+        self.n += 1
+        return -(z**2).sum(-1)*(self.w if self.n <= self.k else float("nan"))
+
+
+@pytest.mark.parametrize("objective,mala", [("consistent", False), ("consistent", True), ("published", False)])
+@pytest.mark.parametrize("k", [0, 4, 12])
+def test_non_finite_energy_names_step_level_and_seed(objective, mala, k):
+    p = model(Poisoned(k), objective, n_steps=10)
+    with pytest.raises(FloatingPointError, match=r"Langevin step \d+ of 10 \(levels? .*seed 77") as e: p.sample(4, mala=mala, gen=gen(77))
+    assert ("2..2" if k < 10 else "1..1") in str(e.value)
+
+
+def test_refused_settings_of_a_chain():
+    fast, x = fast_energy(zero(1, 2)), torch.zeros(3, 2, dtype=F64)
+    t, v = torch.zeros(3, dtype=torch.long), torch.ones(3, 1, dtype=F64)
+    for kw, wrong in (({}, "exactly one of rho"), (dict(rho=.5, s2=v), "exactly one of rho"), (dict(rho=1.), r"rho must lie in \[0, 1\)")):
+        with pytest.raises(ValueError, match=wrong): tilt_chain(fast, x, t, x, v, 2, **kw)
+    with pytest.raises(ValueError, match="n_steps must be >= 0"): tilt_chain(fast, x, t, x, v, -1, rho=.5)
+    y, accept = mala_chain(fast, x, t, x, v, 5, rho=.5, gen=gen(0))
+    assert_close(accept, torch.ones(3, dtype=F64))   # exact for the Gaussian: nothing to correct
+    for cfg, wrong in ((dict(n_steps=-1), "n_steps must be >= 0"), (dict(rho=1.), "rho must lie"), (dict(tau=0.), "must be positive"),
+                       (dict(objective="paper"), "objective must be one of"), (dict(objective="published"), "defined with reference 'flat'")):
+        with pytest.raises(ValueError, match=wrong): PriorCfg(**cfg)
+    with pytest.raises(ValueError, match="a_0 = 1"): DiffusionEBM(published_schedule(2), zero(2, 2), PriorCfg())
+    published = PriorCfg(objective="published", reference="flat", mala=False)
+    with pytest.raises(ValueError, match="a_0 < 1"): DiffusionEBM(consistent_schedule(2), zero(2, 2), published)
+    with pytest.raises(ValueError, match="energy has 2 levels, the schedule 3"): DiffusionEBM(consistent_schedule(3), zero(2, 2))
