@@ -469,4 +469,5 @@ d = { 'settings': { 'branch': 'main',
                              'ldebm.train.linear_warmup': ('train.html#linear_warmup', 'ldebm/train.py'),
                              'ldebm.train.make_optimizer': ('train.html#make_optimizer', 'ldebm/train.py'),
                              'ldebm.train.plot_curves': ('train.html#plot_curves', 'ldebm/train.py'),
-                             'ldebm.train.train_step': ('train.html#train_step', 'ldebm/train.py')}}}
+                             'ldebm.train.train_step': ('train.html#train_step', 'ldebm/train.py'),
+                             'ldebm.train.trim_log': ('train.html#trim_log', 'ldebm/train.py')}}}

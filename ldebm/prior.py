@@ -406,12 +406,13 @@ def plot_energy_traces(
     axs[0,0].set_ylabel('F (high is likely)', fontsize=7)
     return axs[0]
 
-# %% ../nbs/13_prior.ipynb #81f2f2ea
+# %% ../nbs/13_prior.ipynb #7a1a0b94
 def cluster_targets(
     means:Tensor, # Posterior means, shape `(N, d)`
     K:int, # Number of clusters
     *,
     dims:int=3, # Dimensions kept after whitening
+    n_init:int=1, # Restarts of k-means without previous labels
     gen:torch.Generator|None=None, # Seeds k-means
     previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
 ) -> Tensor: # Labels, shape `(N,)`, long
@@ -424,8 +425,8 @@ def cluster_targets(
     x /= (x**2).sum(1, keepdims=True)**.5 + 1e-12
     seed,init = int(torch.randint(2**31-1, (), generator=gen)),'k-means++'
     if previous is not None and len(previous.unique()) == K:
-        init = torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
-    labels = torch.from_numpy(KMeans(K, init=init, n_init=1, max_iter=20, random_state=seed).fit_predict(x)).long()
+        n_init,init = 1,torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
+    labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, random_state=seed).fit_predict(x)).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)
 
 # %% ../nbs/13_prior.ipynb #bfd0d55d

@@ -97,14 +97,14 @@ class TextSettings:
     def _repr_markdown_(self):
         return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
 
-# %% ../nbs/60_text_job.ipynb #efe4cb73
+# %% ../nbs/60_text_job.ipynb #2d7d26fa
 PRESETS = dict(
-    quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=10, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
+    quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=15, floor=.3, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
                lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24),
-    small=dict(embed=256, hidden=256, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=40_000),
-    paper=dict(steps=60*328))
+    small=dict(embed=256, hidden=256, floor=.6, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=40_000),
+    paper=dict(floor=.6, steps=60*328))
 OBJECTIVES = dict(
-    consistent=dict(floor=.6, w_ebm=.1, enc_share=0., w_cls=1., cls_start=.4, w_sym=1., cluster_dims=4),
+    consistent=dict(w_ebm=.3, enc_share=0., w_bow=.5, w_cls=1., cls_start=.4, w_sym=1., cluster_dims=8),
     published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1., mala=False,
                    w_kl=.1, enc_share=1., kl_warmup=0., w_mi=.05, w_cls=.05, w_sym=0., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=10., warmdown=0.))
 ROWS = {'ldebm': dict(), 'ldebm-no-gc': dict(w_cls=0.), 'vae': dict(prior='normal'), 'rnn-lm': dict(prior='none', d=0)}
@@ -171,7 +171,7 @@ def build_model(
         prior = DiffusionEBM(make_schedule(s.schedule, s.T), energy, prior_cfg(s, objective))
     return TextModel(len(vocab), text_cfg(s), prior, bos=vocab.bos, eos=vocab.eos, gen=make_gen(seed, 'text'))
 
-# %% ../nbs/60_text_job.ipynb #f084efd2
+# %% ../nbs/60_text_job.ipynb #c4ccb550
 class TextTask:
     "A text model, its corpus and its objective, as `ldebm.train.fit` wants them"
     def __init__(self,
@@ -187,9 +187,11 @@ class TextTask:
         self.select = dict(ebm='recon_nll' if objective == 'published' else 'base_bound', normal='base_bound', none='nll')[s.prior]
     @property
     def device(self): return self.model.decoder.embed.weight.device
-    @property
-    def clustered(self) -> bool: return self.s.prior == 'ebm' and self.s.w_cls > 0
-    def weights(self, step, steps) -> dict:
+    def clustered(self, epoch:int) -> bool:
+        "Is geometric clustering on in this epoch?"
+        s = self.s; per_epoch = len(self.corpus['train'])//s.batch//s.accumulate
+        return s.prior == 'ebm' and s.w_cls > 0 and epoch*per_epoch >= s.cls_start*s.steps
+    def weights(self, step, steps, epoch) -> dict:
         "Weight of each term at a step"
         s = self.s; kl = s.w_kl*linear_warmup(step/steps, s.kl_warmup, .1)
         if s.prior == 'none': return dict(nll=1.)
@@ -197,18 +199,18 @@ class TextTask:
         if s.prior == 'normal': return dict(nll=1., kl=kl, **bow)
         latent = ('entropy','gauss') if self.objective == 'published' else ('kl',)
         w = dict(nll=1., **{k: kl for k in latent}, ebm_enc=kl*s.enc_share, ebm=s.w_ebm if self.objective == 'consistent' else kl, mi=-s.w_mi, **bow)
-        if self.clustered: w['cls'] = s.w_cls*(step >= s.cls_start*steps)
+        if self.clustered(epoch): w['cls'] = s.w_cls
         if self.objective == 'consistent': w['sym'] = s.w_sym
         return w
     def start_epoch(self, epoch, state, gen) -> dict|None:
         "Cluster labels of the training sentences, and what each objective makes of them"
-        if not self.clustered: return None
+        if not self.clustered(epoch): return None
         K,old = self.s.n_symbols,None if state is None else state['labels']
         means = self.encode('train')[0]
         if self.objective == 'published':
             labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen)
             return dict(labels=labels, index=published_draw(labels, gen))
-        labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen, previous=old)
+        labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen, previous=old, n_init=5)
         return dict(labels=labels, weights=balance_weights(labels, K))
     def batches(self, state, gen, start=0):
         "`(batch, extra)` of one epoch"

@@ -1,0 +1,312 @@
+"The text job from its command to its record: what a run leaves behind, and what stops it before it starts"
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ldebm.core import load_results
+from ldebm.data import load_grammar_files
+from ldebm.text import batches, load_corpus
+from ldebm.text_job import TextJob, TextTask, evaluate, finish, load_model, open_job, plot_latents, resolve, samples_by_symbol, train_cfg
+from ldebm.text_vae import interpolate, sample_sentences
+from ldebm.train import fit
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT/"nbs"/"train_ptb.ipynb"
+NET = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4"
+TINY = f"{NET} batch=64 checkpoint_every=10"
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    "No progress bars, one thread, and a working folder in which a stray file would be seen"
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.chdir(tmp_path)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture(scope="module")
+def sentences(): return [" ".join(ws) for ws in load_grammar_files()["train"][0][:400]]
+
+
+@pytest.fixture
+def own(tmp_path, sentences):
+    "A user's file"
+    path = tmp_path/"my lines.txt"
+    path.write_text("\n".join(sentences)+"\n")
+    return path
+
+
+def tiny(tmp_path, **kw):
+    kw = dict(settings=TINY, steps=12, n_samples=30, device="cpu", threads=1, out=str(tmp_path/"run")) | kw
+    return TextJob(**{k: str(v) if isinstance(v, Path) else v for k, v in kw.items()})
+
+
+def train(job):
+    "What the notebook does, without its pictures"
+    run, task, device = open_job(job)
+    end = fit(task, run, train_cfg(task.s), job.seed, device)
+    metrics, found = evaluate(task, job.seed)
+    return run, task, found, finish(run, task, job, metrics, found, end.seconds, end.samples/max(end.seconds, 1e-9))
+
+
+def papermill(*args, **env):
+    env = {**os.environ, "IN_TEST": "1", "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "agg",
+           "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **env}
+    return subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", "--log-output", str(NOTEBOOK), *map(str, args)],
+                          capture_output=True, text=True, env=env, timeout=300)
+
+
+def values(record): return {k: (m["value"], m["interval"], m["n"]) for k, m in record["metrics"].items()}
+
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# -- the command
+
+@pytest.mark.slow
+def test_notebook_from_command_to_record(tmp_path):
+    "One command: executed notebook, model, record, samples and figures; the model alone gives the samples again; the command again changes nothing"
+    out, results = tmp_path/"run", tmp_path/"results"
+    out.mkdir()
+    command = [out/"train_ptb.ipynb", "-p", "settings", f"{NET} batch=256 checkpoint_every=10", "-p", "steps", 36, "-p", "n_samples", 40, "-p", "out", out, "-p", "results", results,
+               "-p", "device", "cpu", "-p", "threads", 1, "-p", "seed", 3]
+    res = papermill(*command)
+    assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
+    assert f"run folder: {out}" in res.stdout+res.stderr
+    made = set(files(out))
+    assert made == {"train_ptb.ipynb", "model.safetensors", "config.json", "result.json", "samples.txt", "reconstructions.txt", "settings.json", "log.jsonl",
+                    "checkpoint.safetensors", "figures/curves.png", "figures/latents.png", "figures/energy.png"}
+    assert all((out/"figures"/f"{k}.png").read_bytes().startswith(b"\x89PNG") for k in ("curves", "latents", "energy"))
+    cells = [c for c in json.loads((out/"train_ptb.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    assert all(c["execution_count"] for c in cells if "".join(c["source"]).strip())
+    assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+    record = json.loads((out/"result.json").read_text())
+    assert [(r["row"], r["corpus"], r["preset"], r["objective"], r["seed"]) for r in load_results(results)] == [("ldebm", "grammar", "quick", "consistent", 3)]
+    assert [p.name for p in results.iterdir()] == ["ldebm-grammar-quick-consistent-s3.json"] and load_results(results) == [record]
+    assert {"bleu", "wkl", "recon_nll", "kl", "neg_elbo", "mi", "distinct_2", "grammatical", "exact_nll", "memorised", "ami_topic", "homogeneity_topic"} <= set(record["metrics"])
+    assert record["settings"]["steps"] == 36 and record["provenance"]["minutes"] > 0 and record["provenance"]["throughput"] > 0
+    samples = (out/"samples.txt").read_text()
+    assert samples.count("\n") == 40
+
+    # the model of the folder, in another process, is the model that was evaluated
+    job = TextJob(settings=f"{NET} batch=256 checkpoint_every=10", steps=36, n_samples=40, seed=3, device="cpu", threads=1)
+    task = TextTask(load_corpus("grammar", max_len=resolve(job).max_len), resolve(job), job.objective, job.seed)
+    task.model, vocab = load_model(out)
+    assert not task.model.training and vocab.itos == task.corpus.vocab.itos
+    metrics, found = evaluate(task, job.seed)
+    assert "".join(" ".join(x)+"\n" for x in found["samples"]) == samples
+    assert values(dict(metrics=json.loads(json.dumps(metrics)))) == values(record)
+
+    log, model = (out/"log.jsonl").read_text(), (out/"model.safetensors").read_bytes()
+    res = papermill(*command)
+    assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
+    assert set(files(out)) == made and (out/"log.jsonl").read_text() == log and (out/"model.safetensors").read_bytes() == model
+    assert values(json.loads((out/"result.json").read_text())) == values(record) and (out/"samples.txt").read_text() == samples
+
+
+@pytest.mark.slow
+def test_unknown_parameter_stops_the_notebook(tmp_path):
+    "papermill itself only warns"
+    res = papermill(tmp_path/"out.ipynb", "-p", "presett", "quick", "-p", "out", tmp_path/"run", "-p", "results", tmp_path/"results")
+    assert res.returncode != 0 and "unknown parameter 'presett' for TextJob: did you mean 'preset'?" in res.stdout+res.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]
+
+
+def test_parameters_cell_is_the_job():
+    "Names, types, defaults and order"
+    cell, = ("".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
+    body = ast.parse(cell).body
+    got = [(n.target.id, n.annotation.id, ast.literal_eval(n.value)) for n in body]
+    assert got == [(f.name, f.type.__name__ if isinstance(f.type, type) else f.type, f.default) for f in dataclasses.fields(TextJob)]
+
+
+# -- rows and corpora
+
+@pytest.mark.parametrize("row,objective", [("ldebm", "consistent"), ("ldebm", "published"), ("ldebm-no-gc", "consistent"), ("ldebm-no-gc", "published"),
+                                           ("vae", "consistent"), ("rnn-lm", "consistent")])
+def test_every_row_on_a_users_file(tmp_path, own, row, objective):
+    settings = TINY.replace(" d=4", "") if row == "rnn-lm" else TINY
+    job = tiny(tmp_path, corpus=own, row=row, objective=objective, settings=settings)
+    run, task, found, path = train(job)
+    assert path == run.file("result.json") and not (tmp_path/"results").exists(), "a copy without `results`"
+    record = json.loads(path.read_text())
+    assert (record["row"], record["corpus"], record["objective"]) == (row, "my-lines", objective) and load_results(run.path) == [record]
+    m = set(record["metrics"])
+    assert {"wkl", "distinct_2", "unique", "memorised", "mean_length"} <= m and "grammatical" not in m
+    assert ({"bleu", "recon_nll", "kl_base", "active_units"} <= m) == (row != "rnn-lm")
+    assert ("mi" in m) == row.startswith("ldebm") and ("neg_elbo" in m) == (row != "rnn-lm" and objective == "consistent") and ("nll_valid" in m) == (row == "rnn-lm")
+    assert ("cls" in run.load()["progress"]["sums"]) == (row == "ldebm")
+    assert len((run.path/"samples.txt").read_text().splitlines()) == 30
+    model, vocab = load_model(run.path)
+    a, b = (sample_sentences(x, 10, gen=torch.Generator().manual_seed(0), temperature=1.) for x in (model, task.model))
+    assert a == b and vocab.itos == task.corpus.vocab.itos
+    if row.startswith("ldebm"): assert [y for y, _ in samples_by_symbol(task, 2)] == list("00112233")
+
+
+def test_a_changed_file_is_another_corpus(tmp_path, own):
+    run, *_ = train(tiny(tmp_path, corpus=own))
+    before = files(run.path)
+    own.write_text(own.read_text()+"one more line\n")
+    with pytest.raises(ValueError, match="other settings .corpus_sha256"): open_job(tiny(tmp_path, corpus=own))
+    assert files(run.path) == before
+
+
+@pytest.mark.parametrize("n", [20, 41])
+def test_smallest_corpora(tmp_path, sentences, n):
+    "One sentence for the test is enough to finish, pictures included"
+    path = tmp_path/"few.txt"
+    path.write_text("\n".join(sentences[:n])+"\n")
+    run, task, found, _ = train(tiny(tmp_path, corpus=path, settings=f"{NET} batch=8", steps=5))
+    assert run.file("result.json").exists()
+    plot_latents(found["means"], {"symbol": found["logits"].argmax(-1)})
+    import matplotlib.pyplot as plt
+    plt.close("all")
+    some = task.corpus["test"] if len(task.corpus["test"]) > 1 else task.corpus["train"]
+    assert len(interpolate(task.model, next(iter(batches(some, 2))), 4)) == 4
+
+
+@pytest.mark.data
+def test_ptb_from_its_files(tmp_path, ldebm_data):
+    run, task, found, path = train(tiny(tmp_path, corpus="ptb", settings=f"{NET} batch=256", steps=2, row="vae"))
+    assert json.loads(path.read_text())["metrics"]["recon_nll"]["n"] == 3761
+
+
+# -- records
+
+def test_records_are_copied_when_asked_and_never_mixed(tmp_path, own):
+    results = tmp_path/"results"
+    run, *_, path = train(tiny(tmp_path, corpus=own, results=results))
+    assert path == results/"ldebm-my-lines-quick-consistent-s0.json" and path.read_bytes() == run.file("result.json").read_bytes()
+    before = files(results)
+    other = tiny(tmp_path, corpus=own, results=results, settings=TINY+" w_mi=0.2", out=tmp_path/"other")
+    with pytest.raises(ValueError, match=r"already records a run with other settings \(w_mi: .* -> 0.2\); give this one a `variant`"): open_job(other)
+    assert files(results) == before and not (tmp_path/"other").exists(), "a clash is seen before the work"
+    run2, *_, path2 = train(dataclasses.replace(other, variant="mi"))
+    assert path2.name == "ldebm+mi-my-lines-quick-consistent-s0.json" and {k: v for k, v in files(results).items() if k in before} == before
+    assert len(load_results(results)) == 2
+    again = train(tiny(tmp_path, corpus=own, results=results))[-1]   # the same settings replace their own record
+    assert values(json.loads(again.read_text())) == values(json.loads(before[path.name]))
+
+
+def test_folder_of_its_own_by_default(tmp_path, own):
+    run, _, _ = open_job(tiny(tmp_path, corpus=own, out="", variant="x", seed=5))
+    assert str(run.path) == "runs/ldebm+x-my-lines-quick-consistent-s5" and run.path.is_dir()
+
+
+def test_model_of_an_unfinished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json does not exist: .* is not the folder of a finished run"): load_model(tmp_path)
+
+
+# -- what stops a job before it starts
+
+BAD = [
+    (dict(preset="quik"), "unknown preset 'quik'; did you mean 'quick'. Known: quick, small, paper"),
+    (dict(objective="publshed"), "unknown objective 'publshed'; did you mean 'published'"),
+    (dict(row="gan"), "unknown row 'gan'.* Known: ldebm, ldebm-no-gc, vae, rnn-lm"),
+    (dict(row="vae", objective="published"), "row 'vae' has one objective"),
+    (dict(corpus="gramar"), "unknown corpus 'gramar'; did you mean 'grammar'"),
+    (dict(settings="T=0"), "T must be at least 1, got 0"),
+    (dict(settings="T=-3"), "T must be at least 1, got -3"),
+    (dict(settings="T=2.5"), "setting T='2.5' must be int"),
+    (dict(settings="t=3"), "unknown setting 't'"),
+    (dict(settings="w_kl"), "write name=value"),
+    (dict(settings="mala=yes"), "setting mala='yes' must be bool"),
+    (dict(settings="schedule=cosin"), "unknown schedule 'cosin'; did you mean 'cosine'"),
+    (dict(settings="T=300"), "T must be an integer from 1 to 250"),
+    (dict(settings="schedule=published"), "needs a schedule with a_0 = 1"),
+    (dict(settings="d=0"), "a model without latent has d=0"),
+    (dict(settings="d=-1"), "d must be >= 0|d must be at least 1"),
+    (dict(settings="embed=16 hidden=32"), r"hidden \(32\) must equal embed \(16\)"),
+    (dict(settings="n_symbols=0"), "n_symbols must be at least 1"),
+    (dict(settings="batch=1"), "batch must be at least 2"),
+    (dict(settings="dropout=1.0"), r"dropout must lie in \[0, 1\)"),
+    (dict(settings="lr=0"), "lr must be positive"),
+    (dict(settings="lr=nan"), "lr must be positive, got nan"),
+    (dict(settings="rho=1"), r"rho must lie in \[0, 1\)"),
+    (dict(settings="tau=0"), "tau and b2 must be positive"),
+    (dict(settings="langevin_steps=-1"), "n_steps must be >= 0"),
+    (dict(settings="reference=gauss"), "reference must be one of"),
+    (dict(settings="mixed_precision=half"), "mixed_precision must be 'no', 'bf16' or 'fp16', got 'half'"),
+    (dict(settings="mixed_precision=fp16"), "fp16"),
+    (dict(settings="max_len=2"), "max_len must be at least 3"),
+    (dict(settings="vocab_size=2"), "vocab_size must be at least 4"),
+    (dict(settings="prior=gaussian"), "prior must be 'ebm', 'normal' or 'none', got 'gaussian'"),
+    (dict(settings="energy_hidden=0"), "hidden must be at least 1"),
+    (dict(settings="batch=9000"), "8000 training sentences, fewer than a batch of 9000"),
+    (dict(settings="batch=4000 accumulate=3"), "accumulate"),
+    (dict(settings="cluster_dims=0"), "cluster_dims must be at least 1"),
+    (dict(seed=-1), "seed must not be negative, got -1"),
+    (dict(steps=-5), "steps must be at least 1, got -5"),
+    (dict(n_samples=-1), "n_samples must be at least 2, got -1"),
+    (dict(threads=-1), "threads must be 0 or more, got -1"),
+    (dict(device="gpu"), "unknown device 'gpu'"),
+    (dict(device="cuda:77"), "device 'cuda:77' is not available"),
+    (dict(variant="two words"), "'variant' must be a name"),
+    (dict(variant="../up"), "'variant' must be a name"),
+]
+
+
+@pytest.mark.parametrize("change,wrong", BAD, ids=[" ".join(f"{k}={v}" for k, v in c.items()) for c, _ in BAD])
+def test_impossible_jobs_leave_nothing(tmp_path, change, wrong):
+    job = TextJob(**{**dict(device="cpu", out=str(tmp_path/"run")), **change})
+    with pytest.raises(ValueError, match=wrong): open_job(job)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=wrong): open_job(dataclasses.replace(job, out="", results=str(tmp_path/"results")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content,wrong", [
+    (b"", "mine.txt is empty"), (b"\x00\x01\x02"*100, "mine.txt is a binary file"), (b"\xff\xfe oh\n", "mine.txt is not UTF-8"),
+    (b"only one line here\n", "mine.txt has 1 sentence; at least 20 are needed"), (b"a few words\n"*19, "has 19 sentences"),
+    (b"a few words\n"*40, "36 training sentences, fewer than a batch of 64: lower batch"), (None, "no such file: .*mine.txt")])
+def test_bad_files_leave_nothing(tmp_path, content, wrong):
+    path = tmp_path/"mine.txt"
+    if content is not None: path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=wrong): open_job(tiny(tmp_path, corpus=path, results=tmp_path/"results"))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]*(content is not None)
+
+
+def test_fewer_sentences_than_symbols(tmp_path, sentences):
+    path = tmp_path/"few.txt"
+    path.write_text("\n".join(sentences[:20])+"\n")
+    with pytest.raises(ValueError, match="18 training sentences, fewer than the 40 symbols"): open_job(tiny(tmp_path, corpus=path, settings=f"{NET} batch=8 n_symbols=40".replace("n_symbols=4 ", "")))
+    assert not (tmp_path/"run").exists()
+
+
+def test_missing_and_altered_data(tmp_path, monkeypatch):
+    "Says where it looked and how to get it; a file that is not the real one is named, with both checksums"
+    data = tmp_path/"data"
+    data.mkdir()
+    monkeypatch.setenv("LDEBM_DATA", str(data))
+    monkeypatch.setenv("LDEBM_CACHE", str(tmp_path/"cache"))
+    monkeypatch.delenv("LDEBM_DOWNLOAD", raising=False)
+    for corpus in ("ptb", "dailydialog"):
+        with pytest.raises(FileNotFoundError, match=f"data set '{corpus}' not found. Looked in") as e: open_job(tiny(tmp_path, corpus=corpus))
+        assert str(data/corpus) in str(e.value) and "LDEBM_DATA" in str(e.value)
+    (data/"ptb").mkdir()
+    for k in ("train", "valid", "test"): (data/"ptb"/f"ptb.{k}.txt").write_text(" the <unk> said \n"*500)
+    with pytest.raises(ValueError, match=r"ptb\.train\.txt: wrong checksum"): open_job(tiny(tmp_path, corpus="ptb"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+@pytest.mark.data
+def test_one_altered_byte_of_ptb(tmp_path, monkeypatch, ldebm_data):
+    data = tmp_path/"data"/"ptb"
+    data.mkdir(parents=True)
+    for p in (ldebm_data/"ptb").glob("ptb.*.txt"): (data/p.name).write_bytes(p.read_bytes())
+    text = bytearray((data/"ptb.valid.txt").read_bytes())
+    text[1000] ^= 1
+    (data/"ptb.valid.txt").write_bytes(text)
+    monkeypatch.setenv("LDEBM_DATA", str(data.parent))
+    with pytest.raises(ValueError, match=r"ptb\.valid\.txt: wrong checksum"): open_job(tiny(tmp_path, corpus="ptb"))
+    assert not (tmp_path/"run").exists()
