@@ -51,7 +51,7 @@ def level_table(
     ang = torch.arange(T, dtype=torch.float64)[:,None]*freq
     return torch.stack([ang.sin(), ang.cos()], -1).flatten(1)[:,:H].float()
 
-# %% ../nbs/11_energy.ipynb #559ba156
+# %% ../nbs/11_energy.ipynb #e2ca5f33
 class EnergyWeights(NamedTuple):
     "Weights of an `EnergyNet` as used in one step: normalised, with the level's share of the merge layer tabulated"
     z1:tuple # `(W, b)` of the first latent layer
@@ -59,6 +59,7 @@ class EnergyWeights(NamedTuple):
     merge_z:Tensor # Latent's share of the merge weight, `(H, H)`
     level:Tensor # Level's share of the merge layer with its bias, `(T, H)`
     merge_c:Tensor|None # Context's share, `(H, H)`
+    context:tuple|None # `(W, b)` of the two context layers
     blocks:tuple # `(W, b)` of each residual block
     head:tuple # `(W, b)` of the logits
     def detach(self):
@@ -66,7 +67,7 @@ class EnergyWeights(NamedTuple):
         cut = lambda x: None if x is None else x.detach() if isinstance(x, Tensor) else tuple(cut(o) for o in x)
         return EnergyWeights(*[cut(x) for x in self])
 
-# %% ../nbs/11_energy.ipynb #d7db6a0f
+# %% ../nbs/11_energy.ipynb #77845761
 class EnergyNet(nn.Module):
     "Residual MLP `f(z, t) -> K` logits; `F = logsumexp f` is minus the energy (Yu et al. 2022, eq. 8; sizes of the published code)"
     slope = 0.2 # Of the leaky ReLU
@@ -108,6 +109,7 @@ class EnergyNet(nn.Module):
         m = self.merge.normalised()
         level = nnf.linear(act(self.t2(act(self.t1(self.table)))), m[:,-H:], self.merge.bias)
         return EnergyWeights(wb(self.z1), wb(self.z2), m[:,:H], level, m[:,H:2*H] if self.context_dim else None,
+                             (wb(self.c1), wb(self.c2)) if self.context_dim else None,
                              tuple(wb(b) for b in self.blocks), wb(self.head))
     def logits(self,
         z:Tensor, # Latents, shape `(B, d)`
@@ -121,7 +123,7 @@ class EnergyNet(nn.Module):
         h = nnf.linear(act(nnf.linear(act(nnf.linear(z, *w.z1)), *w.z2)), w.merge_z) + w.level[t]
         if self.context_dim:
             if context is None: raise ValueError(f'this energy was built with context_dim={self.context_dim}: pass context of shape (B, {self.context_dim})')
-            h = h + nnf.linear(act(self.c2(act(self.c1(context)))), w.merge_c)
+            h = h + nnf.linear(act(nnf.linear(act(nnf.linear(context, *w.context[0])), *w.context[1])), w.merge_c)
         for b in w.blocks: h = h + nnf.linear(act(h), *b)
         return nnf.linear(act(h), *w.head)
     def forward(self,
@@ -159,7 +161,7 @@ def energy_grad(
         F = energy(z, t, y=y, context=context)
         return F.detach(), torch.autograd.grad(F.sum(), z)[0]
 
-# %% ../nbs/11_energy.ipynb #9a7ab54d
+# %% ../nbs/11_energy.ipynb #677f7693
 class FastEnergy:
     "Frozen weights of an `EnergyNet` with the input gradient in closed form"
     def __init__(self, net:EnergyNet, weights:EnergyWeights): self.net,self.w,self.slope = net,weights,net.slope
@@ -173,7 +175,7 @@ class FastEnergy:
         if self.net.context_dim:
             if context is None: raise ValueError(f'this energy was built with context_dim={self.net.context_dim}: pass context')
             act = lambda x: nnf.leaky_relu(x, self.slope)
-            h = h + nnf.linear(act(self.net.c2(act(self.net.c1(context)))), self.w.merge_c)
+            h = h + nnf.linear(act(nnf.linear(act(nnf.linear(context, *self.w.context[0])), *self.w.context[1])), self.w.merge_c)
         return h
     @torch.no_grad()
     def grad(self,

@@ -71,7 +71,7 @@ class StandardNormal(nn.Module):
         if y is not None: raise ValueError('a standard normal prior has no symbols to condition on')
         return self.loc + randn_like(self.loc.expand(n, -1), gen)
 
-# %% ../nbs/13_prior.ipynb #b3afd6b4
+# %% ../nbs/13_prior.ipynb #6f9fbef0
 @dataclass(frozen=True)
 class PriorCfg:
     "How a `DiffusionEBM` is trained and sampled"
@@ -90,6 +90,7 @@ class PriorCfg:
         if self.objective == 'published' and self.reference != 'flat': raise ValueError("objective 'published' is defined with reference 'flat'")
         if self.n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {self.n_steps}')
         if not 0 <= self.rho < 1: raise ValueError(f'rho must lie in [0, 1), got {self.rho}')
+        if self.floor < 0: raise ValueError(f'floor must not be negative, got {self.floor}')
         if self.tau <= 0 or self.b2 <= 0: raise ValueError(f'tau and b2 must be positive, got {self.tau} and {self.b2}')
 
 # %% ../nbs/13_prior.ipynb #1f0452c5
@@ -164,7 +165,7 @@ def chain_from(self:DiffusionEBM,
     return tilt_chain(fast, start, t, m, v, n, rho=c.rho, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
 DiffusionEBM.chain_from = chain_from
 
-# %% ../nbs/13_prior.ipynb #ee12dea3
+# %% ../nbs/13_prior.ipynb #33f97886
 @torch.no_grad()
 def sample(self:DiffusionEBM,
     n:int, # How many latents
@@ -179,6 +180,7 @@ def sample(self:DiffusionEBM,
     progress=None, # Wraps the iterator over chunks, e.g. `ldebm.core.progress`
 ) -> Tensor: # Latents `z_0`, shape `(n, d)`; with `path`, `(T+1, n, d)` from `z_0` to `z_T`
     "Ancestral sampling from `z_T ~ N(0, I)` down, one chain a level"
+    if n < 1: raise ValueError(f'n must be at least 1, got {n}')
     p = next(self.energy.parameters(), torch.zeros(()))
     fast,out = fast_energy(self.energy),[]
     if isinstance(y, int): y = torch.full((n,), y, device=p.device)
@@ -234,7 +236,7 @@ def stratified_levels(
     t = ((torch.arange(B, device=device)+u)*T/B).long().clamp(max=T-1)
     return t[torch.randperm(B, generator=gen, device=device)]
 
-# %% ../nbs/13_prior.ipynb #15b0f337
+# %% ../nbs/13_prior.ipynb #d778808d
 def symbol_terms(self:DiffusionEBM, f0:Tensor, labels=None, label_weights=None) -> dict:
     "Information and cross-entropy terms from the level-0 logits `f0` `(B, K)`"
     out = dict(mi=mutual_information_terms(f0))
@@ -251,8 +253,11 @@ def terms(self:DiffusionEBM,
     labels:Tensor|None=None, # Cluster or true labels for `cls`, shape `(B,)`
     label_weights:Tensor|None=None, # Weight of each label in `cls`, shape `(K,)`
 ) -> dict: # Named terms, each `(B,)`: to be minimised (`mi`: maximised) after weighting; `kl_base` is for the record
-    "Training terms of the chosen objective"
-    return (published_terms if self.published else consistent_terms)(self, q, z, gen, labels, label_weights)
+    "Training terms of the chosen objective, in full precision also where the rest is trained in half"
+    full = lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    with torch.autocast(z.device.type, enabled=False):
+        q,z = DiagGaussian(full(q.mean), full(q.logvar)),full(z)
+        return (published_terms if self.published else consistent_terms)(self, q, z, gen, labels, label_weights)
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #7e9afb39
@@ -261,16 +266,17 @@ def contrast(f_pos:Tensor, f_neg:Tensor) -> Tensor: # Shape `(B,)`
     return f_neg.logsumexp(-1)-f_pos.logsumexp(-1)
 def frozen(w): return None if w is None else w.detach()
 
-# %% ../nbs/13_prior.ipynb #6961d42f
+# %% ../nbs/13_prior.ipynb #11bb1b11
 def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
-    "Terms `kl, ebm, ebm_enc, sym, mi, cls` of the `consistent` objective"
+    "Terms `kl, ebm, ebm_enc, sym, mi, cls` of the `consistent` objective; `kl_base` and the acceptance of the chains, `accept`, for the record"
     c,(B,T),dev = self.cfg,(len(z),self.T),z.device
     if c.levels == 'all': t,zz,factor = torch.arange(T, device=dev).repeat_interleave(B),z.repeat(T,1),1
     else: t,zz,factor = stratified_levels(B, T, gen, dev),z,T
     zt,zn = diffuse_pair(self.schedule, zz, t, gen)
     pos,(m,v) = self.scale(t, zz)*zt,self.tilt(zn, t)
     w = self.energy.weights()
-    neg = self.chain_from(zn, t, fast=fast_energy(self.energy, w), gen=gen)
+    seen = []
+    neg = self.chain_from(zn, t, fast=fast_energy(self.energy, w), gen=gen, on_step=lambda i, accept=None, **kw: seen.append(accept))
     zero = torch.zeros_like(t[:B])
     neg_at = m+(neg-m).detach() # the chain's end, carried along with its Gaussian
     f = self.energy.logits(torch.cat([pos.detach(), neg, self.scale(zero, z)*z]), torch.cat([t, t, zero]), weights=w)
@@ -281,9 +287,9 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
     kl = self.base_kl(q)
     by_sample = lambda x: x.view(-1,B).sum(0)
     return dict(kl=free_bits(kl, c.floor), kl_base=kl.sum(-1).detach(), ebm=by_sample(gap), ebm_enc=by_sample(enc), sym=by_sample(sym)*(B/len(t)),
-                **self.symbol_terms(f0, labels, label_weights))
+                **(dict(accept=torch.stack(seen).mean(0).view(-1,B).mean(0)) if c.mala and seen else {}), **self.symbol_terms(f0, labels, label_weights))
 
-# %% ../nbs/13_prior.ipynb #8347b9c8
+# %% ../nbs/13_prior.ipynb #7adf74f2
 def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
     "Terms `entropy, gauss, ebm, ebm_enc, mi, cls` of the `published` objective"
     c,s,B,T,dev = self.cfg,self.schedule,len(z),self.T,z.device
@@ -291,7 +297,8 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
     if T > 1: t,zz = torch.cat([torch.randint(T-1, (B,), generator=gen, device=dev), t]),z.repeat(2,1)
     zt,zn = diffuse_pair(s, zz, t, gen)
     pos,w = self.scale(t, zz)*zt,self.energy.weights()
-    neg = self.chain_from(zn, t, fast=fast_energy(self.energy, w), gen=gen)
+    seen = []
+    neg = self.chain_from(zn, t, fast=fast_energy(self.energy, w), gen=gen, on_step=lambda i, accept=None, **kw: seen.append(accept))
     zero = torch.zeros_like(t[:B])
     z0 = self.scale(zero, z)*diffuse(s, z, zero, gen)
     f = self.energy.logits(torch.cat([pos.detach(), neg, z0]), torch.cat([t, t, zero]), weights=w)
@@ -371,7 +378,7 @@ def kl(self:DiffusionEBM,
     return out,least
 DiffusionEBM.kl = kl
 
-# %% ../nbs/13_prior.ipynb #3d8e4db1
+# %% ../nbs/13_prior.ipynb #6fe17174
 @torch.no_grad()
 def energy_traces(self:DiffusionEBM,
     n:int=64, # Conditions a level
@@ -379,7 +386,7 @@ def energy_traces(self:DiffusionEBM,
     *,
     gen:torch.Generator|None=None, # Source of noise
     n_steps:int|None=None, # Updates a level; the settings' if `None`
-) -> Tensor: # `F` after each update, shape `(T, n_steps, copies, n)`, level 0 first
+) -> Tensor: # `F` along the chains (after each update; before it for chains without a Metropolis test), shape `(T, n_steps, copies, n)`, level 0 first
     "Sample from the top, several chains from each condition, and keep `F` at every update; one chain of each goes on to the next level"
     p = next(self.energy.parameters(), torch.zeros(())); z,out = torch.randn(n, self.d, generator=gen, device=p.device, dtype=p.dtype),[]
     for lev in reversed(range(self.T)):
@@ -406,19 +413,20 @@ def plot_energy_traces(
     axs[0,0].set_ylabel('F (high is likely)', fontsize=7)
     return axs[0]
 
-# %% ../nbs/13_prior.ipynb #7a1a0b94
+# %% ../nbs/13_prior.ipynb #99ec2f74
 def cluster_targets(
     means:Tensor, # Posterior means, shape `(N, d)`
     K:int, # Number of clusters
     *,
     dims:int=3, # Dimensions kept after whitening
     n_init:int=1, # Restarts of k-means without previous labels
-    gen:torch.Generator|None=None, # Seeds k-means
+    gen:torch.Generator|None=None, # Seeds k-means; on the CPU
     previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
 ) -> Tensor: # Labels, shape `(N,)`, long
     "PCA whitening, unit sphere, k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
     if len(means) < K: raise ValueError(f'{len(means)} points cannot make {K} clusters: lower the number of symbols or use more data')
     x = means.detach().double().cpu().numpy(); dims = min(dims, x.shape[1], len(x))
     x = PCA(dims, whiten=True, svd_solver='full').fit_transform(x)
@@ -426,7 +434,8 @@ def cluster_targets(
     seed,init = int(torch.randint(2**31-1, (), generator=gen)),'k-means++'
     if previous is not None and len(previous.unique()) == K:
         n_init,init = 1,torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
-    labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, random_state=seed).fit_predict(x)).long()
+    with threadpool_limits(1): # sums over several threads differ in their last bits
+        labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, random_state=seed).fit_predict(x)).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)
 
 # %% ../nbs/13_prior.ipynb #bfd0d55d
@@ -450,10 +459,10 @@ def balance_weights(
     n = labels.bincount(minlength=K).float()
     return torch.where(n > 0, len(labels)/((n > 0).sum()*n.clamp(min=1)), 0.)
 
-# %% ../nbs/13_prior.ipynb #ad0f30e6
+# %% ../nbs/13_prior.ipynb #0daf365d
 def published_draw(
     labels:Tensor, # Cluster labels, shape `(N,)`
-    gen:torch.Generator|None=None, # Source of randomness
+    gen:torch.Generator|None=None, # Source of randomness; on the CPU
 ) -> Tensor: # Sentence indices of one epoch, shape `(N,)`
     "The original's epoch: indices drawn evenly over clusters, then looked up in data sorted by cluster, so the balance is lost"
     N,parts = len(labels),[]

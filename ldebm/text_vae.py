@@ -60,7 +60,7 @@ def draw_parameters(module:nn.Module, bound:float, gen:torch.Generator|None=None
     "Every parameter of a module from U(-bound, bound), biases and padding rows included (the published text scripts)"
     for p in module.parameters(): p.uniform_(-bound, bound, generator=gen)
 
-# %% ../nbs/20_text_vae.ipynb #e53b6998
+# %% ../nbs/20_text_vae.ipynb #9c5a31d9
 class Encoder(nn.Module):
     "Bidirectional GRU with a diagonal Gaussian head"
     def __init__(self, n_words:int, cfg:TextCfg):
@@ -77,7 +77,8 @@ class Encoder(nn.Module):
         x = self.embed(ids)
         if self.packed: x = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         h = nnf.leaky_relu(self.rnn(x)[1].transpose(0,1).flatten(1))
-        return DiagGaussian(self.mean(h), self.logvar(h))
+        up = lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x # the latent is never in half precision
+        return DiagGaussian(up(self.mean(h)), up(self.logvar(h)))
 
 # %% ../nbs/20_text_vae.ipynb #c4a12e62
 class Decoder(nn.Module):
@@ -149,7 +150,7 @@ def pick_word(
         return order.gather(1, torch.multinomial(ps, 1, generator=gen))[:,0]
     return torch.multinomial(p, 1, generator=gen)[:,0]
 
-# %% ../nbs/20_text_vae.ipynb #3ef03932
+# %% ../nbs/20_text_vae.ipynb #6e63b23f
 def cut_after(
     ids:Tensor, # Word ids, shape `(B, L)`
     eos:int, # End mark
@@ -157,7 +158,8 @@ def cut_after(
     "Blank what follows the end mark"
     after = (ids == eos).cumsum(1)-(ids == eos).long() > 0
     ids = ids.masked_fill(after, 0)
-    return ids[:,:max(int((ids != 0).any(0).sum()), 1)]
+    used = (ids != 0).any(0).nonzero()
+    return ids[:,:int(used[-1])+1 if len(used) else 1]
 
 # %% ../nbs/20_text_vae.ipynb #86a27ba8
 def bag_of_words(
@@ -170,7 +172,7 @@ def bag_of_words(
     inner[:,0] = False
     return -(logits.log_softmax(-1).gather(1, ids)*inner).sum(1)
 
-# %% ../nbs/20_text_vae.ipynb #ee5e846e
+# %% ../nbs/20_text_vae.ipynb #ad949e9e
 class TextModel(nn.Module):
     "Encoder, decoder and prior; `forward` gives named per-sentence terms"
     def __init__(self,
@@ -204,7 +206,9 @@ class TextModel(nn.Module):
         if not self.cfg.d: return dict(nll=self.decoder.nll(batch.ids, batch.lengths, None, gen))
         q = self.encode(batch); z = q.rsample(gen)
         bow = {} if self.bow is None else dict(bow=bag_of_words(self.bow(z), batch.ids, batch.lengths))
-        return dict(nll=self.decoder.nll(batch.ids, batch.lengths, z, gen), **bow, **self.prior.terms(q, z, gen, labels, label_weights))
+        nll = self.decoder.nll(batch.ids, batch.lengths, z, gen)
+        with torch.autocast(z.device.type, enabled=False): # schedule constants and acceptance ratios are not for half precision
+            return dict(nll=nll, **bow, **self.prior.terms(q, z, gen, labels, label_weights))
     def before_step(self):
         "Once per optimiser step: refresh the spectral norms of an energy"
         if hasattr(self.prior, 'energy'): self.prior.energy.power_iterate()

@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'SCALES', 'ROWS', 'ToyJob', 'ToySettings', 'choose', 'resolve', 'densities', 'single', 'evaluations',
            'build_prior', 'ToyModel', 'ToyTask', 'train_cfg', 'energy_density', 'modes', 'mean_metric', 'reference',
            'score', 'mixing', 'mixing_table', 'ToyPlace', 'record_name', 'row_settings', 'open_job', 'train_all',
-           'sample_all', 'finish', 'score_table', 'plot_learned', 'plot_descent', 'plot_comparison', 'plot_mixing',
-           'plot_training', 'save_figure']
+           'sample_all', 'finish', 'score_table', 'exact_density', 'plot_data', 'plot_learned', 'plot_descent',
+           'plot_comparison', 'plot_mixing', 'plot_training', 'save_figure']
 
 # %% ../nbs/61_toy_job.ipynb #1afbde0b
 import copy, math, os, tempfile, time
@@ -123,7 +123,7 @@ class ToyModel(nn.Module):
         "The prior with averaged weights: what is sampled and shown"
         return DiffusionEBM(self.prior.schedule, self.average, self.prior.cfg)
 
-# %% ../nbs/61_toy_job.ipynb #4b515f3a
+# %% ../nbs/61_toy_job.ipynb #cd4878a9
 class ToyTask:
     "One density and one model, as `ldebm.train.fit` wants them; every batch is a fresh draw"
     select = None
@@ -134,7 +134,7 @@ class ToyTask:
     ): self.density,self.s,self.seed,self.model = density,s,seed,ToyModel(s, seed)
     @property
     def scale(self): return SCALES[self.density]
-    def weights(self, step, steps): return dict(ebm=1.)
+    def weights(self, step, steps, epoch=0): return dict(ebm=1.)
     def start_epoch(self, epoch, state, gen): return None
     def batches(self, state, gen, start=0):
         "`(latents, {})`; those before `start` are drawn and dropped"
@@ -311,7 +311,7 @@ def finish(
     return write_result(folder, **record_name(p.job, density, row), metrics={**metrics, **cost}, settings=sett,
                         provenance=provenance(time.time()-end.seconds-seconds, end.samples/max(end.seconds, 1e-9)), results_dir=p.job.results or False)
 
-# %% ../nbs/61_toy_job.ipynb #098549f9
+# %% ../nbs/61_toy_job.ipynb #2341ce3b
 def score_table(scores:dict) -> str: # Markdown
     "Rows of the comparison by metric; `scores` is density -> row -> metrics"
     head = ['density','model','MMD','fresh sample','ratio','log-density','of the truth','modes covered','mode TV','stray']
@@ -320,9 +320,29 @@ def score_table(scores:dict) -> str: # Markdown
     return '\n'.join(['| '+' | '.join(head)+' |', '|---|---|'+'---:|'*len(keys), *body])
 
 def _square(ax, lim, title):
+    "A square window without ticks"
     ax.set(xlim=(-lim,lim), ylim=(-lim,lim), xticks=[], yticks=[], aspect='equal'); ax.set_title(title, fontsize=8)
 
-# %% ../nbs/61_toy_job.ipynb #dacbd759
+def _shade(ax, p, lim, top):
+    "Density on a square in a dozen shades, which keeps the picture small"
+    import matplotlib.pyplot as plt
+    ax.imshow(p.T, extent=(-lim,lim,-lim,lim), origin='lower', cmap=plt.get_cmap('Blues', 12), vmin=0, vmax=top, interpolation='nearest')
+
+def exact_density(density:str, lim:float=5., n:int=150) -> Tensor: # Shape `(n, n)`, first index along x
+    "Exact density on a grid"
+    u = torch.linspace(-lim, lim, n)
+    return TOYS[density].log_density(torch.cartesian_prod(u, u)).exp().reshape(n, n)
+
+def plot_data(names:list, lim:float=5.):
+    "Exact densities and some points of each"
+    import matplotlib.pyplot as plt
+    fig,axs = plt.subplots(1, len(names), figsize=(2.4*len(names),2.5), layout='constrained', squeeze=False)
+    for ax,d in zip(axs[0], names):
+        p = exact_density(d, lim); _shade(ax, p, lim, p.max())
+        ax.plot(*TOYS[d].sample(500, make_gen(0, 'picture')).T, '.', ms=1, c='C1'); _square(ax, lim, f'{d}: density and 500 points')
+    return axs[0]
+
+# %% ../nbs/61_toy_job.ipynb #badfa03b
 def plot_learned(
     density:str, # Name in `TOYS`
     prior:DiffusionEBM, # Model
@@ -331,12 +351,11 @@ def plot_learned(
 ):
     "Exact density, the one that the energy of level 0 implies, and a histogram of samples, on one colour scale"
     import matplotlib.pyplot as plt
-    n = 150; u = torch.linspace(-lim, lim, n); c = SCALES[density]
-    p = TOYS[density].log_density(torch.cartesian_prod(u, u)).exp().reshape(n, n)
+    p = exact_density(density, lim); q = energy_density(prior, SCALES[density], lim)
     h = torch.histogramdd(x.float().cpu(), 60, range=[-lim,lim]*2, density=True).hist
     fig,axs = plt.subplots(1, 3, figsize=(7,2.5), layout='constrained')
-    for ax,q,title in zip(axs, (p, energy_density(prior, c, lim, n), h), ('exact density', 'from the energy at level 0', f'histogram of {len(x)} samples')):
-        ax.imshow(q.T, extent=(-lim,lim,-lim,lim), origin='lower', cmap='Blues', vmin=0, vmax=p.max()); _square(ax, lim, title)
+    for ax,v,title in zip(axs, (p, q, h), ('exact density', 'from the energy at level 0', f'histogram of {len(x)} samples')):
+        _shade(ax, v, lim, p.max()); _square(ax, lim, title)
     return axs
 
 # %% ../nbs/61_toy_job.ipynb #ddb0a5e5

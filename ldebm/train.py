@@ -59,7 +59,7 @@ def cyclical(
     u = x*cycles % 1.
     return min(max((u-zero)/ramp, 0.), 1.)
 
-# %% ../nbs/50_train.ipynb #0316bcbc
+# %% ../nbs/50_train.ipynb #6b276ee8
 @dataclass
 class Progress:
     "Where a run stands; all of it is in the checkpoint"
@@ -71,7 +71,7 @@ class Progress:
     seconds:float=0. # Training time so far, over all sittings
     samples:int=0 # Samples seen
     sums:dict|None=None # Running sums for the next line of the log
-    count:int=0 # Steps in those sums
+    count:dict|None=None # Steps in each of those sums: a term may begin between two lines
 
 # %% ../nbs/50_train.ipynb #6f6cff5d
 class Interrupted(KeyboardInterrupt):
@@ -98,7 +98,7 @@ def trim_log(run:Run, at:Progress) -> None:
     keep = [o for o in run.log_lines() if o.get('step', 0) <= at.step and not (o.get('kind') == 'valid' and o['epoch'] >= at.epoch)]
     if len(keep) < len(run.log_lines()): atomic_write(run.file('log.jsonl'), ''.join(json.dumps(o)+'\n' for o in keep))
 
-# %% ../nbs/50_train.ipynb #f61a3518
+# %% ../nbs/50_train.ipynb #e378ac08
 def fit(
     task, # See the table above
     run:Run, # Folder for log, checkpoints and the selected model
@@ -109,12 +109,17 @@ def fit(
 ) -> Progress: # Where the run ended; the selected model's weights are loaded into `task.model`
     "Train, validate every epoch, keep the best model; continues from the run's checkpoint if there is one. Raises `Interrupted` after saving when signalled"
     device = torch.device(device)
+    if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     AcceleratorState._reset_state(reset_partial_state=False) # a second `fit` in one process may want another precision
     acc = Accelerator(cpu=device.type == 'cpu', mixed_precision=cfg.mixed_precision, gradient_accumulation_steps=1)
+    if acc.num_processes > 1: raise ValueError(f'fit trains in one process, and {acc.num_processes} were launched: start it without a launcher')
+    if acc.device.type != device.type: raise ValueError(f'asked for {device}, but Accelerate already runs on {acc.device} in this process: start a new one')
     opt = make_optimizer(task.model, cfg)
     model,opt = acc.prepare(task.model, opt)
     plain,gen,at,state = acc.unwrap_model(model),make_gen(seed, 'train', device=acc.device),Progress(),None
     if (saved := run.load(device='cpu')) is not None:
+        if saved['device'] != acc.device.type: raise ValueError(f'{run.path} was trained on {saved["device"]} and cannot continue on {acc.device.type}: random streams differ; pass device={saved["device"]!r} or another folder')
+        if acc.scaler is not None: acc.scaler.load_state_dict(saved['scaler'])
         plain.load_state_dict(saved['model']); opt.load_state_dict(saved['optimizer']); gen.set_state(saved['gen'])
         at,state = Progress(**saved['progress']),saved['epoch_state']
         if saved['best'] is None and at.best is not None: raise ValueError(f'{run.path} lost its selected model: delete the folder and train again')
@@ -122,7 +127,8 @@ def fit(
     trim_log(run, at)
     def save():
         if at.sums: check_finite_terms({k: float(v) for k,v in at.sums.items()}, at.step, at.epoch, seed)
-        run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gen.get_state(), progress=asdict(at), epoch_state=state, best=best))
+        run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gen.get_state(), progress=asdict(at), epoch_state=state, best=best,
+                      device=acc.device.type, scaler=None if acc.scaler is None else acc.scaler.state_dict()))
     clock = time.monotonic()
     def tick(): nonlocal clock; now = time.monotonic(); at.seconds += now-clock; clock = now
     bar = progress(total=cfg.steps, desc='training', unit='step'); bar.update(at.step)
@@ -137,19 +143,20 @@ def fit(
                 train_step(task, model, plain, opt, acc, cfg, at, group, gen, seed)
                 group = []; bar.update(1)
                 if at.step % cfg.log_every == 0:
-                    line = {k: v/at.count for k,v in at.sums.items()}
+                    line = {k: v/at.count[k] for k,v in at.sums.items()}
                     check_finite_terms(line, at.step, at.epoch, seed)
                     run.log(dict(step=at.step, epoch=at.epoch, kind='train', **line)); bar.set_postfix(dict(nll=line.get('nll', line['loss'])))
-                    at.sums,at.count = None,0
+                    at.sums = at.count = None
                 if at.step % cfg.checkpoint_every == 0 or stop.stop: tick(); save()
-                if stop.stop: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
+                if stop.stop and at.step < cfg.steps: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
                 if at.step >= cfg.steps: break
             if at.batch == 0: raise ValueError(f'an epoch has fewer than {cfg.accumulate} batches: use more data, a smaller batch, or a smaller accumulate')
             model.eval()
             val = {k: float(v) for k,v in task.validate().items()}
             check_finite_terms(val, at.step, at.epoch, seed)
             score = val[task.select] if task.select else -at.step
-            if at.best is None or score < at.best:
+            may = task.selectable(at.epoch) if hasattr(task, 'selectable') else True
+            if may and (at.best is None or score < at.best):
                 at.best,at.best_step = score,at.step
                 best = {k: v.detach().cpu().clone() for k,v in plain.state_dict().items()}
             tick()
@@ -160,16 +167,18 @@ def fit(
             save()
             if stop.stop: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
     bar.close()
-    plain.load_state_dict(best); plain.eval()
+    if best is None: at.best_step = at.step # no epoch qualified: the last model stands
+    else: plain.load_state_dict(best)
+    plain.eval()
     return at
 
-# %% ../nbs/50_train.ipynb #d46f0062
+# %% ../nbs/50_train.ipynb #17c921f4
 def train_step(task, model, plain, opt, acc, cfg, at, group, gen, seed):
     "One optimiser step over a group of batches; advances `at`"
     rate = 1. if cfg.warmdown == 0 else min(1., (1-at.step/cfg.steps)/cfg.warmdown)
     for g in opt.param_groups: g['lr'] = rate*(cfg.lr if g['name'] == 'main' else cfg.lr_ebm)
     if hasattr(plain, 'before_step'): plain.before_step()
-    weights,n = task.weights(at.step, cfg.steps, at.epoch),sum(len(b) for b,_ in group)
+    weights,n = task.weights(at.step, cfg.steps),sum(len(b) for b,_ in group)
     seen = {}
     for batch,extra in group:
         batch,extra = batch.to(acc.device),send_to_device(extra, acc.device)
@@ -189,8 +198,9 @@ def train_step(task, model, plain, opt, acc, cfg, at, group, gen, seed):
         seen = {k: float(v) for k,v in seen.items()}
         check_finite_terms(seen, at.step, at.epoch, seed)
     opt.step(); opt.zero_grad()
-    at.sums = seen if at.sums is None else {k: at.sums[k]+v for k,v in seen.items()}
-    at.count += 1; at.step += 1; at.batch += len(group); at.samples += n
+    sums,count = at.sums or {},at.count or {}
+    at.sums,at.count = {**sums, **{k: sums[k]+v if k in sums else v for k,v in seen.items()}},{**count, **{k: count.get(k, 0)+1 for k in seen}}
+    at.step += 1; at.batch += len(group); at.samples += n
 
 # %% ../nbs/50_train.ipynb #007ca048
 def plot_curves(

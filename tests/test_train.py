@@ -65,12 +65,12 @@ from ldebm.train import Interrupted, fit
 out, objective, settings, steps, hang, signum = sys.argv[1:]
 run, task, device = open_job(TextJob(settings=settings, steps=int(steps), n_samples=20, objective=objective, threads=1, device='cpu', out=out))
 plain = task.weights
-def weights(step, steps):   # asked for once in every step
+def weights(step, *args):   # asked for once in every step
     if step == int(hang):
         print('there', flush=True)
         if signum == '9': time.sleep(300)
         while not stopping: time.sleep(.01)   # the signal must have come before the step ends
-    return plain(step, steps)
+    return plain(step, *args)
 task.weights = weights
 stopping, old = [], core.graceful_stop._handle
 def handle(self, *args): old(self, *args); stopping.append(1)
@@ -192,7 +192,7 @@ class Task:
         self.model, self.size = Line(), size
         x = torch.randn(10*size, 3, generator=make_gen(0, "x"))
         self.data = torch.cat([x, (x@torch.tensor([1., -2., .5])+.7)[:, None]], 1)
-    def weights(self, step, steps): return dict(nll=1., size=.01*step/steps)
+    def weights(self, step, steps, epoch): return dict(nll=1., size=.01*step/steps)
     def start_epoch(self, epoch, state, gen):
         old = torch.arange(len(self.data)) if state is None else state["order"]
         return dict(order=old[torch.randint(len(old), (len(old),), generator=gen)], shift=self.model.w.detach().sum().clone())
@@ -349,9 +349,9 @@ class Poisoned(Task):
             if self.step == at and what == "gradient": terms["nll"] = terms["nll"]+(self.model.w.sum()*0).sqrt()   # 0, with an infinite slope
             return terms
         self.model.forward = forward
-    def weights(self, step, steps):
+    def weights(self, step, *args):
         self.step = step
-        return super().weights(step, steps)
+        return super().weights(step, *args)
     def validate(self):
         out = super().validate()
         return {k: v*float("inf") if self.what == "validation" else v for k, v in out.items()}
@@ -378,6 +378,20 @@ def test_non_finite_gradient_never_reaches_a_checkpoint(tmp_path, at):
     assert saved["progress"]["step"] == 4 and all(v.isfinite().all() for v in saved["model"].values())
 
 
+def test_a_term_that_begins_between_two_lines_of_the_log(tmp_path):
+    "As clustering does: each term is averaged over the steps that had it"
+    task, shown = Task(), []
+    real = task.model.forward
+    def forward(x, gen):
+        terms = real(x, gen)
+        shown.append(len(shown))
+        return {**terms, "late": torch.full((len(x),), float(shown[-1]))} if shown[-1] >= 4 else terms
+    task.model.forward = forward
+    run, *_ = line(tmp_path/"run", LINE, task=task)
+    lines = [o for o in run.log_lines() if o["kind"] == "train"]
+    assert "late" not in lines[0] and [o["late"] for o in lines[1:4]] == [4.5, 7., 10.]   # steps 4 and 5; 6 to 8; 9 to 11
+
+
 def test_non_finite_validation(tmp_path):
     with pytest.raises(FloatingPointError, match=r"nll is inf at step 10 \(epoch 0, seed 1\)"): line(tmp_path/"run", task=Poisoned(99, "validation"))
     assert Run(tmp_path/"run", {"task": "line"}).load()["progress"]["step"] == 8
@@ -389,10 +403,10 @@ def test_non_finite_parameter_of_a_text_model(tmp_path, objective):
     job = text_job(tmp_path/"run", objective)
     run, task, device = open_job(job)
     real = task.weights
-    def weights(step, steps):
+    def weights(step, *args):
         if step == 9:
             with torch.no_grad(): task.model.prior.energy.head.bias[0] = float("nan")
-        return real(step, steps)
+        return real(step, *args)
     task.weights = weights
     with pytest.raises(FloatingPointError, match=r"at step 9 \(epoch 0, seed 0\)"): fit(task, run, train_cfg(task.s), job.seed, device)
     saved = run.load()
@@ -439,22 +453,19 @@ def test_impossible_settings_of_the_loop(values, wrong):
     with pytest.raises(ValueError, match=wrong): TrainCfg(**values)
 
 
-def test_precision_that_the_machine_cannot_have_leaves_nothing(tmp_path):
-    "Half precision needs a GPU: said before any work"
-    job = dataclasses.replace(text_job(tmp_path/"run", "consistent"), settings=TINY+" mixed_precision=fp16")
-    with pytest.raises(ValueError, match="fp16"): open_job(job)
-    assert not (tmp_path/"run").exists()
-
-
-def test_bf16_trains_on_a_cpu(tmp_path):
-    job = dataclasses.replace(text_job(tmp_path/"run", "consistent"), settings=TINY+" mixed_precision=bf16", steps=4)
+@pytest.mark.parametrize("objective", ["consistent", "published"])
+def test_bf16_trains_on_a_cpu(tmp_path, objective):
+    job = dataclasses.replace(text_job(tmp_path/"run", objective), settings=TINY+" mixed_precision=bf16", steps=4)
     run, task, end = train_text(job)
     assert end.step == 4 and all(p.dtype == torch.float32 and p.isfinite().all() for p in task.model.parameters())
+    plain = train_text(dataclasses.replace(job, out=str(tmp_path/"plain"), settings=TINY))[0].log_lines()[-1]
+    half = run.log_lines()[-1]
+    assert 0 < abs(half["recon_nll"]-plain["recon_nll"]) < .01*plain["recon_nll"], "no other precision, or another model"
 
 
 def test_a_weight_without_its_term(tmp_path):
     task = Task()
-    task.weights = lambda step, steps: dict(nll=1., kll=1.)
+    task.weights = lambda *args: dict(nll=1., kll=1.)
     with pytest.raises(ValueError, match="no term called kll; terms are nll, size"): line(tmp_path/"run", task=task)
 
 
