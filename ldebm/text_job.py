@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'EBM_ONLY', 'TextJob', 'TextSettings', 'choose', 'parse_settings', 'resolve',
-           'unused', 'pick', 'train_cfg', 'text_cfg', 'prior_cfg', 'build_model', 'TextTask', 'corpus_name', 'job_name',
-           'record_name', 'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line',
-           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure', 'spread', 'run_table']
+           'unused', 'pick', 'train_cfg', 'text_cfg', 'prior_cfg', 'build_model', 'by_words', 'TextTask', 'corpus_name',
+           'job_name', 'record_name', 'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish',
+           'epoch_line', 'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure',
+           'spread', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #9c52a1ae
 import difflib, hashlib, json, math, re, shlex, statistics, time
@@ -97,14 +98,14 @@ class TextSettings:
     def _repr_markdown_(self):
         return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
 
-# %% ../nbs/60_text_job.ipynb #3febe9e7
+# %% ../nbs/60_text_job.ipynb #6ec33bb4
 PRESETS = dict(
-    quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=15, floor=.3, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
+    quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=10, floor=.3, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
                lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24),
     small=dict(embed=256, hidden=256, floor=.6, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=40_000),
     paper=dict(floor=.6, steps=60*328))
 OBJECTIVES = dict(
-    consistent=dict(w_ebm=.3, enc_share=0., w_bow=.5, w_cls=3., cls_start=.4, w_sym=1., cluster_dims=8),
+    consistent=dict(w_ebm=.3, enc_share=0., w_bow=.5, w_cls=3., cls_start=.4, w_sym=1., cluster_dims=4),
     published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1., mala=False,
                    w_kl=.1, enc_share=1., kl_warmup=0., w_mi=.05, w_cls=.05, w_sym=0., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=10., warmdown=0.))
 ROWS = {'ldebm': dict(), 'ldebm-no-gc': dict(w_cls=0.), 'vae': dict(prior='normal'), 'rnn-lm': dict(prior='none', d=0)}
@@ -184,7 +185,17 @@ def build_model(
         prior = DiffusionEBM(make_schedule(s.schedule, s.T), energy, prior_cfg(s, objective))
     return TextModel(len(vocab), text_cfg(s), prior, bos=vocab.bos, eos=vocab.eos, gen=make_gen(seed, 'text'))
 
-# %% ../nbs/60_text_job.ipynb #35298de9
+# %% ../nbs/60_text_job.ipynb #15d90a62
+def by_words(
+    means:Tensor, # Posterior means, shape `(N, d)`
+    weight:Tensor, # Of the bag-of-words layer, shape `(V, d)`
+) -> Tensor: # Shape `(N, d)`, whose distances are those between the word log-odds `weight @ mean`
+    "Latents in the metric of the words they predict"
+    W = weight.detach().double().cpu()
+    lam,Q = torch.linalg.eigh(W.T@W)
+    return (means.double()@Q*lam.clamp(min=0).sqrt()).float()
+
+# %% ../nbs/60_text_job.ipynb #291795b7
 class TextTask:
     "A text model, its corpus and its objective, as `ldebm.train.fit` wants them"
     def __init__(self,
@@ -200,16 +211,14 @@ class TextTask:
         if n < s.batch: raise ValueError(f'corpus {corpus.name} has {n} training sentences, fewer than a batch of {s.batch}: lower batch (settings="batch={max(2, n//4)}")')
         if n//s.batch < s.accumulate: raise ValueError(f'corpus {corpus.name} has {n//s.batch} batches of {s.batch} an epoch, fewer than accumulate={s.accumulate}: lower one of them')
         if s.prior == 'ebm' and s.w_cls > 0 and n < s.n_symbols: raise ValueError(f'corpus {corpus.name} has {n} training sentences, fewer than the {s.n_symbols} symbols to cluster them into: lower n_symbols')
-        if s.prior == 'ebm' and s.w_cls > 0 and not self.clustered((s.steps-1)//self.per_epoch):
-            raise ValueError(f'clustering would never begin: {s.steps} steps are {s.steps/self.per_epoch:.1f} epochs, and no epoch starts after cls_start={s.cls_start} of them; use more steps or a smaller cls_start')
         self.model = build_model(s, objective, corpus.vocab, seed)
         self.select = dict(ebm='recon_nll' if objective == 'published' else 'base_bound', normal='base_bound', none='nll')[s.prior]
     @property
     def device(self): return self.model.decoder.embed.weight.device
     def clustered(self, epoch:int) -> bool:
-        "Is geometric clustering on in this epoch?"
-        s = self.s
-        return s.prior == 'ebm' and s.w_cls > 0 and epoch*self.per_epoch >= s.cls_start*s.steps
+        "Is geometric clustering on in this epoch? From the first one that starts at `cls_start` of training or later, at the latest in the last"
+        s = self.s; last = (s.steps-1)//self.per_epoch
+        return s.prior == 'ebm' and s.w_cls > 0 and epoch >= min(math.ceil(s.cls_start*s.steps/self.per_epoch), last)
     @property
     def per_epoch(self) -> int: return max(1, len(self.corpus['train'])//self.s.batch//self.s.accumulate) # Optimiser steps in an epoch
     def selectable(self, epoch:int) -> bool: # With clustering on, models from before it began are not kept
@@ -230,6 +239,7 @@ class TextTask:
         if not self.clustered(epoch): return None
         K,old = self.s.n_symbols,None if state is None else state['labels']
         means = self.encode('train')[0]
+        if self.objective == 'consistent' and self.model.bow is not None: means = by_words(means, self.model.bow.weight)
         if self.objective == 'published':
             labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen)
             return dict(labels=labels, index=published_draw(labels, gen))
