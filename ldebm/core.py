@@ -8,9 +8,9 @@ __all__ = ['make_gen', 'pick_device', 'set_threads', 'progress', 'check_params',
            'env_report', 'provenance', 'metric', 'check_result', 'results_root', 'result_path', 'write_result',
            'load_results', 'results_table']
 
-# %% ../nbs/00_core.ipynb #e47796e4
+# %% ../nbs/00_core.ipynb #01b4f0a2
 import collections, contextlib, dataclasses, difflib, hashlib, importlib.metadata, inspect, json, math, numbers
-import os, platform, re, signal, statistics, subprocess, sys, threading, time, types, typing
+import os, platform, re, signal, statistics, subprocess, sys, threading, time, types, typing, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -101,6 +101,10 @@ class _KernelBar(_Bar):
     def close(self):
         if self.handle: self.handle.update({'text/plain': ''}, raw=True)
         self.handle = None
+
+# %% ../nbs/00_core.ipynb #42d6731d
+# Libraries that import tqdm.auto would otherwise print, with a path, that ipywidgets is missing; our bars do not need it
+warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/00_core.ipynb #d3f1b6d0
 def progress(

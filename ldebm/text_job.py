@@ -284,10 +284,12 @@ class TextTask:
         "Validation metrics, with the same noise every time"
         return {k: v.mean() for k,v in self.likelihood_terms('valid', make_gen(self.seed, 'validate', device=self.device)).items()}
 
-# %% ../nbs/60_text_job.ipynb #add92ed9
+# %% ../nbs/60_text_job.ipynb #01a1642b
 def corpus_name(job:TextJob) -> str:
-    "Name of the corpus in records: the stem of a user's file"
-    return job.corpus if job.corpus in CORPORA else re.sub(r'[^A-Za-z0-9_.]+', '-', Path(job.corpus).stem)
+    "Name of the corpus in records: the stem of a user's file, marked as a file if it is called like one of ours"
+    if job.corpus in CORPORA: return job.corpus
+    stem = re.sub(r'[^A-Za-z0-9_.]+', '-', Path(job.corpus).stem)
+    return f'file-{stem}' if stem in CORPORA else stem
 def job_name(job:TextJob) -> str:
     "Name of a run, and of its record"
     return f'{job.row}{"+"+job.variant if job.variant else ""}-{corpus_name(job)}-{job.preset}-{job.objective}-s{job.seed}'

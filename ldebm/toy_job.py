@@ -38,7 +38,7 @@ class ToyJob:
     results:str='' # Folder that gets copies of the records, such as `results`; empty keeps them in the run folder
     resume:bool=True # Continue a run found in `out`; otherwise start it afresh
 
-# %% ../nbs/61_toy_job.ipynb #08bfe1a7
+# %% ../nbs/61_toy_job.ipynb #07fbd899
 @dataclass(frozen=True)
 class ToySettings:
     "Every number that shapes a run"
@@ -61,7 +61,7 @@ class ToySettings:
         return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
 
 PINWHEEL = dict(n_steps=10, rho=.6, lr=6e-3) # Of the pinwheel alone: no barriers, so shorter chains with longer steps; thin arms, so thrice the batch
-PRESETS = dict(small=dict(), quick=dict(steps=600, n_points=1000, repeats=2, epochs=3))
+PRESETS = dict(small=dict(), quick=dict(steps=400, n_points=1000, repeats=2, epochs=3))
 SCALES = dict(gaussians16=2.138, pinwheel=1.483) # Standard deviation of a coordinate; latents are points divided by it
 ROWS = {'toy-diffusion-ebm': 'with diffusion', 'toy-ebm-short': 'no diffusion, short-run', 'toy-ebm-long': 'no diffusion, long-run'}
 
@@ -400,7 +400,7 @@ def plot_comparison(
     for ax,(x,title) in zip(axs, pics): ax.scatter(*x.T, s=.5, alpha=.5, lw=0, c='C0', rasterized=True); _square(ax, lim, title)
     return axs
 
-# %% ../nbs/61_toy_job.ipynb #71b1ca24
+# %% ../nbs/61_toy_job.ipynb #01cdfcb9
 def plot_mixing(m:dict):
     "Mean and middle 80 % of F along the chains: levels of the diffusion from the top down, then the single level"
     import matplotlib.pyplot as plt
@@ -413,14 +413,16 @@ def plot_mixing(m:dict):
     axs[0].set_ylabel('F (high is likely)', fontsize=7); axs[len(axs)//2].set_xlabel('update', fontsize=7)
     return axs
 
-def plot_training(models:dict, fresh:float):
-    "Distance of a thousand samples to the truth during training"
+def plot_training(p:ToyPlace, density:str, models:dict):
+    "Distance of a thousand samples to the truth during training, and that of as many true points"
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(4,2.2), layout='constrained')[1]
     for (k,(_,end,lines)),m in zip(models.items(), 'os'):
         v = [o for o in lines if o['kind'] == 'valid']
         ax.plot([o['step']/end.step for o in v], [o['mmd'] for o in v], m+'-', ms=3, label='with diffusion' if k == 'diffusion' else 'no diffusion')
-    ax.axhline(fresh, c='k', ls=':', lw=1, label='true sample'); ax.set(xlabel='share of training', ylabel='MMD', ylim=(0,None)); ax.legend(fontsize=7)
+    f = torch.tensor(reference(density, min(1000, p.s.n_points), p.job.seed, 8)[1])
+    ax.axhspan(f.min(), f.max(), color='k', alpha=.15, lw=0, label='true points, eight draws')
+    ax.set(xlabel='share of training', ylabel='MMD', ylim=(0,None)); ax.set_title(density, fontsize=8); ax.legend(fontsize=7)
     return ax
 
 def save_figure(p:ToyPlace, name:str, ax) -> None:

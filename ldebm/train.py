@@ -202,10 +202,10 @@ def train_step(task, model, plain, opt, acc, cfg, at, group, gen, seed):
     at.sums,at.count = {**sums, **{k: sums[k]+v if k in sums else v for k,v in seen.items()}},{**count, **{k: count.get(k, 0)+1 for k in seen}}
     at.step += 1; at.batch += len(group); at.samples += n
 
-# %% ../nbs/50_train.ipynb #007ca048
+# %% ../nbs/50_train.ipynb #9ab01ac4
 def plot_curves(
     lines:list, # From `run.log_lines()`
-    names=('nll','kl','ebm','mi','cls'), # Terms to draw
+    names=('nll','kl_base','ebm','mi','cls','accept'), # Terms to draw
 ):
     "Training terms (lines) and validation metrics (dots) of one run"
     import matplotlib.pyplot as plt
