@@ -422,18 +422,18 @@ def samples_by_symbol(
         out += [(str(y), v.decode(x)) for x in sample_sentences(task.model, n, y=y, gen=gen, max_len=task.s.max_len)]
     return out
 
-# %% ../nbs/60_text_job.ipynb #8af7aebf
+# %% ../nbs/60_text_job.ipynb #3333931a
 def metrics_table(
     metrics:dict, # From `evaluate` or a record
     names=None, # Which, in order; all if `None`
 ) -> str: # Markdown
     "Metrics with interval, count and estimator"
     rows = ['| metric | value | 95 % | n | estimator |','|---|---|---|---|---|']
-    num = lambda x: '' if x is None else f'{x:.4g}'
+    num,bar = lambda x: '' if x is None else f'{x:.4g}',lambda x: x.replace('|', '\\|')
     for k in names or metrics:
         if k in metrics:
             m = metrics[k]; iv = m['interval']
-            rows.append(f'| {k} | {num(m["value"])} | {"" if iv is None else num(iv[0])+" to "+num(iv[1])} | {m["n"] or ""} | {m["estimator"]} |')
+            rows.append(f'| {k} | {num(m["value"])} | {"" if iv is None else num(iv[0])+" to "+num(iv[1])} | {m["n"] or ""} | {bar(m["estimator"])} |')
     return '\n'.join(rows)
 
 # %% ../nbs/60_text_job.ipynb #c5b7aa6a
