@@ -289,7 +289,7 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
     return dict(kl=free_bits(kl, c.floor), kl_base=kl.sum(-1).detach(), ebm=by_sample(gap), ebm_enc=by_sample(enc), sym=by_sample(sym)*(B/len(t)),
                 **(dict(accept=torch.stack(seen).mean(0).view(-1,B).mean(0)) if c.mala and seen else {}), **self.symbol_terms(f0, labels, label_weights))
 
-# %% ../nbs/13_prior.ipynb #7adf74f2
+# %% ../nbs/13_prior.ipynb #8347b9c8
 def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
     "Terms `entropy, gauss, ebm, ebm_enc, mi, cls` of the `published` objective"
     c,s,B,T,dev = self.cfg,self.schedule,len(z),self.T,z.device
@@ -297,8 +297,7 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
     if T > 1: t,zz = torch.cat([torch.randint(T-1, (B,), generator=gen, device=dev), t]),z.repeat(2,1)
     zt,zn = diffuse_pair(s, zz, t, gen)
     pos,w = self.scale(t, zz)*zt,self.energy.weights()
-    seen = []
-    neg = self.chain_from(zn, t, fast=fast_energy(self.energy, w), gen=gen, on_step=lambda i, accept=None, **kw: seen.append(accept))
+    neg = self.chain_from(zn, t, fast=fast_energy(self.energy, w), gen=gen)
     zero = torch.zeros_like(t[:B])
     z0 = self.scale(zero, z)*diffuse(s, z, zero, gen)
     f = self.energy.logits(torch.cat([pos.detach(), neg, z0]), torch.cat([t, t, zero]), weights=w)

@@ -172,7 +172,7 @@ def bag_of_words(
     inner[:,0] = False
     return -(logits.log_softmax(-1).gather(1, ids)*inner).sum(1)
 
-# %% ../nbs/20_text_vae.ipynb #ad949e9e
+# %% ../nbs/20_text_vae.ipynb #ee5e846e
 class TextModel(nn.Module):
     "Encoder, decoder and prior; `forward` gives named per-sentence terms"
     def __init__(self,
@@ -206,9 +206,7 @@ class TextModel(nn.Module):
         if not self.cfg.d: return dict(nll=self.decoder.nll(batch.ids, batch.lengths, None, gen))
         q = self.encode(batch); z = q.rsample(gen)
         bow = {} if self.bow is None else dict(bow=bag_of_words(self.bow(z), batch.ids, batch.lengths))
-        nll = self.decoder.nll(batch.ids, batch.lengths, z, gen)
-        with torch.autocast(z.device.type, enabled=False): # schedule constants and acceptance ratios are not for half precision
-            return dict(nll=nll, **bow, **self.prior.terms(q, z, gen, labels, label_weights))
+        return dict(nll=self.decoder.nll(batch.ids, batch.lengths, z, gen), **bow, **self.prior.terms(q, z, gen, labels, label_weights))
     def before_step(self):
         "Once per optimiser step: refresh the spectral norms of an energy"
         if hasattr(self.prior, 'energy'): self.prior.energy.power_iterate()
