@@ -124,7 +124,7 @@ def linear_chain_moments(
     ak = alpha**n_steps
     return ak*mean0 + beta*(1-ak)/(1-alpha), ak**2*var0 + kappa**2*(1-ak**2)/(1-alpha**2)
 
-# %% ../nbs/12_langevin.ipynb #7fed2e10
+# %% ../nbs/12_langevin.ipynb #3ee2d548
 @torch.no_grad()
 def mala_chain(
     energy, # Object with `base` and `grad`, see `ldebm.energy.fast_energy`
@@ -135,6 +135,7 @@ def mala_chain(
     n_steps:int, # Number of proposals
     *,
     rho:float=.8, # Share of the old state in a proposal, in (-1, 1)
+    drift:float=math.inf, # Longest drift of a proposal, in units of its noise: truncation (MALTA) keeps chains moving where `F` is steep, and is as exact
     tau:Tensor|float=1., # Temperature that divides `F`
     y:Tensor|None=None, # Symbols to condition on
     context:Tensor|None=None, # Context vectors
@@ -144,6 +145,7 @@ def mala_chain(
     "Metropolis-adjusted preconditioned Langevin chains on `exp(F/tau) N(m, v)` (Roberts and Tweedie 1996)"
     if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
     if not -1 < rho < 1: raise ValueError(f'rho must lie in (-1, 1), got {rho}')
+    if not drift > 0: raise ValueError(f'drift must be positive, got {drift}')
     base = energy.base(t, context)
     tau_b = tau if isinstance(tau, Tensor) else torch.full_like(v, tau)
     bad = lambda F, g: (F.isnan() | (F == torch.inf) | (F.isfinite() & ~g.isfinite().all(-1))).any()
@@ -151,7 +153,11 @@ def mala_chain(
     first = torch.where(bad(F, g) | ~F.isfinite().all(), 0, n_steps+1)
     var,total = v*(1-rho**2),torch.zeros_like(F)
     sq = lambda x, s: (x**2/(2*s)).sum(-1)
-    mean = lambda x, g: m + rho*(x-m) + (1-rho)*v/tau_b*g
+    pull,most = (1-rho)*v/tau_b,drift*math.sqrt(z.shape[-1])*var.sqrt()
+    def mean(x, g):
+        move = pull*g
+        if drift < math.inf: move = move*(most/move.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        return m + rho*(x-m) + move
     for i in range(n_steps):
         x = mean(z, g) + var.sqrt()*randn_like(z, gen)
         Fx,gx = energy.grad(x, t, y, context, base)

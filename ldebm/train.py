@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainCfg', 'linear_warmup', 'cyclical', 'Progress', 'Interrupted', 'make_optimizer', 'check_finite_terms', 'trim_log',
-           'fit', 'train_step', 'plot_curves']
+           'fit', 'rate_at', 'train_step', 'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
 import json, math, time
@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from .core import Run, atomic_write, graceful_stop, make_gen, progress
 
-# %% ../nbs/50_train.ipynb #369120f3
+# %% ../nbs/50_train.ipynb #d13309d5
 @dataclass(frozen=True)
 class TrainCfg:
     "How `fit` trains"
@@ -26,7 +26,10 @@ class TrainCfg:
     decay_ebm:float=0. # L2 weight decay of the energy
     clip:float=.5 # Largest gradient norm of encoder and decoder
     clip_ebm:float=10. # Largest gradient norm of the energy
+    warmup:int=0 # Steps over which both rates rise linearly
     warmdown:float=0. # Last share of the steps over which both rates fall linearly to zero
+    rate_decay:float=1. # Factor on both rates every 1,000 steps
+    beta1:float=.9 # Adam's first decay
     accumulate:int=1 # Batches summed into one optimiser step
     mixed_precision:str='no' # `no`, `bf16` or `fp16`, as in Accelerate
     log_every:int=20 # Steps averaged into one line of the log
@@ -37,6 +40,7 @@ class TrainCfg:
         for k in ('lr','lr_ebm','clip','clip_ebm'):
             if not getattr(self, k) > 0: raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
         if self.mixed_precision not in ('no','bf16','fp16'): raise ValueError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+        if self.warmup < 0 or not 0 < self.rate_decay <= 1 or not 0 <= self.beta1 < 1: raise ValueError(f'warmup must not be negative, rate_decay lie in (0, 1], beta1 in [0, 1); got {self.warmup}, {self.rate_decay}, {self.beta1}')
         if not 0 <= self.warmdown <= 1: raise ValueError(f'warmdown must lie in [0, 1], got {self.warmdown}')
 
 # %% ../nbs/50_train.ipynb #0439a249
@@ -77,13 +81,13 @@ class Progress:
 class Interrupted(KeyboardInterrupt):
     "A run was asked to stop; its checkpoint is complete and `fit` continues from it"
 
-# %% ../nbs/50_train.ipynb #b8ed89c0
+# %% ../nbs/50_train.ipynb #93ad85a7
 def make_optimizer(model:nn.Module, cfg:TrainCfg) -> torch.optim.Adam:
     "Adam over the groups `main` and `ebm` (torch's L2 decay, as in the published code)"
     g = model.groups()
     out = [dict(params=g['main'], lr=cfg.lr, name='main', clip=cfg.clip)]
     if g.get('ebm'): out.append(dict(params=g['ebm'], lr=cfg.lr_ebm, weight_decay=cfg.decay_ebm, name='ebm', clip=cfg.clip_ebm))
-    return torch.optim.Adam(out)
+    return torch.optim.Adam([g for g in out if g['params']], betas=(cfg.beta1,.999))
 
 # %% ../nbs/50_train.ipynb #829d592a
 def check_finite_terms(terms:dict, step:int, epoch:int, seed:int):
@@ -172,10 +176,16 @@ def fit(
     plain.eval()
     return at
 
-# %% ../nbs/50_train.ipynb #17c921f4
+# %% ../nbs/50_train.ipynb #bac7aef1
+def rate_at(cfg:TrainCfg, step:int) -> float:
+    "Factor on the learning rates at a step"
+    up = min(1., (step+1)/cfg.warmup) if cfg.warmup else 1.
+    down = 1. if cfg.warmdown == 0 else min(1., (1-step/cfg.steps)/cfg.warmdown)
+    return min(up, down)*cfg.rate_decay**(step/1000)
+
 def train_step(task, model, plain, opt, acc, cfg, at, group, gen, seed):
     "One optimiser step over a group of batches; advances `at`"
-    rate = 1. if cfg.warmdown == 0 else min(1., (1-at.step/cfg.steps)/cfg.warmdown)
+    rate = rate_at(cfg, at.step)
     for g in opt.param_groups: g['lr'] = rate*(cfg.lr if g['name'] == 'main' else cfg.lr_ebm)
     if hasattr(plain, 'before_step'): plain.before_step()
     weights,n = task.weights(at.step, cfg.steps),sum(len(b) for b,_ in group)

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from ldebm.energy import EnergyNet, QuadraticEnergy, fast_energy
+from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
 from ldebm.langevin import linear_chain_moments, mala_chain, tilt_chain
 from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, published_schedule
@@ -384,14 +384,12 @@ def test_base_kl_against_densities_along_paths(reference, T, d):
 
 # -- what goes wrong is named
 
-class Poisoned(nn.Module):
+class Poisoned(Energy):
     "An energy that is NaN from its `k`-th evaluation on"
     n_symbols, n_levels, d = 1, 3, 2
     def __init__(self, k):
         super().__init__()
         self.w, self.k, self.n = nn.Parameter(torch.ones(())), k, 0
-    def power_iterate(self, n=1): pass
-    def weights(self): return None
     def forward(self, z, t, y=None, context=None, weights=None):
         self.n += 1
         return -(z**2).sum(-1)*(self.w if self.n <= self.k else float("nan"))
@@ -415,7 +413,7 @@ def test_refused_settings_of_a_chain():
     y, accept = mala_chain(fast, x, t, x, v, 5, rho=.5, gen=gen(0))
     assert_close(accept, torch.ones(3, dtype=F64))   # exact for the Gaussian: nothing to correct
     for cfg, wrong in ((dict(n_steps=-1), "n_steps must be >= 0"), (dict(rho=1.), "rho must lie"), (dict(tau=0.), "must be positive"),
-                       (dict(objective="paper"), "objective must be one of"), (dict(objective="published"), "defined with reference 'flat'")):
+                       (dict(objective="paper"), "objective must be one of"), (dict(weighting="s"), "weighting must be one of")):
         with pytest.raises(ValueError, match=wrong): PriorCfg(**cfg)
     with pytest.raises(ValueError, match="a_0 = 1"): DiffusionEBM(published_schedule(2), zero(2, 2), PriorCfg())
     published = PriorCfg(objective="published", reference="flat", mala=False)

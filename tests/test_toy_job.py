@@ -29,7 +29,7 @@ def tiny(monkeypatch):
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("bad,says", [(dict(preset="huge"), "unknown preset 'huge'; known: small, quick"), (dict(density="ring"), "unknown density 'ring'"),
+@pytest.mark.parametrize("bad,says", [(dict(preset="huge"), "unknown preset 'huge'. Known: small, quick"), (dict(density="ring"), "unknown density 'ring'"),
                                       (dict(steps=-1), "steps must not be negative"), (dict(seed=-1), "seed must not be negative"),
                                       (dict(threads=-2), "threads must not be negative"), (dict(steps=2), "steps must be at least 6"),
                                       (dict(device="tpu"), "unknown device 'tpu'")])
@@ -124,7 +124,7 @@ def test_average_follows_weights():
     for _ in range(200): m.before_step()
     for a, s in zip(m.average.parameters(), start): assert_close(a, s+1, atol=1e-4, rtol=1e-4)
     assert all(not p.requires_grad for p in m.average.parameters())
-    assert m.learned().energy is m.average
+    assert m.learned().energy is m.average.net
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
