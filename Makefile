@@ -46,15 +46,17 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
+DATASET   ?= shapes
+IMAGE_RUN ?= runs/$(basename $(notdir $(DATASET)))-$(PRESET)-s$(SEED)
 NAME ?= $(ROW)-$(basename $(notdir $(CORPUS)))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
 RUN  ?= runs/$(NAME)
 PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
 
-.PHONY: help venv train toy2d test docs docs-serve lab lint prepare clean distclean
+.PHONY: help venv train toy2d digits images test docs docs-serve lab lint prepare clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
-	@echo "  CORPUS=$(CORPUS) PRESET=$(PRESET) SEED=$(SEED) OBJECTIVE=$(OBJECTIVE) ROW=$(ROW) ARGS='-p name value': settings of train (SEED, ARGS also of toy2d)"
+	@echo "  CORPUS=$(CORPUS) PRESET=$(PRESET) SEED=$(SEED) OBJECTIVE=$(OBJECTIVE) ROW=$(ROW) ARGS='-p name value': settings of train (SEED, ARGS also of toy2d, digits, images)"
 
 venv: $(STAMP) ## Make .venv from the lock file of this Python
 
@@ -87,6 +89,19 @@ toy2d: $(STAMP) ## Two-dimensional densities: the method beside its ancestors
 	@$(PAPERMILL) nbs/train_toy2d.ipynb runs/toy2d-s$(SEED)/train_toy2d.ipynb -p seed $(SEED) -r out runs/toy2d-s$(SEED) $(ARGS) \
 	|| { echo "The run stopped; runs/toy2d-s$(SEED)/train_toy2d.ipynb shows where." >&2; exit 1; }
 	@echo; echo "Done. Everything is in runs/toy2d-s$(SEED):"; ls runs/toy2d-s$(SEED)
+
+digits: $(STAMP) ## Hierarchical prior on 8x8 digits: generator, energies, samples, outliers, control
+	@mkdir -p runs/digits-s$(SEED)
+	@$(PAPERMILL) nbs/train_digits.ipynb runs/digits-s$(SEED)/train_digits.ipynb -p seed $(SEED) -r out runs/digits-s$(SEED) $(ARGS) \
+	|| { echo "The run stopped; runs/digits-s$(SEED)/train_digits.ipynb shows where. The same command resumes it." >&2; exit 1; }
+	@echo; echo "Done. Everything is in runs/digits-s$(SEED):"; ls runs/digits-s$(SEED)
+
+# DATASET=shapes needs no data; cifar10, celeba, lsun_church or a path need theirs, and PRESET=small or paper
+images: $(STAMP) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_church or a folder or zip
+	@mkdir -p $(IMAGE_RUN)
+	@$(PAPERMILL) nbs/train_images.ipynb $(IMAGE_RUN)/train_images.ipynb -r dataset $(DATASET) -r preset $(PRESET) -p seed $(SEED) -r out $(IMAGE_RUN) $(ARGS) \
+	|| { echo "The run stopped; $(IMAGE_RUN)/train_images.ipynb shows where. The same command resumes it." >&2; exit 1; }
+	@echo; echo "Done. Everything is in $(IMAGE_RUN):"; ls $(IMAGE_RUN)
 
 test: $(STAMP) ## Run every notebook, then the tests
 	@echo "Notebooks:"

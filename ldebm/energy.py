@@ -62,7 +62,7 @@ def free_slope(logits:Tensor, y:Tensor|None=None, groups:tuple|None=None, tau:fl
     if y is not None: f = f.masked_fill(~y, -torch.inf)
     return f.softmax(-1) if groups is None else torch.cat([p.softmax(-1) for p in f.split(groups, -1)], -1)
 
-# %% ../nbs/11_energy.ipynb #a983ba90
+# %% ../nbs/11_energy.ipynb #fcc8c9a6
 class Energy(nn.Module):
     "What a `DiffusionEBM` asks of an energy. A subclass sets `d`, `n_levels`, `n_symbols` and gives `logits`; everything else has a default"
     groups:tuple|None=None # Number of values of each attribute; `None`: one attribute of `n_symbols` values
@@ -103,7 +103,7 @@ class Energy(nn.Module):
         sizes,K = self.groups or (self.n_symbols,),self.n_symbols
         y = torch.as_tensor(y, device=device)
         if y.dtype == torch.bool:
-            if y.shape[-1] != K or y.ndim > 2 or (y.ndim == 2 and len(y) not in (1, n)): raise ValueError(f'allowed values must have shape ({K},) or ({n}, {K}), got {tuple(y.shape)}')
+            if y.ndim not in (1, 2) or y.shape[-1] != K or (y.ndim == 2 and len(y) not in (1, n)): raise ValueError(f'allowed values must have shape ({K},) or ({n}, {K}), got {tuple(y.shape)}')
             y = y.expand(n, K)
             if not all(p.any(-1).all() for p in y.split(sizes, -1)): raise ValueError('some attribute is allowed no value at all')
             return y
@@ -112,7 +112,7 @@ class Energy(nn.Module):
             if len(y) != n: raise ValueError(f'{len(y)} symbols for {n} latents')
             if not 0 <= int(y.min()) <= int(y.max()) < K: raise ValueError(f'symbols must lie in 0..{K-1}, got {int(y.min())}..{int(y.max())}')
             return y
-        if y.shape[-1] != len(sizes) or y.ndim != 2 or len(y) not in (1, n): raise ValueError(f'symbols of {len(sizes)} attributes must have shape ({n}, {len(sizes)}), got {tuple(y.shape)}')
+        if y.ndim != 2 or y.shape[-1] != len(sizes) or len(y) not in (1, n): raise ValueError(f'symbols of {len(sizes)} attributes must have shape ({n}, {len(sizes)}), got {tuple(y.shape)}')
         for a,(k,col) in enumerate(zip(sizes, y.unbind(1))):
             if not -1 <= int(col.min()) <= int(col.max()) < k: raise ValueError(f'values of attribute {a} must lie in 0..{k-1}, or be -1 for free; got {int(col.min())}..{int(col.max())}')
         masks = [(col[:,None] == torch.arange(k, device=device)) | (col[:,None] < 0) for k,col in zip(sizes, y.unbind(1))]

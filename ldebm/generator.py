@@ -139,7 +139,7 @@ def logistic_nll(
     lp = torch.where(x < half, nnf.logsigmoid(up), torch.where(x > 1-half, -nnf.softplus(lo), inner))
     return -(lw+lp).logsumexp(1).flatten(1).sum(1)
 
-# %% ../nbs/30_generator.ipynb #d64f237e
+# %% ../nbs/30_generator.ipynb #490ca59b
 class Generator(nn.Module):
     "Top-down generator `p(x | T(u))`, `u ~ N(0, I)`, with its inference network"
     def __init__(self,
@@ -168,7 +168,9 @@ class Generator(nn.Module):
             self.start.normal_(0, 1, generator=gen)
             for m in self.modules():
                 if isinstance(m, Block): m.b.weight.mul_(1/math.sqrt(max(1, sum(c.blocks))))
-            for m in (*self.prior, *self.post): m.weight.mul_(.1)
+            for m in self.prior: m.weight.mul_(.1)
+            for m,n in zip(self.post, c.channels): # informative from the first step: a decoder that hears only noise learns not to listen
+                m.weight[n:].mul_(.1); m.bias[n:] = -1.5
     @property
     def d(self) -> int: return self.cfg.d
     @property
@@ -249,12 +251,13 @@ def log_det(self:Generator, u:Tensor) -> Tensor: # Shape `(B,)`, nats
     return sum(total) if total else u.new_zeros(len(u))
 Generator.log_det = log_det
 
-# %% ../nbs/30_generator.ipynb #5be89138
+# %% ../nbs/30_generator.ipynb #67723b30
 def encode(self:Generator,
     x:Tensor, # Pictures, shape `(B, C, H, W)`, in [0, 1]
     gen:torch.Generator|None=None, # Source of posterior noise
     mean:bool=False, # Take the mean of each layer instead of a draw
-) -> tuple[DiagGaussian,Tensor]: # `q(u_i | u_{>i}, x)` along the draw, flat, and the draw `(B, d)`
+    features:bool=False, # Return the features above the pixels as well
+):  # `q(u_i | u_{>i}, x)` along the draw, a flat `DiagGaussian`, and the draw `(B, d)`; and features `(B, w, s, s)`
     "Posterior of `u`; `ValueError` when pictures have another shape than the generator's"
     if tuple(x.shape[1:]) != tuple(self.cfg.shape): raise ValueError(f'this generator takes pictures of shape {tuple(self.cfg.shape)}, got {tuple(x.shape[1:])}')
     f,feats = self.stem(2*x-1),[]
@@ -268,8 +271,9 @@ def encode(self:Generator,
         u = dm if mean else dm + dl.exp()*randn_like(dm, gen)
         for a,v in ((ms,dm), (ls,2*dl), (us,u)): a.append(v)
         return u if m is None else m + s.exp()*u
-    self.walk(len(x), pick)
-    return DiagGaussian(self.join_layers(ms), self.join_layers(ls)), self.join_layers(us)
+    h = self.walk(len(x), pick)
+    q,u = DiagGaussian(self.join_layers(ms), self.join_layers(ls)),self.join_layers(us)
+    return (q,u,h) if features else (q,u)
 Generator.encode = encode
 
 def pixels(self:Generator, h:Tensor) -> Tensor: # Parameters of the pixel likelihood, shape `(B, channels, H, W)`
@@ -329,7 +333,7 @@ def multiply_adds(
     finally: [h.remove() for h in hooks]
     return count
 
-# %% ../nbs/30_generator.ipynb #124d83de
+# %% ../nbs/30_generator.ipynb #25766a5d
 class GeneratorModel(nn.Module):
     "A generator and its training terms"
     def __init__(self,
@@ -350,8 +354,8 @@ class GeneratorModel(nn.Module):
         return self.generator if self.average is None else self.average.net
     def forward(self, batch, gen=None):
         "Terms `nll`, `kl` (with free nats) and, for the record, `kl_base` and one `kl_i` a layer, each `(B,)`"
-        g = self.generator; x = batch.x
-        q,u = g.encode(x, gen)
+        g = self.generator if self.training else self.learned(); x = batch.x
+        q,u,h = g.encode(x, gen, features=True)
         kls = [k.sum(1) for k in q.kl_standard().split(g.cfg.dims, 1)]
         paid = sum(k.mean().clamp(min=f).expand(len(x)) if f > 0 else k for k,f in zip(kls, self.floors))
-        return dict(nll=g.nll(x, u), kl=paid, kl_base=sum(kls).detach(), **{f'kl_{g.L-i}': k.detach() for i,k in enumerate(kls)})
+        return dict(nll=g._nll(x, g.pixels(h)), kl=paid, kl_base=sum(kls).detach(), **{f'kl_{g.L-i}': k.detach() for i,k in enumerate(kls)})

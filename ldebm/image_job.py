@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'GENERATOR_SETTINGS', 'SHOWN', 'ImageJob', 'ImageSettings', 'parse_layers', 'numbers',
-           'preset_of', 'resolve', 'prior_cfg', 'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes',
-           'StageTask', 'ImagePlace', 'data_name', 'generator_cfg', 'record_name', 'record_settings', 'open_job',
-           'stage', 'train_generator', 'labelled_images', 'train_classifier', 'n_values', 'build_prior', 'hide_labels',
-           'prior_weights', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all', 'decode_all',
-           'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health', 'wanted_labels',
-           'guided', 'control', 'trade_off', 'control_metrics', 'finish', 'save_prior', 'load_prior', 'tune_gaussian',
-           'rows_table', 'gaussian_metrics', 'plot_triple', 'plot_rows', 'plot_levels_of', 'plot_hierarchy', 'outliers',
-           'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
+           'preset_of', 'resolve', 'prior_cfg', 'score_cfg', 'generator_cfg_train', 'prior_cfg_train', 'PriorModel',
+           'passes', 'StageTask', 'ImagePlace', 'data_name', 'generator_cfg', 'record_name', 'record_settings',
+           'open_job', 'stage', 'train_generator', 'labelled_images', 'train_classifier', 'n_values', 'build_prior',
+           'hide_labels', 'prior_weights', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all',
+           'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health',
+           'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'control_table', 'add_one_by_one',
+           'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish', 'save_prior', 'load_prior', 'Done',
+           'run_row', 'add_metrics', 'tune_gaussian', 'rows_table', 'gaussian_metrics', 'plot_triple', 'plot_rows',
+           'plot_levels_of', 'plot_hierarchy', 'outliers', 'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off',
+           'trade_off_table', 'plot_layer_energies', 'save_figure']
 
-# %% ../nbs/62_image_job.ipynb #789b9952
-import copy, hashlib, math, re, time
+# %% ../nbs/62_image_job.ipynb #4d60c768
+import copy, hashlib, math, os, re, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -25,13 +27,14 @@ from .image_metrics import (AUGMENTS, ClassifierTask, accuracy, auroc, class_his
                                  make_classifier, predict, save_classifier, spread_ratio, two_sample_auroc)
 from .images import Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
 from .energy import GuidedEnergy
-from .layered import LayeredEnergy, LayerNets, context_widths, from_top, ood_scores, resample_below
+from .text_metrics import wilson_interval
+from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
 from .prior import DiffusionEBM, PriorCfg
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior
 from .train import TrainCfg, fit, linear_warmup
 
-# %% ../nbs/62_image_job.ipynb #d5464f1e
+# %% ../nbs/62_image_job.ipynb #112f4587
 @dataclass(frozen=True)
 class ImageJob:
     "Parameters of `train_digits.ipynb` and `train_images.ipynb`"
@@ -45,6 +48,7 @@ class ImageJob:
     n_samples:int=0 # Pictures generated for the metrics; 0 takes the preset's
     settings:str='' # Any other setting, as `"T=4 w_cls=0.5"`
     attributes:str='' # CSV of attributes of a folder's pictures
+    on_bad:str='error' # What a corrupt picture in a folder or zip does: `error`, or `skip`, which leaves it out with a warning
     device:str='auto' # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
     threads:int=0 # CPU threads; 0 leaves torch's choice
     out:str='' # Folder of the run; empty makes `runs/<dataset>-<preset>-s<seed>`
@@ -113,15 +117,15 @@ class ImageSettings:
     def _repr_markdown_(self):
         return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
 
-# %% ../nbs/62_image_job.ipynb #6ea37f47
+# %% ../nbs/62_image_job.ipynb #2a1c1b80
 PRESETS = {
-    ('digits','quick'): dict(layers='1x4x96x2 1x2x96x1 1x2x96x0', w_kl=.02, T=4, langevin_steps=15, rho=.8, energy_hidden=96, steps=800),
+    ('digits','quick'): dict(layers='1x4x96x2 1x2x96x1 1x2x96x0', w_kl=.02, T=3, langevin_steps=20, rho=.8, energy_hidden=96, steps=900),
     ('shapes','quick'): dict(layers='1x16x96x1 4x4x48x1 8x2x24x1', sigma=.1, w_kl=.2, gen_steps=1500, gen_batch=64, gen_lr=1e-3, T=3, langevin_steps=10, rho=.9, energy_hidden=48, steps=600, batch=64, lr=1e-3,
                              clf_preset='small', clf_steps=300, n_samples=2000),
-    ('*','small'): dict(limit=5000, layers='4x8x80x1 8x4x48x1 16x2x24x1', likelihood='logistic', w_kl=.5, gen_steps=4000, gen_batch=64, gen_lr=1e-3, gen_clip=2000., gen_ema=.995, tune='2',
-                        T=3, langevin_steps=10, rho=.95, energy_hidden=32, steps=1200, batch=64, lr=1e-3, ema=.99, clf_preset='small', clf_steps=600, n_samples=5000, score_hidden=256),
+    ('*','small'): dict(limit=5000, layers='4x8x80x1 8x4x48x1 16x2x24x1', likelihood='logistic', w_kl=1., gen_steps=4000, gen_batch=64, gen_lr=2e-3, gen_clip=2e4, gen_ema=.995, tune='2',
+                        T=3, langevin_steps=10, rho=.9, energy_hidden=32, steps=1000, batch=64, lr=5e-4, ema=.995, clf_preset='small', clf_steps=600, n_samples=5000, score_hidden=256),
     ('*','paper'): dict(layers='4x16x192x1 4x16x192x1 8x8x128x1 8x8x128x1 8x8x128x1 16x4x96x1 16x4x96x1 16x4x96x1 16x4x96x1', likelihood='logistic', mixtures=5, w_kl=.5, gen_steps=17_500, gen_batch=256, gen_lr=1e-3,
-                        gen_clip=2000., gen_ema=.999, tune='1 2', T=3, langevin_steps=20, rho=.95, energy_hidden=64, steps=5000, batch=256, lr=2e-4, ema=.999, warmup=200, clf_preset='paper', clf_steps=6000,
+                        gen_clip=2e4, gen_ema=.999, tune='1 2', T=3, langevin_steps=20, rho=.95, energy_hidden=64, steps=5000, batch=256, lr=2e-4, ema=.999, warmup=200, clf_preset='paper', clf_steps=6000,
                         n_samples=10_000, score_hidden=1024, checks=10, mixed_precision='no'),
 }
 OBJECTIVES = dict(
@@ -149,7 +153,7 @@ def numbers(text:str, name:str) -> tuple:
     try: return tuple(float(v) for v in text.split())
     except ValueError: raise ValueError(f'{name}={text!r} must be numbers separated by spaces') from None
 
-# %% ../nbs/62_image_job.ipynb #583e3eb3
+# %% ../nbs/62_image_job.ipynb #d1c4deba
 def preset_of(dataset:str, preset:str) -> dict:
     "Settings of a preset; `ValueError` naming what there is for this data set"
     name = dataset if any(d == dataset for d,_ in PRESETS) else '*'
@@ -165,6 +169,8 @@ def resolve(
     if not job.rows.split(): raise ValueError(f'rows is empty; known: {", ".join(ROWS)}')
     own = {k: v for k,v in (('steps',job.steps), ('gen_steps',job.generator_steps), ('n_samples',job.n_samples)) if v}
     s = check_params(ImageSettings, {**preset_of(job.dataset, job.preset), **OBJECTIVES[job.objective], **own, **parse_settings(ImageSettings, job.settings)})
+    if os.environ.get('IN_TEST'):
+        s = replace(s, gen_steps=min(s.gen_steps, 12), steps=min(s.steps, 6), clf_steps=min(s.clf_steps, 12), langevin_steps=min(s.langevin_steps, 3), n_samples=min(s.n_samples, 100), checks=2, long=2, gen_batch=32, batch=32, limit=min(s.limit or 200, 200))
     choose('schedule', s.schedule, SCHEDULES)
     for k,lo in (('T',1), ('gen_steps',1), ('steps',1), ('gen_batch',2), ('batch',2), ('n_samples',2), ('langevin_steps',1), ('checks',1), ('clf_steps',1), ('limit',0), ('size',0), ('joint_steps',0)):
         if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
@@ -172,8 +178,19 @@ def resolve(
         if getattr(job, k) < 0: raise ValueError(f'{k} must not be negative, got {getattr(job, k)}')
     if not 0 <= s.labelled <= 1: raise ValueError(f'labelled must lie in [0, 1], got {s.labelled}')
     if s.w_kl < 0 or min(numbers(s.tune, 'tune'), default=0) < 0: raise ValueError(f'KL weights must not be negative, got {s.w_kl} and {s.tune!r}')
-    parse_layers(s.layers); numbers(s.floors, 'floors')
-    prior_cfg(s, job.objective); make_schedule(s.schedule, s.T); generator_cfg_train(s); prior_cfg_train(s)
+    parse_layers(s.layers)
+    if min(numbers(s.floors, 'floors'), default=0) < 0: raise ValueError(f'floors must not be negative, got {s.floors!r}')
+    if 'gaussian-tuned' in job.rows.split() and not s.tune.split(): raise ValueError('tune is empty: the row gaussian-tuned needs KL weights to try, such as "1 2"')
+    for k,lo in (('energy_hidden',1), ('energy_blocks',0), ('long',1), ('ddpm_share',1), ('w_cls',0)):
+        if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
+    for k in ('ema','gen_ema'):
+        if not 0 <= getattr(s, k) < 1: raise ValueError(f'{k} must lie in [0, 1), got {getattr(s, k)}')
+    if s.tau_y <= 0 or s.joint_lr <= 0 or s.drift < 0: raise ValueError(f'tau_y and joint_lr must be positive and drift not negative, got {s.tau_y}, {s.joint_lr} and {s.drift}')
+    choose('classifier', s.clf_preset, AUGMENTS); score_cfg(s)
+    for single in (False, True): prior_cfg(s, job.objective, single)
+    generator_cfg_train(s); prior_cfg_train(s)
+    if (make_schedule(s.schedule, s.T).a[0] == 1) != (job.objective == 'consistent'):
+        raise ValueError(f"schedule {s.schedule!r} does not go with objective {job.objective!r}: 'consistent' takes consistent or cosine, the others published")
     if job.objective != 'consistent' and set(job.rows.split()) - {'ldebm','ldebm-coupled'}: raise ValueError(f"objective {job.objective!r} is one of the diffusion EBM: leave other rows to 'consistent'")
     return s
 
@@ -181,13 +198,15 @@ def prior_cfg(s:ImageSettings, objective:str, single:bool=False) -> PriorCfg: # 
     if objective == 'consistent':
         return PriorCfg(n_steps=s.T*s.langevin_steps if single else s.langevin_steps, rho=s.joint_rho if single else s.rho, drift=s.drift or math.inf, encoder=s.joint_steps > 0)
     return PriorCfg(objective='published', reference='gaussian', n_steps=s.langevin_steps, b2=s.b2, weighting=s.weighting, mala=False, encoder=s.joint_steps > 0)
+def score_cfg(s:ImageSettings) -> ScorePriorCfg:
+    return ScorePriorCfg(n_levels=s.score_levels, hidden=s.score_hidden, n_blocks=s.score_blocks)
 def generator_cfg_train(s:ImageSettings) -> TrainCfg:
-    return TrainCfg(steps=s.gen_steps, lr=s.gen_lr, clip=s.gen_clip, warmdown=.5, checkpoint_every=max(20, s.gen_steps//5), mixed_precision=s.mixed_precision)
+    return TrainCfg(steps=s.gen_steps, lr=s.gen_lr, clip=s.gen_clip, warmdown=.5, log_every=max(1, min(20, s.gen_steps//10)), checkpoint_every=max(20, s.gen_steps//5), mixed_precision=s.mixed_precision)
 def prior_cfg_train(s:ImageSettings, steps:int=0) -> TrainCfg:
     steps = steps or s.steps
-    return TrainCfg(steps=steps, lr=s.lr, lr_ebm=s.lr, decay_ebm=s.decay, beta1=s.beta1, clip=s.clip, clip_ebm=s.clip, warmup=s.warmup, warmdown=s.warmdown, rate_decay=s.rate_decay, checkpoint_every=max(20, steps//5), mixed_precision=s.mixed_precision)
+    return TrainCfg(steps=steps, lr=s.lr, lr_ebm=s.lr, decay_ebm=s.decay, beta1=s.beta1, clip=s.clip, clip_ebm=s.clip, warmup=s.warmup, warmdown=s.warmdown, rate_decay=s.rate_decay, log_every=max(1, min(20, steps//10)), checkpoint_every=max(20, steps//5), mixed_precision=s.mixed_precision)
 
-# %% ../nbs/62_image_job.ipynb #2a1dd11a
+# %% ../nbs/62_image_job.ipynb #e9c6ae4b
 class PriorModel(nn.Module):
     "A prior over the u of a generator, with its training terms"
     def __init__(self,
@@ -217,7 +236,7 @@ class PriorModel(nn.Module):
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()): q,u = self.generator.encode(batch.x, gen)
         labels = (batch.labels if batch.labels.shape[1] > 1 else batch.labels[:,0]) if self.coupled else None
         out = self.prior.terms(q, u, gen, labels=labels)
-        if self.joint: out['nll'] = self.generator.nll(batch.x, u)
+        if self.joint: out = dict(kl=q.kl_standard().sum(1)) | out | dict(nll=self.generator.nll(batch.x, u))
         return out
 
 # %% ../nbs/62_image_job.ipynb #ccc8cd59
@@ -237,7 +256,7 @@ def passes(
             yield b,{}
         done += per
 
-# %% ../nbs/62_image_job.ipynb #205b4834
+# %% ../nbs/62_image_job.ipynb #8dd1ce03
 class StageTask:
     "What `fit` asks of a stage: random batches of the training pictures, checked a few times"
     select = None
@@ -246,7 +265,7 @@ class StageTask:
         model:nn.Module, # With `forward(batch, gen) -> terms`
         weigh, # `weigh(step, steps) -> weights of the terms`
         steps:int, batch:int, checks:int, seed:int,
-        prepare=None, # Changes a batch, `prepare(ImageBatch) -> ImageBatch`
+        prepare=None, # Changes a training batch, `prepare(ImageBatch) -> ImageBatch`
     ):
         if len(images['train']) < 2: raise ValueError(f'{images["train"].name} has {len(images["train"])} training picture(s), at least 2 are needed')
         self.images,self.model,self.weigh,self.steps,self.batch,self.checks,self.seed,self.prepare = images,model,weigh,steps,batch,checks,seed,prepare
@@ -260,14 +279,13 @@ class StageTask:
         m,v = self.model,self.images['valid']; was = m.training; m.eval()
         dev = next(m.parameters()).device; gen,sums,n = make_gen(self.seed, 'validate', device=dev),{},0
         for b in image_batches(v.subset(slice(0, 1024)), 256):
-            b = b if self.prepare is None else self.prepare(b)
             with torch.no_grad(): terms = m(b.to(dev), gen)
             for k,o in terms.items(): sums[k] = sums.get(k, 0.)+float(o.double().sum())
             n += len(b)
         m.train(was)
         return {k: o/n for k,o in sums.items()}
 
-# %% ../nbs/62_image_job.ipynb #fa821eb8
+# %% ../nbs/62_image_job.ipynb #52314c66
 @dataclass(frozen=True)
 class ImagePlace:
     "An opened job"
@@ -299,11 +317,13 @@ def open_job(
     "Resolve settings, load the pictures, check the names of records, open the run's folder; nothing is written there if any of it fails"
     s,device = resolve(job),pick_device(job.device)
     if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
-    images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None)
+    images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad)
     if s.levels: images = {k: fewer_levels(v, s.levels) for k,v in images.items()}
     train = images['train']
     cfg = generator_cfg(s, train)
     if s.floors and len(numbers(s.floors, 'floors')) != cfg.L: raise ValueError(f'floors has {len(s.floors.split())} numbers for {cfg.L} layers')
+    if set(job.rows.split()) & {'ldebm','ldebm-coupled','joint-ebm'} and (odd := [n for n in cfg.sizes if n & (n-1)]):
+        raise ValueError(f'layers: energies need maps whose side is a power of two, got {odd[0]}; leave out the rows with energies, or choose other layers')
     for k in ('gen_batch','batch'):
         if getattr(s, k) > len(train): raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {k}={getattr(s, k)}: lower it')
     if any(r == 'ldebm-coupled' for r in job.rows.split()) and not (train.attributes and (train.labels >= 0).any()):
@@ -313,7 +333,8 @@ def open_job(
     set_threads(job.threads or None)
     name = f'runs/{data_name(train)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
     settings = dict(dataset=data_name(train), preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
-    return replace(p, run=Run(job.out or name, settings, resume=job.resume))
+    out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)
+    return replace(p, run=Run(out, settings, resume=job.resume))
 
 # %% ../nbs/62_image_job.ipynb #2545126b
 def stage(p:ImagePlace, name:str, **settings) -> Run: # Run of a stage
@@ -356,7 +377,7 @@ def train_classifier(
     save_classifier(p.run.file('classifier.safetensors'), net)
     return net.eval(),accuracy(net, images['test'])
 
-# %% ../nbs/62_image_job.ipynb #a4a632c7
+# %% ../nbs/62_image_job.ipynb #5bd18fbe
 def n_values(images:Images) -> tuple: # Number of values of each attribute
     return tuple(len(v) for v in images.attributes.values())
 
@@ -364,8 +385,7 @@ def build_prior(p:ImagePlace, row:str, generator:Generator) -> PriorModel:
     "Prior of a row on a frozen generator"
     s,g,seed = p.s,generator,p.job.seed
     if row == 'ddpm':
-        cfg = ScorePriorCfg(n_levels=s.score_levels, hidden=s.score_hidden, n_blocks=s.score_blocks)
-        return PriorModel(g, make_score_prior(g.d, cfg, gen=make_gen(seed, 'ddpm')))
+        return PriorModel(g, make_score_prior(g.d, score_cfg(s), gen=make_gen(seed, 'ddpm')))
     single,coupled = row == 'joint-ebm',row == 'ldebm-coupled'
     T,groups = 1 if single else s.T,n_values(p.images['train']) if coupled else (1,)
     nets = LayerNets(g.cfg.sizes, g.cfg.channels, context_widths(g) if s.contexts else (), sum(groups), T, s.energy_hidden, s.energy_blocks, s.spectral, s.free_head, gen=make_gen(seed, 'energies'))
@@ -404,7 +424,7 @@ def generator_hash(g:Generator) -> str: # 12 hexadecimal digits
     for k,v in g.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().numpy().tobytes())
     return h.hexdigest()[:12]
 
-# %% ../nbs/62_image_job.ipynb #2aa31949
+# %% ../nbs/62_image_job.ipynb #6278862b
 def fine_tune(
     p:ImagePlace, row:str, # `ldebm` or `ldebm-coupled`
     generator:Generator, # Copied first: the frozen one stays as it is
@@ -417,7 +437,7 @@ def fine_tune(
     new = DiffusionEBM(prior.schedule, LayeredEnergy(g, nets, e.n_levels, e.groups or (e.n_symbols,), e.tau_y), prior.cfg)
     model = PriorModel(g, new, Average(nets, s.ema) if s.ema else None, row == 'ldebm-coupled', joint=True)
     weigh = prior_weights(p, row)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
+    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
     run = stage(p, f'{row}-joint', objective=p.job.objective, generator=generator_hash(generator), **asdict(s))
     cfg = replace(prior_cfg_train(s, s.joint_steps), lr=s.joint_lr, clip=s.gen_clip)
     end = fit(task, run, cfg, p.job.seed, p.device, on_epoch=on_epoch)
@@ -512,7 +532,7 @@ def nearest(a:Tensor, b:Tensor, chunk:int=1024) -> Tensor: # Shape `(n,)`
     "Distance of each row of `a` to its nearest row of `b`"
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(chunk)])
 
-# %% ../nbs/62_image_job.ipynb #e27d0208
+# %% ../nbs/62_image_job.ipynb #d41f3cea
 def chain_health(
     p:ImagePlace, ref:Reference,
     prior:DiffusionEBM,
@@ -552,6 +572,69 @@ def control(
     out = dict(control_accuracy=dict(control_accuracy(ref.net, x, wanted), estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}'))
     return {**out, **density_coverage(ref.features, f), 'frechet': metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples')},x
 
+def requests(p:ImagePlace, n:int=500) -> dict: # Name -> values asked for, `(n, A)` with -1 for free, or allowed values `(n, K)`
+    "Balanced requests: each attribute alone, pairs of attributes, and anything but a value of the first"
+    values,names = n_values(p.images['train']),list(p.images['train'].attributes)
+    i,out = torch.arange(n),{}
+    for a,name in enumerate(names): out[name] = wanted_labels(p, n, a)
+    for a in range(len(names)):
+        for b in range(a+1, len(names)):
+            y = wanted_labels(p, n, a); y[:,b] = (i//values[a]) % values[b]
+            out[f'{names[a]} and {names[b]}'] = y
+    if values[0] > 2: # of two values, anything but one is the other
+        allowed = torch.ones(n, sum(values), dtype=torch.bool); allowed[i,i % values[0]] = False
+        out[f'not a {names[0]}'] = allowed
+    return out
+
+def control_all(
+    p:ImagePlace, ref:Reference,
+    prior:DiffusionEBM, # Coupled
+    guidance:float=2., # Weight of the requests
+    n:int=500, # Pictures for each
+) -> dict: # Name -> metrics; a request of allowed values counts as met when the value read is allowed
+    "Accuracy, density and coverage of every kind of request"
+    out = {}
+    for name,y in requests(p, n).items():
+        if y.dtype != torch.bool: out[name] = control(p, ref, prior, y, guidance)[0]; continue
+        x = decode_all(ref.generator, sample_prior(p, guided(prior, guidance), n, 'control', y=y)[0]); f = features_of(ref.net, x)
+        hit = y[torch.arange(n),predict(ref.net, x)[:,0]]
+        out[name] = dict(control_accuracy=metric(float(hit.float().mean()), wilson_interval(int(hit.sum()), n), n, f'share of pictures in which a classifier reads an allowed value, guidance {guidance:g}'), **density_coverage(ref.features, f),
+                         frechet=metric(frechet(f, ref.features), n=n, estimator='as frechet, of requested samples'))
+    return out
+
+def control_table(done:dict) -> str: # Markdown
+    "A row each request"
+    rows = [f'| {k} | ' + ' | '.join(f'{m[c]["value"]:.3f}' for c in ('control_accuracy','frechet','density','coverage')) + ' |' for k,m in done.items()]
+    return '\n'.join(['| asked for | accuracy | FD | density | coverage |', '|---|---:|---:|---:|---:|', *rows])
+
+def add_one_by_one(
+    p:ImagePlace, ref:Reference,
+    prior:DiffusionEBM, # Coupled to several attributes
+    wanted:Tensor, # One value for each attribute, shape `(A,)`: asked for in turn
+    n:int=200, # Samples
+    guidance:float=2., # Weight of the requests
+    level:int=1, # How far each edit noises up
+) -> tuple[list,list]: # Latents before and after each request, `(n, d)`; and metrics, one dict each
+    "Start from unconditional samples and ask for one attribute more at a time, each edit starting from the sample before (the teaser of Cui & Han 2024)"
+    dev,g = ref.generator.start.device,guided(prior, guidance)
+    u,_ = sample_prior(p, prior, n, 'one by one'); steps,table = [u],[]
+    names = list(p.images['train'].attributes); y = torch.full((n, len(wanted)), -1)
+    for a,name in enumerate(names):
+        y[:,a] = wanted[a]
+        u = edit(g, u.to(dev), y if len(names) > 1 else y[:,0], level, gen=make_gen(p.job.seed, 'edit', a, device=dev)).cpu()
+        before,after = predict(ref.net, decode_all(ref.generator, steps[-1])),predict(ref.net, decode_all(ref.generator, u))
+        free = [b for b in range(len(names)) if b > a]
+        kept = (before[:,free] == after[:,free]).float().mean() if free else None
+        table.append(dict(added=name, value=p.images['train'].attributes[name][int(wanted[a])], all_met=float((after[:,:a+1] == y[:,:a+1]).all(1).float().mean()), others_kept=None if kept is None else float(kept),
+                          moved=float((u-steps[-1]).norm(dim=1).mean()), apart=float((u-u.roll(1, 0)).norm(dim=1).mean())))
+        steps.append(u)
+    return steps,table
+
+def one_by_one_table(table:list) -> str: # Markdown
+    "From `add_one_by_one`"
+    rows = [f'| {t["added"]} = {t["value"]} | {t["all_met"]:.1%} | ' + ('' if t['others_kept'] is None else f'{t["others_kept"]:.1%}') + f' | {t["moved"]:.2f} | {t["apart"]:.2f} |' for t in table]
+    return '\n'.join(['| added | all requests so far met | attributes not asked for that stay | distance moved in u | distance between samples |', '|---|---:|---:|---:|---:|', *rows])
+
 def trade_off(p:ImagePlace, ref:Reference, prior:DiffusionEBM, guidances=(0., .5, 1., 1.5, 2., 3., 5.), n:int=0) -> dict: # Guidance -> metrics
     "Accuracy against coverage over the guidance factor, for a balanced request"
     y = wanted_labels(p, n or len(ref.features))
@@ -561,21 +644,27 @@ def control_metrics(curve:dict) -> dict: # Metrics
     "Accuracy, coverage and distance at each guidance factor, as `control_accuracy_g<factor>`"
     return {f'{k}_g{g:g}': m[k] if k.startswith('control') else dict(m[k], estimator=f'{m[k]["estimator"]}, requests with guidance {g:g}') for g,m in curve.items() for k in ('control_accuracy','coverage','density','frechet')}
 
-# %% ../nbs/62_image_job.ipynb #401ced34
+# %% ../nbs/62_image_job.ipynb #283287cf
+def cost(
+    p:ImagePlace, row:str,
+    end, # From `fit`; `None` for a prior that is not trained
+    seconds:float, # Spent on sampling
+    n:int, # Samples drawn in them
+) -> dict: # Metrics
+    "What a prior costs"
+    return dict(sample_evaluations=metric(evaluations(p, row), estimator='network evaluations, with their gradient for an EBM, for one sample'), sample_seconds=metric(seconds/n*1000, n=n, estimator='seconds for a thousand latents'),
+                train_seconds=metric(end.seconds if end is not None else 0., estimator='seconds of training of the prior, over all sittings'))
+
 def finish(
     p:ImagePlace, row:str,
     metrics:dict, # From `score` and others
     end, # From `fit`; `None` for a prior that is not trained
     seconds:float, # Spent on sampling
-    n:int, # Samples drawn in them
-    extra:dict|None=None, # More metrics
 ) -> Path: # The record
     "Write `result.json` of one row"
     took = end.seconds if end is not None else 0.
-    cost = dict(sample_evaluations=metric(evaluations(p, row), estimator='network evaluations, with their gradient for an EBM, for one sample'),
-                sample_seconds=metric(seconds/n*1000, n=n, estimator='seconds for a thousand latents'), train_seconds=metric(took, estimator='seconds of training of the prior, over all sittings'))
     folder = p.run.path/row; folder.mkdir(parents=True, exist_ok=True)
-    return write_result(folder, **record_name(p, row), metrics={**metrics, **cost, **(extra or {})}, settings=record_settings(p, row),
+    return write_result(folder, **record_name(p, row), metrics=metrics, settings=record_settings(p, row),
                         provenance=provenance(time.time()-took-seconds, end.samples/max(end.seconds, 1e-9) if end is not None else None), results_dir=p.job.results or False)
 
 def save_prior(p:ImagePlace, row:str, generator:Generator, prior) -> Path: # The file
@@ -597,7 +686,7 @@ def load_prior(
     part = lambda name: {k.removeprefix(name+'.'): v for k,v in tensors.items() if k.startswith(name+'.')}
     g.load_state_dict(part('generator')); g.eval().requires_grad_(False)
     if meta['row'] == 'ddpm':
-        prior = make_score_prior(g.d, ScorePriorCfg(n_levels=s.score_levels, hidden=s.score_hidden, n_blocks=s.score_blocks, ema=0.)).to(device)
+        prior = make_score_prior(g.d, replace(score_cfg(s), ema=0.)).to(device)
         prior.net.load_state_dict(part('prior'))
         return g,prior.eval()
     single,coupled = meta['row'] == 'joint-ebm',meta['row'] == 'ldebm-coupled'
@@ -606,6 +695,35 @@ def load_prior(
     nets.load_state_dict(part('prior'))
     prior = DiffusionEBM(make_schedule(s.schedule, T), LayeredEnergy(g, nets, T, groups, s.tau_y if coupled else 1.), prior_cfg(s, meta['objective'], single))
     return g,prior.eval()
+
+# %% ../nbs/62_image_job.ipynb #9ecf22b7
+@dataclass
+class Done:
+    "A prior that was trained and measured"
+    prior:nn.Module
+    u:Tensor # Its samples, shape `(n, d)`
+    metrics:dict
+    end:object # From `fit`
+    seconds:float # Spent on sampling
+    log:list # Log lines of its training
+
+def run_row(
+    p:ImagePlace, row:str, generator:Generator, ref:Reference,
+    on_epoch=None, # Called with each validation's log line
+) -> Done:
+    "Train a prior, sample it, measure it, save it, record it"
+    prior,end,log = train_prior(p, row, generator, on_epoch)
+    u,seconds = sample_prior(p, prior, len(ref.u))
+    m = {**score(p, ref, u), **cost(p, row, end, seconds, len(u))}
+    if isinstance(prior, DiffusionEBM): m.update(chain_health(p, ref, prior))
+    save_prior(p, row, generator, prior)
+    finish(p, row, m, end, seconds)
+    return Done(prior, u, m, end, seconds, log)
+
+def add_metrics(p:ImagePlace, row:str, done:Done, more:dict) -> Path: # The record
+    "Record further metrics of a row"
+    done.metrics.update(more)
+    return finish(p, row, done.metrics, done.end, done.seconds)
 
 # %% ../nbs/62_image_job.ipynb #0aa4a504
 def tune_gaussian(
@@ -621,7 +739,7 @@ def tune_gaussian(
         if best is None or dist[w] < dist[best[1]]: best = g,w,end
     return best[0],best[1],dist,best[2]
 
-# %% ../nbs/62_image_job.ipynb #1e20d8fc
+# %% ../nbs/62_image_job.ipynb #f231f892
 SHOWN = {'frechet': ('FD', 2), 'frechet_test': ('FD to test', 2), 'gap_closed': ('gap closed', 2), 'density': ('density', 2), 'coverage': ('coverage', 2), 'prior_hole_auroc': ('hole AUROC', 3),
          'mmd_ratio': ('MMD ratio', 3), 'spread_long': ('long chains', 2), 'nearest': ('nearest', 2), 'sample_evaluations': ('evaluations', 0), 'sample_seconds': ('s / 1000', 1), 'train_seconds': ('training s', 0)}
 def rows_table(results:dict, shown=None) -> str: # Markdown; `results` is row -> metrics
@@ -633,7 +751,7 @@ def rows_table(results:dict, shown=None) -> str: # Markdown; `results` is row ->
 
 def gaussian_metrics(p:ImagePlace, ref:Reference) -> dict: # Metrics
     "The row of the Gaussian prior on the same generator"
-    return score(p, ref, ref.u_gaussian)
+    return {**score(p, ref, ref.u_gaussian), **cost(p, 'gaussian', None, 0., len(ref.u))}
 
 def plot_triple(results:dict, ax=None):
     "Reconstructions, Gaussian prior and each prior: Frechet distances beside each other"

@@ -1,0 +1,541 @@
+"Image jobs: every stage killed, stopped and resumed to the same bits, bad input that writes nothing, models that come back, records"
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from ldebm import image_job as ij
+from ldebm.core import check_result, make_gen, notebook_params
+from ldebm.image_job import ImageJob, ImageSettings, StageTask
+from ldebm.image_metrics import ClassifierTask
+from ldebm.images import BadImage, ImageBatch, image_batches
+from ldebm.prior import DiffusionEBM
+
+ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
+TINY = ("layers='1x3x16x1 1x2x16x0' enc_blocks=0 limit=300 gen_steps=50 gen_batch=32 steps=50 batch=32 checks=2 T=2 langevin_steps=2 energy_hidden=8 warmup=5 "
+        "score_hidden=16 score_blocks=1 score_levels=6 ddpm_share=1 clf_steps=50 n_samples=60 long=2 tune='1 2' joint_steps=50")
+MAPS = "layers='1x3x12x1 4x1x8x0'"   # after TINY: a ladder with a map
+AT = 45   # steps after which stages are killed: between the checkpoint of step 40 and the end, in the second of two passes
+ROWS = ["ldebm", "ldebm-coupled", "joint-ebm", "ddpm"]
+
+
+@pytest.fixture(autouse=True)
+def full_size(monkeypatch, tmp_path):
+    "Settings as given, one thread, and a working folder in which a stray file would be seen"
+    monkeypatch.delenv("IN_TEST", raising=False)
+    monkeypatch.chdir(tmp_path)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def job(out, settings="", **kw): return ImageJob(**{**dict(out=str(out), settings=f"{TINY} {settings}", rows=" ".join(ROWS), device="cpu", threads=1), **kw})
+
+
+def weights(model): return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for k in a: assert torch.equal(a[k], b[k]), k
+
+
+def differ(a, b): return any(not torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "An uninterrupted job: its place, generator, classifier and priors, each trained when first asked for"
+    had, got = os.environ.pop("IN_TEST", None), {}
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    place = ij.open_job(job(tmp_path_factory.mktemp("whole")/"run"))
+    got["generator"] = ij.train_generator(place)
+    got["classifier"] = ij.train_classifier(place)
+    def ask(name):
+        if name == "place": return place
+        if name not in got: got[name] = ij.train_prior(place, name, got["generator"][0])
+        return got[name]
+    yield ask
+    torch.set_num_threads(n)
+    if had is not None: os.environ["IN_TEST"] = had
+
+
+# -- interruption
+
+class Killed(BaseException): "As if the process had ended"
+
+
+def killed_at(monkeypatch, step, what=StageTask):
+    "Every stage ends at a step, as by kill -9: nothing is saved any more"
+    real = what.weights
+    def weights(self, at, steps):
+        if at == step: raise Killed
+        return real(self, at, steps)
+    monkeypatch.setattr(what, "weights", weights)
+
+
+def interrupted(monkeypatch, run, what=StageTask, first=40):
+    "Run a stage, die in it, run it again: the second time it must begin after the first step, and in mid-epoch"
+    with monkeypatch.context() as m:
+        killed_at(m, AT, what)
+        with pytest.raises(Killed): run()
+    seen, real = [], what.weights
+    with monkeypatch.context() as m:
+        m.setattr(what, "weights", lambda self, at, steps: (seen.append(at), real(self, at, steps))[1])
+        out = run()
+    assert seen == list(range(first, 50))
+    return out
+
+
+def log_of(lines): return [{k: v for k, v in o.items() if k != "minutes"} for o in lines]
+
+
+def test_generator_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
+    p = ij.open_job(job(tmp_path/"run"))
+    g, end, log = interrupted(monkeypatch, lambda: ij.train_generator(p))
+    g0, end0, log0 = whole("generator")
+    assert_same(weights(g), weights(g0))
+    assert log_of(log) == log_of(log0) and (end.step, end.samples) == (end0.step, end0.samples) == (50, 1600)
+    assert torch.equal(g.sample(5, gen=make_gen(1)), g0.sample(5, gen=make_gen(1)))
+    assert not any(q.requires_grad for q in g.parameters()) and not g.training
+    before = p.run.file("generator/checkpoint.safetensors").read_bytes()
+    assert_same(weights(ij.train_generator(p)[0]), weights(g))   # finished: nothing is trained again
+    assert p.run.file("generator/checkpoint.safetensors").read_bytes() == before
+
+
+def test_classifier_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
+    p = ij.open_job(job(tmp_path/"run"))
+    net, acc = interrupted(monkeypatch, lambda: ij.train_classifier(p), ClassifierTask, 44)   # its passes are short, and end in checkpoints
+    assert_same(weights(net), weights(whole("classifier")[0]))
+    assert acc == whole("classifier")[1] and p.run.file("classifier.safetensors").exists()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_priors_resume_bit_for_bit(row, whole, tmp_path, monkeypatch):
+    p = ij.open_job(job(tmp_path/"run"))
+    if row == "joint-ebm": p = replace(p, s=replace(p.s, steps=100))   # it takes half as many steps, of as many evaluations
+    g = whole("generator")[0]
+    prior, end, log = interrupted(monkeypatch, lambda: ij.train_prior(p, row, g))
+    if row == "joint-ebm":
+        q = ij.open_job(job(tmp_path/"other"))
+        q = replace(q, s=replace(q.s, steps=100))
+        prior0, end0, log0 = ij.train_prior(q, row, g)
+    else: prior0, end0, log0 = whole(row)
+    assert_same(weights(prior), weights(prior0))
+    assert log_of(log) == log_of(log0) and end.step == end0.step == 50
+    a, b = (ij.sample_prior(p, o, 6)[0] for o in (prior, prior0))
+    assert torch.equal(a, b) and a.isfinite().all()
+
+
+def test_fine_tuning(whole, tmp_path, monkeypatch):
+    "Generator and energies together: resumable; the frozen generator and prior stay as they were, and the copies move, prior networks and encoder included"
+    p = ij.open_job(job(tmp_path/"run"))
+    g0, prior0 = whole("generator")[0], whole("ldebm-coupled")[0]
+    before = weights(g0), weights(prior0)
+    g, prior, end, log = interrupted(monkeypatch, lambda: ij.fine_tune(p, "ldebm-coupled", g0, prior0))
+    assert_same(weights(g0), before[0]); assert_same(weights(prior0), before[1])
+    for part in ("prior.0.weight", "combine.1.weight", "head.weight", "post.1.weight", "stem.weight"): assert not torch.equal(g.state_dict()[part], g0.state_dict()[part]), part
+    assert differ(weights(prior), before[1]) and prior.energy.generator is g and not any(q.requires_grad for q in g.parameters())
+    again = ij.fine_tune(ij.open_job(job(tmp_path/"other")), "ldebm-coupled", g0, prior0)
+    assert_same(weights(again[0]), weights(g)); assert_same(weights(again[1]), weights(prior))
+    assert {"nll", "kl", "ebm", "ebm_enc", "cls_t", "norm_main", "norm_ebm"} <= set(log[0])
+
+
+@pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
+def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
+    "The contrast of the energies moves the generator's prior networks through T, and `ebm_enc` its inference network; frozen, neither"
+    rows = "ldebm"
+    p = ij.open_job(job(tmp_path/"run", "T=2 langevin_steps=2", objective=objective, rows=rows))
+    x = p.images["train"].x(torch.arange(24))
+    b = ImageBatch(x, p.images["train"].labels[:24], torch.arange(24))
+    for joint in (True, False):
+        g = ij.train_generator(whole("place"))[0]
+        m = ij.build_prior(p, "ldebm", g)
+        model = ij.PriorModel(m.generator, m.prior, joint=joint)
+        out = model(b, make_gen(0))
+        assert {"kl", "nll"} <= set(out) if joint else "nll" not in out
+        grads = lambda k: {n: o for (n, _), o in zip(g.named_parameters(), torch.autograd.grad(out[k].sum(), list(g.parameters()), retain_graph=True, allow_unused=True))}
+        if not joint: assert not any(q.requires_grad for q in g.parameters()) and model.groups()["main"] == []; continue
+        assert model.groups()["main"] == list(g.parameters())
+        moved = lambda gr, k: gr[k] is not None and bool((gr[k] != 0).any())
+        ebm, enc = grads("ebm"), grads("ebm_enc")
+        assert moved(ebm, "prior.0.weight") and moved(ebm, "combine.0.weight") and not moved(ebm, "post.0.weight")
+        assert moved(enc, "post.0.weight") and moved(enc, "stem.weight")
+
+
+CHILD = """
+import json, os, sys, time
+from ldebm import core, image_job as ij
+out, settings, want, hang, kill = sys.argv[1:]
+place = ij.open_job(ij.ImageJob(out=out, settings=settings, rows='ldebm ldebm-coupled joint-ebm ddpm', device='cpu', threads=1))
+stopping, old = [], core.graceful_stop._handle
+def handle(self, *args): old(self, *args); stopping.append(1)
+core.graceful_stop._handle = handle
+stage, plain = 'generator', ij.StageTask.weights
+def weights(self, step, steps):
+    if stage == want and step == int(hang):
+        print('there', flush=True)
+        if kill == '1': time.sleep(300)
+        while not stopping: time.sleep(.01)   # the signal must have come before the step ends
+    return plain(self, step, steps)
+ij.StageTask.weights = weights
+try:
+    g = ij.train_generator(place)[0]
+    stage = 'ldebm-coupled'
+    ij.train_prior(place, stage, g)
+except KeyboardInterrupt as e: print('interrupted:', e, flush=True); sys.exit(3)
+print('end', flush=True)
+"""
+
+
+def child(out, stage, at, signum):
+    "A job in another process, which gets a signal in the middle of a step of a stage"
+    env = {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    p = subprocess.Popen([sys.executable, "-c", CHILD, str(out), f"{TINY} ", stage, str(at), str(int(signum == signal.SIGKILL))],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        line = p.stdout.readline()
+        assert line == "there\n", line+p.stderr.read()
+        p.send_signal(signum)
+        return p, *p.communicate(timeout=120)
+    finally:
+        if p.poll() is None: p.kill()
+
+
+@posix
+@pytest.mark.slow
+def test_signals_in_two_stages(whole, tmp_path):
+    "SIGTERM in the generator saves and says so; the same job again goes on and is killed in the prior; a third sitting ends with the bits of an undisturbed one"
+    p, out, err = child(tmp_path/"run", "generator", 33, signal.SIGTERM)
+    assert p.returncode == 3 and "interrupted: stopped at step 34 of 50; run the same command again" in out, out+err
+    p, out, err = child(tmp_path/"run", "ldebm-coupled", 44, signal.SIGKILL)
+    assert p.returncode == -signal.SIGKILL and "end" not in out, out+err
+    place = ij.open_job(job(tmp_path/"run"))
+    g = ij.train_generator(place)[0]
+    assert_same(weights(g), weights(whole("generator")[0]))
+    saved = ij.stage(place, "ldebm-coupled", objective="consistent", generator=ij.generator_hash(g), **asdict(place.s)).load()
+    assert saved["progress"]["step"] == 40 and saved["progress"]["batch"] == 15, "not in mid-epoch"
+    prior, end, log = ij.train_prior(place, "ldebm-coupled", g)
+    assert_same(weights(prior), weights(whole("ldebm-coupled")[0]))
+    assert log_of(log) == log_of(whole("ldebm-coupled")[2])
+    assert torch.equal(ij.sample_prior(place, prior, 9)[0], ij.sample_prior(place, whole("ldebm-coupled")[0], 9)[0])
+
+
+def test_a_prior_belongs_to_one_generator(whole, tmp_path):
+    p = whole("place")
+    whole("ldebm")
+    other = ij.GeneratorModel(ij.Generator(p.cfg, make_gen(7, "x"))).learned()
+    with pytest.raises(ValueError, match="other settings.*generator"): ij.train_prior(p, "ldebm", other)
+
+
+def test_resume_false_starts_afresh(tmp_path):
+    short = "gen_steps=4 checks=1"
+    p = ij.open_job(job(tmp_path/"run", short))
+    a = ij.train_generator(p)
+    seen, real = [], StageTask.weights
+    q = ij.open_job(job(tmp_path/"run", short, resume=False))
+    try:
+        StageTask.weights = lambda self, at, steps: (seen.append(at), real(self, at, steps))[1]
+        b = ij.train_generator(q)
+    finally: StageTask.weights = real
+    assert seen == [0, 1, 2, 3] and log_of(a[2]) == log_of(b[2])
+    assert_same(weights(a[0]), weights(b[0]))
+    with pytest.raises(ValueError, match="other settings.*gen_steps: 4 -> 5"): ij.open_job(job(tmp_path/"run", short.replace("4", "5")))
+
+
+# -- bad input
+
+BAD = [
+    (dict(rows="ldebm nonsense"), "unknown row 'nonsense'. Known: gaussian"), (dict(rows="ldbem"), "unknown row 'ldbem'; did you mean 'ldebm'"), (dict(rows=" "), "rows is empty"),
+    (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"), (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
+    (dict(dataset="digit", preset="small"), "unknown images 'digit'; did you mean 'digits'"), (dict(dataset="digit"), "no preset 'quick' for 'digit'; there is small, paper"),
+    (dict(settings="langevin_stps=3"), "unknown setting 'langevin_stps'; did you mean 'langevin_steps'"), (dict(settings="T"), "settings 'T': write name=value"), (dict(settings="T=three"), "setting T='three' must be int"),
+    (dict(settings="spectral=yes"), "setting spectral='yes' must be bool"), (dict(settings="layers='1x4x96'"), "layers: '1x4x96' is not side x channels x width x blocks"), (dict(settings="layers=''"), "layers is empty"),
+    (dict(settings="layers='4x2x8x0 1x2x8x0'"), "as large as the one above or a multiple"), (dict(settings="layers='3x2x8x0'"), "bottom layer of side 3 does not divide pictures of side 8"),
+    (dict(settings="layers='1x2x8x0 1x2x9x0'"), "layers of equal size share their features"), (dict(settings="layers='1x0x8x0'"), "channels must be positive"),
+    (dict(settings="floors='1 2'"), "floors has 2 numbers for 3 layers"), (dict(settings="floors='1 two 3'"), "floors='1 two 3' must be numbers"), (dict(settings="floors='1 -2 3'"), "floors must not be negative"),
+    (dict(settings="batch=4000"), "digits has 1257 training pictures, fewer than batch=4000: lower it"), (dict(settings="limit=50 batch=10"), "digits has 50 training pictures, fewer than gen_batch=128"),
+    (dict(settings="mixed_precision=fp16"), "mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'"), (dict(settings="mixed_precision=fp8"), "mixed_precision must be"),
+    (dict(objective="published", rows="ldebm ddpm"), "objective 'published' is one of the diffusion EBM: leave other rows to 'consistent'"), (dict(objective="robust", rows="joint-ebm"), "objective 'robust' is one of the diffusion EBM"),
+    (dict(settings="schedule=published"), "schedule 'published' does not go with objective 'consistent'"), (dict(objective="robust", settings="schedule=cosine"), "schedule 'cosine' does not go with objective 'robust'"),
+    (dict(settings="schedule=linear"), "unknown schedule 'linear'"), (dict(settings="T=0"), "T must be at least 1, got 0"), (dict(settings="T=500"), "levels T must be an integer from 1 to 250"),
+    (dict(steps=-1), "steps must"), (dict(generator_steps=-3), "gen_steps must be at least 1, got -3"), (dict(n_samples=-5), "n_samples must be at least 2, got -5"), (dict(seed=-1), "seed must not be negative"), (dict(threads=-1), "threads must not be negative"),
+    (dict(settings="w_kl=-.1"), "KL weights must not be negative"), (dict(settings="tune='1 -1'"), "KL weights must not be negative"), (dict(settings="tune=''", rows="gaussian-tuned"), "tune is empty: the row gaussian-tuned"),
+    (dict(settings="tune='a'"), "tune='a' must be numbers"), (dict(settings="labelled=1.5"), r"labelled must lie in \[0, 1\], got 1.5"), (dict(settings="rho=1."), r"rho must lie in \[0, 1\)"),
+    (dict(settings="joint_rho=1.5"), r"rho must lie in \[0, 1\), got 1.5"), (dict(settings="ema=1."), r"ema must lie in \[0, 1\)"), (dict(settings="gen_ema=-.1"), r"gen_ema must lie in"), (dict(settings="tau_y=0."), "tau_y and joint_lr must be positive"),
+    (dict(settings="energy_hidden=0"), "energy_hidden must be at least 1"), (dict(settings="w_cls=-1."), "w_cls must be at least 0"), (dict(settings="lr=0."), "lr must be positive"), (dict(settings="gen_lr=-1."), "lr must be positive"),
+    (dict(settings="clip=0."), "clip must be positive"), (dict(settings="score_levels=1"), "n_levels must be at least 2, got 1"), (dict(settings="clf_preset=huge"), "unknown classifier 'huge'"),
+    (dict(settings="likelihood=poisson"), "likelihood must be"), (dict(settings="sigma=0."), "sigma must be positive"), (dict(settings="langevin_steps=0"), "langevin_steps must be at least 1"), (dict(settings="checks=0"), "checks must be at least 1"),
+    (dict(settings="size=16"), "digits has pictures of 8 pixels a side, not 16"), (dict(settings="levels=300"), "300 cannot be made of them"), (dict(settings="weighting=none", objective="robust"), "weighting must be one of"),
+    (dict(attributes="table.csv"), "digits has its own labels; attributes_csv is for pictures in files"), (dict(device="tpu"), "unknown device 'tpu'"), (dict(on_bad="ignore"), "on_bad must be 'error' or 'skip'"), (dict(variant="a b"), "variant"),
+]
+
+
+@pytest.mark.parametrize("bad,says", BAD)
+def test_bad_input_writes_nothing(tmp_path, bad, says):
+    with pytest.raises(ValueError, match=says): ij.open_job(ImageJob(**{**dict(out="run", results="results", device="cpu"), **bad}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train_digits", "train_images"])
+def test_parameters_cells_have_the_names_of_the_dataclass(name):
+    path = ROOT/"nbs"/f"{name}.ipynb"
+    cell, = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    ns = {}
+    exec("".join(cell["source"]), ns)
+    values = {k: v for k, v in ns.items() if not k.startswith("__")}
+    assert notebook_params(ImageJob, values).preset == "quick"
+    with pytest.raises(ValueError, match="unknown parameter 'sead'.*'seed'"): notebook_params(ImageJob, {**values, "sead": 1})
+
+
+@pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
+def test_every_preset_resolves(objective):
+    for dataset, preset in ij.PRESETS:
+        s = ij.resolve(ImageJob(dataset="cifar10" if dataset == "*" else dataset, preset=preset, objective=objective))
+        assert s == replace(ImageSettings(), **{**ij.PRESETS[dataset, preset], **ij.OBJECTIVES[objective]})
+    assert ij.resolve(ImageJob(objective=objective, steps=7, generator_steps=8, n_samples=9, settings="steps=11 beta1=.5")).steps == 11   # settings have the last word
+
+
+def test_results_of_other_settings_refused_before_work(tmp_path):
+    res = str(tmp_path/"results")
+    p = ij.open_job(job(tmp_path/"run", results=res, rows="ldebm"))
+    ij.finish(p, "ldebm", dict(a=ij.metric(1.)), None, 1.)
+    with pytest.raises(ValueError, match="already records a run with other settings.*rho"): ij.open_job(job(tmp_path/"other", "rho=.5", results=res, rows="ldebm"))
+    assert not (tmp_path/"other").exists()
+    ij.open_job(job(tmp_path/"other", "rho=.5", results=res, rows="ldebm", variant="rho5"))
+
+
+# -- pictures in files
+
+def pictures(path, n=60, classes=True, bad=None):
+    "A zip of small pictures, of which one may be cut short"
+    import io
+
+    from PIL import Image
+    g = make_gen(0, "zip")
+    with zipfile.ZipFile(path, "w") as z:
+        for i in range(n):
+            f = io.BytesIO()
+            Image.fromarray(torch.randint(256, (8, 8, 3), generator=g, dtype=torch.uint8).numpy()).save(f, "PNG")
+            data = f.getvalue()
+            z.writestr(f"{'ab'[i % 2]+'/' if classes else ''}{i:02}.png", data[:40] if i == bad else data)
+    return str(path)
+
+
+SMALL = TINY.replace("limit=300", "limit=0")+" likelihood=gaussian gen_batch=16 batch=16"
+
+
+def test_a_corrupt_picture_in_a_zip(tmp_path):
+    "Named and fatal; or, when asked, named and left out"
+    path = pictures(tmp_path/"mine.zip", bad=17)
+    kw = dict(dataset=path, preset="small", settings=SMALL)
+    with pytest.raises(BadImage, match=r"mine.zip: corrupt picture b/17.png .*on_bad='skip'"): ij.open_job(job(tmp_path/"run", **kw))
+    assert not (tmp_path/"run").exists()
+    with pytest.warns(UserWarning, match="left out 1 corrupt picture: b/17.png"): p = ij.open_job(job(tmp_path/"run", on_bad="skip", **kw))
+    assert sum(map(len, p.images.values())) == 59 and p.run.path.exists() and ij.data_name(p.images["train"]) == "mine"
+    (tmp_path/"broken.zip").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match="broken.zip is not a zip, or is cut short"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"broken.zip")}))
+    with pytest.raises(FileNotFoundError, match="none.zip"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"none.zip")}))
+    whole = dict(kw, dataset=pictures(tmp_path/"whole.zip"), settings=SMALL+" size=24 layers='6x1x8x0'")
+    with pytest.raises(ValueError, match="energies need maps whose side is a power of two, got 6"): ij.open_job(job(tmp_path/"other", **whole))
+    assert not (tmp_path/"other").exists()
+
+
+def test_pictures_without_labels(tmp_path):
+    "The classifier learns by how many quarters a picture is turned; a coupled prior is refused; an uncoupled one is trained and recorded"
+    path = pictures(tmp_path/"plain.zip", classes=False)
+    kw = dict(dataset=path, preset="small", settings=SMALL+" clf_preset=digits steps=4 gen_steps=4 clf_steps=3")
+    with pytest.raises(ValueError, match="plain has no labels to couple to: leave out the row ldebm-coupled"): ij.open_job(job(tmp_path/"run", **kw))
+    assert not (tmp_path/"run").exists()
+    p = ij.open_job(job(tmp_path/"run", **{**kw, "rows": "ldebm"}))
+    v = ij.labelled_images(p.images)["train"]
+    n = len(p.images["train"])
+    assert v.attributes == {"turn": ("0", "90", "180", "270")} and len(v) == 4*n and v.labels[:, 0].tolist() == [k for k in range(4) for _ in range(n)]
+    assert torch.equal(v.pixels[n+3], p.images["train"].pixels[3].rot90(1, (1, 2))) and torch.equal(v.pixels[2*n], p.images["train"].pixels[0].flip(1, 2))
+    net, acc = ij.train_classifier(p)
+    assert list(net.heads.values()) == [4] and list(acc) == ["turn"]
+    g = ij.train_generator(p)[0]
+    u = ij.sample_prior(p, ij.train_prior(p, "ldebm", g)[0], 4)[0]
+    assert ij.decode_all(g, u).shape == (4, 3, 8, 8)
+    digits = ij.open_job(job(tmp_path/"digits")).images
+    assert ij.labelled_images(digits) is digits
+
+
+# -- labels
+
+def test_hidden_labels_are_those_of_the_same_pictures(tmp_path):
+    p = ij.open_job(job(tmp_path/"run", "labelled=.3"))
+    hide, again = ij.hide_labels(p), ij.hide_labels(p)
+    hidden = {}
+    for h, g in ((hide, make_gen(1)), (hide, make_gen(2)), (again, make_gen(3)), (ij.hide_labels(ij.open_job(job(tmp_path/"run", "labelled=.3"))), None)):
+        for b in image_batches(p.images["train"], 32, gen=g):
+            seen = h(b)
+            assert torch.equal(seen.x, b.x) and (seen.labels[seen.labels >= 0] == b.labels[seen.labels >= 0]).all()
+            for i, y in zip(b.index.tolist(), seen.labels[:, 0].tolist()): assert hidden.setdefault(i, y < 0) == (y < 0)
+    assert len(hidden) == 300 and .6 < sum(hidden.values())/300 < .8
+    other = ij.hide_labels(replace(p, job=replace(p.job, seed=1)))(next(iter(image_batches(p.images["train"], 300)))).labels[:, 0] < 0
+    assert other.tolist() != [hidden[i] for i in range(300)]
+    assert ij.hide_labels(ij.open_job(job(tmp_path/"all"))) is None
+
+
+def test_hidden_labels_train_and_validate(tmp_path, whole):
+    "Also with more pictures to validate on than to train on, whose labels are all known"
+    p = ij.open_job(job(tmp_path/"run", "labelled=.3 limit=100 steps=4 checks=1", rows="ldebm-coupled"))
+    assert len(p.images["valid"]) > len(p.images["train"])
+    g, seen = whole("generator")[0], []
+    model = ij.build_prior(p, "ldebm-coupled", g)
+    real = model.prior.terms
+    model.prior.terms = lambda q, u, gen=None, labels=None, **kw: (seen.append(labels.clone()), real(q, u, gen, labels=labels, **kw))[1]
+    StageTask(p.images, model, None, 4, 32, 1, 0, ij.hide_labels(p)).validate()
+    assert torch.equal(torch.cat(seen), p.images["valid"].labels[:, 0])
+    log = ij.train_prior(p, "ldebm-coupled", g)[2]
+    none = ij.train_prior(ij.open_job(job(tmp_path/"none", "labelled=0. steps=4 checks=1 limit=100", rows="ldebm-coupled")), "ldebm-coupled", g)[2]
+    a, b = ([o["cls_t"] for o in l if o["kind"] == "train"] for l in (log, none))
+    assert 0 < a[0] < 2 and b[0] == 0   # a third of ln 10, and nothing
+
+
+# -- rows
+
+@pytest.mark.parametrize("extra", ["", MAPS])
+@pytest.mark.parametrize("row", ROWS)
+def test_models_come_back(row, extra, whole, tmp_path):
+    "From the file alone: the same weights, the same samples, the same pictures"
+    if not extra: p, g, prior = whole("place"), whole("generator")[0], whole(row)[0]
+    else:
+        own = dict(objective="robust", rows=row) if row.startswith("ldebm") else {}   # with a temperature of the symbols
+        p = ij.open_job(job(tmp_path/"run", f"{extra} steps=3 gen_steps=2 checks=1", **own))
+        g = ij.train_generator(p)[0]
+        prior = ij.train_prior(p, row, g)[0]
+    g2, prior2 = ij.load_prior(ij.save_prior(p, row, g, prior))
+    assert_same(weights(g2), weights(g))
+    assert g2.cfg == g.cfg and not g2.training and not prior2.training and not any(q.requires_grad for q in g2.parameters())
+    asks = [dict()] + ([dict(y=torch.arange(5))] if row == "ldebm-coupled" else [])
+    for kw in asks:
+        a, b = (ij.sample_prior(p, o, 5, **kw)[0] for o in (prior, prior2))
+        assert torch.equal(a, b) and torch.equal(ij.decode_all(g, a), ij.decode_all(g2, b))
+    if isinstance(prior, DiffusionEBM):
+        t = torch.zeros(5, dtype=torch.long)
+        assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.tau_y == (.1 if extra and row == "ldebm-coupled" else 1.)
+        assert prior2.cfg == prior.cfg and prior2.T == (1 if row == "joint-ebm" else 2) and prior2.energy.generator is g2
+    assert prior2.n_symbols == {"ldebm-coupled": 10, "ddpm": 0}.get(row, 1)
+
+
+def test_what_is_no_model(whole, tmp_path):
+    with pytest.raises(ValueError, match="holds no image prior: it wants the model.safetensors of a row"): ij.load_prior(whole("place").run.file("classifier.safetensors"))
+    path = ij.save_prior(whole("place"), "ldebm", whole("generator")[0], whole("ldebm")[0])
+    (tmp_path/"cut.safetensors").write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="cut.safetensors"): ij.load_prior(tmp_path/"cut.safetensors")
+
+
+@pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
+@pytest.mark.parametrize("extra", ["", MAPS])
+def test_objectives_train(objective, extra, tmp_path):
+    "A few steps of each, coupled, on vectors and maps: finite terms of the right names, and the constants of the objective in force"
+    p = ij.open_job(job(tmp_path/"run", f"{extra} steps=4 gen_steps=3 checks=2 joint_steps=0", objective=objective, rows="ldebm-coupled"))
+    g = ij.train_generator(p)[0]
+    before = ij.generator_hash(g)
+    prior, end, log = ij.train_prior(p, "ldebm-coupled", g)
+    assert end.step == 4 and ij.generator_hash(g) == before, "frozen"
+    terms = {k for o in log for k in o}
+    assert {"ebm", "cls_t", "sym", "mi", "loss", "norm_ebm"} <= terms and ("accept" in terms) == (objective == "consistent") and "nll" not in terms
+    assert all(torch.tensor(v).isfinite() for o in log for k, v in o.items() if isinstance(v, float))
+    assert prior.published == (objective != "consistent") and prior.energy.nets.contexts == ((0, 16) if not extra else (0, 8) if extra else ()) if objective == "consistent" else not any(prior.energy.nets.contexts)
+    if objective == "published": assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.tau_y) == (3e-5, "likelihood", .1) and p.s.ema == 0
+    assert ij.sample_prior(p, prior, 4, y=torch.arange(4))[0].isfinite().all()
+
+
+def test_tune_gaussian_keeps_the_best(tmp_path, whole, monkeypatch):
+    "The smallest distance to validation pictures, wherever it stands in the list; distances are those of the generators' own samples"
+    p, net = ij.open_job(job(tmp_path/"run", "gen_steps=6 checks=1 tune='.1 1 4'")), whole("classifier")[0]
+    g, w, dist, end = ij.tune_gaussian(p, net)
+    assert list(dist) == [.1, 1., 4.] and dist[w] == min(dist.values()) and end.step == 6
+    fv = ij.features_of(net, p.images["valid"])
+    for k in dist:
+        gk = ij.train_generator(p, k)[0]
+        assert dist[k] == pytest.approx(ij.frechet(ij.features_of(net, gk.sample(60, gen=make_gen(0, "tune"))), fv))
+        assert (ij.generator_hash(gk) == ij.generator_hash(g)) == (k == w)
+    for made, best in (([3., 1., 2.], 1.), ([1., 2., 3.], .1), ([3., 2., 1.], 4.)):
+        it = iter(made)
+        monkeypatch.setattr(ij, "frechet", lambda a, b: next(it))
+        g, w, *_ = ij.tune_gaussian(p, net)
+        assert w == best and ij.generator_hash(g) == ij.generator_hash(ij.train_generator(p, best)[0])
+
+
+@pytest.fixture(scope="module")
+def reference(whole): return ij.make_reference(whole("place"), whole("generator")[0], whole("classifier")[0])
+
+
+def test_records(whole, reference, tmp_path):
+    "One valid record for each row, under its name in the run and, when asked, in the folder of results"
+    p = whole("place")
+    assert reference.u.shape == (60, 5) and reference.u_test.shape == (360, 5)
+    done = {r: ij.run_row(p, r, whole("generator")[0], reference) for r in ("ldebm", "ddpm")}
+    again = ij.score(p, reference, done["ldebm"].u)
+    assert again == {k: done["ldebm"].metrics[k] for k in again}, "the same numbers from the same seed"
+    for r in ("ldebm-coupled", "joint-ebm"):
+        ij.save_prior(p, r, whole("generator")[0], whole(r)[0])
+        ij.finish(p, r, {**again, **ij.chain_health(p, reference, whole(r)[0])}, whole(r)[1], 1.)
+    for r in ROWS:
+        rec = check_result(json.loads((p.run.path/r/"result.json").read_text()))
+        assert (rec["row"], rec["corpus"], rec["preset"], rec["objective"], rec["seed"]) == (r, "digits", "quick", "consistent", 0)
+        m = rec["metrics"]
+        assert {"frechet", "frechet_recon", "frechet_gaussian", "density", "coverage", "prior_hole_auroc", "prior_hole_auroc_1", "mmd", "spread", "sample_evaluations", "train_seconds"} <= set(m)
+        assert ("spread_long" in m) == (r != "ddpm") and (p.run.path/r/"model.safetensors").exists()
+        assert m["sample_evaluations"]["value"] == {"joint-ebm": 2*2+1, "ddpm": 6}.get(r, 2*(2+1))
+        assert rec["settings"]["langevin_steps"] == 2 and rec["settings"]["n_train"] == 300
+    table = ij.rows_table({r: d.metrics for r, d in done.items()})
+    assert table.count("\n") == 3 and all(ij.ROWS[r] in table for r in done)
+    q = replace(p, job=replace(p.job, results=str(tmp_path/"results"), variant="tiny"))
+    path = ij.add_metrics(q, "ldebm", done["ldebm"], dict(more=ij.metric(.5)))
+    assert path == tmp_path/"results"/"ldebm+tiny-digits-quick-consistent-s0.json" and json.loads(path.read_text())["metrics"]["more"]["value"] == .5
+    assert ij.finish(p, "gaussian", again, None, 0.).parent == p.run.path/"gaussian"
+    with pytest.raises(ValueError, match="metrics.bad"): ij.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.)
+    assert [o.name for o in (tmp_path/"results").iterdir()] == [path.name]
+
+
+def test_evaluations_are_counted(whole, monkeypatch):
+    "Gradients of the energy for one sample, as recorded"
+    from ldebm.layered import FastLayered
+    n, real = [], FastLayered.grad
+    monkeypatch.setattr(FastLayered, "grad", lambda self, *a, **kw: (n.append(1), real(self, *a, **kw))[1])
+    for row in ("ldebm", "joint-ebm"):
+        n.clear()
+        ij.sample_prior(whole("place"), whole(row)[0], 3)
+        assert len(n) == ij.evaluations(whole("place"), row)
+
+
+def test_same_seed_same_numbers(whole, reference):
+    p = whole("place")
+    u = ij.sample_prior(p, whole("ldebm")[0], 60)[0]
+    assert torch.equal(ij.sample_prior(p, whole("ldebm")[0], 60)[0], u)
+    again = ij.make_reference(p, whole("generator")[0], whole("classifier")[0])
+    assert torch.equal(again.u, reference.u) and (again.recon, again.gaussian) == (reference.recon, reference.gaussian)
+    other = ij.sample_prior(replace(p, job=replace(p.job, seed=1)), whole("ldebm")[0], 60)[0]
+    assert not torch.equal(other, u)
+
+
+def test_control_and_outliers(whole, reference):
+    p, prior = whole("place"), whole("ldebm-coupled")[0]
+    y = ij.wanted_labels(p, 25)
+    assert y.shape == (25, 1) and y[:, 0].tolist() == [i % 10 for i in range(25)]
+    m, x = ij.control(p, reference, prior, ij.wanted_labels(p, 40), 2.)
+    assert x.shape == (40, 1, 8, 8) and 0 <= m["control_accuracy"]["value"] <= 1 and m["control_accuracy"]["n"] == 40
+    curve = ij.trade_off(p, reference, prior, (0., 1.), 40)
+    assert list(curve) == [0., 1.] and {"control_accuracy_g0", "coverage_g1"} <= set(ij.control_metrics(curve))
+    assert set(ij.requests(p, 20)) == {"class", "not a class"}
+    no = ij.requests(p, 20)["not a class"]
+    assert no.shape == (20, 10) and (~no).sum(1).tolist() == [1]*20
+    sets = ij.outliers(p, 12)
+    res = ij.ood(p, prior, {k: sets[k] for k in ("permuted", "noise")}, 12)
+    got = ij.ood_metrics(res)
+    assert set(got) == {f"ood_{s}_{k}_{i}" for s in ("inference", "diffusion", "ratio") for k in ("permuted", "noise") for i in range(2) if not (s == "ratio" and i == 0)}
+    assert all(0 <= v["value"] <= 1 for v in got.values())
