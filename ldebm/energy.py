@@ -118,7 +118,7 @@ class Energy(nn.Module):
         masks = [(col[:,None] == torch.arange(k, device=device)) | (col[:,None] < 0) for k,col in zip(sizes, y.unbind(1))]
         return torch.cat(masks, 1).expand(n, K)
 
-# %% ../nbs/11_energy.ipynb #3d1c51b9
+# %% ../nbs/11_energy.ipynb #ed7d1a9d
 class GuidedEnergy(Energy):
     "Another energy, whose requests for symbols count `guidance` times: `F + guidance log p(y | z)`"
     def __init__(self,
@@ -132,6 +132,10 @@ class GuidedEnergy(Energy):
     def power_iterate(self, n=1): self.energy.power_iterate(n)
     def weights(self): return self.energy.weights()
     def logits(self, z, t, context=None, weights=None): return self.energy.logits(z, t, context, weights)
+    def fast(self, weights=None):
+        w = self.weights() if weights is None else weights
+        w = None if w is None else w.detach()
+        return AutogradEnergy(lambda z, t, y=None, context=None: self(z, t, y, context, w))
     def free(self, logits, y=None):
         F = self.energy.free(logits)
         return F if y is None else F + self.guidance*(self.energy.free(logits, y)-F)/self.tau_y

@@ -70,7 +70,7 @@ class StandardNormal(nn.Module):
         if y is not None: raise ValueError('a standard normal prior has no symbols to condition on')
         return self.loc + randn_like(self.loc.expand(n, -1), gen)
 
-# %% ../nbs/13_prior.ipynb #ae25145a
+# %% ../nbs/13_prior.ipynb #bbeb7d5d
 @dataclass(frozen=True)
 class PriorCfg:
     "How a `DiffusionEBM` is trained and sampled"
@@ -79,7 +79,7 @@ class PriorCfg:
     n_steps:int=20 # Langevin steps a level (50 in the published code)
     rho:float=.8 # `consistent`: share of the state a preconditioned step keeps
     mala:bool=True # `consistent`: accept or reject each step, in training too
-    drift:float=math.inf # With `mala`: longest drift of a proposal, in units of its noise
+    drift:float=math.inf # `consistent`: longest drift of a step, in units of its noise
     tau:float=1. # `consistent`: temperature of every level, the same in chain, loss and likelihood
     b2:float=2e-3 # `published`: the squared base step
     floor:float=0. # `consistent`: free nats a dimension; `published`: threshold kappa of its entropy mask
@@ -139,7 +139,7 @@ def published_step(
     "Squared step, and temperature, of the published sampler"
     return sched.at('sbar', t, like)/sched.at('sbar', torch.zeros_like(t), like)*b2*sched.at('sigma', t+1, like)**2
 
-# %% ../nbs/13_prior.ipynb #c4ef1966
+# %% ../nbs/13_prior.ipynb #76961e36
 def chain_from(self:DiffusionEBM,
     z_next:Tensor, # Condition, shape `(B, d)`
     t:Tensor, # Level of each row, shape `(B,)`
@@ -163,7 +163,7 @@ def chain_from(self:DiffusionEBM,
         return tilt_chain(fast, z_next, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
     start = m + v.sqrt()*randn_like(m, gen)
     if mala: return mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)[0]
-    return tilt_chain(fast, start, t, m, v, n, rho=c.rho, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
+    return tilt_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
 DiffusionEBM.chain_from = chain_from
 
 # %% ../nbs/13_prior.ipynb #8290f8d5

@@ -148,6 +148,9 @@ def test_fine_tuning(whole, tmp_path, monkeypatch):
     again = ij.fine_tune(ij.open_job(job(tmp_path/"other")), "ldebm-coupled", g0, prior0)
     assert_same(weights(again[0]), weights(g)); assert_same(weights(again[1]), weights(prior))
     assert {"nll", "kl", "ebm", "ebm_enc", "cls_t", "norm_main", "norm_ebm"} <= set(log[0])
+    g2, prior2 = ij.load_prior(ij.save_prior(p, "ldebm-coupled-joint", g, prior))
+    assert_same(weights(g2), weights(g))
+    assert torch.equal(ij.sample_prior(p, prior2, 4, y=torch.arange(4))[0], ij.sample_prior(p, prior, 4, y=torch.arange(4))[0])
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
@@ -160,7 +163,8 @@ def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
     for joint in (True, False):
         g = ij.train_generator(whole("place"))[0]
         m = ij.build_prior(p, "ldebm", g)
-        model = ij.PriorModel(m.generator, m.prior, joint=joint)
+        prior = DiffusionEBM(m.prior.schedule, m.prior.energy, replace(m.prior.cfg, encoder=joint))
+        model = ij.PriorModel(m.generator, prior, joint=joint)
         out = model(b, make_gen(0))
         assert {"kl", "nll"} <= set(out) if joint else "nll" not in out
         grads = lambda k: {n: o for (n, _), o in zip(g.named_parameters(), torch.autograd.grad(out[k].sum(), list(g.parameters()), retain_graph=True, allow_unused=True))}
@@ -483,7 +487,7 @@ def test_records(whole, reference, tmp_path):
     assert again == {k: done["ldebm"].metrics[k] for k in again}, "the same numbers from the same seed"
     for r in ("ldebm-coupled", "joint-ebm"):
         ij.save_prior(p, r, whole("generator")[0], whole(r)[0])
-        ij.finish(p, r, {**again, **ij.chain_health(p, reference, whole(r)[0])}, whole(r)[1], 1.)
+        ij.finish(p, r, {**again, **ij.cost(p, r, whole(r)[1], 1., 60), **ij.chain_health(p, reference, whole(r)[0])}, whole(r)[1], 1.)
     for r in ROWS:
         rec = check_result(json.loads((p.run.path/r/"result.json").read_text()))
         assert (rec["row"], rec["corpus"], rec["preset"], rec["objective"], rec["seed"]) == (r, "digits", "quick", "consistent", 0)

@@ -507,7 +507,7 @@ def test_edit():
         assert (r-want).abs().max() < SE*2**.5/3000**.5, (level, r, want)
     c = energy("vectors", (4,), head=60.)
     p, u = consistent(c, n_steps=10), normal(300, c.d, 0)
-    likely = lambda x: float(c.symbol_log_probs(c.logits(x, torch.zeros(len(x), dtype=torch.long)))[:, 1].exp().mean())
+    likely = lambda x: float(c.symbol_log_probs(c.logits(x, torch.zeros(len(x), dtype=torch.long)))[:, 1].detach().exp().mean())
     v = edit(p, u, 1, 2, keep=(3,), gen=gen(0))
     top = c.generator.layer_mask(3)
     assert torch.equal(v[:, top], u[:, top]) and (v != u)[:, ~top].all()
