@@ -62,11 +62,12 @@ def free_slope(logits:Tensor, y:Tensor|None=None, groups:tuple|None=None, tau:fl
     if y is not None: f = f.masked_fill(~y, -torch.inf)
     return f.softmax(-1) if groups is None else torch.cat([p.softmax(-1) for p in f.split(groups, -1)], -1)
 
-# %% ../nbs/11_energy.ipynb #fcc8c9a6
+# %% ../nbs/11_energy.ipynb #77fe4bea
 class Energy(nn.Module):
     "What a `DiffusionEBM` asks of an energy. A subclass sets `d`, `n_levels`, `n_symbols` and gives `logits`; everything else has a default"
     groups:tuple|None=None # Number of values of each attribute; `None`: one attribute of `n_symbols` values
     tau_y:float=1. # Temperature of the symbols
+    apart:bool=False # Whether latents that carry a gradient must not share a call with those that do not
     def power_iterate(self, n:int=1): "Refresh spectral norms, if there are any; called once per optimiser step"
     def weights(self): "Weights as used in one step, to share their preparation between calls; `None` if there is nothing to prepare"
     def free(self, logits:Tensor, y:Tensor|None=None) -> Tensor: # Shape `(B,)`
@@ -118,16 +119,17 @@ class Energy(nn.Module):
         masks = [(col[:,None] == torch.arange(k, device=device)) | (col[:,None] < 0) for k,col in zip(sizes, y.unbind(1))]
         return torch.cat(masks, 1).expand(n, K)
 
-# %% ../nbs/11_energy.ipynb #ed7d1a9d
+# %% ../nbs/11_energy.ipynb #8a6fe7bd
 class GuidedEnergy(Energy):
     "Another energy, whose requests for symbols count `guidance` times: `F + guidance log p(y | z)`"
     def __init__(self,
         energy:Energy, # Any energy with symbols
         guidance:float, # Weight of the request; 1 is exact conditioning
+        temperature=None, # What divides `F` where it is used, `temperature(t, z) -> (B,)`; `None`: 1
     ):
         super().__init__()
         if not guidance >= 0: raise ValueError(f'guidance must not be negative, got {guidance}')
-        self.energy,self.guidance = energy,guidance
+        self.energy,self.guidance,self.temperature = energy,guidance,temperature
         self.d,self.n_levels,self.n_symbols,self.groups,self.tau_y = energy.d,energy.n_levels,energy.n_symbols,energy.groups,energy.tau_y
     def power_iterate(self, n=1): self.energy.power_iterate(n)
     def weights(self): return self.energy.weights()
@@ -136,9 +138,14 @@ class GuidedEnergy(Energy):
         w = self.weights() if weights is None else weights
         w = None if w is None else w.detach()
         return AutogradEnergy(lambda z, t, y=None, context=None: self(z, t, y, context, w))
-    def free(self, logits, y=None):
-        F = self.energy.free(logits)
-        return F if y is None else F + self.guidance*(self.energy.free(logits, y)-F)/self.tau_y
+    def forward(self, z, t, y=None, context=None, weights=None):
+        f = self.logits(z, t, context, weights); F = self.energy.free(f)
+        if y is None: return F
+        log_p = (self.energy.free(f, y)-F)/self.tau_y
+        return F + self.guidance*log_p*(1. if self.temperature is None else self.temperature(t, z))
+    def __getattr__(self, name): # Anything else is the energy's own
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(super().__getattr__('energy'), name)
 
 # %% ../nbs/11_energy.ipynb #0969aad5
 def level_table(

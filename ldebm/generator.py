@@ -251,7 +251,7 @@ def log_det(self:Generator, u:Tensor) -> Tensor: # Shape `(B,)`, nats
     return sum(total) if total else u.new_zeros(len(u))
 Generator.log_det = log_det
 
-# %% ../nbs/30_generator.ipynb #67723b30
+# %% ../nbs/30_generator.ipynb #87b6d87e
 def encode(self:Generator,
     x:Tensor, # Pictures, shape `(B, C, H, W)`, in [0, 1]
     gen:torch.Generator|None=None, # Source of posterior noise
@@ -315,8 +315,9 @@ def sample(self:Generator,
 ) -> Tensor: # Pictures, shape `(n, C, H, W)`
     "Pictures from the Gaussian prior; with `keep`, the top layers of given latents with new lower ones"
     u = torch.randn(n, self.d, generator=gen, device=self.start.device, dtype=self.start.dtype)
+    u = temperature*u
     if keep is not None: u = torch.where(self.layer_mask(range(top+1, self.L+1), u.device), keep, u)
-    return self.decode(u, temperature)
+    return self.decode(u)
 Generator.sample = sample
 
 # %% ../nbs/30_generator.ipynb #75d42ae0

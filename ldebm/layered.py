@@ -146,7 +146,7 @@ class MapNets(nn.Module):
             h = torch.bmm(nnf.silu(torch.baddbmm(e, x, y)), a) + torch.bmm(x, s)
         return torch.bmm(nnf.silu(h), w['head'])
 
-# %% ../nbs/31_layered.ipynb #15fc0b21
+# %% ../nbs/31_layered.ipynb #c9aac89d
 class LayerNets(nn.Module):
     "Energy networks for every layer of a generator, those of equal shape evaluated together"
     def __init__(self,
@@ -202,7 +202,8 @@ class LayerWeights(list):
     def detach(self): return LayerWeights(cut(v) for v in self)
 
 class LayeredEnergy(Energy):
-    "`F(u, t) = sum_i f_i(T(u)_i, t)`, with symbols' logits summed over layers (Cui & Han 2024)"
+    "`F(u, t) = sum_i f_i(T(u)_i, t)`, with symbols' logits summed over layers (Cui & Han 2024). The tower gets a gradient only from latents that carry one"
+    apart = True
     def __init__(self,
         generator:Generator, # Gives `T`; not a part of this module, so that neither optimiser nor average takes it along
         nets:LayerNets, # Networks
@@ -227,7 +228,7 @@ class LayeredEnergy(Energy):
     ) -> Tensor: # Shape `(L, B, K)`, top layer first
         "Logits of every layer"
         w = self.weights() if weights is None else weights
-        zs,hs = self.generator.T(u, contexts=True)
+        with torch.set_grad_enabled(u.requires_grad and torch.is_grad_enabled()): zs,hs = self.generator.T(u, contexts=True) # held latents hold the tower: its share comes with the latents' own gradient
         zs = [torch.cat([z, h.expand(len(z), -1, -1, -1)], 1) if n else z for z,h,n in zip(zs, hs, self.nets.contexts)]
         return self.nets.logits(zs, self.nets.base(t, w) if base is None else base, w)
     def logits(self, z, t, context=None, weights=None): return self.by_layer(z, t, weights).sum(0)
@@ -294,18 +295,19 @@ def layer_swaps(
     "One picture with a single layer's u replaced: what that layer decides"
     return [generator.decode(torch.where(generator.layer_mask(k, u.device), others, u)) for k in range(generator.L, 0, -1)]
 
-# %% ../nbs/31_layered.ipynb #9b99e98f
+# %% ../nbs/31_layered.ipynb #562ba5cd
 def upper_score(
     energy:LayeredEnergy,
     u:Tensor, # Latents, shape `(B, d)`
     k:int=0, # Layers above this number count
     t:int=0, # Level
+    tau:float|Tensor=1., # Divides `F`: the prior's `temperature` there
 ) -> Tensor: # Shape `(B,)`: high is likely; nats up to a constant
-    "Unnormalised log density of the layers above `k`"
+    "The terms of the unnormalised log density that belong to the layers above `k` (all of it for `k = 0`; the layers below are left out, not summed out)"
     L = energy.generator.L
     if not 0 <= k < L: raise ValueError(f'k must lie in 0..{L-1}, got {k}')
     f = energy.by_layer(u, torch.full((len(u),), t, device=u.device))[:L-k].sum(0)
-    return energy.free(f) - .5*torch.where(energy.generator.layer_mask(range(k+1, L+1), u.device), u, 0.).square().sum(1)
+    return energy.free(f)/tau - .5*torch.where(energy.generator.layer_mask(range(k+1, L+1), u.device), u, 0.).square().sum(1)
 
 @torch.no_grad()
 def ood_scores(
@@ -321,11 +323,12 @@ def ood_scores(
     g,p = e.generator,next(e.parameters())
     for b in x.split(chunk):
         b = b.to(p); u = g.encode(b, gen)[1]
-        base = upper_score(e, u) - g.nll(b, u)
+        tau = prior.temperature(torch.zeros(len(u), dtype=torch.long, device=u.device), u)
+        base = upper_score(e, u, tau=tau) - g.nll(b, u)
         rows = dict(inference=[], diffusion=[], ratio=[])
         for k in range(g.L):
             v = resample_below(prior, u, k, gen=gen, **kw)
-            f = upper_score(e, v)
-            rows['inference'].append(upper_score(e, u, k)); rows['diffusion'].append(f); rows['ratio'].append(f-g.nll(b, v)-base)
+            f = upper_score(e, v, tau=tau)
+            rows['inference'].append(upper_score(e, u, k, tau=tau)); rows['diffusion'].append(f); rows['ratio'].append(f-g.nll(b, v)-base)
         out.append({s: torch.stack(r).cpu() for s,r in rows.items()})
     return {s: torch.cat([o[s] for o in out], 1) for s in out[0]}

@@ -94,7 +94,7 @@ class PriorCfg:
         if self.floor < 0: raise ValueError(f'floor must not be negative, got {self.floor}')
         if self.tau <= 0 or self.b2 <= 0: raise ValueError(f'tau and b2 must be positive, got {self.tau} and {self.b2}')
 
-# %% ../nbs/13_prior.ipynb #1f0452c5
+# %% ../nbs/13_prior.ipynb #90f294ad
 class DiffusionEBM(nn.Module):
     "Prior `p(z_T) prod_t p(z_t | z_{t+1})` over latents `(B, d)` (Yu et al. 2022, eq. 5-9)"
     def __init__(self,
@@ -117,6 +117,9 @@ class DiffusionEBM(nn.Module):
     def n_symbols(self) -> int: return self.energy.n_symbols
     @property
     def published(self) -> bool: return self.cfg.objective == 'published'
+    def temperature(self, t:Tensor, like:Tensor) -> Tensor: # Shape `(B,)`
+        "What divides `F` at level `t`: the log density is `F/temperature` and the level's Gaussian"
+        return published_step(self.schedule, t, self.cfg.b2, like)[:,0] if self.published else torch.full_like(like[:,0], self.cfg.tau)
     def scale(self, t:Tensor, like:Tensor) -> Tensor: # Shape `(B, 1)`
         "Unknown per latent at level `t`: `y = scale z_t`"
         return self.schedule.at('a_up', t+1, like) if self.cfg.reference == 'flat' else torch.ones_like(like[:,:1])
@@ -139,7 +142,7 @@ def published_step(
     "Squared step, and temperature, of the published sampler"
     return sched.at('sbar', t, like)/sched.at('sbar', torch.zeros_like(t), like)*b2*sched.at('sigma', t+1, like)**2
 
-# %% ../nbs/13_prior.ipynb #76961e36
+# %% ../nbs/13_prior.ipynb #0b285e4e
 def chain_from(self:DiffusionEBM,
     z_next:Tensor, # Condition, shape `(B, d)`
     t:Tensor, # Level of each row, shape `(B,)`
@@ -149,6 +152,7 @@ def chain_from(self:DiffusionEBM,
     fast=None, # Frozen energy; made afresh if `None`
     n_steps:int|None=None, # Updates; the settings' if `None`
     mala:bool|None=None, # With a Metropolis test (`consistent` only); the settings' if `None`
+    start:Tensor|None=None, # Where chains start, shape `(B, d)`; the condition (`published`) or a draw of the Gaussian if `None`
     gen:torch.Generator|None=None, # Source of noise
     on_step=None, # See `ldebm.langevin.chain`
 ) -> Tensor: # Unknowns at level `t`, shape `(B, d)`, detached: divide by `scale` for latents
@@ -160,8 +164,8 @@ def chain_from(self:DiffusionEBM,
     if self.published:
         if mala: raise ValueError("the published sampler has no fixed target to correct to; mala needs objective 'consistent'")
         s2 = published_step(self.schedule, t, c.b2, z_next)
-        return tilt_chain(fast, z_next, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
-    start = m + v.sqrt()*randn_like(m, gen)
+        return tilt_chain(fast, z_next if start is None else start, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
+    if start is None: start = m + v.sqrt()*randn_like(m, gen)
     if mala: return mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)[0]
     return tilt_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
 DiffusionEBM.chain_from = chain_from
@@ -179,12 +183,12 @@ class KnownPart:
         F,g = self.fast.grad(torch.where(self.mask, self.values, z), t, y, context, base)
         return F, g.masked_fill(self.mask, 0.)
 
-# %% ../nbs/13_prior.ipynb #5602f58e
+# %% ../nbs/13_prior.ipynb #ab4aa541
 @torch.no_grad()
 def sample(self:DiffusionEBM,
     n:int, # How many latents
     *,
-    y:Tensor|int|None=None, # Symbol(s) to condition on: at every level in `consistent`, at level 0 alone in `published`
+    y:Tensor|int|None=None, # Symbol(s) to condition on, at every level; at level 0 alone in `published` with the `flat` reference
     context:Tensor|None=None, # Context vectors, shape `(n, context_dim)`
     gen:torch.Generator|None=None, # Source of noise
     n_steps:int|None=None, # Updates a level; the settings' if `None`
@@ -192,11 +196,11 @@ def sample(self:DiffusionEBM,
     path:bool=False, # Return every level
     start:tuple|None=None, # Latents of a level to start from instead of noise: `(z_t (n, d), t)`
     known:tuple|None=None, # Coordinates that are given: `(mask (d,) or (n, d), clean latents (n, d))`
-    sweeps:int=8, # With `known`: times that level 0 is noised up once and drawn again at the end; each leaves the exact conditional as it is
+    sweeps:int=8, # With `known`: times that level 0 is noised up once and its chain continued at the end; with a Metropolis test each leaves the exact conditional as it is
     chunk:int=4096, # Latents carried at a time
     progress=None, # Wraps the iterator over chunks, e.g. `ldebm.core.progress`
 ) -> Tensor: # Latents `z_0`, shape `(n, d)`; with `path`, `(T+1, n, d)` from `z_0` to `z_T`
-    "Ancestral sampling from `z_T ~ N(0, I)` down, one chain a level. Known coordinates follow a diffusion of their own and condition the others at every level, which is approximate, and in sweeps at level 0, which are exact"
+    "Ancestral sampling from `z_T ~ N(0, I)` down, one chain a level. Known coordinates follow a diffusion of their own and condition the others at every level, which is approximate, and in sweeps at level 0, which with a Metropolis test leave the exact conditional as it is"
     if n < 1: raise ValueError(f'n must be at least 1, got {n}')
     p = next(self.energy.parameters(), torch.zeros(()))
     fast,out = fast_energy(self.energy),[]
@@ -225,7 +229,7 @@ def sample(self:DiffusionEBM,
             zs.append(z)
         for _ in range(sweeps if known is not None else 0):
             up = self.schedule.at('a', t+1, z)*z + self.schedule.at('sigma', t+1, z)*randn_like(z, gen)
-            z = zs[-1] = fix(self.chain_from(up, t, y=cut(y), context=cut(context), fast=f, n_steps=n_steps, mala=mala, gen=gen)/scale, 0)
+            z = zs[-1] = fix(self.chain_from(up, t, y=cut(y), context=cut(context), fast=f, n_steps=n_steps, mala=mala, start=scale*z, gen=gen)/scale, 0)
         out.append(torch.stack(zs[::-1]) if path else z)
     return torch.cat(out, 1 if path else 0)
 DiffusionEBM.sample = sample
@@ -300,13 +304,15 @@ def terms(self:DiffusionEBM,
         return (published_terms if self.published else consistent_terms)(self, q, z, gen, labels, label_weights)
 DiffusionEBM.terms = terms
 
-# %% ../nbs/13_prior.ipynb #418478f1
+# %% ../nbs/13_prior.ipynb #dadf624d
 def frozen(w): return None if w is None else w.detach()
 
 def pair_logits(self:DiffusionEBM, pos, neg, clean, t, w): # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)
     "One pass of the energy over everything a step compares"
     n,zero = len(t),torch.zeros_like(t[:len(clean)])
     if self.n_symbols < 2: return *self.energy.logits(torch.cat([pos.detach(), neg]), torch.cat([t, t]), weights=w).split([n, n]),None
+    if self.energy.apart and clean.requires_grad:
+        return *self.energy.logits(torch.cat([pos.detach(), neg]), torch.cat([t, t]), weights=w).split([n, n]),self.energy.logits(clean, zero, weights=w)
     return self.energy.logits(torch.cat([pos.detach(), neg, clean]), torch.cat([t, t, zero]), weights=w).split([n, n, len(clean)])
 DiffusionEBM.pair_logits = pair_logits
 

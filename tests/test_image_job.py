@@ -12,6 +12,7 @@ import pytest
 import torch
 from ldebm import image_job as ij
 from ldebm.core import check_result, make_gen, notebook_params
+from ldebm.generator import Generator, GeneratorCfg, multiply_adds
 from ldebm.image_job import ImageJob, ImageSettings, StageTask
 from ldebm.image_metrics import ClassifierTask
 from ldebm.images import BadImage, ImageBatch, image_batches
@@ -172,8 +173,8 @@ def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
         assert model.groups()["main"] == list(g.parameters())
         moved = lambda gr, k: gr[k] is not None and bool((gr[k] != 0).any())
         ebm, enc = grads("ebm"), grads("ebm_enc")
-        assert moved(ebm, "prior.0.weight") and moved(ebm, "combine.0.weight") and not moved(ebm, "post.0.weight")
-        assert moved(enc, "post.0.weight") and moved(enc, "stem.weight")
+        assert not any(moved(ebm, k) for k in ebm) # held latents hold the tower
+        assert moved(enc, "prior.0.weight") and moved(enc, "combine.0.weight") and moved(enc, "post.0.weight") and moved(enc, "stem.weight")
 
 
 CHILD = """
@@ -226,7 +227,7 @@ def test_signals_in_two_stages(whole, tmp_path):
     place = ij.open_job(job(tmp_path/"run"))
     g = ij.train_generator(place)[0]
     assert_same(weights(g), weights(whole("generator")[0]))
-    saved = ij.stage(place, "ldebm-coupled", objective="consistent", generator=ij.generator_hash(g), **asdict(place.s)).load()
+    saved = ij.stage(place, "ldebm-coupled", objective="consistent", generator=ij.generator_hash(g), **{k: v for k, v in asdict(place.s).items() if k not in ij.MEASURING}).load()
     assert saved["progress"]["step"] == 40 and saved["progress"]["batch"] == 15, "not in mid-epoch"
     prior, end, log = ij.train_prior(place, "ldebm-coupled", g)
     assert_same(weights(prior), weights(whole("ldebm-coupled")[0]))
@@ -320,7 +321,7 @@ def test_results_of_other_settings_refused_before_work(tmp_path):
 
 # -- pictures in files
 
-def pictures(path, n=60, classes=True, bad=None):
+def pictures(path, n=120, classes=True, bad=None):
     "A zip of small pictures, of which one may be cut short"
     import io
 
@@ -331,21 +332,21 @@ def pictures(path, n=60, classes=True, bad=None):
             f = io.BytesIO()
             Image.fromarray(torch.randint(256, (8, 8, 3), generator=g, dtype=torch.uint8).numpy()).save(f, "PNG")
             data = f.getvalue()
-            z.writestr(f"{'ab'[i % 2]+'/' if classes else ''}{i:02}.png", data[:40] if i == bad else data)
+            z.writestr(f"{'ab'[i % 2]+'/' if classes else ''}{i:03}.png", data[:40] if i == bad else data)
     return str(path)
 
 
-SMALL = TINY.replace("limit=300", "limit=0")+" likelihood=gaussian gen_batch=16 batch=16"
+SMALL = TINY.replace("limit=300", "limit=0").replace("n_samples=60", "n_samples=100")+" likelihood=gaussian gen_batch=16 batch=16"
 
 
 def test_a_corrupt_picture_in_a_zip(tmp_path):
     "Named and fatal; or, when asked, named and left out"
     path = pictures(tmp_path/"mine.zip", bad=17)
     kw = dict(dataset=path, preset="small", settings=SMALL)
-    with pytest.raises(BadImage, match=r"mine.zip: corrupt picture b/17.png .*on_bad='skip'"): ij.open_job(job(tmp_path/"run", **kw))
+    with pytest.raises(BadImage, match=r"mine.zip: corrupt picture b/017.png .*on_bad='skip'"): ij.open_job(job(tmp_path/"run", **kw))
     assert not (tmp_path/"run").exists()
-    with pytest.warns(UserWarning, match="left out 1 corrupt picture: b/17.png"): p = ij.open_job(job(tmp_path/"run", on_bad="skip", **kw))
-    assert sum(map(len, p.images.values())) == 59 and p.run.path.exists() and ij.data_name(p.images["train"]) == "mine"
+    with pytest.warns(UserWarning, match="left out 1 corrupt picture: b/017.png"): p = ij.open_job(job(tmp_path/"run", on_bad="skip", **kw))
+    assert sum(map(len, p.images.values())) == 119 and p.run.path.exists() and ij.data_name(p.images["train"]) == "mine"
     (tmp_path/"broken.zip").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match="broken.zip is not a zip, or is cut short"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"broken.zip")}))
     with pytest.raises(FileNotFoundError, match="none.zip"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"none.zip")}))
@@ -370,6 +371,8 @@ def test_pictures_without_labels(tmp_path):
     g = ij.train_generator(p)[0]
     u = ij.sample_prior(p, ij.train_prior(p, "ldebm", g)[0], 4)[0]
     assert ij.decode_all(g, u).shape == (4, 3, 8, 8)
+    metrics = ij.gaussian_metrics(p, ij.make_reference(p, g, net))
+    assert "frechet" in metrics and "class_kl" not in metrics and "frechet_test" not in metrics # six test pictures have no covariance
     digits = ij.open_job(job(tmp_path/"digits")).images
     assert ij.labelled_images(digits) is digits
 
@@ -543,3 +546,12 @@ def test_control_and_outliers(whole, reference):
     got = ij.ood_metrics(res)
     assert set(got) == {f"ood_{s}_{k}_{i}" for s in ("inference", "diffusion", "ratio") for k in ("permuted", "noise") for i in range(2) if not (s == "ratio" and i == 0)}
     assert all(0 <= v["value"] <= 1 for v in got.values())
+
+
+def test_small_preset_is_small():
+    s = ij.resolve(ij.ImageJob(dataset="cifar10", preset="small"))
+    cfg = GeneratorCfg(shape=(3, 32, 32), **ij.parse_layers(s.layers), enc_blocks=s.enc_blocks, likelihood=s.likelihood, levels=256, mixtures=s.mixtures)
+    assert len(set(cfg.sizes)) == 3 and s.limit == 5000 and (s.T, s.langevin_steps) == (3, 10)
+    assert sum(multiply_adds(Generator(cfg)).values()) <= 10_000_000
+    paper = ij.parse_layers(ij.resolve(ij.ImageJob(dataset="cifar10", preset="paper")).layers)
+    assert len(paper["sizes"]) >= 9
