@@ -556,7 +556,7 @@ def nearest(a:Tensor, b:Tensor, chunk:int=1024) -> Tensor: # Shape `(n,)`
     "Distance of each row of `a` to its nearest row of `b`"
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(chunk)])
 
-# %% ../nbs/62_image_job.ipynb #84419121
+# %% ../nbs/62_image_job.ipynb #8dec58c1
 def chain_health(
     p:ImagePlace, ref:Reference,
     prior:DiffusionEBM,
@@ -594,7 +594,8 @@ def control(
     u,_ = sample_prior(p, guided(prior, guidance), len(wanted), 'control', y=wanted if wanted.shape[1] > 1 else wanted[:,0])
     x = decode_all(ref.generator, u); f = features_of(ref.net, x)
     out = dict(control_accuracy=dict(control_accuracy(ref.net, x, wanted), estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}'))
-    return {**out, **density_coverage(ref.features, f), 'frechet': metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples')},x
+    if len(x) > f.shape[1]: out['frechet'] = metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples') # fewer have no covariance
+    return {**out, **density_coverage(ref.features, f)},x
 
 def requests(p:ImagePlace, n:int=500, most:int=6) -> dict: # Of the first `most` attributes: name -> values asked for, `(n, A)` with -1 for free, or allowed values `(n, K)`
     "Balanced requests: each attribute alone, pairs of attributes, and anything but a value of the first"
@@ -832,7 +833,7 @@ def plot_hierarchy(p:ImagePlace, prior:DiffusionEBM, generator:Generator, n:int=
     again = [decode_all(generator, resample_below(prior, one.contiguous(), k, gen=make_gen(p.job.seed, 'below', k, device=dev))) for k in range(1, L+1)]
     return plot_rows(parts+again, [f'layers {L}..{k}' if k < L else f'layer {L}' for k in range(L, 0, -1)]+[f'new below {k+1}' if k < L else 'all new' for k in range(1, L+1)], n)
 
-# %% ../nbs/62_image_job.ipynb #be829c6d
+# %% ../nbs/62_image_job.ipynb #4ac9c84e
 def outliers(p:ImagePlace, n:int=360) -> dict: # Name -> pictures `(n, C, H, W)`
     "Sets that no training picture comes from, by the data set's kind"
     test = p.images['test']; test = test.subset(slice(0, min(n, len(test)))); gen = make_gen(0, 'outliers'); shape,levels = test.shape,test.levels
@@ -852,6 +853,9 @@ def ood(
     x = p.images['test'].subset(slice(0, min(n, len(p.images['test'])))).x()
     scores = {k: ood_scores(prior, v[:n], gen=make_gen(p.job.seed, 'ood', k, device=dev)) for k,v in dict(test=x, **sets).items()}
     L = prior.energy.generator.L
+    for s in ('inference','diffusion','ratio'): # ranks are all that counts: -inf becomes less than any finite score
+        finite = torch.cat([v[s].flatten() for v in scores.values()]); finite = finite[finite.isfinite()]
+        for v in scores.values(): v[s] = v[s].clamp(min=finite.min().item()-1)
     out = {s: {k: [auroc(scores['test'][s][i], scores[k][s][i]) for i in range(L)] for k in sets} for s in ('inference','diffusion','ratio')}
     return dict(out, scores=scores)
 

@@ -295,7 +295,7 @@ def layer_swaps(
     "One picture with a single layer's u replaced: what that layer decides"
     return [generator.decode(torch.where(generator.layer_mask(k, u.device), others, u)) for k in range(generator.L, 0, -1)]
 
-# %% ../nbs/31_layered.ipynb #562ba5cd
+# %% ../nbs/31_layered.ipynb #086073e5
 def upper_score(
     energy:LayeredEnergy,
     u:Tensor, # Latents, shape `(B, d)`
@@ -318,7 +318,7 @@ def ood_scores(
     chunk:int=256, # Pictures at a time
     **kw, # To `DiffusionEBM.sample`
 ) -> dict: # `inference`, `diffusion`, `ratio`: each `(L, B)`, row `k` for the layers above `k`; high is in distribution
-    "Scores of pictures for every `k`; row 0 of `diffusion` and `ratio` is the scheme that resamples nothing (its ratio is 0)"
+    "Scores of pictures for every `k`; row 0 of `diffusion` and `ratio` is the scheme that resamples nothing (its ratio is 0). A picture so far out that a score is not finite gets -inf"
     e,out = prior.energy,[]
     g,p = e.generator,next(e.parameters())
     for b in x.split(chunk):
@@ -330,5 +330,5 @@ def ood_scores(
             v = resample_below(prior, u, k, gen=gen, **kw)
             f = upper_score(e, v, tau=tau)
             rows['inference'].append(upper_score(e, u, k, tau=tau)); rows['diffusion'].append(f); rows['ratio'].append(f-g.nll(b, v)-base)
-        out.append({s: torch.stack(r).cpu() for s,r in rows.items()})
+        out.append({s: torch.stack(r).nan_to_num(-torch.inf, posinf=-torch.inf).cpu() for s,r in rows.items()})
     return {s: torch.cat([o[s] for o in out], 1) for s in out[0]}
