@@ -7,14 +7,14 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'M
            'ImageSettings', 'parse_layers', 'numbers', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
            'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'data_name',
            'generator_cfg', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
-           'labelled_images', 'train_classifier', 'n_values', 'build_prior', 'hide_labels', 'prior_weights',
-           'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all', 'decode_all', 'make_reference',
-           'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health', 'wanted_labels', 'guided', 'control',
-           'requests', 'control_all', 'request_metrics', 'control_table', 'add_one_by_one', 'one_by_one_table',
-           'trade_off', 'control_metrics', 'cost', 'finish', 'save_prior', 'load_prior', 'Done', 'run_row', 'run_joint',
-           'add_metrics', 'tune_gaussian', 'rows_table', 'gaussian_metrics', 'plot_triple', 'plot_rows',
-           'plot_levels_of', 'plot_hierarchy', 'outliers', 'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off',
-           'trade_off_table', 'plot_layer_energies', 'save_figure']
+           'labelled_images', 'train_classifier', 'n_values', 'layered_prior', 'build_prior', 'hide_labels',
+           'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all',
+           'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health',
+           'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'request_metrics', 'control_table',
+           'add_one_by_one', 'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish', 'save_prior',
+           'load_prior', 'Done', 'measure', 'run_row', 'run_joint', 'add_metrics', 'tune_gaussian', 'rows_table',
+           'gaussian_metrics', 'plot_triple', 'plot_rows', 'plot_levels_of', 'plot_hierarchy', 'outliers', 'ood',
+           'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
 
 # %% ../nbs/62_image_job.ipynb #5b6ddd28
 import copy, hashlib, math, os, re, shutil, tempfile, time
@@ -289,7 +289,7 @@ class StageTask:
         m.train(was)
         return {k: o/n for k,o in sums.items()}
 
-# %% ../nbs/62_image_job.ipynb #13fae84c
+# %% ../nbs/62_image_job.ipynb #eb6393e2
 @dataclass(frozen=True)
 class ImagePlace:
     "An opened job"
@@ -299,6 +299,7 @@ class ImagePlace:
     device:torch.device # Where it runs
     images:dict # `train`, `valid`, `test`
     cfg:GeneratorCfg # The generator's sizes
+    data:str # Fingerprint of the pictures and their labels
 
 def data_name(images:Images) -> str:
     "Name of a data set in records"
@@ -323,7 +324,7 @@ def data_hash(images:dict) -> str: # 12 hexadecimal digits
 
 def record_settings(p:ImagePlace, row:str) -> dict:
     "Settings of a record: names, every number, and what the pictures are (a fingerprint of them, where a user's folder may change)"
-    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if p.job.dataset in BUILT_IN else dict(data=data_hash(p.images))))
+    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if p.job.dataset in BUILT_IN else dict(data=p.data)))
 
 def open_job(
     job:ImageJob, # Parameters
@@ -346,11 +347,11 @@ def open_job(
         if getattr(s, k) > len(train): raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {k}={getattr(s, k)}: lower it')
     if any(r == 'ldebm-coupled' for r in job.rows.split()) and not (train.attributes and (train.labels >= 0).any()):
         raise ValueError(f'{train.name} has no labels to couple to: leave out the row ldebm-coupled, or give attributes')
-    p = ImagePlace(None, job, s, device, images, cfg)
+    p = ImagePlace(None, job, s, device, images, cfg, data_hash(images))
     for r in ('gaussian', *job.rows.split()): result_path(**record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or '')
     set_threads(job.threads or None)
     name = f'runs/{data_name(train)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
-    settings = dict(dataset=data_name(train), data=data_hash(images), preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
+    settings = dict(dataset=data_name(train), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)
     return replace(p, run=Run(out, settings, resume=job.resume))
 
@@ -399,20 +400,28 @@ def train_classifier(
     save_classifier(p.run.file('classifier.safetensors'), net)
     return net.eval(),accuracy(net, images['test'])
 
-# %% ../nbs/62_image_job.ipynb #9fe2d1d3
+# %% ../nbs/62_image_job.ipynb #c354d056
 def n_values(images:Images) -> tuple: # Number of values of each attribute
     return tuple(len(v) for v in images.attributes.values())
+
+def layered_prior(
+    s:ImageSettings, objective:str, row:str, generator:Generator,
+    values:tuple, # Number of values of each attribute; used by coupled rows
+    gen:torch.Generator|None=None, # Source of the initial weights
+) -> DiffusionEBM:
+    "Energies of a row over a generator, untrained"
+    g,single,coupled = generator,row == 'joint-ebm',row.startswith('ldebm-coupled')
+    T,groups = 1 if single else s.T,tuple(values) if coupled else (1,)
+    nets = LayerNets(g.cfg.sizes, g.cfg.channels, context_widths(g) if s.contexts else (), sum(groups), T, s.energy_hidden, s.energy_blocks, s.spectral, s.free_head, gen=gen)
+    return DiffusionEBM(make_schedule(s.schedule, T), LayeredEnergy(g, nets, T, groups, s.tau_y if coupled else 1.), prior_cfg(s, objective, single))
 
 def build_prior(p:ImagePlace, row:str, generator:Generator) -> PriorModel:
     "Prior of a row on a frozen generator"
     s,g,seed = p.s,generator,p.job.seed
     if row == 'ddpm':
         return PriorModel(g, make_score_prior(g.d, score_cfg(s), gen=make_gen(seed, 'ddpm')))
-    single,coupled = row == 'joint-ebm',row == 'ldebm-coupled'
-    T,groups = 1 if single else s.T,n_values(p.images['train']) if coupled else (1,)
-    nets = LayerNets(g.cfg.sizes, g.cfg.channels, context_widths(g) if s.contexts else (), sum(groups), T, s.energy_hidden, s.energy_blocks, s.spectral, s.free_head, gen=make_gen(seed, 'energies'))
-    prior = DiffusionEBM(make_schedule(s.schedule, T), LayeredEnergy(g, nets, T, groups, s.tau_y if coupled else 1.), prior_cfg(s, p.job.objective, single))
-    return PriorModel(g, prior, Average(nets, s.ema) if s.ema else None, coupled)
+    prior = layered_prior(s, p.job.objective, row, g, n_values(p.images['train']), make_gen(seed, 'energies'))
+    return PriorModel(g, prior, Average(prior.energy.nets, s.ema) if s.ema else None, row == 'ldebm-coupled')
 
 def hide_labels(p:ImagePlace):
     "Forgets the labels of all but a share of the training pictures, the same ones every time"
@@ -427,6 +436,9 @@ def prior_weights(p:ImagePlace, row:str):
     cls = dict(cls_t=s.w_cls) if row == 'ldebm-coupled' else {}
     return lambda step, steps: dict(ebm=1., **cls)
 
+def prior_stage(p:ImagePlace, name:str, generator:Generator) -> Run: # Run of a stage that trains a prior on one generator
+    return stage(p, name, objective=p.job.objective, generator=generator_hash(generator), **{k: v for k,v in asdict(p.s).items() if k not in MEASURING})
+
 def train_prior(
     p:ImagePlace, row:str, # One of `ROWS`
     generator:Generator, # Frozen
@@ -436,7 +448,7 @@ def train_prior(
     s,model = p.s,build_prior(p, row, generator)
     steps = s.steps*s.ddpm_share if row == 'ddpm' else max(1, s.steps//s.T) if row == 'joint-ebm' else s.steps
     task = StageTask(p.images, model, prior_weights(p, row), steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
-    run = stage(p, row, objective=p.job.objective, generator=generator_hash(generator), **{k: v for k,v in asdict(s).items() if k not in MEASURING})
+    run = prior_stage(p, row, generator)
     end = fit(task, run, prior_cfg_train(s, steps), p.job.seed, p.device, on_epoch=on_epoch)
     return model.learned().eval(),end,run.log_lines()
 
@@ -448,7 +460,7 @@ def generator_hash(g:Generator) -> str: # 12 hexadecimal digits
     for k,v in g.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().numpy().tobytes())
     return h.hexdigest()[:12]
 
-# %% ../nbs/62_image_job.ipynb #3b4fa900
+# %% ../nbs/62_image_job.ipynb #86e21b93
 def fine_tune(
     p:ImagePlace, row:str, # `ldebm` or `ldebm-coupled`
     generator:Generator, # Copied first: the frozen one stays as it is
@@ -462,7 +474,7 @@ def fine_tune(
     model = PriorModel(g, new, Average(nets, s.ema) if s.ema else None, row == 'ldebm-coupled', joint=True)
     weigh = prior_weights(p, row)
     task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
-    run = stage(p, f'{row}-joint', objective=p.job.objective, generator=generator_hash(generator), **{k: v for k,v in asdict(s).items() if k not in MEASURING})
+    run = prior_stage(p, f'{row}-joint', generator)
     cfg = replace(prior_cfg_train(s, s.joint_steps), lr=s.joint_lr, clip=s.gen_clip)
     end = fit(task, run, cfg, p.job.seed, p.device, on_epoch=on_epoch)
     return g.eval().requires_grad_(False),model.learned().eval(),end,run.log_lines()
@@ -556,7 +568,7 @@ def nearest(a:Tensor, b:Tensor, chunk:int=1024) -> Tensor: # Shape `(n,)`
     "Distance of each row of `a` to its nearest row of `b`"
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(chunk)])
 
-# %% ../nbs/62_image_job.ipynb #8dec58c1
+# %% ../nbs/62_image_job.ipynb #dfce3865
 def chain_health(
     p:ImagePlace, ref:Reference,
     prior:DiffusionEBM,
@@ -587,13 +599,17 @@ def guided(prior:DiffusionEBM, guidance:float) -> DiffusionEBM:
 def control(
     p:ImagePlace, ref:Reference,
     prior:DiffusionEBM, # Coupled
-    wanted:Tensor, # Values asked for, shape `(n, A)`, -1 for free
+    wanted:Tensor, # Values asked for, shape `(n, A)`, -1 for free; or allowed values, `(n, K)`, bool
     guidance:float=1., # Weight of the request
 ) -> tuple[dict,Tensor]: # Metrics of the pictures, and the pictures
     "Ask for symbols and see what a classifier reads; distances as for samples without a request"
     u,_ = sample_prior(p, guided(prior, guidance), len(wanted), 'control', y=wanted if wanted.shape[1] > 1 else wanted[:,0])
     x = decode_all(ref.generator, u); f = features_of(ref.net, x)
-    out = dict(control_accuracy=dict(control_accuracy(ref.net, x, wanted), estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}'))
+    if wanted.dtype == torch.bool:
+        first = torch.tensor([0, *n_values(p.images['train'])[:-1]]).cumsum(0) # column of each attribute's first value
+        hits,n = int(wanted.gather(1, predict(ref.net, x)+first).all(1).sum()),len(x)
+        out = dict(control_accuracy=metric(hits/n, wilson_interval(hits, n), n, f'share of pictures in which a classifier reads an allowed value, guidance {guidance:g}'))
+    else: out = dict(control_accuracy=dict(control_accuracy(ref.net, x, wanted), estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}'))
     if len(x) > f.shape[1]: out['frechet'] = metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples') # fewer have no covariance
     return {**out, **density_coverage(ref.features, f)},x
 
@@ -618,14 +634,7 @@ def control_all(
     n:int=500, # Pictures for each
 ) -> dict: # Name -> metrics; a request of allowed values counts as met when the value read is allowed
     "Accuracy, density and coverage of every kind of request"
-    out = {}
-    for name,y in requests(p, n).items():
-        if y.dtype != torch.bool: out[name] = control(p, ref, prior, y, guidance)[0]; continue
-        x = decode_all(ref.generator, sample_prior(p, guided(prior, guidance), n, 'control', y=y)[0]); f = features_of(ref.net, x)
-        hit = y[torch.arange(n),predict(ref.net, x)[:,0]]
-        out[name] = dict(control_accuracy=metric(float(hit.float().mean()), wilson_interval(int(hit.sum()), n), n, f'share of pictures in which a classifier reads an allowed value, guidance {guidance:g}'), **density_coverage(ref.features, f),
-                         frechet=metric(frechet(f, ref.features), n=n, estimator='as frechet, of requested samples'))
-    return out
+    return {name: control(p, ref, prior, y, guidance)[0] for name,y in requests(p, n).items()}
 
 def request_metrics(done:dict) -> dict: # Metrics
     "Accuracy and coverage of every request of `control_all`, as `control_<request>`"
@@ -674,7 +683,7 @@ def control_metrics(curve:dict) -> dict: # Metrics
     "Accuracy, coverage and distance at each guidance factor, as `control_accuracy_g<factor>`"
     return {f'{k}_g{g:g}': m[k] if k.startswith('control') else dict(m[k], estimator=f'{m[k]["estimator"]}, requests with guidance {g:g}') for g,m in curve.items() for k in ('control_accuracy','coverage','density','frechet')}
 
-# %% ../nbs/62_image_job.ipynb #b08d40e5
+# %% ../nbs/62_image_job.ipynb #56bd4b55
 def cost(
     p:ImagePlace, row:str,
     end, # From `fit`; `None` for a prior that is not trained
@@ -719,14 +728,11 @@ def load_prior(
         prior = make_score_prior(g.d, replace(score_cfg(s), ema=0.)).to(device)
         prior.net.load_state_dict(part('prior'))
         return g,prior.eval()
-    single,coupled = meta['row'] == 'joint-ebm',meta['row'].startswith('ldebm-coupled')
-    T,groups = 1 if single else s.T,tuple(meta['values']) if coupled else (1,)
-    nets = LayerNets(g.cfg.sizes, g.cfg.channels, context_widths(g) if s.contexts else (), sum(groups), T, s.energy_hidden, s.energy_blocks, s.spectral, s.free_head).to(device)
-    nets.load_state_dict(part('prior'))
-    prior = DiffusionEBM(make_schedule(s.schedule, T), LayeredEnergy(g, nets, T, groups, s.tau_y if coupled else 1.), prior_cfg(s, meta['objective'], single))
+    prior = layered_prior(s, meta['objective'], meta['row'], g, meta['values']).to(device)
+    prior.energy.nets.load_state_dict(part('prior'))
     return g,prior.eval()
 
-# %% ../nbs/62_image_job.ipynb #2cfbb35a
+# %% ../nbs/62_image_job.ipynb #b4ef1127
 @dataclass
 class Done:
     "A prior that was trained and measured"
@@ -737,18 +743,21 @@ class Done:
     seconds:float # Spent on sampling
     log:list # Log lines of its training
 
-def run_row(
-    p:ImagePlace, row:str, generator:Generator, ref:Reference,
-    on_epoch=None, # Called with each validation's log line
-) -> Done:
-    "Train a prior, sample it, measure it, save it, record it"
-    prior,end,log = train_prior(p, row, generator, on_epoch)
+def measure(p:ImagePlace, row:str, generator:Generator, ref:Reference, prior, end, log:list) -> Done:
+    "Sample a trained prior, measure it, save it, record it"
     u,seconds = sample_prior(p, prior, len(ref.u))
     m = {**score(p, ref, u), **cost(p, row, end, seconds, len(u))}
     if isinstance(prior, DiffusionEBM): m.update(chain_health(p, ref, prior))
     save_prior(p, row, generator, prior)
     finish(p, row, m, end, seconds)
     return Done(prior, u, m, end, seconds, log)
+
+def run_row(
+    p:ImagePlace, row:str, generator:Generator, ref:Reference,
+    on_epoch=None, # Called with each validation's log line
+) -> Done:
+    "Train a prior, sample it, measure it, save it, record it"
+    return measure(p, row, generator, ref, *train_prior(p, row, generator, on_epoch))
 
 def run_joint(
     p:ImagePlace, row:str, # `ldebm` or `ldebm-coupled`
@@ -758,12 +767,9 @@ def run_joint(
     on_epoch=None, # Called with each validation's log line
 ) -> tuple: # Fine-tuned generator, its `Reference`, and `Done`
     "Fine-tune generator and energies together, measure as `run_row` does, record as `<row>-joint`"
-    g,new,end,log = fine_tune(p, row, generator, prior, on_epoch)
-    ref,name = make_reference(p, g, net),f'{row}-joint'
-    u,seconds = sample_prior(p, new, len(ref.u))
-    m = {**score(p, ref, u), **cost(p, row, end, seconds, len(u)), **chain_health(p, ref, new)}
-    save_prior(p, name, g, new); finish(p, name, m, end, seconds)
-    return g,ref,Done(new, u, m, end, seconds, log)
+    g,*trained = fine_tune(p, row, generator, prior, on_epoch)
+    ref = make_reference(p, g, net)
+    return g,ref,measure(p, f'{row}-joint', g, ref, *trained)
 
 def add_metrics(p:ImagePlace, row:str, done:Done, more:dict) -> Path: # The record
     "Record further metrics of a row"

@@ -100,7 +100,7 @@ class VectorNets(nn.Module):
         for b,c,e in zip(w['b'], w['c'], base[1:]): h = torch.baddbmm(h, nnf.silu(torch.baddbmm(e, nnf.silu(h), b)), c)
         return torch.bmm(nnf.silu(h), w['head'])
 
-# %% ../nbs/31_layered.ipynb #3277d009
+# %% ../nbs/31_layered.ipynb #7bd8459f
 class MapNets(nn.Module):
     "Networks for `G` layers that are maps of one shape: stem and strided blocks down to 2x2, then two linear residual stages"
     def __init__(self,
@@ -120,7 +120,6 @@ class MapNets(nn.Module):
         S = lambda *shape: Stack(G, shape, spectral, gen=gen)
         self.down,self.skip = nn.ModuleList([S(H, channels if i == 0 else H, 4, 4) for i in range(n)]),nn.ModuleList([S(H, channels if i == 0 else H, 4, 4) for i in range(n)])
         self.conv = nn.ModuleList([S(H, H, 3, 3) for _ in range(n)])
-        sizes = [(4*H,4*H),(2*H,4*H),(H,2*H)]
         self.y,self.a,self.s = (nn.ModuleList([S(o,i) for i,o in ((4*H,2*H),(2*H,H))]),nn.ModuleList([S(o,o) for o in (2*H,H)]),nn.ModuleList([S(o,i) for i,o in ((4*H,2*H),(2*H,H))]))
         self.head = Stack(G, (K,H), spectral and not free_head, gain=.1 if free_head else 1., gen=gen)
         self.level = LevelTables(G, T, [H]*n+[2*H,H], spectral, gen, dim=64)
