@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from .kernels import linear, product
 
 # %% ../nbs/11_energy.ipynb #edd66e5f
 class SpectralLinear(nn.Linear):
@@ -213,7 +214,7 @@ class EnergyNet(Energy):
         H,act = self.merge.out_features,lambda x: nnf.leaky_relu(x, self.slope)
         wb = lambda l: (l.normalised(), l.bias)
         m = self.merge.normalised()
-        level = nnf.linear(act(self.t2(act(self.t1(self.table)))), m[:,-H:], self.merge.bias)
+        level = linear(act(self.t2(act(self.t1(self.table)))), m[:,-H:], self.merge.bias)
         return EnergyWeights(wb(self.z1), wb(self.z2), m[:,:H], level, m[:,H:2*H] if self.context_dim else None,
                              (wb(self.c1), wb(self.c2)) if self.context_dim else None,
                              tuple(wb(b) for b in self.blocks), wb(self.head))
@@ -226,12 +227,12 @@ class EnergyNet(Energy):
         "Symbol logits `f(z, t)`"
         w = self.weights() if weights is None else weights
         act = lambda x: nnf.leaky_relu(x, self.slope)
-        h = nnf.linear(act(nnf.linear(act(nnf.linear(z, *w.z1)), *w.z2)), w.merge_z) + w.level[t]
+        h = linear(act(linear(act(linear(z, *w.z1)), *w.z2)), w.merge_z) + w.level[t]
         if self.context_dim:
             if context is None: raise ValueError(f'this energy was built with context_dim={self.context_dim}: pass context of shape (B, {self.context_dim})')
-            h = h + nnf.linear(act(nnf.linear(act(nnf.linear(context, *w.context[0])), *w.context[1])), w.merge_c)
-        for b in w.blocks: h = h + nnf.linear(act(h), *b)
-        return nnf.linear(act(h), *w.head)
+            h = h + linear(act(linear(act(linear(context, *w.context[0])), *w.context[1])), w.merge_c)
+        for b in w.blocks: h = h + linear(act(h), *b)
+        return linear(act(h), *w.head)
     def fast(self, weights:EnergyWeights|None=None) -> 'FastEnergy':
         "A graph-free copy whose input gradient is in closed form, for sampling"
         return FastEnergy(self, (self.weights() if weights is None else weights).detach())
@@ -253,18 +254,19 @@ def energy_grad(
 # %% ../nbs/11_energy.ipynb #4c609005
 class FastEnergy:
     "Frozen weights of an `EnergyNet` with the input gradient in closed form"
-    def __init__(self, net:EnergyNet, weights:EnergyWeights): self.net,self.w,self.slope = net,weights,net.slope
-    def _act(self, x): # value and slope of the leaky ReLU
-        m = (x > 0).to(x.dtype).mul_(1-self.slope).add_(self.slope)
-        return x*m, m
+    def __init__(self, net:EnergyNet, weights:EnergyWeights):
+        self.net,self.w,self.slope = net,weights,net.slope
+        tr = lambda x: x.T.contiguous()
+        self.tr = dict(z1=tr(weights.z1[0]), z2=tr(weights.z2[0]), merge=tr(weights.merge_z), blocks=[tr(W) for W,_ in weights.blocks], head=tr(weights.head[0]))
+    def act(self, x): return nnf.leaky_relu(x, self.slope)
+    def act_back(self, g, x): return torch.ops.aten.leaky_relu_backward(g, x, self.slope, True) # `x`: what the activation gave, whose sign is its argument's
     @torch.no_grad()
     def base(self, t:Tensor, context:Tensor|None=None) -> Tensor:
         "What of the merge layer stays constant in a chain: level and context, shape `(B, H)`"
         h = self.w.level[t]
         if self.net.context_dim:
             if context is None: raise ValueError(f'this energy was built with context_dim={self.net.context_dim}: pass context')
-            act = lambda x: nnf.leaky_relu(x, self.slope)
-            h = h + nnf.linear(act(nnf.linear(act(nnf.linear(context, *self.w.context[0])), *self.w.context[1])), self.w.merge_c)
+            h = product(self.act(product(self.act(product(context, *self.w.context[0])), *self.w.context[1])), self.w.merge_c, add=h)
         return h
     @torch.no_grad()
     def grad(self,
@@ -275,21 +277,16 @@ class FastEnergy:
         base:Tensor|None=None, # From `base(t, context)`, to be reused along a chain
     ) -> tuple[Tensor,Tensor]: # `F` `(B,)` and its gradient `(B, d)`
         "`F` and its input gradient"
-        w = self.w
-        x1,m1 = self._act(torch.addmm(w.z1[1], z, w.z1[0].T))
-        x2,m2 = self._act(torch.addmm(w.z2[1], x1, w.z2[0].T))
-        h = torch.addmm(self.base(t, context) if base is None else base, x2, w.merge_z.T)
-        masks = []
-        for W,b in w.blocks:
-            x,m = self._act(h); masks.append(m)
-            h = torch.addmm(b, x, W.T).add_(h)
-        x,m = self._act(h)
-        f = torch.addmm(w.head[1], x, w.head[0].T)
+        w,tr,act,back = self.w,self.tr,self.act,self.act_back
+        x1 = act(product(z, *w.z1)); x2 = act(product(x1, *w.z2))
+        h,xs = product(x2, w.merge_z, add=self.base(t, context) if base is None else base),[]
+        for W,b in w.blocks: xs.append(act(h)); h = product(xs[-1], W, b, add=h)
+        x = act(h)
+        f = product(x, *w.head)
         F = self.net.free(f, y)
-        g = free_slope(f, y, self.net.groups, self.net.tau_y)@w.head[0]
-        g *= m
-        for (W,_),m in zip(reversed(w.blocks), reversed(masks)): g = g + (g@W)*m
-        return F, (((g@w.merge_z)*m2)@w.z2[0]*m1)@w.z1[0]
+        g = back(product(free_slope(f, y, self.net.groups, self.net.tau_y), tr['head']), x)
+        for W,x in zip(reversed(tr['blocks']), reversed(xs)): g = g.add_(back(product(g, W), x))
+        return F, product(back(product(back(product(g, tr['merge']), x2), tr['z2']), x1), tr['z1'])
 
 # %% ../nbs/11_energy.ipynb #5fe02fd1
 class AutogradEnergy:

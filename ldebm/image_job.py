@@ -122,7 +122,7 @@ class ImageSettings:
 # %% ../nbs/62_image_job.ipynb #919effda
 PRESETS = {
     ('digits','quick'): dict(layers='1x4x96x2 1x2x96x1 1x2x96x0', w_kl=.02, T=3, langevin_steps=20, rho=.8, energy_hidden=96, steps=900),
-    ('shapes','quick'): dict(layers='1x16x96x1 4x4x48x1 8x2x24x1', sigma=.1, w_kl=.2, gen_steps=1500, gen_batch=64, gen_lr=1e-3, T=3, langevin_steps=10, rho=.9, mala=False, spectral=True, energy_hidden=48, steps=400, batch=64, lr=1e-3,
+    ('shapes','quick'): dict(layers='1x8x128x3 1x4x128x2 1x4x128x1', sigma=.07, w_kl=1., tune='2 4', gen_steps=3000, T=6, langevin_steps=10, rho=.8, energy_hidden=128, w_cls=3., steps=900,
                              clf_preset='small', clf_steps=300, n_samples=2000),
     ('*','small'): dict(limit=5000, layers='4x8x80x1 8x4x48x1 16x2x24x1', likelihood='logistic', w_kl=1., gen_steps=4000, gen_batch=64, gen_lr=2e-3, gen_clip=2e4, gen_ema=.995, tune='2',
                         T=3, langevin_steps=10, rho=.9, mala=False, energy_hidden=32, steps=1000, batch=64, lr=7e-4, ema=.995, clf_preset='small', clf_steps=600, n_samples=5000, score_hidden=256),

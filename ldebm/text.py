@@ -112,12 +112,15 @@ class Batch:
     lengths:Tensor # Ids of each sentence, both tags counted, shape `(B,)`
     labels:dict[str,Tensor] # Attribute -> index of its value, shape `(B,)`
     index:Tensor # Position in the split, shape `(B,)`
+    host_lengths:Tensor|None=None # `lengths` on the CPU, wherever the batch is: reading them there keeps a GPU from waiting
+    def __post_init__(self):
+        if self.host_lengths is None: object.__setattr__(self, 'host_lengths', self.lengths.cpu())
 
     def __len__(self): return len(self.ids)
     def to(self, device) -> 'Batch':
         "The same batch on `device`"
         move = lambda t: t.to(device, non_blocking=True)
-        return Batch(move(self.ids), move(self.lengths), {k: move(v) for k,v in self.labels.items()}, move(self.index))
+        return Batch(move(self.ids), move(self.lengths), {k: move(v) for k,v in self.labels.items()}, move(self.index), self.host_lengths)
 
 # %% ../nbs/02_text.ipynb #3fef17c4
 def get_batch(
