@@ -254,10 +254,15 @@ def energy_grad(
 # %% ../nbs/11_energy.ipynb #4c609005
 class FastEnergy:
     "Frozen weights of an `EnergyNet` with the input gradient in closed form"
-    def __init__(self, net:EnergyNet, weights:EnergyWeights):
-        self.net,self.w,self.slope = net,weights,net.slope
-        tr = lambda x: x.T.contiguous()
-        self.tr = dict(z1=tr(weights.z1[0]), z2=tr(weights.z2[0]), merge=tr(weights.merge_z), blocks=[tr(W) for W,_ in weights.blocks], head=tr(weights.head[0]))
+    def __init__(self, net:EnergyNet, weights:EnergyWeights): self.net,self.w,self.slope = net,weights._replace(merge_z=weights.merge_z.contiguous()),net.slope
+    def tensors(self) -> list: # Every weight, in a fixed order
+        flat = lambda x: [] if x is None else [x] if isinstance(x, Tensor) else [o for p in x for o in flat(p)]
+        return flat(tuple(self.w))
+    def rebuilt(self, tensors) -> 'FastEnergy':
+        "The same energy with other weights, given as `tensors()` gives them"
+        todo = iter(tensors)
+        fill = lambda x: None if x is None else next(todo) if isinstance(x, Tensor) else tuple(fill(o) for o in x)
+        return FastEnergy(self.net, EnergyWeights(*[fill(x) for x in self.w]))
     def act(self, x): return nnf.leaky_relu(x, self.slope)
     def act_back(self, g, x): return torch.ops.aten.leaky_relu_backward(g, x, self.slope, True) # `x`: what the activation gave, whose sign is its argument's
     @torch.no_grad()
@@ -277,16 +282,16 @@ class FastEnergy:
         base:Tensor|None=None, # From `base(t, context)`, to be reused along a chain
     ) -> tuple[Tensor,Tensor]: # `F` `(B,)` and its gradient `(B, d)`
         "`F` and its input gradient"
-        w,tr,act,back = self.w,self.tr,self.act,self.act_back
+        w,act,back = self.w,self.act,self.act_back
         x1 = act(product(z, *w.z1)); x2 = act(product(x1, *w.z2))
         h,xs = product(x2, w.merge_z, add=self.base(t, context) if base is None else base),[]
         for W,b in w.blocks: xs.append(act(h)); h = product(xs[-1], W, b, add=h)
         x = act(h)
         f = product(x, *w.head)
         F = self.net.free(f, y)
-        g = back(product(free_slope(f, y, self.net.groups, self.net.tau_y), tr['head']), x)
-        for W,x in zip(reversed(tr['blocks']), reversed(xs)): g = g.add_(back(product(g, W), x))
-        return F, product(back(product(back(product(g, tr['merge']), x2), tr['z2']), x1), tr['z1'])
+        g = back(product(free_slope(f, y, self.net.groups, self.net.tau_y), w.head[0].T), x)
+        for (W,_),x in zip(reversed(w.blocks), reversed(xs)): g = g.add_(back(product(g, W.T), x))
+        return F, product(back(product(back(product(g, w.merge_z.T), x2), w.z2[0].T), x1), w.z1[0].T)
 
 # %% ../nbs/11_energy.ipynb #5fe02fd1
 class AutogradEnergy:

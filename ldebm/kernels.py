@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['cpu_vendor', 'has_onednn', 'matmul_backend', 'direct', 'product', 'whole', 'linear', 'linear_cross_entropy', 'gates',
-           'gru_cell', 'gru', 'packed_gru']
+           'gru_cell', 'gru', 'packed_gru', 'Recorded']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
-import functools, os, platform
+import functools, itertools, os, platform
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -34,9 +34,9 @@ def matmul_backend() -> str: # `onednn` or `blas`
     return 'onednn' if has_onednn() and cpu_vendor() not in ('','GenuineIntel') and platform.machine() in ('x86_64','AMD64') else 'blas'
 
 # %% ../nbs/05_kernels.ipynb #b22fed1a
-def direct(*xs) -> bool:
-    "May these tensors go to oneDNN as they are: single precision, on the CPU, outside of autocast?"
-    return matmul_backend() == 'onednn' and not torch.is_autocast_enabled('cpu') and all(x is None or (x.dtype == torch.float32 and x.device.type == 'cpu') for x in xs)
+def direct(x:Tensor) -> bool:
+    "Do products of this tensor go to oneDNN: in single precision, on the CPU, outside of autocast?"
+    return x.dtype == torch.float32 and x.is_cpu and matmul_backend() == 'onednn' and not torch.is_autocast_enabled('cpu')
 
 def product(
     x:Tensor, # Shape `(n, i)`
@@ -45,9 +45,10 @@ def product(
     add:Tensor|None=None, # Shape `(n, o)`
 ) -> Tensor: # `x w' + b + add`, shape `(n, o)`
     "One product without a graph"
-    if direct(x, w, b, add) and len(x):
-        x,w = whole(x),whole(w)
-        return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '') if add is None else torch.ops.mkldnn._linear_pointwise.binary(x, whole(add), w, b, 'add')
+    if direct(x) and len(x):
+        if not x.is_contiguous(): x = whole(x)
+        if not w.is_contiguous(): w = whole(w)
+        return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '') if add is None else torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), w, b, 'add')
     y = nnf.linear(x, w, b)
     return y if add is None else y.add_(add)
 
@@ -73,34 +74,35 @@ def linear(
     b:Tensor|None=None, # Shape `(o,)`
 ) -> Tensor: # Shape `(n, o)`
     "`x w' + b`, with first derivatives"
-    return _Linear.apply(x, w, b) if x.ndim == 2 and direct(x, w, b) else nnf.linear(x, w, b)
+    return _Linear.apply(x, w, b) if x.ndim == 2 and direct(x) else nnf.linear(x, w, b)
 
 # %% ../nbs/05_kernels.ipynb #1baf7547
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, target, rows):
-        n,p = len(h),h.new_empty(len(h), len(w)) if any(ctx.needs_input_grad[:2]) else None
-        loss = torch.empty(n, device=h.device, dtype=torch.float32 if h.dtype in (torch.bfloat16, torch.float16) else h.dtype)
+        n,keep = len(h),any(ctx.needs_input_grad[:2])
+        full = torch.float32 if h.dtype in (torch.bfloat16, torch.float16) else h.dtype
+        e,total = h.new_empty(n, len(w)) if keep else None,torch.empty(n, 1, device=h.device, dtype=full)
+        loss = torch.empty(n, device=h.device, dtype=full)
         for i in range(0, n, rows):
             at = slice(i, min(n, i+rows))
-            f = product(h[at], w).to(loss.dtype)
-            top = f.amax(1, keepdim=True)
+            f = product(h[at], w).to(full)
+            f.sub_(f.amax(1, keepdim=True))
             here = f.gather(1, target[at,None])
-            f.sub_(top).exp_(); total = f.sum(1, keepdim=True)
-            loss[at] = (total.log()+top-here)[:,0]
-            if p is not None: torch.div(f, total, out=p[at]) if p.dtype == f.dtype else p[at].copy_(f.div_(total))
-        if p is not None: ctx.save_for_backward(h, w, target, p)
+            f = torch.exp(f, out=e[at]) if keep and e.dtype == full else f.exp_()
+            torch.sum(f, 1, keepdim=True, out=total[at])
+            torch.sub(total[at].log(), here, out=loss[at,None])
+            if keep and e.dtype != full: e[at] = f
+        if keep: ctx.save_for_backward(h, w, target, e, total)
         return loss
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        h,w,target,p = ctx.saved_tensors; need = ctx.needs_input_grad
-        # p' = diag(g) (softmax - onehot): the sparse part apart, so that p stays as it is
-        g = g.to(h.dtype)[:,None]
-        gh = torch.mul(product(p, w.T).sub_(w[target]), g) if need[0] else None
-        if not need[1]: return gh, None, None, None
-        hg = h*g
-        gw = product(p.T, hg.T).index_add_(0, target, hg, alpha=-1)
+        h,w,target,e,total = ctx.saved_tensors; need = ctx.needs_input_grad
+        # diag(g) (softmax - onehot), with softmax = e/total: rows are scaled on the small side of each product, the sparse part is added apart
+        g = g[:,None]; share = (g/total).to(h.dtype); g = g.to(h.dtype)
+        gh = product(e, w.T).mul_(share).sub_(w[target].mul_(g)) if need[0] else None
+        gw = product((h*share).T, e.T).T.contiguous().index_add_(0, target, h*g, alpha=-1) if need[1] else None # this way round oneDNN copies the small factor
         return gh, gw, None, None
 
 def linear_cross_entropy(
@@ -116,10 +118,11 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(h, w, target, rows)
 
 # %% ../nbs/05_kernels.ipynb #25ffec80
-def gates(x:Tensor, a:Tensor) -> tuple[Tensor,Tensor]: # Of the input's and the state's shares, `(n, 3H)`: `r` and `s` side by side, and the new state proposed
+def gates(x:Tensor, a:Tensor, rs:Tensor|None=None, new:Tensor|None=None) -> Tensor: # The proposed state, `(n, H)`, in `new`
+    "`r` and `s` side by side in `rs`, `(n, 2H)`, and the proposal, from the shares of input and state, `(n, 3H)`"
     H = a.shape[1]//3
-    rs = (a[:,:2*H]+x[:,:2*H]).sigmoid_()
-    return rs,torch.addcmul(x[:,2*H:], rs[:,:H], a[:,2*H:]).tanh_()
+    rs = torch.add(a[:,:2*H], x[:,:2*H], out=rs).sigmoid_()
+    return torch.addcmul(x[:,2*H:], rs[:,:H], a[:,2*H:], out=new).tanh_()
 
 def gru_cell(
     x:Tensor, # `W x` with its bias, shape `(n, 3H)`
@@ -127,48 +130,45 @@ def gru_cell(
     h:Tensor, # States, shape `(n, H)`
 ) -> Tensor: # Next states
     "One word, without a graph"
-    rs,new = gates(x, a)
-    return torch.lerp(new, h, rs[:,h.shape[1]:])
+    rs = a.new_empty(len(a), 2*h.shape[1])
+    return torch.lerp(gates(x, a, rs), h, rs[:,h.shape[1]:])
 
 class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gi, h0, extra, u, b, sizes):
-        H,keep,B = h0.shape[1],any(ctx.needs_input_grad),len(h0)
-        h,out,o = h0,gi.new_empty(len(gi), h0.shape[1]),0
-        saved = [gi.new_empty(len(gi), k*H) for k in (2,1,1,1)] if keep else None
-        last = h0.clone()
-        for n in sizes:
-            prev = h[:n]; a = product(prev, u, b)
-            x = gi[o:o+n] if extra is None else gi[o:o+n]+extra[:n]
-            rs,new = gates(x, a)
-            h = torch.lerp(new, prev, rs[:,H:], out=out[o:o+n])
-            if keep:
-                for t,v in zip(saved, (rs, new, a[:,2*H:], prev)): t[o:o+n] = v
-            last[:n] = h; o += n
-        if keep: ctx.save_for_backward(u, *saved); ctx.sizes,ctx.B,ctx.extra = sizes,B,extra is not None
+        H,N = h0.shape[1],len(gi)
+        rs,new,hn,out = (gi.new_empty(N, k*H) for k in (2,1,1,1))
+        h,last,o = h0,h0.clone(),0
+        for n,left in zip(sizes, (*sizes[1:], 0)):
+            at = slice(o, o+n)
+            a,x = product(h[:n], u, b),gi[at] if extra is None else gi[at]+extra[:n]
+            hn[at] = a[:,2*H:]
+            prev,h = h[:n],gates(x, a, rs[at], new[at])
+            h = torch.lerp(h, prev, rs[at,H:], out=out[at])
+            last[left:n] = h[left:]; o += n
+        ctx.save_for_backward(u, h0, rs, new, hn, out); ctx.sizes,ctx.extra = sizes,extra is not None
         return out,last
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlast):
-        u,rs,new,hn,prev = ctx.saved_tensors; H = u.shape[1]; need = ctx.needs_input_grad
-        dgi,dgh = rs.new_empty(len(rs), 3*H),rs.new_empty(len(rs), 3*H)
-        dh = torch.zeros(ctx.B, H, dtype=rs.dtype, device=rs.device) if dlast is None else dlast.clone()
-        dx = torch.zeros(ctx.B, 3*H, dtype=rs.dtype, device=rs.device) if ctx.extra else None
-        ut,o = u.T.contiguous(),len(rs)
-        for n in reversed(ctx.sizes):
-            o -= n; at = slice(o, o+n)
-            d = dh[:n] if dout is None else dh[:n]+dout[at]
-            r,s,m = rs[at,:H],rs[at,H:],new[at]
-            g,k = dgi[at],dgh[at]
-            ds = torch.mul(d, prev[at]-m).mul_(s).mul_(1-s)
-            dm = torch.mul(d, 1-s); torch.mul(dm, 1-m*m, out=g[:,2*H:])
+        u,h0,rs,new,hn,out = ctx.saved_tensors; H,sizes,need = u.shape[1],ctx.sizes,ctx.needs_input_grad
+        starts = [0, *itertools.accumulate(sizes[:-1])]
+        before = torch.cat([h0[:sizes[0]], *[out[o:o+n] for o,n in zip(starts, sizes[1:])]]) # the state each word started from
+        dgi,dgh,dh = rs.new_empty(len(rs), 3*H),rs.new_empty(len(rs), 3*H),dlast.clone()
+        dx = rs.new_zeros(len(h0), 3*H) if ctx.extra else None
+        ut = u.T.contiguous()
+        for n,o in zip(reversed(sizes), reversed(starts)):
+            at = slice(o, o+n)
+            d = dh[:n]+dout[at]
+            r,s,m,g,k = rs[at,:H],rs[at,H:],new[at],dgi[at],dgh[at]
+            ds = torch.sub(before[at], m).mul_(d).mul_(s); torch.addcmul(ds, ds, s, value=-1, out=g[:,H:2*H])
+            keep = d*s; dm = d-keep; torch.addcmul(dm, dm*m, m, value=-1, out=g[:,2*H:])
             torch.mul(g[:,2*H:], r, out=k[:,2*H:])
-            torch.mul(k[:,2*H:], hn[at], out=g[:,:H]).mul_(1-r); g[:,H:2*H] = ds
+            dr = k[:,2*H:]*hn[at]; torch.addcmul(dr, dr, r, value=-1, out=g[:,:H])
             k[:,:2*H] = g[:,:2*H]
-            dh[:n] = product(k, ut, add=d*s)
+            dh[:n] = product(k, ut, add=keep)
             if dx is not None: dx[:n] += g
-        du = product(dgh.T, prev.T) if need[3] else None
-        return dgi, dh if need[1] else None, dx, du, dgh.sum(0) if need[4] else None, None
+        return dgi, dh if need[1] else None, dx, product(dgh.T, before.T) if need[3] else None, dgh.sum(0) if need[4] else None, None
 
 def gru(
     rnn:nn.GRU, # Weights; one layer
@@ -196,3 +196,26 @@ def packed_gru(rnn:nn.GRU, x:PackedSequence, h0:Tensor, extra:Tensor|None=None, 
     flat = [getattr(rnn, f'{k}_l0{"_reverse" if reverse else ""}') for k in ('weight_ih','weight_hh','bias_ih','bias_hh')]
     out,last = torch._VF.gru(data, x.batch_sizes, h0[None], flat, True, 1, 0., rnn.training, False)
     return out,last[0]
+
+# %% ../nbs/05_kernels.ipynb #5b63b10d
+class Recorded:
+    "A function of CUDA tensors as a graph that is replayed in one launch; `ValueError` for tensors that are not on one GPU"
+    def __init__(self,
+        f, # `f(*tensors) -> tuple of tensors`
+        tensors:list, # Examples: later ones must have their shapes
+    ):
+        if not all(x.is_cuda for x in tensors) or len({x.device for x in tensors}) != 1: raise ValueError('Recorded takes tensors that are all on one GPU')
+        self.inputs = [x.detach().clone() for x in tensors]
+        with torch.no_grad(), torch.cuda.device(self.inputs[0].device):
+            side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2): f(*self.inputs) # libraries set themselves up before notes are taken
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph): self.outputs = tuple(f(*self.inputs))
+    @torch.no_grad()
+    def __call__(self, *tensors) -> tuple:
+        "What `f` gives for these tensors"
+        torch._foreach_copy_(self.inputs, [x.detach() for x in tensors])
+        self.graph.replay()
+        return tuple(x.clone() for x in self.outputs)

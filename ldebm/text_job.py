@@ -23,7 +23,7 @@ from .text import CORPORA, Corpus, Vocab, batches, load_corpus
 from .text_metrics import (active_symbols, active_units, ami, bleu, distinct_n, grammar_scores, homogeneity, mean_interval, memorised_share,
                                 mutual_information, self_bleu, unique_share, unseen_share, wkl)
 from .text_vae import TextCfg, TextModel, reconstruct, sample_sentences, strip
-from .train import TrainCfg, linear_warmup
+from .train import TrainCfg, count_processes, linear_warmup
 
 # %% ../nbs/60_text_job.ipynb #63608f8a
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TextJob:
     settings:str='' # Any other setting, as `"T=4 w_kl=0.5"`
     device:str='auto' # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
     threads:int=0 # CPU threads; 0 leaves torch's choice
+    processes:int=1 # Training processes, which take as many batches a step: one a GPU, or sharing the CPU's threads
     out:str='' # Folder of the run; empty makes `runs/<row>-<corpus>-<preset>-<objective>-s<seed>`
     results:str='' # Folder that gets a copy of the record, such as `results`; empty keeps it in the run folder
     variant:str='' # Tag of a record with other settings than the row's
@@ -177,13 +178,14 @@ class TextTask:
         s:TextSettings, # Settings
         objective:str, # `consistent` or `published`
         seed:int, # Of weights and validation noise
+        processes:int=1, # How many share the batches
     ):
-        self.corpus,self.s,self.objective,self.seed = corpus,s,objective,seed
+        self.corpus,self.s,self.objective,self.seed,self.processes = corpus,s,objective,seed,processes
         n = len(corpus['train'])
         for k in ('valid','test'):
             if len(corpus[k]) < 2: raise ValueError(f'corpus {corpus.name} has {len(corpus[k])} {k} sentence(s), at least 2 are needed: give 40 sentences or more')
         if n < s.batch: raise ValueError(f'corpus {corpus.name} has {n} training sentences, fewer than a batch of {s.batch}: lower batch (settings="batch={max(2, n//4)}")')
-        if n//s.batch < s.accumulate: raise ValueError(f'corpus {corpus.name} has {n//s.batch} batches of {s.batch} an epoch, fewer than accumulate={s.accumulate}: lower one of them')
+        if n//s.batch < s.accumulate*processes: raise ValueError(f'corpus {corpus.name} has {n//s.batch} batches of {s.batch} an epoch, fewer than accumulate={s.accumulate}{f" times processes={processes}" if processes > 1 else ""}: lower one of them')
         if s.prior == 'ebm' and s.w_cls > 0 and n < s.n_symbols: raise ValueError(f'corpus {corpus.name} has {n} training sentences, fewer than the {s.n_symbols} symbols to cluster them into: lower n_symbols')
         self.model = build_model(s, objective, corpus.vocab, seed)
         self.select = dict(ebm='recon_nll' if objective == 'published' else 'base_bound', normal='base_bound', none='nll')[s.prior]
@@ -194,7 +196,7 @@ class TextTask:
         s = self.s; last = (s.steps-1)//self.per_epoch
         return s.prior == 'ebm' and s.w_cls > 0 and s.n_symbols > 1 and epoch >= min(math.ceil(s.cls_start*s.steps/self.per_epoch), last)
     @property
-    def per_epoch(self) -> int: return max(1, len(self.corpus['train'])//self.s.batch//self.s.accumulate) # Optimiser steps in an epoch
+    def per_epoch(self) -> int: return max(1, len(self.corpus['train'])//self.s.batch//(self.s.accumulate*self.processes)) # Optimiser steps in an epoch
     def selectable(self, epoch:int) -> bool: # With clustering on, models from before it began are not kept
         return self.s.prior != 'ebm' or self.s.w_cls == 0 or self.s.n_symbols == 1 or self.clustered(epoch)
     def weights(self, step, steps) -> dict:
@@ -271,8 +273,9 @@ def job_name(job:TextJob) -> str:
     return f'{job.row}{"+"+job.variant if job.variant else ""}-{corpus_name(job)}-{job.preset}-{job.objective}-s{job.seed}'
 def record_name(job:TextJob) -> dict: return dict(row=job.row, corpus=corpus_name(job), preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant)
 def record_settings(job:TextJob, s:TextSettings) -> dict:
-    "What identifies a run: names, seed, every setting, and the content of a user's file"
+    "What identifies a run: names, seed, every setting, the content of a user's file, and the number of processes when there are several"
     extra = {} if job.corpus in CORPORA else dict(corpus_sha256=hashlib.sha256(Path(job.corpus).read_bytes()).hexdigest())
+    if job.processes > 1: extra['processes'] = job.processes
     return dict(record_name(job), **asdict(s), **extra)
 
 # %% ../nbs/60_text_job.ipynb #48588470
@@ -282,12 +285,13 @@ def open_job(
     "Resolve settings, load the corpus, build the model, open the run's folder; nothing is written if any of it fails"
     s,device = resolve(job),pick_device(job.device)
     if job.threads < 0: raise ValueError(f'threads must be 0 or more, got {job.threads}')
+    count_processes(job.processes, device)
     if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
     corpus = load_corpus(job.corpus, max_len=s.max_len, vocab_size=s.vocab_size)
     settings = record_settings(job, s)
     result_path(**record_name(job), settings=settings if job.results else None, results_dir=job.results or '') # the name must be one, and free
     set_threads(job.threads or None)
-    task = TextTask(corpus, s, job.objective, job.seed)
+    task = TextTask(corpus, s, job.objective, job.seed, job.processes)
     run = Run(job.out or f'runs/{job_name(job)}', settings, resume=job.resume)
     return run,task,device
 

@@ -11,6 +11,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 def plain_logits(net, z, t, context=None, weights=None):
     "Logits of an `EnergyNet` layer by layer: every weight divided by its spectral norm and the level embedded at every call"
+    if weights is not None and not weights.head[1].requires_grad and net.head.bias.requires_grad: # frozen: the gradient reaches latents alone
+        class Frozen(torch.nn.Module):
+            def __init__(self): super().__init__(); self.net = net
+            def forward(self): return plain_logits(net, z, t, context)
+        return torch.func.functional_call(Frozen(), {f"net.{k}": p.detach() for k, p in net.named_parameters()}, ())
     act = lambda x: nnf.leaky_relu(x, net.slope)
     parts = [act(net.z2(act(net.z1(z)))), act(net.t2(act(net.t1(net.table[t]))))]
     if net.context_dim: parts.insert(1, act(net.c2(act(net.c1(context)))))

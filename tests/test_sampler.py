@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
-from ldebm.langevin import linear_chain_moments, mala_chain, tilt_chain
+from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, tilt_chain, tilt_states
 from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances
-from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, published_schedule
+from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, make_schedule, published_schedule
 from torch import nn
 from torch.testing import assert_close
 
@@ -419,3 +419,58 @@ def test_refused_settings_of_a_chain():
     published = PriorCfg(objective="published", reference="flat", mala=False)
     with pytest.raises(ValueError, match="a_0 < 1"): DiffusionEBM(consistent_schedule(2), zero(2, 2), published)
     with pytest.raises(ValueError, match="energy has 2 levels, the schedule 3"): DiffusionEBM(consistent_schedule(3), zero(2, 2))
+
+
+class Replay:
+    "Stands in for a CUDA graph: fixed inputs into which new values are copied, the function run on those alone"
+    made = 0
+    def __init__(self, f, tensors): Replay.made += 1; self.f, self.inputs = f, [x.clone() for x in tensors]
+    def __call__(self, *tensors):
+        for a, b in zip(self.inputs, tensors): a.copy_(b)
+        return self.f(*self.inputs)
+
+
+@pytest.mark.parametrize("kind", ["tilt", "flow", "mala"])
+@pytest.mark.parametrize("symbol", [False, True])
+def test_recorded_chain_equals_the_chain_it_recorded(kind, symbol):
+    "Same noise, same end point; new weights, states and symbols go in through the recording's inputs, not a new recording"
+    g, n = gen(0), 7
+    net = EnergyNet(5, 3, 4, hidden=16, n_blocks=2, gen=g).double()
+    Replay.made = 0
+    for again in range(2):
+        with torch.no_grad():
+            for p in net.parameters(): p.mul_(1.3)
+        e = fast_energy(net)
+        z, m = (torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in "zm")
+        v = torch.rand(6, 1, generator=g, dtype=torch.float64)+.1
+        t = torch.randint(4, (6,), generator=g)
+        args = dict(z=z, t=t, m=m, v=v, tau=torch.full_like(v, .7), y=torch.randint(3, (6,), generator=g) if symbol else None, context=None)
+        draws = dict(noise=torch.randn(n, 6, 5, generator=g, dtype=torch.float64))
+        if kind == "mala": f, numbers, draws["uniform"] = mala_states, dict(n_steps=n, rho=.8, drift=1.), torch.rand(n, 6, generator=g, dtype=torch.float64)
+        else: f, numbers = tilt_states, dict(n_steps=n, rho=.8 if kind == "tilt" else None, drift=math.inf); args["s2"] = .05*v if kind == "flow" else None
+        want = f(e, **args, **draws, **numbers)
+        got = record(f, e, args, numbers, recorder=Replay, **draws)
+        for a, b in zip(got, want): torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert (want[0]-z).abs().max() > 1e-3 and int(want[-1]) == n+1
+    assert Replay.made == 1
+
+
+def test_recording_is_refused_where_it_cannot_be(monkeypatch):
+    e, z = fast_energy(EnergyNet(2, 1, 1, hidden=4, n_blocks=0)), torch.zeros(1, 2)
+    monkeypatch.setenv("LDEBM_RECORD", "1")
+    assert not can_record(e, z) # no GPU holds z
+    monkeypatch.setenv("LDEBM_RECORD", "yes")
+    with pytest.raises(ValueError, match="LDEBM_RECORD must be"): can_record(e, z)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("mala", [False, True])
+def test_recorded_chain_on_a_gpu(mala, monkeypatch):
+    "A recorded chain and a plain one draw from one law: means over many chains agree"
+    net = EnergyNet(5, 3, 4, hidden=16, n_blocks=2).cuda(); prior = DiffusionEBM(make_schedule("consistent", 4), net, PriorCfg(n_steps=8, mala=mala))
+    ends = []
+    for on in "01":
+        monkeypatch.setenv("LDEBM_RECORD", on)
+        ends.append(prior.sample(20_000, gen=torch.Generator("cuda").manual_seed(int(on))))
+    a, b = ends
+    assert ((a.mean(0)-b.mean(0)).abs() < 5*(a.var(0)/20_000+b.var(0)/20_000).sqrt()).all()
