@@ -17,12 +17,12 @@ from torch import Tensor
 from .core import Run, atomic_write, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
 from .data import load_grammar
 from .energy import EnergyNet
-from .prior import DiffusionEBM, PriorCfg, StandardNormal, balance_weights, cluster_targets, published_draw
+from .prior import DiagGaussian, DiffusionEBM, PriorCfg, StandardNormal, balance_weights, cluster_targets, published_draw
 from .schedule import SCHEDULES, make_schedule
 from .text import CORPORA, Corpus, Vocab, batches, load_corpus
 from .text_metrics import (active_symbols, active_units, ami, bleu, distinct_n, grammar_scores, homogeneity, mean_interval, memorised_share,
                                 mutual_information, self_bleu, unique_share, unseen_share, wkl)
-from .text_vae import TextCfg, TextModel, reconstruct, sample_sentences, strip
+from .text_vae import TextCfg, TextModel, sample_sentences, strip
 from .train import TrainCfg, count_processes, linear_warmup
 
 # %% ../nbs/60_text_job.ipynb #63608f8a
@@ -245,14 +245,14 @@ class TextTask:
         self.model.train(was)
         return out[0],out[1]
     @torch.no_grad()
-    def likelihood_terms(self, split:str, gen:torch.Generator, n_z:int=16) -> dict: # Name -> `(n,)`
-        "Per-sentence reconstruction loss and latent cost at one posterior draw"
+    def likelihood_terms(self, split:str, gen:torch.Generator, n_z:int=16, posterior:tuple|None=None) -> dict: # Name -> `(n,)`
+        "Per-sentence reconstruction loss and latent cost at one posterior draw; `posterior`: what `encode` gave for the split, if it is there"
         m,out = self.model.eval(),{}
         for b in self.fixed_batches(split):
-            if self.s.prior == 'none': got = dict(nll=m.decoder.nll(b.ids, b.lengths, None))
+            if self.s.prior == 'none': got = dict(nll=m.decoder.nll(b.ids, b.host_lengths, None))
             else:
-                q = m.encode(b); z = q.rsample(gen)
-                got = dict(recon_nll=m.decoder.nll(b.ids, b.lengths, z), kl_base=(m.prior.base_kl(q) if self.objective == 'consistent' and self.s.prior == 'ebm' else q.kl_standard()).sum(-1))
+                q = m.encode(b) if posterior is None else DiagGaussian(*(x[b.index.cpu()].to(b.ids.device) for x in posterior)); z = q.rsample(gen)
+                got = dict(recon_nll=m.decoder.nll(b.ids, b.host_lengths, z), kl_base=(m.prior.base_kl(q) if self.objective == 'consistent' and self.s.prior == 'ebm' else q.kl_standard()).sum(-1))
                 got['base_bound'] = got['recon_nll']+got['kl_base']
                 if self.objective == 'consistent':
                     got['kl'],got['draws'] = m.prior.kl(q, z, gen, n_z); got['neg_elbo'] = got['recon_nll']+got['kl']
@@ -307,7 +307,8 @@ def evaluate(
     dev,gen,cpu = task.device,make_gen(seed, 'evaluate', device=task.device),make_gen(seed, 'evaluate', 'cpu')
     per_word = (c[split].lengths-1).sum().item()/len(c[split])
     out,art = {},{}
-    for k,v in task.likelihood_terms(split, gen, n_z=64).items():
+    posterior = None if s.prior == 'none' else task.encode(split)
+    for k,v in task.likelihood_terms(split, gen, n_z=64, posterior=posterior).items():
         what = dict(nll='exact -log p(x), nats a sentence', recon_nll='-log p(x|z), one posterior draw, nats a sentence', kl_base='cost of the latent at zero energy, nats' if s.reference == 'flat' and task.objective == 'consistent' else 'KL(q || N(0, I)), nats', draws='smallest effective number of draws behind any log Z of a sentence',
                     kl='KL(q || N(0, I))' if s.prior == 'normal' else 'latent part of the bound, log Z by importance sampling (64 draws)', neg_elbo='recon_nll + kl', base_bound='recon_nll + kl_base: the bound at zero energy')[k]
         out['nll_valid' if k == 'nll' else k] = metric(v.double().mean().item(), mean_interval(v), len(v), what)
@@ -316,10 +317,11 @@ def evaluate(
     if s.prior != 'none':
         hyps = [None]*len(c[split])
         for b in progress(list(task.fixed_batches(split)), desc='reconstructing', unit='batch'):
-            for i,ids in zip(b.index.tolist(), strip(reconstruct(m, b, s.max_len), c.vocab.eos)): hyps[i] = c.vocab.decode(ids)
+            ids = m.decoder.generate(posterior[0][b.index.cpu()].to(dev), max_len=s.max_len)
+            for i,ws in zip(b.index.tolist(), strip(ids, c.vocab.eos)): hyps[i] = c.vocab.decode(ws)
         refs = c[split].sentences()
         out['bleu'] = bleu(hyps, refs, gen=cpu, n_boot=200); art['reconstructions'] = list(zip(refs, hyps))
-        art['means'] = means = task.encode(split)[0]
+        art['means'] = means = posterior[0]
         out['active_units'] = active_units(means)
     if s.prior == 'ebm':
         art['logits'] = logits = torch.cat([m.prior.symbol_logits(z.to(dev)) for z in means.split(4096)]).float().cpu()

@@ -92,7 +92,8 @@ def make_optimizer(model:nn.Module, cfg:TrainCfg) -> torch.optim.Adam:
     g = model.groups()
     out = [dict(params=g['main'], lr=cfg.lr, name='main', clip=cfg.clip)]
     if g.get('ebm'): out.append(dict(params=g['ebm'], lr=cfg.lr_ebm, weight_decay=cfg.decay_ebm, name='ebm', clip=cfg.clip_ebm))
-    return torch.optim.Adam([g for g in out if g['params']], betas=(cfg.beta1,.999))
+    fused = all(p.device.type in ('cpu','cuda') for g in out for p in g['params']) # one pass over weights, gradients and moments
+    return torch.optim.Adam([g for g in out if g['params']], betas=(cfg.beta1,.999), fused=fused)
 
 # %% ../nbs/50_train.ipynb #829d592a
 def check_finite_terms(terms:dict, step:int, epoch:int, seed:int):
