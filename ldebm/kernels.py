@@ -109,9 +109,10 @@ def linear_cross_entropy(
     h:Tensor, # Inputs of the output layer, shape `(n, i)`
     w:Tensor, # Its weight, shape `(V, i)`
     target:Tensor, # Classes, shape `(n,)`, long
-    rows:int=256, # Rows of logits made at a time
+    rows:int=0, # Rows of logits made at a time; 0: what a cache holds on a CPU, more on a GPU
 ) -> Tensor: # Shape `(n,)`, nats; single precision for half-precision inputs
     "`-log softmax(h w')[target]` of every row, with first derivatives"
+    rows = rows or (256 if h.device.type == 'cpu' else 8192)
     if torch.is_autocast_enabled(h.device.type):
         dt = torch.get_autocast_dtype(h.device.type); h,w = h.to(dt),w.to(dt)
         with torch.autocast(h.device.type, enabled=False): return _LinearCrossEntropy.apply(h, w, target, rows)
