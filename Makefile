@@ -20,6 +20,8 @@ NO_VENV   ?=
 PIP_ARGS    ?=
 NBDEV_ARGS  ?=
 PYTEST_ARGS ?=
+# Options of bench, such as '--only chain step' or '--threads 1'
+BENCH_ARGS  ?=
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -52,7 +54,7 @@ NAME ?= $(ROW)-$(basename $(notdir $(CORPUS)))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
 RUN  ?= runs/$(NAME)
 PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
 
-.PHONY: help venv train toy2d digits images test docs docs-serve lab lint prepare clean distclean
+.PHONY: help venv train toy2d digits images test bench docs docs-serve lab lint prepare clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
@@ -108,6 +110,9 @@ test: $(STAMP) ## Run every notebook, then the tests
 	@OMP_NUM_THREADS=1 nbdev_test --n_workers $(THREADS) $(if $(LDEBM_DATA),--flags data) $(NBDEV_ARGS)
 	@echo "Tests:"
 	@python -m pytest -q $(PYTEST_ARGS)
+
+bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json
+	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(STAMP) ## Build the documentation site into docs/_build/html
 	@python -c 'from ldebm.docs import build; print("Site:", build())'

@@ -460,9 +460,28 @@ def test_generation_equals_plain_generation(backend):
 @pytest.mark.slow
 def test_half_precision_trains_as_well(tmp_path):
     "The validation loss after a short training in bf16 lies within what seeds do to it in single precision, widened by their spread"
-    kw = dict(objective="consistent", settings="batch=32 max_len=16 langevin_steps=5", steps=120, dtype=F32, log_every=20)
+    kw = dict(objective="consistent", settings="batch=32 max_len=16 langevin_steps=5 hidden=64 embed=64", steps=120, dtype=F32, log_every=20)
     ends = {p: [train(tmp_path/f"{p}{k}", seed=k, mixed_precision=p, **kw)[3][-1]["recon_nll"] for k in range(3)] for p in ("no", "bf16")}
     lo, hi = min(ends["no"]), max(ends["no"]); spread = hi-lo
     mean = {p: sum(v)/3 for p, v in ends.items()}
     assert all(math.isfinite(v) for v in ends["bf16"]) and ends["bf16"] != ends["no"]
     assert abs(mean["bf16"]-mean["no"]) <= spread and lo-spread <= min(ends["bf16"]) and max(ends["bf16"]) <= hi+spread, ends
+
+
+def test_loss_memory_is_never_shared_by_two_graphs():
+    "Two losses alive at once have their own memory; a second backward of one whose memory went on is refused, not wrong"
+    g = gen(0)
+    data = [(torch.randn(9, 4, generator=g, requires_grad=True), torch.randn(6, 4, generator=g, requires_grad=True), torch.randint(6, (9,), generator=g)) for _ in range(2)]
+    linear_cross_entropy(*data[0]).sum().backward() # leaves memory behind
+    for h, w, _ in data: h.grad = w.grad = None
+    losses = [linear_cross_entropy(*d).sum() for d in data]
+    for l in losses: l.backward(retain_graph=True)
+    for h, w, t in data:
+        want = torch.autograd.grad(plain_loss(h, w, t).sum(), (h, w))
+        for a, b in zip((h.grad, w.grad), want): torch.testing.assert_close(a, b)
+    linear_cross_entropy(*data[0]).sum().backward() # takes the memory
+    refused = 0
+    for l in losses:
+        try: l.backward(retain_graph=True)
+        except RuntimeError as e: assert "modified by an inplace operation" in str(e); refused += 1
+    assert refused == 1

@@ -1,0 +1,501 @@
+"""What a chain, a training step, a sample cost, and how much of the machine they use.
+
+    python bench/bench.py [--only matmul chain ...] [--threads 1 2] [--out results]
+
+Writes `bench-<part>.json` as soon as a part is done; a part that fails is named at the end, and the others are kept. One
+process, a fixed number of threads; compared paths take turns in every round, the first rounds are dropped, and a time is
+the median over rounds with its quartiles. Arithmetic is counted from sizes, matrix products alone, a multiply-add as two.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+
+import torch  # noqa: E402
+from ldebm import kernels, langevin, text_vae  # noqa: E402
+from ldebm.data import load_grammar  # noqa: E402
+from ldebm.image_metrics import two_sample_auroc  # noqa: E402
+from ldebm.core import atomic_write, progress, provenance, results_root  # noqa: E402
+from ldebm.energy import EnergyNet, EnergyWeights, FastEnergy, fast_energy  # noqa: E402
+from ldebm.prior import DiffusionEBM  # noqa: E402
+from ldebm.schedule import make_schedule  # noqa: E402
+from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
+from ldebm.text_job import TextJob, TextTask, build_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
+from ldebm.text_metrics import grammar_scores  # noqa: E402
+from ldebm.text_vae import sample_sentences, strip  # noqa: E402
+from ldebm.train import fit, make_optimizer  # noqa: E402
+from plain import PlainEnergy, plain_paths  # noqa: E402
+from torch.nn import functional as nnf  # noqa: E402
+
+OBJECTIVES = ("published", "consistent")
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+TINY = "embed=16 hidden=16 d=4 energy_hidden=12 n_blocks=2 langevin_steps=3 T=3 n_symbols=4 batch=16"
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+# -- counting: matrix products alone, 2 n i o for (n, i) times (i, o)
+
+def flop_energy(B, d, H, N, K, backward=True, plain=False, T=0):
+    """`F` of B latents, and its gradient in them. Layers: d to H, H to H, the latent's share of the merge layer, N blocks, K logits; the gradient
+    goes back through the same. The plain path embeds the level at every call (two layers and their share of the merge) and sends a gradient to that share too"""
+    once = 2*B*(d*H+H*H*(2+N)+H*K)
+    return once*(1+backward) + plain*2*B*H*H*(3+backward)
+
+def flop_energy_step(B, n, s, objective, plain=False):
+    """Energy in one training step, chains apart, forward and back: n positives, n negatives and B clean latents (back to weights and inputs: twice the forward).
+    With a share of the energy's gradient in the encoder once more, back to the latents alone: positives (`published`), or both (`consistent`).
+    The levels' share, T rows, is below a thousandth and left out, except on the plain path, which has it for every row"""
+    H, N, K = s.energy_hidden, s.n_blocks, s.n_symbols
+    rows, again = 2*n+B*(K > 1), n*(1+(objective == "consistent"))*(s.enc_share > 0)
+    forward, both = flop_energy(1, s.d, H, N, K, False, plain), flop_energy(1, s.d, H, N, K, True, plain)
+    t1 = 2*H*H*plain   # nothing needs the gradient of the level's embedding
+    return (rows+again)*forward, rows*(2*forward-t1) + again*(both-forward)
+
+def flop_encoder(words, B, s):
+    "Two directions, three gates, input and state; mean and log variance. Forward"
+    return 2*words*2*3*s.hidden*(s.embed+s.hidden) + 2*B*2*(2*s.hidden*s.d)
+
+def flop_decoder(words, B, V, s, plain=False):
+    "Three gates, and the logits of every word; the latent's share of the gates once a sentence (plain: a word), the first state, the bag of words. Forward"
+    bow = 2*B*s.d*V if s.w_bow > 0 else 0
+    return 2*words*(3*s.hidden*(s.embed+s.hidden) + s.hidden*V) + 2*(words if plain else B)*s.d*3*s.hidden + 2*B*s.d*s.hidden + bow
+
+def evaluations(s): return s.langevin_steps + s.mala  # of the energy's gradient, each level
+
+def flop_step(B, read, words, V, s, objective, plain=False):
+    "One optimiser step by part; `read`: words the encoder runs over, `words`: words the decoder predicts. Backward is twice the forward"
+    n = 2*B if s.reference == "flat" and objective == "published" and s.T > 1 else B
+    enc, dec = flop_encoder(read, B, s), flop_decoder(words, B, V, s, plain)
+    energy, back = flop_energy_step(B, n, s, objective, plain)
+    return dict(encoder=enc, decoder=dec, chains=evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=plain), energy=energy, backward=back+2*(enc+dec))
+
+def flop_generate(n, words, V, s):
+    "Chains on every level, then one word after the other; what the latent brings to the gates once"
+    word = 2*(3*s.hidden*(s.embed+s.hidden) + s.hidden*V)
+    return words*word + n*2*s.d*4*s.hidden + s.T*evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
+
+# -- timing
+
+@contextmanager
+def threads(n):
+    old = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(old)
+
+def once(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter()-start
+
+def interleave(paths, repeats, warm=1):
+    "Seconds of each round of each path, the paths taking turns"
+    out = {k: [] for k in paths}
+    for i in range(warm+repeats):
+        for k, f in paths.items():
+            s = once(f)
+            if i >= warm: out[k].append(s)
+    return out
+
+def spread(x):
+    "Median and quartiles"
+    x = sorted(x)
+    q = statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else x*3
+    return dict(median=statistics.median(x), q1=q[0], q3=q[2], rounds=len(x))
+
+def products(shape, precision):
+    "The same product by each library"
+    n, i, o = shape
+    x, w = (torch.randn(a, b, generator=gen(k)).to(DTYPES[precision]) for k, (a, b) in enumerate(((n, i), (o, i))))
+    out = dict(blas=lambda: nnf.linear(x, w)) if precision == "fp32" else dict(onednn=lambda: nnf.linear(x, w))
+    if precision == "fp32" and kernels.has_onednn(): out["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return out
+
+def product_seconds(shape, precision, budget):
+    "Seconds of one product by each library at the present number of threads; a round repeats it for `budget` seconds"
+    fs = products(shape, precision)
+    for f in fs.values(): f()
+    inner = max(1, int(budget/max(once(f) for f in fs.values())))
+    def many(f):
+        def go():
+            for _ in range(inner): f()
+        return go
+    return {k: [s/inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, 5).items()}
+
+RATES = {}
+
+def machine_rate(shape, precision, n_threads, budget=.02):
+    "Operations a second of the faster library on this shape"
+    key = (tuple(shape), precision, n_threads)
+    if key not in RATES:
+        with threads(n_threads):
+            secs = product_seconds(tuple(shape), precision, budget)
+        RATES[key] = {k: 2*math.prod(shape)/statistics.median(v) for k, v in secs.items()}
+    return max(RATES[key].values())
+
+def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=None, **more):
+    "One measured path, beside what the machine multiplies in the same process"
+    s = spread(seconds)
+    e = dict(what=what, path=path, threads=n_threads, precision=precision, sizes=sizes, seconds=s, flop=flop, rate=flop/s["median"], **more)
+    if shape:
+        own, square = machine_rate(shape, precision, n_threads, opt.budget), machine_rate(opt.square, precision, n_threads, opt.budget)
+        e.update(shape=list(shape), rate_shape=own, rate_square=square, share=e["rate"]/max(own, square))
+    return e
+
+def pending(what, path, why, **more): return dict(what=what, path=path, pending=why, **more)
+
+# -- parts
+
+def bench_matmul(opt):
+    "Products of the sizes that the model has, by each library"
+    shapes, out = ((8, 12, 12), (16, 16, 8)) if opt.tiny else ((128, 200, 200), (256, 200, 200), (128, 1536, 512), (2048, 512, 10001), (1024, 1024, 1024)), []
+    for n in opt.threads:
+        with threads(n):
+            for shape in shapes:
+                for precision in DTYPES:
+                    for k, secs in product_seconds(shape, precision, opt.budget).items():
+                        out.append(entry(opt, "matmul", k, n, precision, dict(zip("nio", shape)), secs, 2*math.prod(shape)))
+    return out
+
+def job(objective, opt, **kw):
+    return resolve(TextJob(corpus="grammar" if opt.tiny else "ptb", preset="quick" if opt.tiny else "paper", objective=objective, settings=TINY if opt.tiny else "", **kw))
+
+def half(w): return EnergyWeights(*[cast(x) for x in w])
+def cast(x): return None if x is None else x.bfloat16() if isinstance(x, torch.Tensor) else tuple(cast(o) for o in x)
+
+def chain_prior(s, objective="published"):
+    net = EnergyNet(s.d, s.n_symbols, s.T, s.energy_hidden, s.n_blocks, free_head=s.free_head, init=s.energy_init or None, gen=gen())
+    return DiffusionEBM(make_schedule(s.schedule, s.T), net, prior_cfg(s, objective))
+
+def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
+
+def chain_paths(prior, z, t, compiled=None):
+    "Each way of running the same chains: name -> (precision, function of a generator)"
+    net = prior.energy
+    fast = fast_energy(net)
+    h = FastEnergy(net, half(net.weights().detach()))
+    def run(energy, z, lib="blas"):
+        def go(g=None):
+            with using(lib): return prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
+        return go
+    out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
+    if kernels.has_onednn(): out["onednn"] = ("fp32", run(fast, z, "onednn"))
+    out["bf16"] = ("bf16", run(h, z.bfloat16()))
+    if compiled is not None:
+        class Compiled:
+            base, grad = fast.base, staticmethod(compiled(fast.grad))
+        out["compile"] = ("fp32", run(Compiled, z)) # it chooses its own library, and cannot trace the call of oneDNN
+    return out
+
+def bench_chain(opt):
+    """Chains of the published sampler, each on a level of its own. `end_difference` is the distance of the end from that of the closed form in double precision
+    with the same noise, relative to how far chains move"""
+    s = job("published", opt); B = 16 if opt.tiny else 128
+    prior, z, t, out = chain_prior(s), torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T, []
+    same = lambda x, g: torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
+    twice = chain_prior(s).double()
+    with patch.object(langevin, "randn_like", same): end = twice.chain_from(z.double(), t, gen=gen(2))
+    moved = (end-z.double()).norm()
+    sizes = dict(batch=B, d=s.d, hidden=s.energy_hidden, blocks=s.n_blocks, symbols=s.n_symbols, steps=s.langevin_steps, levels=s.T)
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    compiled = torch.compile if opt.compile and compiler else None
+    for n in opt.threads:
+        with threads(n):
+            if compiled: torch._dynamo.reset()
+            paths = chain_paths(prior, z, t, compiled)
+            if compiled: start = once(paths["compile"][1])
+            secs, far = interleave({k: f for k, (_, f) in paths.items()}, opt.rounds(9), 2), {}
+            for k, (_, f) in paths.items():
+                with patch.object(langevin, "randn_like", same): far[k] = ((f(gen(2)).double()-end).norm()/moved).item()
+        for k, (precision, _) in paths.items():
+            flop = s.langevin_steps*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
+            more = dict(compile_seconds=start) if k == "compile" else {}
+            out.append(entry(opt, "chain", k, n, precision, sizes, secs[k], flop, (B, s.energy_hidden, s.energy_hidden), end_difference=far[k], **more))
+        if compiled is None: out.append(pending("chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n))
+    return [*out, pending("chain", "gpu", "not measured on a GPU", threads=0)]
+
+class Clock:
+    "Seconds by part; a part inside another is taken off it"
+    def __init__(self): self.stack, self.spent, self.since = ["other"], {}, time.perf_counter()
+    def turn(self):
+        now = time.perf_counter()
+        self.spent[self.stack[-1]] = self.spent.get(self.stack[-1], 0.)+now-self.since
+        self.since = now
+    @contextmanager
+    def part(self, name):
+        self.turn(); self.stack.append(name)
+        try: yield
+        finally: self.turn(); self.stack.pop()
+    def timed(self, name, f):
+        def go(*args, **kw):
+            with self.part(name): return f(*args, **kw)
+        return go
+
+PARTS_OF_STEP = ("encoder", "decoder", "chains", "energy", "backward", "optimiser", "other")
+
+class Stepper:
+    "Training steps on fixed batches with a clock around each part; every term of the end of training is on"
+    def __init__(self, s, objective, model, weights):
+        self.s, self.model, self.weights, self.opt = s, model.train(), weights, make_optimizer(model, train_cfg(s))
+    def step(self, batch, labels, label_weights, precision="fp32", gen=None):
+        m, clock = self.model, Clock()
+        auto = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+        prior = m.prior
+        with patch.object(m.encoder, "forward", clock.timed("encoder", m.encoder.forward)), patch.object(m.decoder, "nll", clock.timed("decoder", m.decoder.nll)), \
+                patch.object(prior, "terms", clock.timed("energy", prior.terms)), patch.object(prior, "chain_from", clock.timed("chains", prior.chain_from)):
+            with clock.part("energy"): m.before_step()
+            with auto: terms = m(batch, gen, labels=labels, label_weights=label_weights)
+        loss = sum(w*terms[k].float().mean() for k, w in self.weights.items() if w != 0)
+        with clock.part("backward"): loss.backward()
+        with clock.part("optimiser"):
+            for g in self.opt.param_groups: torch.nn.utils.clip_grad_norm_(g["params"], g["clip"])
+            self.opt.step(); self.opt.zero_grad()
+        clock.turn()
+        return clock.spent
+
+def all_terms(task):
+    "Weights of the end of training, clustering included"
+    return task.weights(task.s.steps-1, task.s.steps)
+
+def fixed_batches(task, n):
+    "Batches spread over the lengths that training meets, from the middle of each of `n` equal parts"
+    s, split = task.s, task.corpus["train"]
+    found = list(batches(split, s.batch, gen=gen(3), bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True))
+    found.sort(key=lambda b: int(b.lengths.sum()))
+    return [found[(2*k+1)*len(found)//(2*n)] for k in range(n)]
+
+def bench_step(opt):
+    """One optimiser step, averaged over batches spread over the lengths of the corpus. Under `published` all batches are padded and the encoder runs over padding,
+    which its arithmetic counts; the decoder predicts real words alone on both paths"""
+    out, corpus = [], load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
+    for objective in OBJECTIVES:
+        s = job(objective, opt)
+        task = TextTask(corpus, s, objective, 0); bs, V = fixed_batches(task, 1 if opt.tiny else 3), len(corpus.vocab)
+        start = {k: v.clone() for k, v in task.model.state_dict().items()}
+        labels, lw = torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
+        words = [int((b.lengths-1).sum()) for b in bs]; read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
+        sizes = dict(batch=s.batch, words=words, read=read, embed=s.embed, hidden=s.hidden, vocabulary=V, d=s.d, langevin_steps=s.langevin_steps, levels=s.T)
+        for n in opt.threads:
+            with threads(n):
+                def runner(path, precision):
+                    def go(bs=bs):
+                        task.model.load_state_dict(start)
+                        with plain_paths() if path == "plain" else nullcontext():
+                            st = Stepper(s, objective, task.model, all_terms(task))
+                            spent = [st.step(b, labels, lw, precision, gen(4)) for b in bs]
+                        return {k: sum(o.get(k, 0.) for o in spent)/len(spent) for k in PARTS_OF_STEP}
+                    return go
+                paths = {(p, q): runner(p, q) for q in DTYPES for p in ("plain", "fast")}
+                got, rounds = {k: [] for k in paths}, opt.rounds(3)
+                for i in progress(range(1+rounds), desc=f"step, {objective}, {n} thread{'s'*(n > 1)}", unit="round"):
+                    for k, f in paths.items():
+                        if i: got[k].append(f())
+                        else: f(bs[-1:])   # warm-up, on the longest
+            for (path, precision), v in got.items():
+                flops = [flop_step(s.batch, r, w, V, s, objective, path == "plain") for r, w in zip(read, words)]
+                by_part = {k: sum(f[k] for f in flops)/len(flops) for k in flops[0]}
+                split = {k: statistics.median(o[k] for o in v) for k in PARTS_OF_STEP}
+                out.append(entry(opt, "step", path, n, precision, sizes, [sum(o.values()) for o in v], sum(by_part.values()), (opt.loss_rows, s.hidden, V),
+                                 objective=objective, split=split, flop_split=by_part))
+    return [*out, pending("step", "gpu", "not measured on a GPU", threads=0)]
+
+@contextmanager
+def counted_words():
+    "Words that the decoder computes: up to three after the end of a sentence are among them"
+    words, cell = [], text_vae.gru_cell
+    def counting(x, a, h):
+        words.append(len(h))
+        return cell(x, a, h)
+    with patch.object(text_vae, "gru_cell", counting): yield words
+
+def bench_generate(opt):
+    """Sentences from a model with its initial weights. Such a model hardly ever ends a sentence, so nearly each takes all the words it may: the worst case"""
+    out = []
+    vocab = load_corpus("grammar", max_len=24).vocab if opt.tiny else Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(9997))])
+    for objective in OBJECTIVES:
+        s = job(objective, opt); model = build_model(s, objective, vocab, 0).eval(); V = len(vocab)
+        found = []
+        def run(n, path, bar=None):
+            def go():
+                with plain_paths() if path == "plain" else nullcontext(), counted_words() as words:
+                    sample_sentences(model, n, gen=gen(5), max_len=s.max_len, progress=bar)
+                found.append(sum(words))
+            return go
+        for n in opt.threads:
+            few = 8 if opt.tiny else 100
+            with threads(n): secs = interleave({p: run(few, p) for p in ("plain", "fast")}, opt.rounds(3))
+            words = found[-1]
+            for p, v in secs.items(): out.append(generated(opt, objective, p, n, few, words, v, s, V))
+        n, many = max(opt.threads), 40 if opt.tiny else 46_000
+        if opt.skip_long: out.append(pending("generate", "fast", "left out (--skip-long)", objective=objective, threads=n, sizes=dict(sentences=many)))
+        else:
+            with threads(n): v = [once(run(many, "fast", lambda it: progress(it, desc=f"generating, {objective}", unit="chunk")))]
+            out.append(generated(opt, objective, "fast", n, many, found[-1], v, s, V))
+    return [*out, pending("generate", "gpu", "not measured on a GPU", threads=0)]
+
+def generated(opt, objective, path, n_threads, n, words, seconds, s, V):
+    e = entry(opt, "generate", path, n_threads, "fp32", dict(sentences=n, words=words, max_len=s.max_len), seconds, flop_generate(n, words, V, s), (min(n, 256), s.hidden, V), objective=objective)
+    return {**e, "seconds_per_million_words": e["seconds"]["median"]/words*1e6}
+
+def made_batch(B, length, V):
+    "Random sentences of one length"
+    ids = torch.randint(4, V, (B, length), generator=gen(6)); ids[:, 0], ids[:, -1] = 2, 3
+    return Batch(ids, torch.full((B,), length), {}, torch.arange(B))
+
+def slope(xs, ys):
+    "Exponent of the power law fitted to both logarithms"
+    x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
+    mx, my = statistics.mean(x), statistics.mean(y)
+    return sum((a-mx)*(b-my) for a, b in zip(x, y))/sum((a-mx)**2 for a in x)
+
+def bench_growth(opt):
+    "Time against one size at a time, from the published ones with a batch of 32 sentences; `slope`: the exponent of the power law fitted. One thread"
+    V, out = 40 if opt.tiny else 10_001, []
+    vocab = Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(V-4))])
+    def chain(**kw):
+        s = resolve(TextJob(corpus="ptb", preset="paper", settings=" ".join(f"{k}={v}" for k, v in {**(dict(energy_hidden=12, n_blocks=2, langevin_steps=3) if opt.tiny else {}), **kw}.items() if k != "rows")))
+        prior, B = chain_prior(s, "consistent"), kw.get("rows", 128)
+        if "T" in kw: return lambda: prior.sample(B, gen=gen()), s.T*evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols), (B, s.energy_hidden, s.energy_hidden)
+        z, t = torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T
+        return lambda: prior.chain_from(z, t, gen=gen()), evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols), (B, s.energy_hidden, s.energy_hidden)
+    def step(**kw):
+        own = {**(dict(embed=16, hidden=16, energy_hidden=12, n_blocks=2, langevin_steps=3) if opt.tiny else {}), **kw}
+        if "hidden" in kw: own["embed"] = kw["hidden"]
+        s = resolve(TextJob(corpus="ptb", preset="paper", settings=" ".join(f"{k}={v}" for k, v in {"batch": 32, **own}.items() if k != "length")))
+        B, length = s.batch, kw.get("length", 21)
+        b, model = made_batch(B, length+1, V), build_model(s, "consistent", vocab, 0)
+        weights = dict(nll=1., kl=1., ebm=s.w_ebm, bow=s.w_bow, mi=-s.w_mi, cls=s.w_cls, sym=s.w_sym)
+        st, labels, lw = Stepper(s, "consistent", model, weights), torch.arange(B) % s.n_symbols, torch.ones(s.n_symbols)
+        return lambda: st.step(b, labels, lw, gen=gen(4)), sum(flop_step(B, B*(length+1), B*length, V, s, "consistent").values()), (min(opt.loss_rows, B*length), s.hidden, V)
+    t = opt.tiny
+    axes = [("chain", chain, "rows", (4, 8) if t else (32, 64, 128, 256, 512)), ("chain", chain, "langevin_steps", (2, 4) if t else (10, 20, 40, 80)),
+            ("chain", chain, "energy_hidden", (8, 16) if t else (50, 100, 200, 400)), ("chain", chain, "T", (2, 3) if t else (2, 4, 8, 16)),
+            ("step", step, "batch", (4, 8) if t else (16, 32, 64, 128)), ("step", step, "length", (4, 8) if t else (5, 10, 20, 39)),
+            ("step", step, "hidden", (8, 16) if t else (64, 128, 256, 512)), ("step", step, "langevin_steps", (2, 4) if t else (5, 10, 20, 40, 80)), ("step", step, "T", (2, 3) if t else (2, 4, 8, 16))]
+    n = min(opt.threads)
+    for what, make, axis, values in progress(axes, desc="growth", unit="axis"):
+        with threads(n):
+            made = {v: make(**{axis: v}) for v in values}
+            secs = interleave({v: f for v, (f, _, _) in made.items()}, opt.rounds(3))
+            es = [entry(opt, what, "fast", n, "fp32", {axis: v}, secs[v], made[v][1], made[v][2], axis=axis, value=v) for v in values]
+        a, f = slope(values, [e["seconds"]["median"] for e in es]), slope(values, [e["flop"] for e in es])
+        out += [{**e, "slope": a, "slope_flop": f} for e in es]
+    return out
+
+PRESET_RUNS = (("quick", "grammar"), ("small", "ptb"), ("paper", "ptb"))
+
+def peak_mb():
+    "Largest resident memory of this process since it was started, or None where the system does not say"
+    p = Path("/proc/self/status") # not `ru_maxrss`, which on Linux begins with what the parent process held
+    found = re.search(r"VmHWM:\s*(\d+) kB", p.read_text()) if p.exists() else None
+    return int(found[1])/1024 if found else provenance(None)["peak_memory_mb"]
+
+def memory_child(preset, corpus, objective, steps, n_threads, settings):
+    "In a process of its own: a few training steps, and the largest resident memory after importing, loading and training"
+    torch.set_num_threads(n_threads)
+    out = dict(imported=peak_mb())
+    s = resolve(TextJob(corpus=corpus, preset=preset, objective=objective, settings=settings))
+    task = TextTask(load_corpus(corpus, max_len=s.max_len, vocab_size=s.vocab_size), s, objective, 0)
+    out["loaded"] = peak_mb()
+    st, labels, lw = Stepper(s, objective, task.model, all_terms(task)), torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
+    longest = fixed_batches(task, 50)[-1] if len(task.corpus["train"]) >= 50*s.batch else fixed_batches(task, 1)[0]
+    secs = [once(lambda: st.step(longest, labels, lw, gen=gen(4))) for _ in range(steps)]
+    out.update(trained=peak_mb(), seconds=secs, parameters=sum(p.numel() for p in task.model.parameters()))
+    print(json.dumps(out))
+
+def bench_memory(opt):
+    "Peak resident memory of a few training steps on long sentences, each in a process of its own"
+    out, n = [], max(opt.threads)
+    for preset, corpus in PRESET_RUNS[:1] if opt.tiny else PRESET_RUNS:
+        for objective in OBJECTIVES[:1] if opt.tiny else OBJECTIVES:
+            cmd = [sys.executable, __file__, "--memory-child", preset, corpus, objective, "2" if opt.tiny else "4", str(n), TINY if opt.tiny else ""]
+            res = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, "IN_TEST": "1"})
+            if res.returncode: raise RuntimeError(f"{preset}, {objective}: {res.stderr[-2000:]}")
+            got = json.loads(res.stdout.splitlines()[-1])
+            out.append(dict(what="memory", path="fast", threads=n, precision="fp32", preset=preset, corpus=corpus, objective=objective, sizes=dict(steps=len(got["seconds"]), parameters=got["parameters"]),
+                            seconds=spread(got["seconds"][1:]), peak_mb=got["trained"], loaded_mb=got["loaded"], imported_mb=got["imported"]))
+    return out
+
+def bench_quality(opt):
+    "One model trained on the embedded corpus, its prior sampled with more and fewer updates a level: what less arithmetic costs in samples"
+    n, out, count = max(opt.threads), [], 100 if opt.tiny else 2000
+    with tempfile.TemporaryDirectory() as folder, threads(n):
+        s = dict(settings=TINY, steps=4) if opt.tiny else {}
+        run, task, device = open_job(TextJob(out=folder, device="cpu", threads=n, **s))
+        fit(task, run, train_cfg(task.s), 0, device)
+        m, grammar = task.model.eval(), load_grammar()
+        mean, logvar = task.encode("train"); g = gen(1)
+        pick = torch.randperm(len(mean), generator=g)[:count]
+        z = mean[pick]+(.5*logvar[pick]).exp()*torch.randn(len(pick), mean.shape[1], generator=g)
+        for updates in (0, 2) if opt.tiny else (0, 1, 2, 5, 10, 15, 30, 60):
+            secs = [once(lambda: m.prior.sample(count, gen=gen(2), n_steps=updates)) for _ in range(opt.rounds(3))]
+            u = m.prior.sample(count, gen=gen(2), n_steps=updates)
+            words = [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=task.s.max_len), task.corpus.vocab.eos)]
+            e = task.s
+            flop = e.T*(updates*count*flop_energy(1, e.d, e.energy_hidden, e.n_blocks, e.n_symbols) + (count*flop_energy(1, e.d, e.energy_hidden, e.n_blocks, e.n_symbols) if e.mala else 0))
+            out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T), seconds=spread(secs), flop=flop, settings=e.langevin_steps,
+                            hole=two_sample_auroc(u, z, gen=gen(3)), grammatical=grammar_scores(words, grammar.log_prob)["grammatical"]))
+    return out
+
+PARTS = dict(matmul=bench_matmul, chain=bench_chain, step=bench_step, generate=bench_generate, growth=bench_growth, memory=bench_memory, quality=bench_quality)
+
+# -- the command
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"parts to run: {', '.join(PARTS)}")
+    p.add_argument("--threads", nargs="+", type=int, default=None, help="numbers of threads to measure (default: 1, and 2 where there are two processors)")
+    p.add_argument("--repeats", type=float, default=1., help="factor on the number of rounds")
+    p.add_argument("--out", default=None, help="folder of the records (default: the results folder)")
+    p.add_argument("--skip-long", action="store_true", help="leave out the long generation")
+    p.add_argument("--compile", action="store_true", help="also time torch.compile of the closed form, which needs a C++ compiler")
+    p.add_argument("--tiny", action="store_true", help="sizes that only show that every part runs; needs --out")
+    p.add_argument("--memory-child", nargs=6, help=argparse.SUPPRESS)
+    opt = p.parse_args(argv)
+    cpus = os.cpu_count() or 1
+    opt.threads = sorted(set(opt.threads or range(1, min(cpus, 2)+1)))
+    if opt.threads[0] < 1 or opt.threads[-1] > cpus: p.error(f"--threads must lie in 1..{cpus}, the processors of this machine; got {opt.threads}")
+    if opt.repeats <= 0: p.error(f"--repeats must be positive, got {opt.repeats}")
+    if opt.tiny and opt.out is None: p.error("--tiny measures nothing worth keeping: name another folder with --out")
+    opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (.03, (1024, 1024, 1024), 2048)
+    opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n*opt.repeats))
+    return opt
+
+def main(argv=None):
+    opt = parse(argv)
+    if opt.memory_child:
+        preset, corpus, objective, steps, n, settings = opt.memory_child
+        return memory_child(preset, corpus, objective, int(steps), int(n), settings)
+
+    folder, failed = Path(opt.out) if opt.out else results_root(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in opt.only:
+        start, clock = time.time(), time.perf_counter()
+        print(f"{name} ...", flush=True)
+        RATES.clear()
+        try:
+            entries = PARTS[name](opt)
+            prov = provenance(start)
+            prov.update(cpu=prov["device"].rsplit(" (", 1)[0], torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+            rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
+            atomic_write(folder/f"bench-{name}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
+            print(f"{name}: {len(entries)} entries, {time.perf_counter()-clock:.0f} s", flush=True)
+        except Exception:
+            traceback.print_exc(); failed.append(name)
+    if failed: raise SystemExit(f"failed: {', '.join(failed)}; the other records are in {folder}")
+
+if __name__ == "__main__": main()
