@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,7 +31,7 @@ from ldebm import kernels, langevin, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.image_metrics import two_sample_auroc  # noqa: E402
 from ldebm.core import atomic_write, progress, provenance, results_root  # noqa: E402
-from ldebm.energy import EnergyNet, EnergyWeights, FastEnergy, fast_energy  # noqa: E402
+from ldebm.energy import EnergyNet, FastEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
@@ -45,7 +46,9 @@ OBJECTIVES = ("published", "consistent")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 TINY = "embed=16 hidden=16 d=4 energy_hidden=12 n_blocks=2 langevin_steps=3 T=3 n_symbols=4 batch=16"
 
+
 def gen(seed=0): return torch.Generator().manual_seed(seed)
+
 
 # -- counting: matrix products alone, 2 n i o for (n, i) times (i, o)
 
@@ -54,6 +57,7 @@ def flop_energy(B, d, H, N, K, backward=True, plain=False, T=0):
     goes back through the same. The plain path embeds the level at every call (two layers and their share of the merge) and sends a gradient to that share too"""
     once = 2*B*(d*H+H*H*(2+N)+H*K)
     return once*(1+backward) + plain*2*B*H*H*(3+backward)
+
 
 def flop_energy_step(B, n, s, objective, plain=False):
     """Energy in one training step, chains apart, forward and back: n positives, n negatives and B clean latents (back to weights and inputs: twice the forward).
@@ -65,16 +69,20 @@ def flop_energy_step(B, n, s, objective, plain=False):
     t1 = 2*H*H*plain   # nothing needs the gradient of the level's embedding
     return (rows+again)*forward, rows*(2*forward-t1) + again*(both-forward)
 
+
 def flop_encoder(words, B, s):
     "Two directions, three gates, input and state; mean and log variance. Forward"
     return 2*words*2*3*s.hidden*(s.embed+s.hidden) + 2*B*2*(2*s.hidden*s.d)
+
 
 def flop_decoder(words, B, V, s, plain=False):
     "Three gates, and the logits of every word; the latent's share of the gates once a sentence (plain: a word), the first state, the bag of words. Forward"
     bow = 2*B*s.d*V if s.w_bow > 0 else 0
     return 2*words*(3*s.hidden*(s.embed+s.hidden) + s.hidden*V) + 2*(words if plain else B)*s.d*3*s.hidden + 2*B*s.d*s.hidden + bow
 
+
 def evaluations(s): return s.langevin_steps + s.mala  # of the energy's gradient, each level
+
 
 def flop_step(B, read, words, V, s, objective, plain=False):
     "One optimiser step by part; `read`: words the encoder runs over, `words`: words the decoder predicts. Backward is twice the forward"
@@ -83,10 +91,12 @@ def flop_step(B, read, words, V, s, objective, plain=False):
     energy, back = flop_energy_step(B, n, s, objective, plain)
     return dict(encoder=enc, decoder=dec, chains=evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=plain), energy=energy, backward=back+2*(enc+dec))
 
+
 def flop_generate(n, words, V, s):
     "Chains on every level, then one word after the other; what the latent brings to the gates once"
     word = 2*(3*s.hidden*(s.embed+s.hidden) + s.hidden*V)
     return words*word + n*2*s.d*4*s.hidden + s.T*evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
+
 
 # -- timing
 
@@ -97,10 +107,12 @@ def threads(n):
     try: yield
     finally: torch.set_num_threads(old)
 
+
 def once(f):
     start = time.perf_counter()
     f()
     return time.perf_counter()-start
+
 
 def interleave(paths, repeats, warm=1):
     "Seconds of each round of each path, the paths taking turns"
@@ -111,11 +123,13 @@ def interleave(paths, repeats, warm=1):
             if i >= warm: out[k].append(s)
     return out
 
+
 def spread(x):
     "Median and quartiles"
     x = sorted(x)
     q = statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else x*3
     return dict(median=statistics.median(x), q1=q[0], q3=q[2], rounds=len(x))
+
 
 def products(shape, precision):
     "The same product by each library"
@@ -124,6 +138,7 @@ def products(shape, precision):
     out = dict(blas=lambda: nnf.linear(x, w)) if precision == "fp32" else dict(onednn=lambda: nnf.linear(x, w))
     if precision == "fp32" and kernels.has_onednn(): out["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return out
+
 
 def product_seconds(shape, precision, budget):
     "Seconds of one product by each library at the present number of threads; a round repeats it for `budget` seconds"
@@ -138,6 +153,7 @@ def product_seconds(shape, precision, budget):
 
 RATES = {}
 
+
 def machine_rate(shape, precision, n_threads, budget=.02):
     "Operations a second of the faster library on this shape"
     key = (tuple(shape), precision, n_threads)
@@ -146,6 +162,7 @@ def machine_rate(shape, precision, n_threads, budget=.02):
             secs = product_seconds(tuple(shape), precision, budget)
         RATES[key] = {k: 2*math.prod(shape)/statistics.median(v) for k, v in secs.items()}
     return max(RATES[key].values())
+
 
 def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=None, **more):
     "One measured path, beside what the machine multiplies in the same process"
@@ -156,7 +173,9 @@ def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=Non
         e.update(shape=list(shape), rate_shape=own, rate_square=square, share=e["rate"]/max(own, square))
     return e
 
+
 def pending(what, path, why, **more): return dict(what=what, path=path, pending=why, **more)
+
 
 # -- parts
 
@@ -171,23 +190,24 @@ def bench_matmul(opt):
                         out.append(entry(opt, "matmul", k, n, precision, dict(zip("nio", shape)), secs, 2*math.prod(shape)))
     return out
 
+
 def job(objective, opt, **kw):
     return resolve(TextJob(corpus="grammar" if opt.tiny else "ptb", preset="quick" if opt.tiny else "paper", objective=objective, settings=TINY if opt.tiny else "", **kw))
 
-def half(w): return EnergyWeights(*[cast(x) for x in w])
-def cast(x): return None if x is None else x.bfloat16() if isinstance(x, torch.Tensor) else tuple(cast(o) for o in x)
 
 def chain_prior(s, objective="published"):
     net = EnergyNet(s.d, s.n_symbols, s.T, s.energy_hidden, s.n_blocks, free_head=s.free_head, init=s.energy_init or None, gen=gen())
     return DiffusionEBM(make_schedule(s.schedule, s.T), net, prior_cfg(s, objective))
 
+
 def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
+
 
 def chain_paths(prior, z, t, compiled=None):
     "Each way of running the same chains: name -> (precision, function of a generator)"
     net = prior.energy
     fast = fast_energy(net)
-    h = FastEnergy(net, half(net.weights().detach()))
+    h = FastEnergy(net, each(torch.Tensor.bfloat16, net.weights().detach()))
     def run(energy, z, lib="blas"):
         def go(g=None):
             with using(lib): return prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
@@ -200,6 +220,7 @@ def chain_paths(prior, z, t, compiled=None):
             base, grad = fast.base, staticmethod(compiled(fast.grad))
         out["compile"] = ("fp32", run(Compiled, z)) # it chooses its own library, and cannot trace the call of oneDNN
     return out
+
 
 def bench_chain(opt):
     """Chains of the published sampler, each on a level of its own. `end_difference` is the distance of the end from that of the closed form in double precision
@@ -228,6 +249,7 @@ def bench_chain(opt):
         if compiled is None: out.append(pending("chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n))
     return [*out, pending("chain", "gpu", "not measured on a GPU", threads=0)]
 
+
 class Clock:
     "Seconds by part; a part inside another is taken off it"
     def __init__(self): self.stack, self.spent, self.since = ["other"], {}, time.perf_counter()
@@ -246,6 +268,7 @@ class Clock:
         return go
 
 PARTS_OF_STEP = ("encoder", "decoder", "chains", "energy", "backward", "optimiser", "other")
+
 
 class Stepper:
     "Training steps on fixed batches with a clock around each part; every term of the end of training is on"
@@ -267,9 +290,11 @@ class Stepper:
         clock.turn()
         return clock.spent
 
+
 def all_terms(task):
     "Weights of the end of training, clustering included"
     return task.weights(task.s.steps-1, task.s.steps)
+
 
 def fixed_batches(task, n):
     "Batches spread over the lengths that training meets, from the middle of each of `n` equal parts"
@@ -277,6 +302,7 @@ def fixed_batches(task, n):
     found = list(batches(split, s.batch, gen=gen(3), bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True))
     found.sort(key=lambda b: int(b.lengths.sum()))
     return [found[(2*k+1)*len(found)//(2*n)] for k in range(n)]
+
 
 def bench_step(opt):
     """One optimiser step, averaged over batches spread over the lengths of the corpus. Under `published` all batches are padded and the encoder runs over padding,
@@ -313,6 +339,7 @@ def bench_step(opt):
                                  objective=objective, split=split, flop_split=by_part))
     return [*out, pending("step", "gpu", "not measured on a GPU", threads=0)]
 
+
 @contextmanager
 def counted_words():
     "Words that the decoder computes: up to three after the end of a sentence are among them"
@@ -321,6 +348,7 @@ def counted_words():
         words.append(len(h))
         return cell(x, a, h)
     with patch.object(text_vae, "gru_cell", counting): yield words
+
 
 def bench_generate(opt):
     """Sentences from a model with its initial weights. Such a model hardly ever ends a sentence, so nearly each takes all the words it may: the worst case"""
@@ -347,20 +375,24 @@ def bench_generate(opt):
             out.append(generated(opt, objective, "fast", n, many, found[-1], v, s, V))
     return [*out, pending("generate", "gpu", "not measured on a GPU", threads=0)]
 
+
 def generated(opt, objective, path, n_threads, n, words, seconds, s, V):
     e = entry(opt, "generate", path, n_threads, "fp32", dict(sentences=n, words=words, max_len=s.max_len), seconds, flop_generate(n, words, V, s), (min(n, 256), s.hidden, V), objective=objective)
     return {**e, "seconds_per_million_words": e["seconds"]["median"]/words*1e6}
+
 
 def made_batch(B, length, V):
     "Random sentences of one length"
     ids = torch.randint(4, V, (B, length), generator=gen(6)); ids[:, 0], ids[:, -1] = 2, 3
     return Batch(ids, torch.full((B,), length), {}, torch.arange(B))
 
+
 def slope(xs, ys):
     "Exponent of the power law fitted to both logarithms"
     x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
     mx, my = statistics.mean(x), statistics.mean(y)
     return sum((a-mx)*(b-my) for a, b in zip(x, y))/sum((a-mx)**2 for a in x)
+
 
 def bench_growth(opt):
     "Time against one size at a time, from the published ones with a batch of 32 sentences; `slope`: the exponent of the power law fitted. One thread"
@@ -398,11 +430,13 @@ def bench_growth(opt):
 
 PRESET_RUNS = (("quick", "grammar"), ("small", "ptb"), ("paper", "ptb"))
 
+
 def peak_mb():
     "Largest resident memory of this process since it was started, or None where the system does not say"
     p = Path("/proc/self/status") # not `ru_maxrss`, which on Linux begins with what the parent process held
     found = re.search(r"VmHWM:\s*(\d+) kB", p.read_text()) if p.exists() else None
     return int(found[1])/1024 if found else provenance(None)["peak_memory_mb"]
+
 
 def memory_child(preset, corpus, objective, steps, n_threads, settings):
     "In a process of its own: a few training steps, and the largest resident memory after importing, loading and training"
@@ -417,6 +451,7 @@ def memory_child(preset, corpus, objective, steps, n_threads, settings):
     out.update(trained=peak_mb(), seconds=secs, parameters=sum(p.numel() for p in task.model.parameters()))
     print(json.dumps(out))
 
+
 def bench_memory(opt):
     "Peak resident memory of a few training steps on long sentences, each in a process of its own"
     out, n = [], max(opt.threads)
@@ -430,6 +465,7 @@ def bench_memory(opt):
                             seconds=spread(got["seconds"][1:]), peak_mb=got["trained"], loaded_mb=got["loaded"], imported_mb=got["imported"]))
     return out
 
+
 def bench_quality(opt):
     "One model trained on the embedded corpus, its prior sampled with more and fewer updates a level: what less arithmetic costs in samples"
     n, out, count = max(opt.threads), [], 100 if opt.tiny else 2000
@@ -442,16 +478,18 @@ def bench_quality(opt):
         pick = torch.randperm(len(mean), generator=g)[:count]
         z = mean[pick]+(.5*logvar[pick]).exp()*torch.randn(len(pick), mean.shape[1], generator=g)
         for updates in (0, 2) if opt.tiny else (0, 1, 2, 5, 10, 15, 30, 60):
-            secs = [once(lambda: m.prior.sample(count, gen=gen(2), n_steps=updates)) for _ in range(opt.rounds(3))]
-            u = m.prior.sample(count, gen=gen(2), n_steps=updates)
+            us = []
+            secs = [once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates))) for _ in range(opt.rounds(3))]
+            u, e = us[-1], task.s
             words = [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=task.s.max_len), task.corpus.vocab.eos)]
-            e = task.s
-            flop = e.T*(updates*count*flop_energy(1, e.d, e.energy_hidden, e.n_blocks, e.n_symbols) + (count*flop_energy(1, e.d, e.energy_hidden, e.n_blocks, e.n_symbols) if e.mala else 0))
+            flop = e.T*evaluations(replace(e, langevin_steps=updates))*flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
             out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T), seconds=spread(secs), flop=flop, settings=e.langevin_steps,
                             hole=two_sample_auroc(u, z, gen=gen(3)), grammatical=grammar_scores(words, grammar.log_prob)["grammatical"]))
     return out
 
+
 PARTS = dict(matmul=bench_matmul, chain=bench_chain, step=bench_step, generate=bench_generate, growth=bench_growth, memory=bench_memory, quality=bench_quality)
+
 
 # -- the command
 
@@ -474,6 +512,7 @@ def parse(argv):
     opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (.03, (1024, 1024, 1024), 2048)
     opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n*opt.repeats))
     return opt
+
 
 def main(argv=None):
     opt = parse(argv)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cpu_vendor', 'has_onednn', 'matmul_backend', 'direct', 'product', 'whole', 'linear', 'borrowed', 'give_back',
-           'linear_cross_entropy', 'gates', 'gru_cell', 'gru', 'packed_gru', 'Recorded']
+           'as_autocast', 'linear_cross_entropy', 'gates', 'gru_cell', 'gru_weights', 'gru', 'packed_gru', 'Recorded']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
 import functools, itertools, os, platform
@@ -119,6 +119,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         give_back(e)
         return gh, gw, None, None
 
+def as_autocast(kind:str, *xs) -> tuple:
+    "Tensors in the precision that autocast asks for on this kind of device; as they are outside of it"
+    if not torch.is_autocast_enabled(kind): return xs
+    return tuple(None if x is None else x.to(torch.get_autocast_dtype(kind)) for x in xs)
+
 def linear_cross_entropy(
     h:Tensor, # Inputs of the output layer, shape `(n, i)`
     w:Tensor, # Its weight, shape `(V, i)`
@@ -127,10 +132,8 @@ def linear_cross_entropy(
 ) -> Tensor: # Shape `(n,)`, nats; single precision for half-precision inputs
     "`-log softmax(h w')[target]` of every row, with first derivatives"
     rows = rows or (256 if h.device.type == 'cpu' else 8192)
-    if torch.is_autocast_enabled(h.device.type):
-        dt = torch.get_autocast_dtype(h.device.type); h,w = h.to(dt),w.to(dt)
-        with torch.autocast(h.device.type, enabled=False): return _LinearCrossEntropy.apply(h, w, target, rows)
-    return _LinearCrossEntropy.apply(h, w, target, rows)
+    h,w = as_autocast(h.device.type, h, w)
+    with torch.autocast(h.device.type, enabled=False): return _LinearCrossEntropy.apply(h, w, target, rows)
 
 # %% ../nbs/05_kernels.ipynb #25ffec80
 def gates(x:Tensor, a:Tensor, rs:Tensor|None=None, new:Tensor|None=None) -> Tensor: # The proposed state, `(n, H)`, in `new`
@@ -185,6 +188,10 @@ class _GRU(torch.autograd.Function):
             if dx is not None: dx[:n] += g
         return dgi, dh if need[1] else None, dx, product(dgh.T, before.T) if need[3] else None, dgh.sum(0) if need[4] else None, None
 
+def gru_weights(rnn:nn.GRU, reverse:bool=False) -> list: # Of input `(3H, i)` and state `(3H, H)`, and their biases `(3H,)`
+    "Weights of one direction"
+    return [getattr(rnn, f'{k}_l0{"_reverse" if reverse else ""}') for k in ('weight_ih','weight_hh','bias_ih','bias_hh')]
+
 def gru(
     rnn:nn.GRU, # Weights; one layer
     x:PackedSequence, # Inputs, width `i` as `rnn` has it, or less with `extra`
@@ -194,22 +201,15 @@ def gru(
 ) -> tuple[Tensor,Tensor]: # States after every word, packed, `(N, H)`, and after the last word of each sentence, `(B, H)`
     "One direction of a GRU over packed sentences, with first derivatives"
     if rnn.num_layers != 1: raise ValueError(f'gru takes a GRU of one layer, this one has {rnn.num_layers}')
-    wi,wh,bi,bh = (getattr(rnn, f'{k}_l0{"_reverse" if reverse else ""}') for k in ('weight_ih','weight_hh','bias_ih','bias_hh'))
-    data,sizes,i = x.data,x.batch_sizes.tolist(),x.data.shape[1]
     if h0.device.type != 'cpu': return packed_gru(rnn, x, h0, extra, reverse)
-    if torch.is_autocast_enabled('cpu'):
-        dt = torch.get_autocast_dtype('cpu'); data,h0,wi,wh,bi,bh = (v.to(dt) for v in (data, h0, wi, wh, bi, bh)); extra = None if extra is None else extra.to(dt)
-        with torch.autocast('cpu', enabled=False): return _gru(data, sizes, h0, extra, wi, wh, bi, bh, i)
-    return _gru(data, sizes, h0, extra, wi, wh, bi, bh, i)
-
-def _gru(data, sizes, h0, extra, wi, wh, bi, bh, i):
-    return _GRU.apply(linear(data, wi[:,:i], bi), h0, None if extra is None else linear(extra, wi[:,i:]), wh, bh, sizes)
+    data,h0,extra,wi,wh,bi,bh = as_autocast('cpu', x.data, h0, extra, *gru_weights(rnn, reverse)); i = data.shape[1]
+    with torch.autocast('cpu', enabled=False):
+        return _GRU.apply(linear(data, wi[:,:i], bi), h0, None if extra is None else linear(extra, wi[:,i:]), wh, bh, x.batch_sizes.tolist())
 
 def packed_gru(rnn:nn.GRU, x:PackedSequence, h0:Tensor, extra:Tensor|None=None, reverse:bool=False) -> tuple[Tensor,Tensor]:
     "The same by PyTorch's own kernels"
     data = x.data if extra is None else torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1)
-    flat = [getattr(rnn, f'{k}_l0{"_reverse" if reverse else ""}') for k in ('weight_ih','weight_hh','bias_ih','bias_hh')]
-    out,last = torch._VF.gru(data, x.batch_sizes, h0[None], flat, True, 1, 0., rnn.training, False)
+    out,last = torch._VF.gru(data, x.batch_sizes, h0[None], gru_weights(rnn, reverse), True, 1, 0., rnn.training, False)
     return out,last[0]
 
 # %% ../nbs/05_kernels.ipynb #5b63b10d

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
-from .kernels import gru, gru_cell, linear_cross_entropy, product
+from .kernels import gru, gru_cell, gru_weights, linear_cross_entropy, product
 from .prior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         "Decode sentences; finished ones leave the batch"
         if temperature < 0 or not 0 < top_p <= 1: raise ValueError(f'temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}')
         B = n if z is None else len(z); W = self.embed.weight; E = W.shape[1]
-        wi,wh,bi,bh = (getattr(self.rnn, f'{k}_l0') for k in ('weight_ih','weight_hh','bias_ih','bias_hh'))
+        wi,wh,bi,bh = gru_weights(self.rnn)
         same = product(z, wi[:,E:], bi) if self.d else bi.expand(B, -1).contiguous() # what of the gates stays the same along a sentence
         out = torch.zeros(B, max_len, dtype=torch.long, device=W.device)
         live,h = torch.arange(B, device=W.device),self.first(z, B)

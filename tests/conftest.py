@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 SKIPPED_FOR_DATA = []
 
@@ -21,6 +22,21 @@ def ldebm_data(request):
         pytest.skip("LDEBM_DATA is not set: no real data")
     assert Path(root).is_dir(), f"LDEBM_DATA names {root}, which is not a folder"
     return Path(root)
+
+
+@pytest.fixture
+def one_thread():
+    "The number of threads changes the order of sums"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture
+def in_test(monkeypatch, one_thread):
+    "One thread, and no progress bars"
+    monkeypatch.setenv("IN_TEST", "1")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,13 +18,7 @@ import bench  # noqa: E402
 from plain import plain_paths  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("IN_TEST", "1")
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("in_test")
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,7 @@ BACKENDS = ["blas", pytest.param("onednn", marks=pytest.mark.skipif(not has_oned
 TOL = {F64: 1e-12, F32: 3e-6, BF16: 3e-2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("IN_TEST", "1")
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("in_test")
 
 
 def gen(seed): return torch.Generator().manual_seed(seed)

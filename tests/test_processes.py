@@ -17,6 +17,7 @@ from ldebm.energy import SpectralLinear
 from ldebm.prior import DiagGaussian
 from ldebm.text_job import TextJob, open_job, train_cfg
 from ldebm.train import Interrupted, TrainCfg, count_processes, fit, launch
+from same import assert_same_state, same_log
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -25,36 +26,17 @@ NET = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    "The number of threads changes the order of sums; no progress bars; and processes that wait for each other for ever are an error"
-    monkeypatch.setenv("IN_TEST", "1")
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_waiting(in_test):
+    "Processes that wait for each other for ever are an error"
     def late(*args): raise TimeoutError("processes wait for each other")
     old = signal.signal(signal.SIGALRM, late)
     signal.alarm(120)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
-    torch.set_num_threads(n)
 
 
-def same_log(run): return [{k: v for k, v in o.items() if k != "minutes"} for o in run.log_lines()]
 def steps_of(run): return [o for o in run.log_lines() if o["kind"] == "train"]
-
-
-def assert_same_state(a, b, at="checkpoint"):
-    "Nested states, bit for bit"
-    assert type(a) is type(b), at
-    if isinstance(a, torch.Tensor): assert a.dtype == b.dtype and torch.equal(a, b), at
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), at
-        for k in a:
-            if k != "seconds": assert_same_state(a[k], b[k], f"{at}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), at
-        for i, (x, y) in enumerate(zip(a, b)): assert_same_state(x, y, f"{at}.{i}")
-    else: assert a == b, at
 
 
 # -- text models

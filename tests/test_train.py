@@ -12,38 +12,13 @@ from ldebm import train
 from ldebm.core import Run, make_gen
 from ldebm.text_job import TextJob, finish, open_job, train_cfg
 from ldebm.train import Interrupted, TrainCfg, fit
+from same import assert_same_state, same_log
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("in_test")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 STEPS, EPOCH = 67, 31   # 8,000 training sentences in batches of 256
 TINY = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4 batch=256 dropout=0.1 checkpoint_every=7"
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    "The number of threads changes the order of sums; and no progress bars"
-    monkeypatch.setenv("IN_TEST", "1")
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
-def same_log(run): return [{k: v for k, v in o.items() if k != "minutes"} for o in run.log_lines()]
-
-
-def assert_same_state(a, b, at="checkpoint"):
-    "Nested states, bit for bit"
-    assert type(a) is type(b), at
-    if isinstance(a, torch.Tensor): assert a.dtype == b.dtype and torch.equal(a, b), at
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), at
-        for k in a:
-            if k != "seconds": assert_same_state(a[k], b[k], f"{at}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), at
-        for i, (x, y) in enumerate(zip(a, b)): assert_same_state(x, y, f"{at}.{i}")
-    else: assert a == b, at
 
 
 # -- a text model
