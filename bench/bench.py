@@ -29,11 +29,11 @@ sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 import torch  # noqa: E402
 from ldebm import kernels, langevin, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
-from ldebm.image_metrics import two_sample_auroc  # noqa: E402
 from ldebm.core import atomic_write, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
+from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
 from ldebm.text_job import TextJob, TextTask, build_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
 from ldebm.text_metrics import grammar_scores  # noqa: E402

@@ -611,10 +611,10 @@ def write_result(
 def load_results(
     folder=None, # Folder of records; `results_root()` if `None`
 ) -> list[dict]: # Records, in order of file name
-    "All records in a folder (benchmarks, `bench-*.json`, have their own schema and are left out); `ValueError` names a bad file"
+    "All records in a folder (`bench-*.json` and `calibration-*.json` have their own schemas and are left out); `ValueError` names a bad file"
     recs = []
     for p in sorted(Path(folder if folder is not None else results_root()).glob('*.json')):
-        if p.name.startswith('bench-'): continue
+        if p.name.startswith(('bench-', 'calibration-')): continue
         try: rec = json.loads(p.read_text())
         except ValueError as e: raise ValueError(f'{p} is not JSON: {e}') from e
         recs.append(check_result(rec, str(p)))

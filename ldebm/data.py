@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PTB_FILES', 'TOPICS', 'GRAMMAR_ATTRIBUTES', 'TIMES', 'AUX', 'BE', 'GRAMMAR_SPLITS', 'GRAMMAR_FILES', 'ARMS', 'RADIAL',
-           'TANGENTIAL', 'RATE', 'TOYS', 'BANDWIDTHS', 'cache_root', 'data_root', 'checksum', 'check_bytes', 'fetch',
-           'find_data', 'Seq', 'Alt', 'Slot', 'seq', 'opt', 'words', 'derivations', 'merge_arcs', 'compile_rule',
-           'Grammar', 'pick', 'Topic', 'grammar_prior', 'subject', 'grammar_rule', 'load_grammar', 'plot_reading',
-           'plot_corpus', 'grammar_texts', 'write_grammar', 'load_grammar_files', 'grid16', 'gaussians16',
-           'gaussians16_log_density', 'pinwheel', 'bisect', 'pinwheel_log_density', 'Toy', 'plot_density', 'kernel',
-           'mmd2', 'mmd', 'mmd_test']
+           'TANGENTIAL', 'RATE', 'TOYS', 'cache_root', 'data_root', 'checksum', 'check_bytes', 'fetch', 'find_data',
+           'Seq', 'Alt', 'Slot', 'seq', 'opt', 'words', 'derivations', 'merge_arcs', 'compile_rule', 'Grammar', 'pick',
+           'Topic', 'grammar_prior', 'subject', 'grammar_rule', 'load_grammar', 'plot_reading', 'plot_corpus',
+           'grammar_texts', 'write_grammar', 'load_grammar_files', 'grid16', 'gaussians16', 'gaussians16_log_density',
+           'pinwheel', 'bisect', 'pinwheel_log_density', 'Toy', 'plot_density']
 
 # %% ../nbs/01_data.ipynb #d788ecb4
 import hashlib, math, os, urllib.request
@@ -599,51 +598,3 @@ def plot_density(log_density:Callable, points:Tensor|None=None, lim:float=5., n:
     if points is not None: ax.plot(*points.T, '.', ms=1, c='C1')
     ax.set(xticks=[], yticks=[])
     return ax
-
-# %% ../nbs/01_data.ipynb #db9e84ad
-BANDWIDTHS = (.25, .5, 1., 2., 4.)
-
-def kernel(
-    x:Tensor, # Points, shape `(m, d)`
-    y:Tensor, # Points, shape `(n, d)`
-    bandwidth=BANDWIDTHS, # Width of the kernel, or several to average over
-) -> Tensor: # Shape `(m, n)`, at most 1
-    "Mean of Gaussian kernels of several widths"
-    hs = [bandwidth] if isinstance(bandwidth, (int, float)) else list(bandwidth)
-    d2 = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square_()
-    return sum((d2*(-.5/h**2)).exp_() for h in hs)/len(hs)
-
-# %% ../nbs/01_data.ipynb #a159bf5b
-def mmd2(
-    x:Tensor, # One sample, shape `(m, d)`
-    y:Tensor, # The other, shape `(n, d)`
-    bandwidth=BANDWIDTHS, # Width of the kernel, or several to average over
-    *,
-    unbiased:bool=True, # Leave the diagonal out of the means
-    chunk:int=1024, # Rows of the kernel matrix held at a time
-) -> Tensor: # Scalar, float64
-    "Squared maximum mean discrepancy between two samples. `ValueError` for fewer than two points or points of different dimensions"
-    if x.ndim!=2 or y.ndim!=2 or x.shape[1]!=y.shape[1] or min(len(x), len(y))<2:
-        raise ValueError(f'two samples of at least two points of the same dimension are needed, not {tuple(x.shape)} and {tuple(y.shape)}')
-    total = lambda a, b: sum(kernel(c, b, bandwidth).sum(dtype=torch.float64) for c in a.split(chunk))
-    within = lambda a: (total(a, a)-len(a))/(len(a)*(len(a)-1)) if unbiased else total(a, a)/len(a)**2
-    return within(x) + within(y) - 2*total(x, y)/(len(x)*len(y))
-
-def mmd(x:Tensor, y:Tensor, bandwidth=BANDWIDTHS, *, chunk:int=1024) -> Tensor:
-    "Maximum mean discrepancy: the root of the biased `mmd2`, a distance between samples"
-    return mmd2(x, y, bandwidth, unbiased=False, chunk=chunk).clamp(min=0).sqrt()
-
-# %% ../nbs/01_data.ipynb #736637a8
-def mmd_test(
-    x:Tensor, # One sample, shape `(m, d)`
-    y:Tensor, # The other, shape `(n, d)`
-    gen:torch.Generator, # Source of the permutations, on the CPU
-    bandwidth=BANDWIDTHS, # Width of the kernel, or several to average over
-    n_perm:int=200, # Permutations
-) -> tuple[float,float]: # `mmd`, and the p-value of "one law"
-    "Permutation test of whether two samples are from one law; holds the whole kernel matrix of `m + n` points"
-    z = torch.cat([x, y])
-    s = torch.cat([torch.full((len(x),), 1/len(x), dtype=torch.float64), torch.full((len(y),), -1/len(y), dtype=torch.float64)])
-    s = torch.stack([s] + [s[torch.randperm(len(z), generator=gen)] for _ in range(n_perm)]).to(z.device)
-    v = ((s @ kernel(z, z, bandwidth).double())*s).sum(1)
-    return v[0].clamp(min=0).sqrt().item(),((v>=v[0]*(1-1e-9)).sum()/len(v)).item()

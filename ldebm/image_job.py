@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from .core import (Average, Run, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, write_result)
 from .generator import Generator, GeneratorCfg, GeneratorModel
-from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, auroc, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed, latent_mmd,
-                                 make_classifier, predict, save_classifier, spread_ratio, two_sample_auroc)
+from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
+                                 make_classifier, predict, save_classifier, spread_ratio)
 from .images import Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
 from .energy import GuidedEnergy
-from .text_metrics import wilson_interval
+from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
 from .prior import DiffusionEBM, PriorCfg
 from .schedule import SCHEDULES, diffuse, make_schedule

@@ -6,32 +6,20 @@
 __all__ = ['CLASSIFIERS', 'AUGMENTS', 'ResBlock', 'conv_body', 'Classifier', 'apply_chunked', 'features_of', 'predict',
            'accuracy', 'save_classifier', 'load_classifier', 'augment', 'ClassifierModel', 'ClassifierTask',
            'make_classifier', 'moments', 'sym_sqrt', 'frechet_moments', 'frechet', 'frechet_metric', 'gap_closed',
-           'knn_radii', 'density_coverage', 'precision_recall', 'auroc_interval', 'auroc', 'aupr', 'two_sample_auroc',
-           'latent_mmd', 'spread', 'spread_ratio', 'class_histogram_kl', 'control_accuracy', 'class_coverage',
-           'inception', 'inception_features', 'fid']
+           'knn_radii', 'density_coverage', 'precision_recall', 'spread', 'spread_ratio', 'class_histogram_kl',
+           'control_accuracy', 'class_coverage', 'inception', 'inception_features', 'fid']
 
 # %% ../nbs/42_image_metrics.ipynb #044b54f8
-import math, warnings
+import math
 from collections.abc import Callable
 
 import numpy as np, torch
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score
-from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-from sklearn.utils.extmath import randomized_svd
-from scipy.stats import rankdata
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .core import load_tensors, metric, save_tensors
-from .data import BANDWIDTHS, mmd2
 from .images import Images, ImageBatch, image_batches
-from .text_metrics import wilson_interval
+from .stats import share_metric
 
 # %% ../nbs/42_image_metrics.ipynb #b7923891
 class ResBlock(nn.Module):
@@ -138,8 +126,6 @@ def predict(net:Classifier, x:Tensor|Images, chunk:int=1024) -> Tensor: # Long, 
     return apply_chunked(lambda x: torch.stack([l.argmax(-1) for l in net.logits(x)], 1), net, x, chunk)
 
 # %% ../nbs/42_image_metrics.ipynb #ba361149
-def _share(k, n, estimator): return metric(k/n if n else None, wilson_interval(k, n), n, estimator)
-
 def accuracy(
     net:Classifier, # Classifier
     x:Tensor|Images, # Pictures
@@ -150,7 +136,7 @@ def accuracy(
     y,p = y[:,None] if y.ndim == 1 else y,predict(net, x)
     if y.shape != p.shape: raise ValueError(f'labels of shape {tuple(y.shape)} for predictions of shape {tuple(p.shape)}')
     right,known = ((p == y) & (y >= 0)).sum(0).tolist(),(y >= 0).sum(0).tolist()
-    return {k: _share(right[i], known[i], f'accuracy of {k}, Wilson 95 %') for i,k in enumerate(net.heads)}
+    return {k: share_metric(right[i], known[i], f'accuracy of {k}, Wilson 95 %') for i,k in enumerate(net.heads)}
 
 def save_classifier(path, net:Classifier, **meta): # Path written
     "Weights and configuration in one safetensors file; `meta` is kept beside them"
@@ -321,130 +307,17 @@ def density_coverage(
     dens = hits/k; half = 1.96*float(dens.std())/math.sqrt(m) if m > 1 else 0.
     d = float(dens.mean())
     return dict(density=metric(d, (max(0., d-half), d+half), m, f'density, k={k}, {n} real samples'),
-                coverage=_share(int(covered.sum()), n, f'coverage, k={k}, {m} samples, Wilson 95 %'))
+                coverage=share_metric(int(covered.sum()), n, f'coverage, k={k}, {m} samples, Wilson 95 %'))
 
 def precision_recall(real:Tensor, fake:Tensor, k:int=3, chunk:int=1024) -> dict[str,dict]: # Metrics `precision` and `recall`
     "Share of samples inside some real point's ball, and of real points inside some sample's (Kynkäänniemi et al. 2019)"
     def inside(a, b): # Which points of `b` lie in a ball around a point of `a`
         r,out = knn_radii(a, k, chunk),torch.zeros(len(b), dtype=torch.bool, device=b.device)
         for i,c in _rows(a, chunk): out |= (_dist(c, b) <= r[i:i+chunk,None]).any(0)
-        return _share(int(out.sum()), len(b), f'k={k}, {len(a)} centres, Wilson 95 %')
+        return share_metric(int(out.sum()), len(b), f'k={k}, {len(a)} centres, Wilson 95 %')
     return dict(precision=inside(real.double(), fake.double()), recall=inside(fake.double(), real.double()))
 
 # %% ../nbs/42_image_metrics.ipynb #c638d4a0
-def auroc_interval(
-    a:float, # Observed AUROC
-    n:int, # Scores on one side
-    m:int, # On the other
-) -> tuple[float,float]: # 95 % interval
-    "Score interval with the variance of Hanley & McNeil (1982); Newcombe (2006), method 5"
-    k = (n+m)/2-1
-    far = lambda t: abs(t-a) - 1.959964*math.sqrt(t*(1-t)*(1 + k*((1-t)/(2-t) + t/(1+t)))/(n*m))
-    def root(out): # Between `a`, which is inside, and the end `out`
-        inside = a
-        if far(out) <= 0: return out
-        for _ in range(60):
-            mid = (inside+out)/2
-            inside,out = (mid,out) if far(mid) <= 0 else (inside,mid)
-        return inside
-    return root(0.),root(1.)
-
-def _scores(*ss):
-    out = [np.asarray(s.detach().cpu() if isinstance(s, Tensor) else s, dtype=float) for s in ss]
-    for s in out:
-        if s.ndim != 1 or not len(s) or not np.isfinite(s).all():
-            raise ValueError(f'scores must be a non-empty vector of finite numbers, got shape {s.shape}')
-    return out
-
-def _auroc(s_in, s_out):
-    n,m = len(s_in),len(s_out)
-    return float((rankdata(np.concatenate([s_in, s_out]))[:n].sum() - n*(n+1)/2)/(n*m))
-
-def auroc(
-    scores_in, # Scores of in-distribution samples, shape `(n,)`: high means in
-    scores_out, # Scores of the others, shape `(m,)`
-) -> dict: # Metric, 0 to 1; .5 is chance
-    "P(in scores above out), ties count half. `ValueError` for empty or non-finite scores"
-    i,o = _scores(scores_in, scores_out)
-    a = _auroc(i, o)
-    return metric(a, auroc_interval(a, len(i), len(o)), len(i)+len(o), f'AUROC, {len(i)} in, {len(o)} out; Newcombe 95 %')
-
-def aupr(
-    scores_in, # Scores of in-distribution samples, the positives
-    scores_out, # Scores of the others
-    gen:torch.Generator|None=None, # Source of the bootstrap, on the CPU; no interval if `None`
-    n_boot:int=200, # Replicates
-) -> dict: # Metric, 0 to 1; chance is the share of positives
-    "Area under precision-recall, as average precision"
-    i,o = _scores(scores_in, scores_out)
-    f = lambda i, o: float(average_precision_score(np.r_[np.ones(len(i)), np.zeros(len(o))], np.r_[i, o]))
-    draw = lambda s: s[torch.randint(len(s), (len(s),), generator=gen).numpy()]
-    interval = None if gen is None else np.percentile([f(draw(i), draw(o)) for _ in range(n_boot)], [2.5, 97.5])
-    return metric(f(i, o), interval, len(i)+len(o), f'average precision, {len(i)} in (positive), {len(o)} out')
-
-# %% ../nbs/42_image_metrics.ipynb #03e0702c
-def _reduce(x, max_dim, seed):
-    "Leading principal components (randomised), with the log norm of the point and of the rest"
-    if x.shape[1] <= max_dim: return x
-    c = x-x.mean(0); P = c@randomized_svd(c, max_dim, n_iter=2, random_state=seed)[2].T
-    rest = np.maximum((c**2).sum(1)-(P**2).sum(1), 0)
-    return np.c_[P, np.log1p((c**2).sum(1)), np.log1p(rest)]
-
-def _log_odds(models, x):
-    p = np.clip(np.stack([m.predict_proba(x)[:,1] for m in models], 1), 1e-6, 1-1e-6)
-    return np.log(p/(1-p))
-
-def _two_sample_scores(x, y, x_test, seed):
-    "Train on `x, y`, score `x_test`"
-    models = [make_pipeline(StandardScaler(), PolynomialFeatures(2, include_bias=False), StandardScaler(),
-                            LogisticRegression(C=.01, max_iter=300)),
-              HistGradientBoostingClassifier(max_iter=100, max_leaf_nodes=8, early_stopping=False, random_state=seed)]
-    odds = np.zeros((len(x), len(models)))
-    for tr,te in StratifiedKFold(3, shuffle=True, random_state=seed).split(x, y):
-        odds[te] = _log_odds([m.fit(x[tr], y[tr]) for m in models], x[te])
-    mix = np.maximum(LogisticRegression(C=1.).fit(odds, y).coef_[0], 0)
-    if not mix.any(): mix = np.ones(len(models))
-    return _log_odds([m.fit(x, y) for m in models], x_test)@mix
-
-def two_sample_auroc(
-    a:Tensor, # One sample, shape `(n, d)`
-    b:Tensor, # The other, shape `(m, d)`
-    gen:torch.Generator, # Source of subsets and folds, on the CPU
-    *,
-    n_folds:int=5, # Folds, each held out once
-    max_n:int=2000, # Points used a side
-    max_dim:int=32, # Dimensions used
-) -> dict: # Metric: .5 indistinguishable, 1 apart
-    "Cross-validated classifier two-sample AUROC (Lopez-Paz & Oquab 2017), the mean over folds. `ValueError` for different dimensions or fewer than 4 points a fold"
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f'samples of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared')
-    if min(len(a), len(b)) < 4*n_folds:
-        raise ValueError(f'{n_folds} folds need at least {4*n_folds} points a side, got {len(a)} and {len(b)}')
-    pick = lambda x: x.detach().cpu().double()[torch.randperm(len(x), generator=gen)[:max_n]].numpy()
-    a,b = pick(a),pick(b); d = a.shape[1]
-    x,y = np.concatenate([a, b]),np.repeat([1, 0], [len(a), len(b)])
-    seed,out = int(torch.randint(2**31-1, (), generator=gen)),[]
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)   # a regression stopped early is still a valid classifier
-        x = _reduce(x, max_dim, seed)
-        for tr,te in StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(x, y):
-            s = _two_sample_scores(x[tr], y[tr], x[te], seed)
-            out.append(_auroc(s[y[te] == 1], s[y[te] == 0]))
-    v = float(np.mean(out))
-    return metric(v, auroc_interval(v, len(a), len(b)), len(a)+len(b),
-                  f'two-sample AUROC, quadratic + trees, {n_folds} folds, {len(a)} against {len(b)} points, d={d}'
-                  + (f' reduced to {max_dim}+2' if d > max_dim else ''))
-
-# %% ../nbs/42_image_metrics.ipynb #8e9bac54
-def latent_mmd(
-    a:Tensor, # Latents, shape `(n, d)`
-    b:Tensor, # Latents, shape `(m, d)`
-) -> dict: # Metric
-    "Unbiased squared MMD, Gaussian kernels of widths `sqrt(d)` times `data.BANDWIDTHS`, averaged"
-    v = float(mmd2(a.detach(), b.detach(), [h*math.sqrt(a.shape[-1]) for h in BANDWIDTHS]))
-    return metric(v, n=min(len(a), len(b)),
-                  estimator=f'unbiased MMD^2, 5 Gaussian kernels of width sqrt(d) x {BANDWIDTHS[0]}..{BANDWIDTHS[-1]:g}, {len(a)} against {len(b)} points')
-
 def spread(u:Tensor) -> dict[str,float]: # `std` (root mean variance), `std_min`, `std_max`, `mean_abs`, `mean_max` over dimensions
     "Moments of latents `(n, d)`; `ValueError` for fewer than two"
     if u.ndim != 2 or len(u) < 2: raise ValueError(f'at least two latents of shape (n, d) are needed, got {tuple(u.shape)}')
@@ -458,6 +331,8 @@ def spread_ratio(
 ) -> float: # 1 if equally wide
     "Ratio of the root mean variances"
     return spread(u)['std']/spread(ref)['std']
+
+
 
 # %% ../nbs/42_image_metrics.ipynb #bbfad6ce
 def class_histogram_kl(
@@ -481,7 +356,7 @@ def control_accuracy(
     asked = (y >= 0).any(1)
     if not asked.any(): raise ValueError('no value was asked for')
     ok = ((p == y) | (y < 0)).all(1) & asked
-    return _share(int(ok.sum()), int(asked.sum()), 'all wanted values predicted, Wilson 95 %')
+    return share_metric(int(ok.sum()), int(asked.sum()), 'all wanted values predicted, Wilson 95 %')
 
 def class_coverage(
     real:Tensor, # Features, shape `(n, d)`
@@ -495,7 +370,7 @@ def class_coverage(
     for c in real_y.unique().tolist():
         a,b = real[real_y == c],fake[fake_y == c]
         if c >= 0 and len(a) > k:
-            none = dict(density=metric(None, n=0, estimator='no samples'), coverage=_share(0, len(a), 'no samples'))
+            none = dict(density=metric(None, n=0, estimator='no samples'), coverage=share_metric(0, len(a), 'no samples'))
             out[c] = density_coverage(a, b, k) if len(b) else none
     return out
 

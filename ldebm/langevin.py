@@ -75,13 +75,14 @@ def chain_states(
     on_step=None, # See `chain`
 ) -> tuple[Tensor,Tensor]: # Final states, and the first update at which something was not finite (`n_steps+1`: none)
     "The updates of `chain`, without a wait for the device"
-    y,first = y.detach(),torch.full((), n_steps+1, device=y.device, dtype=torch.long)
+    y = y.detach(); seen = y.new_zeros(n_steps+2, len(y)) # `F` before each update, what the last one left, and an end mark
     for i in range(n_steps):
         F,g = grad(y)
-        first = torch.where(F.isfinite().all(), first, first.clamp(max=i))
+        seen[i] = F
         if on_step: on_step(i, y=y, F=F, g=g)
         y = step(y, F, g, noise(i))
-    return y,torch.where(y.isfinite().all(), first, first.clamp(max=n_steps))
+    seen[-2] = y.sum(-1); seen[-1] = torch.inf
+    return y,seen.isfinite().all(1).logical_not().long().argmax()
 
 def chain(
     grad, # `grad(y) -> (F, dF/dy)`
@@ -223,24 +224,24 @@ def mala_states(energy, z, t, m, v, tau, y, context, noise, uniform, n_steps, rh
     "The updates of `mala_chain`; `noise` and `uniform`: functions of the update, or tensors of all"
     at = lambda x, i: x(i) if callable(x) else x[i]
     base = energy.base(t, context)
-    bad = lambda F, g: (F.isnan() | (F == torch.inf) | (F.isfinite() & ~g.isfinite().all(-1))).any()
+    var = v*(1-rho**2); pull,sd = (1-rho)*v/tau,var.sqrt()
+    sq = lambda x, s: (x.square()/(2*s)).sum(-1)
+    mean = lambda x, g: torch.lerp(m, x, rho) + shorten(pull*g, drift, sd)
     F,g = energy.grad(z, t, y, context, base)
-    first = torch.full((), n_steps+1, device=z.device, dtype=torch.long); first = torch.where(bad(F, g) | ~F.isfinite().all(), torch.zeros_like(first), first)
-    var,total = v*(1-rho**2),torch.zeros_like(F)
-    sq = lambda x, s: (x**2/(2*s)).sum(-1)
-    pull,sd = (1-rho)*v/tau,var.sqrt()
-    mean = lambda x, g: m + rho*(x-m) + shorten(pull*g, drift, sd)
+    seen,slope = (F.new_zeros(n_steps+2, len(z)) for _ in range(2)); seen[0],slope[0],seen[-1] = F,g.sum(-1),torch.nan # `F`, its slopes, and an end mark
+    log_p,to,total = F/tau[:,0]-sq(z-m, v),mean(z, g),torch.zeros_like(F)
     for i in range(n_steps):
-        x = mean(z, g) + sd*at(noise, i)
+        e = at(noise, i); x = torch.addcmul(to, sd, e)
         Fx,gx = energy.grad(x, t, y, context, base)
-        first = torch.where(bad(Fx, gx), first.clamp(max=i+1), first)
-        log_a = (Fx-F)/tau[:,0] - sq(x-m, v) + sq(z-m, v) - sq(z-mean(x, gx), var) + sq(x-mean(z, g), var)
-        a = log_a.clamp(max=0).exp().nan_to_num(0.)
-        take = at(uniform, i) < a
-        z,g,F = torch.where(take[:,None], x, z),torch.where(take[:,None], gx, g),torch.where(take, Fx, F)
+        seen[i+1],slope[i+1] = Fx,gx.sum(-1)
+        log_px,back = Fx/tau[:,0]-sq(x-m, v),mean(x, gx)
+        a = (log_px-log_p-sq(z-back, var)+.5*e.square().sum(-1)).clamp(max=0).exp().nan_to_num(0.)
+        take = at(uniform, i) < a; row = take[:,None]
+        z,g,to,F,log_p = torch.where(row, x, z),torch.where(row, gx, g),torch.where(row, back, to),torch.where(take, Fx, F),torch.where(take, log_px, log_p)
         total = total+a
         if on_step: on_step(i, y=z, F=F, g=g, accept=a)
-    return z,total,first
+    bad = seen.isnan() | (seen == torch.inf) | (seen.isfinite() & ~slope.isfinite()); bad[0] |= ~seen[0].isfinite()
+    return z,total,bad.any(1).long().argmax()
 
 # %% ../nbs/12_langevin.ipynb #b2735bce
 def split_rhat(

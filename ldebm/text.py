@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PAD', 'UNK', 'BOS', 'EOS', 'DD_SPLITS', 'DD_FILES', 'DD_LABELS', 'DD_WORD', 'CORPORA', 'Vocab', 'build_vocab',
            'Split', 'make_split', 'Batch', 'get_batch', 'n_batches', 'plan_epoch', 'batches', 'Corpus',
-           'load_grammar_corpus', 'load_ptb_corpus', 'read_dialogues', 'load_dailydialog_corpus', 'read_sentences',
-           'load_file_corpus', 'load_corpus', 'plot_lengths']
+           'load_grammar_corpus', 'ptb_sentences', 'load_ptb_corpus', 'read_dialogues', 'dailydialog_sentences',
+           'load_dailydialog_corpus', 'read_sentences', 'file_sentences', 'load_file_corpus', 'corpus_file',
+           'load_corpus', 'split_sentences', 'plot_lengths']
 
 # %% ../nbs/02_text.ipynb #411020c3
 import difflib, re
@@ -208,11 +209,15 @@ def load_grammar_corpus(max_len:int=40, vocab_size:int=10_000) -> Corpus:
     return Corpus('grammar', vocab, {k: make_split(vocab, s, max_len, lab) for k,(s,lab) in data.items()}, dict(GRAMMAR_ATTRIBUTES))
 
 # %% ../nbs/02_text.ipynb #efef0e45
-def load_ptb_corpus(max_len:int=40, vocab_size:int=10_000) -> Corpus:
-    "Penn Treebank: 42,068 / 3,370 / 3,761 sentences, 10,001 vocabulary entries"
+def ptb_sentences() -> dict[str,list[list[str]]]: # Words of each sentence, by split
+    "Penn Treebank as its files have it"
     from torchtext.datasets import PennTreebank
     folder = find_data('ptb', PTB_FILES, url={u.rsplit('/', 1)[1]: u for u in PennTreebank.urls})
-    data = {k: read_sentences(folder/f'ptb.{k}.txt') for k in ('train', 'valid', 'test')}
+    return {k: read_sentences(folder/f'ptb.{k}.txt') for k in ('train', 'valid', 'test')}
+
+def load_ptb_corpus(max_len:int=40, vocab_size:int=10_000) -> Corpus:
+    "Penn Treebank: 42,068 / 3,370 / 3,761 sentences, 10,001 vocabulary entries"
+    data = ptb_sentences()
     vocab = build_vocab(data['train'], vocab_size)
     return Corpus('ptb', vocab, {k: make_split(vocab, s, max_len) for k,s in data.items()})
 
@@ -242,11 +247,15 @@ def read_dialogues(
     return turns,{'act': torch.tensor(act)-1, 'emotion': torch.tensor(emotion)}
 
 # %% ../nbs/02_text.ipynb #a329a054
-def load_dailydialog_corpus(max_len:int=40, vocab_size:int=10_000) -> Corpus:
-    "DailyDialog turns with act and emotion: 87,170 / 8,069 / 7,740 sentences, 10,004 vocabulary entries"
+def dailydialog_sentences() -> dict[str,tuple[list[list[str]],dict[str,Tensor]]]: # Split -> `read_dialogues`
+    "All of DailyDialog"
     folder = find_data('dailydialog', DD_FILES,
                        hint='Its authors distribute it (yanran.li/dailydialog, CC BY-NC-SA 4.0); unpack all three splits.')
-    data = {k: read_dialogues(folder, s) for k,s in DD_SPLITS.items()}
+    return {k: read_dialogues(folder, s) for k,s in DD_SPLITS.items()}
+
+def load_dailydialog_corpus(max_len:int=40, vocab_size:int=10_000) -> Corpus:
+    "DailyDialog turns with act and emotion: 87,170 / 8,069 / 7,740 sentences, 10,004 vocabulary entries"
+    data = dailydialog_sentences()
     vocab = build_vocab(data['train'][0], vocab_size, (PAD, UNK, '<sys>', '<usr>'))
     return Corpus('dailydialog', vocab, {k: make_split(vocab, s, max_len, lab) for k,(s,lab) in data.items()}, dict(DD_LABELS))
 
@@ -272,13 +281,11 @@ def read_sentences(
     return out
 
 # %% ../nbs/02_text.ipynb #0153605e
-def load_file_corpus(
+def file_sentences(
     path, # Text file with one sentence a line
-    max_len:int=40, # Most ids in a sentence, both tags counted
-    vocab_size:int=10_000, # Words kept, tags included
     seed:int=0, # Of the shuffle before the file is split
-) -> Corpus:
-    "A file as a corpus: shuffled, 5 % for validation, 5 % for test, the rest for training. `ValueError` for fewer than 20 sentences"
+) -> dict[str,list[list[str]]]: # Words of each sentence, by split
+    "A file, shuffled: 5 % for validation, 5 % for test, the rest for training. `ValueError` for fewer than 20 sentences"
     data = read_sentences(path)
     if len(data)<20:
         raise ValueError(f'{path} has {len(data)} sentence{"s"*(len(data)>1)}; at least 20 are needed, to leave some for validation and test')
@@ -286,11 +293,29 @@ def load_file_corpus(
         raise ValueError(f'{path}: every line is a single word, too short for sentences; a corpus has one sentence a line')
     order,n = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist(),len(data)//20
     parts = {'train': sorted(order[2*n:]), 'valid': sorted(order[:n]), 'test': sorted(order[n:2*n])}
-    vocab = build_vocab([data[i] for i in parts['train']], vocab_size)
-    return Corpus(Path(path).name, vocab, {k: make_split(vocab, [data[i] for i in ix], max_len) for k,ix in parts.items()})
+    return {k: [data[i] for i in ix] for k,ix in parts.items()}
+
+def load_file_corpus(
+    path, # Text file with one sentence a line
+    max_len:int=40, # Most ids in a sentence, both tags counted
+    vocab_size:int=10_000, # Words kept, tags included
+    seed:int=0, # Of the shuffle before the file is split
+) -> Corpus:
+    "A file as a corpus: shuffled, 5 % for validation, 5 % for test, the rest for training. `ValueError` for fewer than 20 sentences"
+    data = file_sentences(path, seed)
+    vocab = build_vocab(data['train'], vocab_size)
+    return Corpus(Path(path).name, vocab, {k: make_split(vocab, s, max_len) for k,s in data.items()})
 
 # %% ../nbs/02_text.ipynb #dbf112e8
 CORPORA = {'grammar': load_grammar_corpus, 'ptb': load_ptb_corpus, 'dailydialog': load_dailydialog_corpus}
+
+def corpus_file(name:str) -> Path: # Path of the file that a name which is not in `CORPORA` stands for
+    "`ValueError` for what looks like the misspelt name of a corpus"
+    p = Path(name)
+    if p.exists() or p.suffix or len(p.parts)>1: return p
+    near = difflib.get_close_matches(str(name).lower(), CORPORA, n=1, cutoff=.5)
+    raise ValueError(f'unknown corpus {str(name)!r}' + (f'; did you mean {near[0]!r}?' if near else ';')
+                     + f' Known: {", ".join(CORPORA)}, or the path of a text file')
 
 def load_corpus(
     name:str, # `grammar`, `ptb`, `dailydialog`, or a text file with one sentence a line
@@ -301,12 +326,21 @@ def load_corpus(
 ) -> Corpus:
     "A corpus by name or file. `ValueError` for an unknown name or a bad file, `FileNotFoundError` for missing data"
     if vocab_size<4: raise ValueError(f'vocab_size must be at least 4 and is {vocab_size}')
-    if name in CORPORA: return CORPORA[name](max_len, vocab_size)
-    p = Path(name)
-    if p.exists() or p.suffix or len(p.parts)>1: return load_file_corpus(p, max_len, vocab_size, seed)
-    near = difflib.get_close_matches(str(name).lower(), CORPORA, n=1, cutoff=.5)
-    raise ValueError(f'unknown corpus {str(name)!r}' + (f'; did you mean {near[0]!r}?' if near else ';')
-                     + f' Known: {", ".join(CORPORA)}, or the path of a text file')
+    return CORPORA[name](max_len, vocab_size) if name in CORPORA else load_file_corpus(corpus_file(name), max_len, vocab_size, seed)
+
+# %% ../nbs/02_text.ipynb #a5c373d2
+def split_sentences(
+    name:str, # `grammar`, `ptb`, `dailydialog`, or a text file with one sentence a line
+    *,
+    vocab:Vocab|None=None, # Words outside it become `<unk>`; every word is kept if `None`
+    seed:int=0, # How a file is split
+) -> dict[str,list[list[str]]]: # Words of each sentence, by split
+    "All sentences of a corpus, none cut; the same ones in the same order as in `load_corpus`"
+    if name == 'grammar': data = {k: s for k,(s,_) in load_grammar_files().items()}
+    elif name == 'ptb': data = ptb_sentences()
+    elif name == 'dailydialog': data = {k: s for k,(s,_) in dailydialog_sentences().items()}
+    else: data = file_sentences(corpus_file(name), seed)
+    return data if vocab is None else {k: [[w if w in vocab.stoi else UNK for w in ws] for ws in s] for k,s in data.items()}
 
 # %% ../nbs/02_text.ipynb #4d4860f5
 def plot_lengths(corpus:Corpus, ax=None):

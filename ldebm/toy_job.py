@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .core import Average, Run, choose, make_gen, metric, pick_device, progress, provenance, result_path, set_threads, write_result
-from .data import ARMS, RATE, TOYS, grid16, mmd
+from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
 from .langevin import split_rhat
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
 from .schedule import consistent_schedule, diffuse
+from .stats import mmd
 from .train import TrainCfg, fit
 
 # %% ../nbs/61_toy_job.ipynb #9bd54abe

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 from torch.testing import assert_close
 
@@ -140,71 +139,10 @@ def test_precision_recall_by_hand():
     assert value(pr["recall"]) == pytest.approx(2/3)      # only the ball of 50, from 0.6 on, holds 1 and 10
 
 
-# --- ranking
-
-def test_auroc_by_hand_and_against_sklearn():
-    assert value(im.auroc([2, 2], [2, 2])) == 0.5
-    assert value(im.auroc([3, 1], [2])) == 0.5
-    assert value(im.auroc([1, 1, 0], [1, 0])) == pytest.approx((0.5+1+0.5+1+0+0.5)/6)
-    for seed in range(3):
-        i, o = normal(57, 1, "i", seed)[:, 0].mul(3).round(), normal(80, 1, "o", seed)[:, 0].mul(3).round()-1   # many ties
-        y, s = np.r_[np.ones(57), np.zeros(80)], torch.cat([i, o]).numpy()
-        assert value(im.auroc(i, o)) == pytest.approx(roc_auc_score(y, s))
-        assert value(im.auroc(-i, -o)) == pytest.approx(1-roc_auc_score(y, s))
-        assert value(im.aupr(i, o)) == pytest.approx(average_precision_score(y, s))
-    assert im.aupr(i, o, make_gen(0))["interval"][0] < value(im.aupr(i, o)) < im.aupr(i, o, make_gen(0))["interval"][1]
-    for bad in ([], [float("inf")], [[1.0]]):
-        with pytest.raises(ValueError, match="finite"): im.auroc(bad, [0.0])
-
-
-def test_auroc_interval():
-    for a in (0.0, 0.2, 0.5, 0.76, 0.99, 1.0):
-        lo, hi = im.auroc_interval(a, 50, 70)
-        assert 0 <= lo <= a <= hi <= 1 and 0.02 < hi-lo < 0.25
-        l2, h2 = im.auroc_interval(1-a, 50, 70)
-        assert (1-h2, 1-l2) == pytest.approx((lo, hi))
-        w = im.auroc_interval(a, 500, 700)
-        assert w[1]-w[0] < hi-lo
-    lo, hi = im.auroc_interval(0.5, 100, 100)
-    assert (hi-lo)/2 == pytest.approx(1.96*math.sqrt(0.25*(1+99*2/3)/1e4), rel=0.06)   # Hanley & McNeil's standard error at a half
-
-
-# --- two-sample AUROC
-
-def test_two_sample_auroc():
-    n, d = 400, 6
-    L = torch.linalg.cholesky(0.85*torch.ones(d, d)+0.15*torch.eye(d)).double()
-    modes = 0.95*normal(n, d, "m").sign() + math.sqrt(1-0.95**2)*normal(n, d, "m2")   # mean 0, variance 1, uncorrelated
-    a = normal(n, d, "a")
-    run = lambda b, **kw: value(im.two_sample_auroc(a, b, make_gen(0, "c"), **kw))
-    same = run(normal(n, d, "b"))
-    assert abs(same-0.5) < 0.07
-    assert run(2*normal(n, d, "s")) > 0.9
-    assert run(normal(n, d, "c")@L.T) > 0.9
-    assert run(modes) > 0.9
-    assert run(normal(n, d, "sh")+1) > 0.9
-    assert 0.55 < run(1.2*normal(n, d, "w")) < 0.8
-    assert run(normal(n, d, "b")) == same   # the generator decides
-
-
-def test_two_sample_auroc_many_dimensions_and_points():
-    a, b = normal(300, 100, "a"), normal(400, 100, "b")
-    m = im.two_sample_auroc(a, 1.1*b, make_gen(0), n_folds=3, max_dim=8, max_n=250)
-    assert m["n"] == 500 and "reduced to 8" in m["estimator"] and m["value"] > 0.75   # the norm tells
-    assert abs(value(im.two_sample_auroc(a, b, make_gen(0), n_folds=3, max_dim=8))-0.5) < 0.1
-    with pytest.raises(ValueError, match="at least 20"): im.two_sample_auroc(a[:19], b, make_gen(0))
-    with pytest.raises(ValueError, match="compared"): im.two_sample_auroc(a, b[:, :5], make_gen(0))
-
-
 # --- latents
 
-def test_latent_mmd_and_spread():
-    a, b = normal(500, 8, "a"), normal(500, 8, "b")
-    same, wide = value(im.latent_mmd(a, b)), value(im.latent_mmd(a, 2*b))
-    assert abs(same) < 2e-3 < 20*2e-3 < wide
-    naive = lambda x, y: sum(torch.exp(-torch.cdist(x, y)**2/(2*h*h*8)) for h in (.25, .5, 1, 2, 4))/5
-    off = lambda K: (K.sum()-K.trace())/(len(K)*(len(K)-1))
-    assert wide == pytest.approx(float(off(naive(a, a))+off(naive(2*b, 2*b))-2*naive(a, 2*b).mean()), abs=1e-6)
+def test_spread():
+    a = normal(500, 8, "a")
     s = im.spread(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     assert s == pytest.approx(dict(std=1.0, std_min=0.0, std_max=math.sqrt(2), mean_abs=1.0, mean_max=1.0))
     assert im.spread_ratio(3*a, a) == pytest.approx(3)

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from ldebm.data import mmd_test
+from ldebm.stats import mmd_test
 from ldebm.energy import Energy, GuidedEnergy, energy_grad, fast_energy
 from ldebm.generator import Generator, GeneratorCfg
 from ldebm.langevin import linear_chain_moments

@@ -9,9 +9,16 @@ import torch
 
 from ldebm import text_metrics as tm
 from ldebm.core import make_gen
+from ldebm.data import load_grammar
 
 
 def value(m): return m["value"]
+
+
+def grammar_text(n, *stream): return load_grammar().sample(n, make_gen(0, *stream))[0]
+
+
+def width(m): return m["interval"][1]-m["interval"][0]
 
 
 def lines(path): return [s.split() for s in path.read_text().splitlines() if s.split()]
@@ -95,6 +102,38 @@ def test_wkl_skips_and_unseen_share_tells():
     assert value(tm.unseen_share([["x"]*9 + ["a"]], [["a"]])) == pytest.approx(0.9)
 
 
+def zipf_text(n, *stream, types=60, length=8, power=1.0):
+    p = 1/torch.arange(1, types+1).double()**power
+    return [[f"w{i}" for i in s] for s in torch.multinomial(p, n*length, replacement=True, generator=make_gen(0, *stream)).view(n, length).tolist()]
+
+
+def test_wkl_interval():
+    train = tm.word_counts(zipf_text(5000, "train"))
+    other = [tm.wkl(zipf_text(300, "other", i, power=1.3), train, gen=make_gen(0, "b", i)) for i in range(60)]   # truly different: the linear part rules
+    sd = np.std([value(m) for m in other], ddof=1)
+    assert .75 < np.mean([width(m) for m in other])/(2*1.96*sd) < 1.35
+    same = [tm.wkl(zipf_text(300, "same", i), train, gen=make_gen(0, "b", i)) for i in range(60)]   # noise rules: conservative, by about sqrt(3)
+    sd, mean = np.std([value(m) for m in same], ddof=1), np.mean([value(m) for m in same])
+    assert 1.1 < np.mean([width(m) for m in same])/(2*1.96*sd) < 2.6
+    assert sum(m["interval"][0] <= mean <= m["interval"][1] for m in same) >= 55
+    assert tm.wkl([["a"], []]*50, [["a"]], gen=make_gen(0))["interval"] == [0, 0]   # nothing varies
+    m = tm.wkl([["a", "b", "x"], ["a"], ["b", "b"]]*9, [["a", "b"]], gen=make_gen(1), n_boot=7)   # by definition, sentence by sentence
+    from ldebm.stats import bootstrap_interval, resample_counts
+    w = resample_counts(27, 7, make_gen(1))
+    again = [[["a", "b", "x"], ["a"], ["b", "b"]][i % 3] for i in range(27)]
+    slow = [value(tm.wkl([s for s, k in zip(again, row) for _ in range(int(k))], [["a", "b"]])) for row in w]
+    assert m["interval"] == pytest.approx(bootstrap_interval(value(m), slow))
+
+
+def test_wkl_reference_is_the_score_of_resampled_sentences():
+    train = zipf_text(2000, "train")
+    m = tm.wkl_reference(train, 500, make_gen(0, "r"))
+    v = [value(tm.wkl([train[i] for i in torch.randint(2000, (500,), generator=make_gen(0, "d", j)).tolist()], train)) for j in range(100)]
+    assert value(m) == pytest.approx(np.mean(v), abs=4*np.std(v)/20**.5)
+    assert sum(m["interval"][0] <= x <= m["interval"][1] for x in v) >= 80
+    assert tm.wkl_reference(train, 500, make_gen(0, "r"), n_rep=1)["interval"] is None
+
+
 @pytest.mark.data
 def test_wkl_of_ptb(ldebm_data):
     train, test = (lines(ldebm_data/"ptb"/f"ptb.{s}.txt") for s in ("train", "test"))
@@ -107,6 +146,14 @@ def test_wkl_of_ptb(ldebm_data):
     m = tm.wkl_reference(train, 40_000, make_gen(0, "wkl"), n_rep=3)
     assert value(m) == pytest.approx(0.006, abs=0.0007) and m["n"] == 40_000
     assert value(tm.wkl_reference(train, 1000, make_gen(0, "wkl"), n_rep=3)) == pytest.approx(0.210, abs=0.01)
+    assert value(tm.wkl_reference(train, 10_000, make_gen(0, "wkl"), n_rep=3)) == pytest.approx(0.027, abs=0.001)
+    assert value(tm.wkl_reference(train, 20_000, make_gen(0, "wkl"), n_rep=3)) == pytest.approx(0.012, abs=0.001)
+    some = [value(tm.wkl([train[i] for i in torch.randperm(len(train), generator=make_gen(0, "some", j))[:3761].tolist()], counts)) for j in range(3)]
+    assert all(.063 < v < .073 for v in some)
+    assert value(tm.wkl(train, test, n_max=len(train))) == pytest.approx(0.017, abs=0.001)   # the other way round
+    m = tm.wkl(test, counts, gen=make_gen(0, "boot"))
+    assert m["interval"][0] < .136 < m["interval"][1] and width(m) < .03
+    m = tm.wkl_reference(train, 40_000, make_gen(0, "wkl"), n_rep=3)
     drawn = torch.randint(len(train), (40_000,), generator=make_gen(1, "wkl")).tolist()
     assert value(tm.wkl([train[i] for i in drawn], counts)) == pytest.approx(value(m), abs=0.0005)
 
@@ -129,6 +176,52 @@ def test_variety_edge_cases():
     with pytest.raises(ValueError): tm.self_bleu([["a"]])
 
 
+def test_variety_intervals_leave_sentences_out():
+    samples = [list(o) for o in ("abab", "abc", "abab", "d", "bcd", "")]
+    from ldebm.stats import jackknife_interval
+    for f in (lambda s: tm.distinct_n(s, 2), tm.unique_share):
+        left = [value(f(samples[:i]+samples[i+1:])) for i in range(len(samples))]
+        assert f(samples)["interval"] == pytest.approx(jackknife_interval(value(f(samples)), left, lo=0, hi=1))
+    assert tm.distinct_n([["a", "b"], ["c"]], 2)["interval"] is None   # a single sentence has all pairs
+    assert tm.unique_share([["a"]])["interval"] is None
+
+
+def test_variety_intervals_hold_the_value_at_equal_n():
+    for f, n in ((lambda s: tm.distinct_n(s, 2), 100), (lambda s: tm.distinct_n(s, 4), 100), (lambda s: tm.unique_share([o[:3] for o in s]), 200)):
+        ms = [f(grammar_text(n, "variety", i)) for i in range(80)]
+        truth, sd = np.mean([value(m) for m in ms]), np.std([value(m) for m in ms], ddof=1)
+        assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= 73
+        assert 0.8 < np.mean([width(m) for m in ms])/(2*1.96*sd) < 2.5   # conservative
+
+
+def test_ngram_overlap_by_hand():
+    train, samples = [list("abcd"), list("xy")], [list("abcz"), list("b"), list("yxyx")]
+    m = tm.ngram_overlap(samples, train, [list("abcd"), list("bd")], 2)
+    assert value(m["overlap_2"]) == 3/6 and m["overlap_2"]["n"] == 2   # ab bc | xy; `b` has no pair
+    assert value(m["overlap_2_real"]) == 3/4
+    assert list(tm.ngram_overlap(samples, train, n=8)) == ["overlap_8"] and tm.ngram_overlap(samples, train, n=8)["overlap_8"]["value"] is None
+    assert value(tm.ngram_overlap(train, train, n=3)["overlap_3"]) == 1
+
+
+def test_ngram_overlap_of_a_copier():
+    train, heldout = grammar_text(500, "train"), grammar_text(500, "heldout")
+    fair = [tm.ngram_overlap(grammar_text(300, "fair", i), train, heldout, 4) for i in range(10)]
+    copy = tm.ngram_overlap(train[:60]+grammar_text(240, "fair"), train, heldout, 8)
+    assert copy["overlap_8"]["interval"][0] > copy["overlap_8_real"]["interval"][1]
+    centre = np.mean([value(m["overlap_4"]) for m in fair])
+    assert sum(m["overlap_4"]["interval"][0] <= centre <= m["overlap_4"]["interval"][1] for m in fair) >= 8
+
+
+def test_self_bleu_interval_and_reference():
+    real = grammar_text(2000, "real")
+    ms = [tm.self_bleu(grammar_text(100, "self", i)) for i in range(80)]
+    truth, sd = np.mean([value(m) for m in ms]), np.std([value(m) for m in ms], ddof=1)
+    assert .8 < np.mean([width(m) for m in ms])/(2*1.96*sd) < 1.6 and sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= 73
+    ref = tm.self_bleu_real(real, 100, make_gen(0, "ref"))
+    assert ref["n"] == 100 and ref["interval"][0] < truth < ref["interval"][1]
+    with pytest.raises(ValueError, match="3 real sentences"): tm.self_bleu_real(real[:2], 3)
+
+
 def test_self_bleu_by_definition():
     from sacrebleu.metrics import BLEU
     kind = BLEU(tokenize="none", force=True, smooth_method="floor", smooth_value=0.1, effective_order=True)
@@ -138,6 +231,10 @@ def test_self_bleu_by_definition():
     slow = [kind.sentence_score(t, text[:i] + text[i+1:]).score for i, t in enumerate(text)]
     assert value(tm.self_bleu(samples)) == pytest.approx(np.mean(slow), abs=1e-9)
     assert value(tm.self_bleu([list("abcdef")]*5)) == pytest.approx(100)
+    from ldebm.stats import jackknife_interval
+    left = [value(tm.self_bleu(samples[:i]+samples[i+1:])) for i in range(len(samples))]   # leaving one out, by definition
+    assert tm.self_bleu(samples)["interval"] == pytest.approx(jackknife_interval(np.mean(slow), left), abs=1e-9)
+    assert tm.self_bleu(samples[:2])["interval"] is None
     assert tm.self_bleu(samples*3, make_gen(0, "s"), n_max=50) == tm.self_bleu(samples*3, make_gen(0, "s"), n_max=50)
     assert tm.self_bleu(samples*3, make_gen(0, "s"), n_max=50)["n"] == 50
 
@@ -167,6 +264,28 @@ def test_mutual_information_interval_covers():
     assert 0.90*200 <= hits <= 200
 
 
+def test_mutual_information_per_batch():
+    x = 5*torch.randn(300, 12, generator=make_gen(0, "x"))
+    m = tm.mutual_information_per_batch(x, 128)
+    v = [value(tm.mutual_information(x[i:i+128])) for i in (0, 128)]
+    assert value(m) == pytest.approx(np.mean(v)) and m["n"] == 256
+    assert value(m) < value(tm.mutual_information(x[:256]))   # concavity
+    one = torch.eye(50)*1e4
+    assert value(tm.mutual_information_per_batch(one, 10)) == pytest.approx(math.log(10))   # the cap
+    with pytest.raises(ValueError, match="do not fill"): tm.mutual_information_per_batch(x, 301)
+
+
+def test_numbers_of_symbols_have_intervals():
+    draw = lambda i: torch.randn(150, 40, generator=make_gen(0, "symbols", i))*3 - .2*torch.arange(40)
+    for f, least in ((tm.active_symbols, 70), (tm.effective_symbols, 68)):
+        ms = [f(draw(i)) for i in range(80)]
+        truth = np.mean([value(m) for m in ms])
+        assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= least
+        assert width(ms[0]) < .5*truth
+    assert tm.active_symbols(torch.eye(3))["interval"] == [3, 3]   # each seen once, leaving out any changes the same
+    assert tm.effective_symbols(torch.zeros(10, 3))["interval"] == pytest.approx([3, 3])
+
+
 def test_homogeneity_against_its_formula_and_chance():
     a = torch.randint(4, (3000,), generator=make_gen(0, "a"))
     c = torch.where(torch.rand(3000, generator=make_gen(0, "u")) < .7, a, torch.randint(10, (3000,), generator=make_gen(0, "c")))
@@ -182,6 +301,49 @@ def test_homogeneity_against_its_formula_and_chance():
     assert tm.homogeneity(a.tolist(), c.numpy(), make_gen(0, "p"), "topic") == m
     with pytest.raises(ValueError): tm.homogeneity(a, c[:-1], make_gen(0, "p"))
     with pytest.raises(ValueError): tm.homogeneity_per_batch(a[:100], c[:100], make_gen(0, "p"))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 9), (7, 1), (5, 5)])
+def test_cluster_scores_against_sklearn(shape):
+    from sklearn.metrics import homogeneity_score, v_measure_score
+    for n in (5, 60, 400):
+        a, c = (torch.randint(k, (n,), generator=make_gen(0, "codes", n, i))+3 for i, k in enumerate(shape))
+        assert value(tm.homogeneity(a, c, make_gen(0))["homogeneity"]) == pytest.approx(homogeneity_score(a, c), abs=1e-9)
+        assert value(tm.v_measure(a, c, make_gen(0))["v_measure"]) == pytest.approx(v_measure_score(a, c), abs=1e-9)
+        if n < 60: continue
+        want = [homogeneity_score(a[i:i+20], c[i:i+20]) for i in range(0, n, 20)]
+        assert value(tm.homogeneity_per_batch(a, c, make_gen(0), batch_size=20)["homogeneity_per_batch"]) == pytest.approx(np.mean(want), abs=1e-9)
+
+
+@pytest.mark.parametrize("f, name", [(tm.homogeneity, "homogeneity"), (tm.v_measure, "v_measure"), (tm.ami, "ami")])
+def test_intervals_of_cluster_scores(f, name):
+    def draw(i):
+        a = torch.randint(4, (600,), generator=make_gen(0, "a", i))
+        return a, torch.where(torch.rand(600, generator=make_gen(0, "u", i)) < .6, a, torch.randint(12, (600,), generator=make_gen(0, "c", i)))
+    ms = [f(*draw(i), make_gen(0, "p", i), n_perm=1)[name] for i in range(25)]
+    values = [value(f(*draw(i), make_gen(0, "p", i), n_perm=1, n_boot=0)[name]) for i in range(200)]
+    truth, sd = np.mean(values), np.std(values, ddof=1)
+    assert .8 < np.mean([width(m) for m in ms])/(2*1.96*sd) < 1.25   # a standard deviation from 200, to 5 %
+    assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) > 25*(.95-5*(.95*.05/25)**.5)
+    none = f(*draw(0), make_gen(0), n_perm=2, n_boot=0)[name]
+    assert none["interval"] is None and "no interval" in none["estimator"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("batch, want", [(30, (.59, .63, .91, .91)), (50, (.44, .50, .86, .88)), (128, (.21, .31, .69, .73)), (None, (.00, .01, .02, .07))])
+def test_random_homogeneity_on_dailydialog(ldebm_data, batch, want):
+    "Symbols that know nothing, on the test labels in file order: 20 symbols act, emotion; 125 symbols act, emotion"
+    labels = {k: (ldebm_data/"dailydialog"/"test"/f"dialogues_{k}_test.txt").read_text().split() for k in ("act", "emotion")}
+    got = [value(tm.random_homogeneity(labels[a], k, make_gen(0, "random", k), batch, n_rep=3)) for k in (20, 125) for a in ("act", "emotion")]
+    assert got == pytest.approx(want, abs=.02)
+
+
+def test_random_homogeneity():
+    a = torch.randint(4, (1000,), generator=make_gen(0, "a"))
+    m = tm.random_homogeneity(a, 50, make_gen(0, "r"))
+    assert value(m) == pytest.approx(3*49/(2*1000)/math.log(4), rel=.2) and m["interval"][0] < value(m) < m["interval"][1]   # chi-squared
+    assert value(tm.random_homogeneity(a, 50, make_gen(0, "r"), 30)) > .6
+    with pytest.raises(ValueError, match="do not fill"): tm.random_homogeneity(a[:20], 5, make_gen(0), 30)
 
 
 @pytest.mark.data
@@ -210,6 +372,27 @@ def test_active_units():
         with pytest.raises(ValueError): tm.active_units(bad)
 
 
+def test_active_units_interval():
+    draw = lambda i: torch.randn(400, 5, generator=make_gen(0, "mu", i))*torch.tensor([1., .105, .1, .095, .01])
+    ms = [tm.active_units(draw(i), gen=make_gen(0, "b", i)) for i in range(60)]
+    assert all(m["interval"][0] <= value(m) <= m["interval"][1] for m in ms)
+    assert sum(m["interval"][0] <= 2.5 <= m["interval"][1] for m in ms) >= 50   # the truth: two and a half
+    sure = tm.active_units(torch.randn(400, 5, generator=make_gen(0, "mu")), gen=make_gen(0, "b"))
+    assert sure["interval"] == [5, 5]
+    assert tm.active_units(draw(0))["interval"] is None and "without a generator" in tm.active_units(draw(0))["estimator"]
+
+
+def test_prior_hole():
+    N = lambda *a: torch.randn(400, 5, generator=make_gen(0, *a))
+    posterior = .75**.5*N("mu") + .5*N("eps")   # the aggregated posterior is standard normal
+    none, hole = tm.prior_hole(N("z"), posterior, make_gen(0, "g")), tm.prior_hole(N("z"), 2*posterior, make_gen(0, "g"))
+    assert set(none) == {"prior_hole_auroc", "prior_hole_mmd"}
+    assert none["prior_hole_auroc"]["interval"][0] < .5 < .8 < hole["prior_hole_auroc"]["interval"][0]
+    assert none["prior_hole_mmd"]["interval"][0] < 0 < hole["prior_hole_mmd"]["interval"][0]
+    assert tm.prior_hole(N("z"), posterior, make_gen(0, "g"), max_n=100)["prior_hole_mmd"]["n"] == 100
+    assert tm.prior_hole(N("z"), posterior, make_gen(0, "g")) == none
+
+
 def test_grammar_scores():
     calls = []
     def log_prob(s):
@@ -222,16 +405,3 @@ def test_grammar_scores():
     none = tm.grammar_scores([["c"]], log_prob)
     assert none["exact_nll"]["value"] is None and none["exact_nll"]["n"] == 0 and "memorised" not in none
     with pytest.raises(ValueError, match="'x'"): tm.grammar_scores([["x"]], lambda s: float("nan"))
-
-
-def test_wilson_interval_against_known_values():
-    lo, hi = tm.wilson_interval(8, 10)
-    assert (lo, hi) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-    assert tm.wilson_interval(0, 10)[0] == 0 and tm.wilson_interval(10, 10)[1] == 1 and tm.wilson_interval(0, 0) is None
-
-
-def test_mean_interval_covers():
-    v = torch.randn(1000, 50, generator=make_gen(0, "v")).double() + 3
-    hits = sum(lo <= 3 <= hi for lo, hi in map(tm.mean_interval, v.numpy()))
-    assert abs(hits/1000 - 0.95) < 5*math.sqrt(.05*.95/1000)
-    assert tm.mean_interval([1.0]) is None
