@@ -54,7 +54,7 @@ NAME ?= $(ROW)-$(basename $(notdir $(CORPUS)))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
 RUN  ?= runs/$(NAME)
 PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
 
-.PHONY: help venv train toy2d digits images test bench docs docs-serve lab lint prepare clean distclean
+.PHONY: help venv train toy2d digits images test tune bench docs docs-serve lab lint prepare clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
@@ -110,6 +110,9 @@ test: $(STAMP) ## Run every notebook, then the tests
 	@OMP_NUM_THREADS=1 nbdev_test --n_workers $(THREADS) $(if $(LDEBM_DATA),--flags data) $(NBDEV_ARGS)
 	@echo "Tests:"
 	@python -m pytest -q $(PYTEST_ARGS)
+
+tune: $(STAMP) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
+	@python -c "from ldebm.text_score import tune; tune('$(CORPUS)', '$(PRESET)', seed=$(SEED))"
 
 bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json
 	@python bench/bench.py $(BENCH_ARGS)

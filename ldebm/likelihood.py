@@ -7,7 +7,7 @@ __all__ = ['log_mean_exp', 'effective', 'log_variance', 'trusted', 'AISCfg', 'Po
            'LogZ', 'resample', 'make_plan', 'bracket', 'model_temperature', 'level_tilt', 'level_draws', 'log_z_bounds',
            'Proposal', 'fit_proposal', 'Paths', 'NLLCfg', 'top_log_z', 'nll_bounds', 'estimation_interval',
            'nll_metric', 'nll_svebm', 'nll_ldebm', 'LinearGaussian', 'study_model', 'coverage_study', 'write_coverage',
-           'check_coverage']
+           'check_coverage', 'plot_coverage']
 
 # %% ../nbs/40_likelihood.ipynb #92394308
 import json, math, random, time
@@ -584,7 +584,7 @@ class LinearGaussian:
     def log_lik(self, x:Tensor) -> Callable: # As `nll_bounds` wants it
         return lambda z, i: -.5*((x[i]-z@self.W.T)**2+math.log(2*math.pi)).sum(-1)
 
-# %% ../nbs/40_likelihood.ipynb #b61f37d0
+# %% ../nbs/40_likelihood.ipynb #5cec17af
 def study_model(
     seed:int, # Of the settings, the model and its data
     n:int=40, # How many x
@@ -618,7 +618,7 @@ def coverage_study(
 def write_coverage(
     file:str|Path, # Such as `results/calibration-likelihood.json`
     seeds=range(50),
-    cfg:NLLCfg=NLLCfg(draws=128, chains=16, variance=.3, paths=8),
+    cfg:NLLCfg=NLLCfg(draws=128, chains=24, variance=.3, paths=8),
     n:int=40,
     each:Callable|None=None, # See `coverage_study`
 ) -> None:
@@ -633,3 +633,17 @@ def check_coverage(rec:dict) -> dict: # The record
         if missing := [k for k in ('seed','T','d','scale','strength','reference','rate','exact','lower','estimate','upper','covered','width','ess','annealed','gap','seconds') if k not in o]: raise ValueError(f'a model lacks {", ".join(missing)}')
         if not o['lower'] <= o['estimate'] <= o['upper'] or o['covered'] != (o['lower'] <= o['exact'] <= o['upper']): raise ValueError(f"the model of seed {o['seed']} contradicts itself")
     return rec
+
+# %% ../nbs/40_likelihood.ipynb #2e4a362c
+def plot_coverage(
+    models:list, # From `coverage_study`
+    ax=None,
+):
+    "Estimate minus exact mean NLL with its interval, in order of the rate; open squares where the interval misses"
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(7, 2.8), layout='constrained')[1]
+    for k,o in enumerate(sorted(models, key=lambda o: o['rate'])):
+        mid = o['estimate']-o['exact']
+        ax.errorbar(k, mid, [[o['estimate']-o['lower']], [o['upper']-o['estimate']]], fmt='o' if o['covered'] else 's', ms=4, mfc='C0' if o['covered'] else 'none', color='C0' if o['covered'] else 'C3', capsize=2, lw=1)
+    ax.axhline(0, color='k', lw=.7); ax.set(xlabel='models in order of their rate', ylabel='NLL - exact, nats'); ax.set_xticks([])
+    return ax

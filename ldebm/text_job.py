@@ -23,7 +23,7 @@ from .schedule import SCHEDULES, make_schedule
 from .stats import mean_interval
 from .text import CORPORA, Corpus, Vocab, batches, load_corpus
 from .text_metrics import (active_symbols, active_units, ami, bleu, distinct_n, grammar_scores, homogeneity, memorised_share,
-                                mutual_information, self_bleu, unique_share, unseen_share, wkl)
+                                mutual_information, ngram_overlap, self_bleu, unique_share, unseen_share, v_measure, wkl)
 from .text_vae import TextCfg, TextModel, sample_sentences, strip
 from .train import TrainCfg, count_processes, linear_warmup
 
@@ -46,6 +46,7 @@ class TextJob:
     results:str='' # Folder that gets a copy of the record, such as `results`; empty keeps it in the run folder
     variant:str='' # Tag of a record with other settings than the row's
     resume:bool=True # Continue a run found in `out`; otherwise start it afresh
+    split:str='test' # Sentences that are scored: `test`, or `valid` while settings are still being chosen
 
 # %% ../nbs/60_text_job.ipynb #114688ba
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def resolve(
     choose('schedule', s.schedule, SCHEDULES)
     for k,lo in (('T',1), ('n_symbols',1), ('batch',2), ('steps',1), ('n_samples',2), ('cluster_dims',1)):
         if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
+    choose('split', job.split, ('test','valid'))
     if s.lm: choose('language model', s.lm, LMS)
     for k,lo in (('nll_draws',0), ('nll_sentences',0), ('lm_seeds',1)):
         if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
@@ -287,6 +289,7 @@ def record_settings(job:TextJob, s:TextSettings) -> dict:
     "What identifies a run: names, seed, every setting that shapes the model, the content of a user's file, and the number of processes when there are several"
     extra = {} if job.corpus in CORPORA else dict(corpus_sha256=hashlib.sha256(Path(job.corpus).read_bytes()).hexdigest())
     if job.processes > 1: extra['processes'] = job.processes
+    if job.split != 'test': extra['split'] = job.split
     return dict(record_name(job), **{k: v for k,v in asdict(s).items() if k not in SCORING}, **extra)
 SCORING = ('nll_draws','nll_sentences','lm','lm_seeds') # Settings of the scoring alone: a run can be scored again with others, and its record is then replaced
 
@@ -334,19 +337,20 @@ def evaluate(
         refs = c[split].sentences()
         out['bleu'] = bleu(hyps, refs, gen=cpu, n_boot=200); art['reconstructions'] = list(zip(refs, hyps))
         art['means'] = means = posterior[0]
-        out['active_units'] = active_units(means)
+        out['active_units'] = active_units(means, gen=cpu)
     if s.prior == 'ebm':
         art['logits'] = logits = torch.cat([m.prior.symbol_logits(z.to(dev)) for z in means.split(4096)]).float().cpu()
         out['mi'] = mutual_information(logits); out['active_symbols'] = active_symbols(logits)
         for name,lab in c[split].labels.items():
-            out.update(ami(lab, logits.argmax(-1), gen=cpu, attribute=name)); out.update(homogeneity(lab, logits.argmax(-1), gen=cpu, attribute=name))
+            out.update(ami(lab, logits.argmax(-1), gen=cpu, attribute=name)); out.update(homogeneity(lab, logits.argmax(-1), gen=cpu, attribute=name)); out.update(v_measure(lab, logits.argmax(-1), gen=cpu, attribute=name))
     bar = lambda it: progress(it, desc='generating', unit='chunk')
     ids = sample_sentences(m, s.n_samples, gen=gen, max_len=s.max_len, temperature=1. if s.prior == 'none' else 0., progress=bar)
     art['samples'] = samples = [c.vocab.decode(i) for i in ids]
     train = c['train'].sentences()
     full = [x for x in samples if x]
-    if full: out.update(wkl=wkl(samples, train), wkl_unseen=unseen_share(samples, train))
+    if full: out.update(wkl=wkl(samples, train, gen=cpu), wkl_unseen=unseen_share(samples, train))
     out.update(memorised=memorised_share(samples, train), unique=unique_share(samples), distinct_2=distinct_n(samples, 2))
+    if full: out.update(ngram_overlap(full, train, c[split].sentences()))
     if len(full) > 1: out['self_bleu'] = self_bleu(full, gen=cpu, n_max=500)
     out['mean_length'] = metric(sum(map(len, samples))/len(samples), mean_interval([len(x) for x in samples]), len(samples), 'words a sample')
     if c.name == 'grammar':
