@@ -546,5 +546,5 @@ def plot_ppl(
         x,y = m['ppl_forward']['value'],m['rppl']['value']
         ax.plot(x, y, 'o'); ax.annotate(k, (x, y), xytext=(5,3), textcoords='offset points', fontsize=8)
     ax.axhline(next(iter(scores.values()))['rppl_floor']['value'], color='grey', ls=':', label='floor')
-    ax.set(xscale='log', yscale='log', xlabel='forward perplexity', ylabel='reverse perplexity'); ax.margins(x=.3, y=.15); ax.legend(fontsize=8)
+    ax.set(xscale='log', yscale='log', xlabel='forward perplexity', ylabel='reverse perplexity'); ax.margins(x=.45, y=.15); ax.legend(fontsize=8)
     return ax

@@ -136,7 +136,6 @@ def resolve(
     for k,lo in (('nll_draws',0), ('nll_sentences',0), ('lm_seeds',1)):
         if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
     if s.nll_draws == 1: raise ValueError('one draw says nothing of its own error: nll_draws must be 0 or at least 2')
-    if s.lm and s.n_samples < 100: raise ValueError(f"reverse perplexity needs at least 100 samples, got n_samples={s.n_samples}: raise it, or leave it out with settings=\"lm=''\"")
     if job.seed < 0: raise ValueError(f'seed must not be negative, got {job.seed}')
     train_cfg(s); text_cfg(s)
     if s.prior == 'ebm': prior_cfg(s, job.objective); make_schedule(s.schedule, s.T)
@@ -471,6 +470,7 @@ def run_table(
     rows:list, # `(row, objective)` pairs, or `(row, objective, title)`
     metrics:dict, # Metric -> digits
     paper:dict|None=None, # Row -> its published figures by metric
+    intervals:bool=False, # Show the 95 % interval where there is one run
 ) -> str: # Markdown
     "Runs as rows, metrics as columns, mean ± sd over seeds, run time and machine"
     out = ['| system | objective | source | '+' | '.join(metrics)+' | seeds | minutes | on |', '|---|---|---|'+'---|'*(len(metrics)+3)]
@@ -482,8 +482,9 @@ def run_table(
         found = [r for r in records if (r['row'],r['corpus'],r['preset'],r['objective'],r.get('variant', '')) == (row,corpus,preset,objective,'')]
         cells = []
         for k,digits in metrics.items():
-            v = [r['metrics'][k]['value'] for r in found if k in r['metrics']]
-            cells.append(spread([x for x in v if x is not None], digits) if v or not found else '–')
+            ms = [r['metrics'][k] for r in found if k in r['metrics']]; v = [m['value'] for m in ms]
+            bar = f' ({ms[0]["interval"][0]:.{digits}f} to {ms[0]["interval"][1]:.{digits}f})' if intervals and len(ms) == 1 and ms[0]['interval'] else ''
+            cells.append(spread([x for x in v if x is not None], digits)+bar if v or not found else '–')
         where = sorted({f"{r['provenance']['device']}, {r['provenance']['threads']} threads" for r in found})
         out.append(f'| {name} | {objective} | ours, `{preset}` | '+' | '.join(cells)+f" | {len(found)} | {spread([r['provenance']['minutes'] for r in found], 1) if found else ''} | {'; '.join(where)} |")
     return '\n'.join(out)

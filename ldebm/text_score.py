@@ -158,7 +158,7 @@ def plot_evidence(
     for ax,name in zip(axs[:,0], ('F (high is likely)', 'R-hat', 'ESS per update')): ax.set_ylabel(name, fontsize=7)
     axs[0,0].legend(fontsize=6)
     agreed = next((k for j,k in enumerate(ks) if (rhat[:,j:] <= limit).all()), None)
-    fig.suptitle(('Short chains end where long ones are' if not late else f'Short chains end elsewhere than long ones at level{"s" if len(late) > 1 else ""} {", ".join(map(str, late))}')
+    fig.suptitle(('Short chains end where long ones are' if not late else f'Short chains end elsewhere than long ones at level{"s" if len(late) > 1 else ""} {", ".join(map(str, sorted(late)))}')
                  + (f'; R-hat below {limit:g} from {agreed} updates on' if agreed else f'; R-hat above {limit:g} after {ks[-1]} updates'), fontsize=8)
     return axs
 
@@ -224,8 +224,10 @@ def score(
     if s.prior == 'ebm': out.update(stage(folder, 'sampler', dict(seed=seed), lambda: sampler_evidence(m.prior, noise('sampler'), cpu_gen=noise('folds', 'cpu'))))
     if s.lm:
         whole = split_sentences(job.corpus, vocab=c.vocab) # none cut, in the words the model knows
-        out.update(stage(folder, 'reverse-perplexity', dict(seed=seed, split=split, lm=s.lm, seeds=s.lm_seeds, n=len(samples)),
-                         lambda: reverse_ppl(samples, whole[split], whole['train'], s.lm, seeds=tuple(range(s.lm_seeds)), folder=place, device=task.device)))
+        few = next((f'{len(x)} {what}' for x,what in ((samples, 'samples'), (whole['train'], 'training sentences')) if len(x) < 100), '')
+        if few: out['rppl'] = metric(None, n=len(samples), estimator=f'not computed: {few} are fewer than the 100 that a language model needs')
+        else: out.update(stage(folder, 'reverse-perplexity', dict(seed=seed, split=split, lm=s.lm, seeds=s.lm_seeds, n=len(samples)),
+                               lambda: reverse_ppl(samples, whole[split], whole['train'], s.lm, seeds=tuple(range(s.lm_seeds)), folder=place, device=task.device)))
     return out
 
 # %% ../nbs/63_text_score.ipynb #db88791b
@@ -246,8 +248,8 @@ def scoring(job:TextJob) -> dict: return {k: getattr(resolve(job), k) for k in S
 
 # %% ../nbs/63_text_score.ipynb #dfbed619
 TUNING = dict(
-    consistent={'': '', 'floor0': 'floor=0', 'floor.1': 'floor=.1', 'encoder': 'enc_share=.3', 'ebm1': 'w_ebm=1'},
-    published={'': '', 'kl.3': 'w_kl=.3', 'kl1': 'w_kl=1', 'rate': 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5', 'rate-kl.3': 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5 w_kl=.3'})
+    consistent={'': '', 'floor0': 'floor=0', 'floor.1': 'floor=.1', 'encoder': 'enc_share=.3'},
+    published={'': '', 'kl.3': 'w_kl=.3', 'kl1': 'w_kl=1', 'rate': 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5'})
 
 def tuning_jobs(
     corpus:str, preset:str,

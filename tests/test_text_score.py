@@ -1,0 +1,217 @@
+"`text_score`: likelihoods that go on where they were killed, stages, the distance to the truth, convergence"
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from ldebm import text_score as S
+from ldebm.core import load_tensors, make_gen, metric, unpack_state
+from ldebm.data import load_grammar
+from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
+from ldebm.text import get_batch, load_corpus
+from ldebm.text_job import TextJob, TextTask, resolve
+
+pytestmark = pytest.mark.usefixtures("in_test")
+TINY = "embed=16 hidden=16 d=3 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 nll_draws=8 nll_sentences=6 lm=''"
+CFG = NLLCfg(draws=8, chains=4, fit=32, rich=4, top=64, n_z=8, paths=2, ais=AISCfg(chains=2, long=4, pilot=16))
+
+
+@pytest.fixture(scope="module")
+def corpus(): return load_corpus("grammar", max_len=24)
+
+
+def make(corpus, row="ldebm", objective="consistent", seed=0, settings=TINY):
+    job = TextJob(row=row, objective=objective, seed=seed, steps=1, n_samples=10, settings=settings)
+    return job, TextTask(corpus, resolve(job), objective, seed)
+
+
+@pytest.fixture
+def task(corpus): return make(corpus)[1]
+
+
+class Killed(Exception): pass
+
+
+def count_chunks(task, most, monkeypatch):
+    inner, seen = task.model.encode, []
+    def encode(batch):
+        if len(seen) == most: raise Killed
+        seen.append(len(batch.ids))
+        return inner(batch)
+    monkeypatch.setattr(task.model, "encode", encode)
+    return seen
+
+
+# --- likelihood
+
+def test_frozen_weights_come_back(task):
+    m = task.model.train()
+    next(m.parameters()).requires_grad_(False)
+    before = [p.requires_grad for p in m.parameters()]
+    assert not all(before) and any(before)
+    with pytest.raises(Killed):
+        with S.frozen_weights(m) as inside:
+            assert inside is m and not m.training and not any(p.requires_grad for p in m.parameters())
+            raise Killed
+    assert m.training and [p.requires_grad for p in m.parameters()] == before
+    m.eval()
+    with S.frozen_weights(m): pass
+    assert not m.training
+
+
+def test_sentence_log_lik_is_the_decoders(task):
+    index = torch.tensor([5, 0, 3])
+    b = get_batch(task.corpus["test"], index)
+    z = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with S.frozen_weights(task.model):
+        f = S.sentence_log_lik(task, "test", index)
+        got = f(z, torch.arange(3))
+        torch.testing.assert_close(got, -task.model.decoder.nll(b.ids, b.host_lengths, z))
+        torch.testing.assert_close(f(z[[2, 2]], torch.tensor([1, 2]))[1], f(z, torch.arange(3))[2])
+        assert torch.autograd.grad(got.sum(), z)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("row", ["ldebm", "vae"])
+def test_killed_and_resumed_equals_uninterrupted(corpus, row, tmp_path, monkeypatch):
+    settings = TINY if row == "ldebm" else "embed=16 hidden=16 d=3 nll_draws=8 lm=''"
+    task = make(corpus, row, settings=settings)[1]
+    want = S.text_nll(task, "test", 9, CFG, chunk=3)
+    task.model.train()
+    with monkeypatch.context() as mp:
+        seen = count_chunks(task, 1, mp)
+        with pytest.raises(Killed): S.text_nll(task, "test", 9, CFG, folder=tmp_path/"new", chunk=3)
+        assert seen == [3]
+    assert task.model.training and all(p.requires_grad for p in task.model.parameters())
+    kept = unpack_state(*load_tensors(tmp_path/"new"/"likelihood-test.safetensors"))
+    assert len(kept["done"]) == 1
+    with monkeypatch.context() as mp:
+        seen = count_chunks(task, 9, mp)
+        got = S.text_nll(task, "test", 9, CFG, folder=tmp_path/"new", chunk=3)
+        assert seen == [3, 3]
+        again = S.text_nll(task, "test", 9, CFG, folder=tmp_path/"new", chunk=3) # all there
+        assert seen == [3, 3]
+    assert set(got) == set(want) and all(torch.equal(got[k], want[k]) and torch.equal(again[k], want[k]) for k in want)
+    assert want["nll"].shape == (9,) and want["nll"].isfinite().all() and want["index"].unique().numel() == 9
+
+
+def test_kept_chunks_are_of_the_same_question(corpus, tmp_path, monkeypatch):
+    task = make(corpus, "vae", settings="embed=16 hidden=16 d=3 lm=''")[1]
+    run = lambda **kw: S.text_nll(task, "test", **{**dict(n=4, cfg=CFG, folder=tmp_path, chunk=2), **kw})
+    first = run()
+    seen = count_chunks(task, 99, monkeypatch)
+    other = run(seed=1)
+    assert seen == [2, 2] and not torch.equal(other["index"], first["index"])
+    run(seed=1, n=2); run(seed=1, n=2, cfg=dataclasses.replace(CFG, draws=9)); run(chunk=4)
+    assert seen == [2, 2, 2, 2, 4]
+
+
+def test_no_number_means_all(corpus):
+    test = corpus["test"]
+    few = dataclasses.replace(corpus, splits={**corpus.splits, "test": dataclasses.replace(test, flat=test.flat[:test.offsets[5]], offsets=test.offsets[:6])})
+    task = make(few, "vae", settings="embed=16 hidden=16 d=3 lm=''")[1]
+    for n in (0, 5, 99):
+        got = S.text_nll(task, "test", n, CFG, chunk=2)
+        assert got["index"].sort().values.tolist() == [0, 1, 2, 3, 4] and all(len(v) == 5 for v in got.values())
+
+
+def test_plans_survive_the_file():
+    t = lambda *s: torch.randn(*s, generator=torch.Generator().manual_seed(0))
+    plans = {"top": LogZ(t(1), t(1), t(1), .5, 9, False, t(1)), 0: Plan([.5, 1.], [.1, .2], True), ("fit", 0): Proposal(t(2), t(2, 2), t(2, 2)), "better": {1: Proposal(t(2), t(2, 2), t(2, 2))}, "posterior": Plan([1.], [.3], False)}
+    from ldebm.core import pack_state
+    back = S._plans_from(unpack_state(*pack_state(dict(x=S._kept_plans(plans))))["x"])
+    assert set(back) == set(plans) and back[0] == plans[0] and isinstance(back["better"][1], Proposal)
+    torch.testing.assert_close([*back["top"][:3], *back[("fit", 0)]], [*plans["top"][:3], *plans[("fit", 0)]], rtol=0, atol=0)
+
+
+def test_text_likelihood_against_an_integral(corpus):
+    "A text model with one latent and N(0, 1): the integral over z on a grid"
+    task = make(corpus, "vae", seed=1, settings="embed=16 hidden=16 d=1 lm=''")[1]
+    got = S.text_nll(task, "test", 6, NLLCfg(draws=400, chains=8), chunk=6)
+    grid = torch.linspace(-7, 7, 701)[:, None]
+    with S.frozen_weights(task.model), torch.no_grad():
+        f = S.sentence_log_lik(task, "test", got["index"])
+        exact = torch.stack([-(f(grid, torch.full((701,), k)).double()-.5*grid[:, 0].double()**2-.5*math.log(2*math.pi)).logsumexp(0)-math.log(.02) for k in range(6)])
+    lo, mid, hi = estimation_interval(got)
+    assert lo-1e-3 < exact.mean() < hi+1e-3 and hi-lo < .2
+    assert ((got["nll"]-exact).abs() < 5*got["variance"].sqrt()+1e-3).all()
+
+
+# --- the distance to the truth
+
+def test_exact_gap():
+    nll = torch.tensor([3., 5., 4.])
+    got = S.exact_gap(nll, ["a", "b", "c"], dict(a=-2., b=-4.5, c=-4.).get)
+    assert got["value"] == pytest.approx(.5) and got["interval"][0] < .5 < got["interval"][1] and got["n"] == 3
+    with pytest.raises(ValueError, match="'b' has probability 0"): S.exact_gap(nll, ["a", "b", "c"], dict(a=-2., b=-math.inf, c=-1.).get)
+
+
+def test_a_sentence_the_grammar_cannot_produce():
+    with pytest.raises(ValueError, match="probability 0"): S.exact_gap(torch.ones(1), [["no", "such", "sentence"]], load_grammar().log_prob)
+
+
+# --- convergence
+
+def test_evidence_of_chains(task):
+    got = S.sampler_evidence(task.model.prior, make_gen(0, "e"), n=60, longer=2, cpu_gen=make_gen(0, "f"))
+    assert set(got) == {"rhat", "rhat_0", "rhat_1", "long_auroc"} and got["rhat"]["value"] == max(got["rhat_0"]["value"], got["rhat_1"]["value"])
+    assert "8 against 16 updates" in got["long_auroc"]["estimator"]
+
+
+def test_trace_evidence():
+    g = torch.Generator().manual_seed(0)
+    anew = torch.randn(2, 64, 4, 6, generator=g)
+    stuck = torch.randn(2, 1, 4, 6, generator=g)+.05*anew
+    (ks, r, w), (_, r2, w2) = S.trace_evidence(anew), S.trace_evidence(stuck)
+    assert ks == sorted(set(ks)) and ks[0] == 8 and ks[-1] == 64 and r.shape == w.shape == (2, len(ks))
+    assert (r[:, -1] < 1.1).all() and (r2 > 2).all() and (w[:, -1] > .5).all() and (w2[:, -1] < .2).all()
+    with pytest.raises(ValueError, match="at least 8"): S.trace_evidence(anew[:, :7])
+
+
+def test_plot_says_what_it_shows(task):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    p = task.model.prior
+    axs = S.plot_evidence(p, make_gen(0, "p"), n=4, longer=3)
+    assert axs.shape == (3, 2) and [a.get_title()[:7] for a in axs[0]] == ["level 1", "level 0"] and "R-hat" in axs[0, 0].figure._suptitle.get_text()
+    traces = {8: torch.zeros(2, 8, 4, 4)+3, 24: torch.randn(2, 24, 4, 4, generator=torch.Generator().manual_seed(1))}
+    class Prior: T, cfg = 2, p.cfg; energy_traces = staticmethod(lambda n, gen=None, n_steps=8: traces[n_steps])
+    apart = S.plot_evidence(Prior, n=4, longer=3)
+    assert "end elsewhere than long ones at levels 0, 1" in apart[0, 0].figure._suptitle.get_text()
+    plt.close("all")
+
+
+# --- stages
+
+def test_stage_is_done_once_for_its_key(tmp_path):
+    calls = []
+    def f(): calls.append(1); return dict(x=metric(float(len(calls))))
+    assert S.stage(tmp_path/"s", "a", dict(n=1), f) == S.stage(tmp_path/"s", "a", dict(n=1), f) and len(calls) == 1
+    assert S.stage(tmp_path/"s", "a", dict(n=2), f)["x"]["value"] == 2 and S.stage(tmp_path/"s", "a", dict(n=1), f)["x"]["value"] == 3
+    assert json.loads((tmp_path/"s"/"a.json").read_text())["key"] == dict(n=1)
+    assert S.stage(None, "a", dict(n=1), f)["x"]["value"] == 4 and S.stage(None, "a", dict(n=1), f)["x"]["value"] == 5
+
+
+def test_failed_stage_leaves_nothing(tmp_path):
+    def f(): raise Killed
+    with pytest.raises(Killed): S.stage(tmp_path, "a", {}, f)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scoring_that_went_on_equals_scoring_that_did_not(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(S, "nll_cfg", lambda task: CFG)
+    monkeypatch.setattr(S, "two_sample_auroc", lambda a, b, gen: metric(float((a.sum()-b.sum()).abs()))) # the draws, not the classifier
+    monkeypatch.setattr(S, "prior_hole", lambda a, b, gen: dict(hole=metric(float(a.sum()+b.sum()))))
+    job, task = make(corpus)
+    words = [["a"]]*10
+    want = S.score(task, job, words)
+    assert {"nll_valid", "nll_error", "nll_gap", "exact_gap", "hole", "rhat", "long_auroc"} <= set(want)
+    whole = S.score(task, job, words, tmp_path/"whole")
+    assert whole == want and sorted(p.name for p in (tmp_path/"whole"/"score").iterdir()) == ["likelihood-test.json", "likelihood-test.safetensors", "prior-hole.json", "sampler.json"]
+    with monkeypatch.context() as mp:
+        def dies(*a, **k): raise Killed
+        mp.setattr(S, "prior_hole", dies)
+        with pytest.raises(Killed): S.score(task, job, words, tmp_path/"cut")
+    assert S.score(task, job, words, tmp_path/"cut") == want
