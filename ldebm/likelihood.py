@@ -273,7 +273,7 @@ def fit_proposal(
     beta = torch.linalg.solve(one.T@one+eye(k+1)*one.square().mean(), one.T@y)
     left = y-one@beta
     C = (left.T@left+d*v*eye(d))/(R+d)
-    return Proposal(beta[-1], beta[:-1], torch.linalg.cholesky(wide*C))
+    return Proposal(*(x.contiguous() for x in (beta[-1], beta[:-1], torch.linalg.cholesky(wide*C)))) # laid out as a file would give them back: products round alike after a resumption
 
 class Paths:
     "Latents of some sentences as functions of standard normal noise, with their log-weight under a prior"
@@ -619,7 +619,7 @@ def coverage_study(
 def write_coverage(
     file:str|Path, # Such as `results/calibration-likelihood.json`
     seeds=range(50),
-    cfg:NLLCfg=NLLCfg(draws=128, chains=24, variance=.3, paths=8),
+    cfg:NLLCfg=NLLCfg(draws=128, chains=40, variance=.3, paths=8),
     n:int=40,
     each:Callable|None=None, # See `coverage_study`
 ) -> None:

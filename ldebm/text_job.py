@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'EBM_ONLY', 'SCORING', 'TextJob', 'TextSettings', 'resolve', 'unused', 'train_cfg',
-           'text_cfg', 'prior_cfg', 'build_model', 'by_words', 'TextTask', 'corpus_name', 'job_name', 'record_name',
-           'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line',
-           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure', 'spread', 'run_table']
+           'text_cfg', 'prior_cfg', 'build_model', 'by_words', 'TextTask', 'LatentBatch', 'EnergyModel', 'EnergyTask',
+           'fit_energies', 'corpus_name', 'job_name', 'record_name', 'record_settings', 'open_job', 'evaluate',
+           'save_model', 'load_model', 'finish', 'epoch_line', 'sentence_table', 'samples_by_symbol', 'metrics_table',
+           'plot_latents', 'save_figure', 'spread', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #4768ad78
 import hashlib, json, math, re, statistics, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from .core import Run, atomic_write, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
 from .data import load_grammar
 from .energy import EnergyNet
@@ -25,7 +26,7 @@ from .text import CORPORA, Corpus, Vocab, batches, load_corpus
 from .text_metrics import (active_symbols, active_units, ami, bleu, distinct_n, grammar_scores, homogeneity, memorised_share,
                                 mutual_information, ngram_overlap, self_bleu, unique_share, unseen_share, v_measure, wkl)
 from .text_vae import TextCfg, TextModel, sample_sentences, strip
-from .train import TrainCfg, count_processes, linear_warmup
+from .train import TrainCfg, count_processes, fit, linear_warmup
 
 # %% ../nbs/60_text_job.ipynb #63608f8a
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class TextSettings:
     mixed_precision:str='no' # `no`, `bf16` or `fp16`
     accumulate:int=1 # Batches summed into one step
     checkpoint_every:int=200 # Steps between checkpoints
+    energy_steps:int=4000 # Further steps for the energies alone, on the finished encoder's latents; 0: none
+    energy_batch:int=256 # Sentences in each of them
+    energy_lr:float=2e-3 # Adam's rate there
     w_bow:float=0. # Weight of predicting the words of a sentence, in no order, from its latent
     n_samples:int=46_000 # Sentences generated for the metrics
     nll_draws:int=32 # Posterior draws a sentence for its likelihood; 0: no likelihood
@@ -108,13 +112,13 @@ class TextSettings:
 # %% ../nbs/60_text_job.ipynb #6ec33bb4
 PRESETS = dict(
     quick=dict(embed=128, hidden=128, d=32, dropout=.1, T=4, n_symbols=10, floor=.3, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
-               lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24, lm='quick', nll_draws=64),
-    small=dict(embed=256, hidden=256, floor=.6, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, n_samples=40_000),
+               lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24, energy_steps=1500, lm='quick', nll_draws=64),
+    small=dict(embed=256, hidden=256, floor=.6, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, energy_steps=2000, n_samples=40_000),
     paper=dict(floor=.6, steps=60*328, lm='paper', nll_sentences=0))
 OBJECTIVES = dict(
     consistent=dict(w_ebm=.3, enc_share=0., w_bow=.5, w_cls=3., cls_start=.4, w_sym=1., cluster_dims=4),
     published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1., mala=False,
-                   w_kl=.1, enc_share=1., kl_warmup=0., w_mi=.05, w_cls=.05, w_sym=0., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=10., warmdown=0.))
+                   w_kl=.1, enc_share=1., kl_warmup=0., w_mi=.05, w_cls=.05, w_sym=0., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=10., warmdown=0., energy_steps=0))
 ROWS = {'ldebm': dict(), 'ldebm-no-gc': dict(w_cls=0.), 'vae': dict(prior='normal'), 'rnn-lm': dict(prior='none', d=0)}
 
 # %% ../nbs/60_text_job.ipynb #b5a1f68f
@@ -141,18 +145,19 @@ def resolve(
     if s.prior == 'ebm': prior_cfg(s, job.objective); make_schedule(s.schedule, s.T)
     for k in ('enc_share','cls_start'):
         if not 0 <= getattr(s, k) <= 1: raise ValueError(f'{k} must lie in [0, 1], got {getattr(s, k)}')
-    for k in ('energy_init','w_bow'):
+    if s.energy_steps and (s.energy_batch < 2 or not s.energy_lr > 0): raise ValueError(f'energy_batch must be at least 2 and energy_lr positive, got {s.energy_batch} and {s.energy_lr}')
+    for k in ('energy_init','w_bow','energy_steps'):
         if getattr(s, k) < 0: raise ValueError(f'{k} must not be negative, got {getattr(s, k)}')
     if idle := [k for k in parse_settings(TextSettings, job.settings) if k in unused(s, job.objective)]:
         raise ValueError(f'{", ".join(idle)} would have no effect on row {job.row!r} with objective {job.objective!r}')
     return s
 EBM_ONLY = ('schedule','T','n_symbols','energy_hidden','n_blocks','free_head','energy_init','reference','langevin_steps','rho','mala','tau','b2','levels','w_ebm',
-            'enc_share','w_mi','w_cls','cls_start','w_sym','cluster_dims','lr_ebm','clip_ebm')
+            'enc_share','w_mi','w_cls','cls_start','w_sym','cluster_dims','lr_ebm','clip_ebm','energy_steps','energy_batch','energy_lr')
 def unused(s:TextSettings, objective:str) -> tuple: # Names of settings that do nothing here
     "Settings that a row or an objective ignores"
     if s.prior == 'none': return EBM_ONLY + ('packed','floor','w_kl','kl_warmup','w_bow')
     if s.prior == 'normal': return EBM_ONLY
-    return ('mala','tau','rho','levels','w_ebm','w_sym') if objective == 'published' else ('b2',)
+    return ('mala','tau','rho','levels','w_ebm','w_sym','energy_steps','energy_batch','energy_lr') if objective == 'published' else ('b2',)
 def train_cfg(s:TextSettings) -> TrainCfg: return pick(TrainCfg, s)
 def text_cfg(s:TextSettings) -> TextCfg: return pick(TextCfg, s, init=.1, bow=s.w_bow > 0 and s.d > 0)
 def prior_cfg(s:TextSettings, objective:str) -> PriorCfg: return pick(PriorCfg, s, objective=objective, n_steps=s.langevin_steps, encoder=s.enc_share > 0)
@@ -273,6 +278,70 @@ class TextTask:
     def validate(self) -> dict:
         "Validation metrics, with the same noise every time"
         return {k: v.mean() for k,v in self.likelihood_terms('valid', make_gen(self.seed, 'validate', device=self.device)).items()}
+
+# %% ../nbs/60_text_job.ipynb #bd75e159
+@dataclass(frozen=True)
+class LatentBatch:
+    "Posteriors of some sentences"
+    mean:Tensor # Shape `(B, d)`
+    logvar:Tensor # Shape `(B, d)`
+    def __len__(self): return len(self.mean)
+    def to(self, device) -> 'LatentBatch': return LatentBatch(self.mean.to(device), self.logvar.to(device))
+
+class EnergyModel(nn.Module):
+    "A prior whose data are posteriors, as `ldebm.train.fit` wants it"
+    def __init__(self, prior:DiffusionEBM):
+        super().__init__()
+        self.prior = prior
+    def forward(self, batch:LatentBatch, gen=None, labels=None) -> dict: # Named terms, each `(B,)`
+        q = DiagGaussian(batch.mean, batch.logvar)
+        return self.prior.terms(q, q.rsample(gen), gen, labels)
+    def before_step(self): self.prior.energy.power_iterate()
+    def groups(self) -> dict: return dict(main=[], ebm=list(self.prior.parameters()))
+
+class EnergyTask:
+    "The energies of a trained text model"
+    select = None # The last model stands
+    def __init__(self,
+        task:TextTask, # With the selected weights loaded
+        checks:int=4, # Validations
+    ):
+        s = task.s; self.s,self.seed,self.processes,self.checks = s,task.seed,task.processes,checks
+        self.data = {k: task.encode(k) for k in ('train','valid')}
+        self.model,self.labels = EnergyModel(task.model.prior),None
+        if s.n_symbols > 1 and s.w_cls > 0:
+            with torch.no_grad(): self.labels = torch.cat([task.model.prior.symbol_logits(z.to(task.device)).argmax(-1).cpu() for z in self.data['train'][0].split(4096)])
+    def weights(self, step, steps) -> dict:
+        w = dict(ebm=1.)
+        if self.s.n_symbols > 1: w['sym'] = 1.
+        return w if self.labels is None else dict(w, cls=1.)
+    def start_epoch(self, epoch, state, gen): return None
+    def batches(self, state, gen, start=0):
+        "Random batches up to the next check"
+        (mean,logvar),B = self.data['train'],min(self.s.energy_batch, len(self.data['train'][0]))
+        for k in range(math.ceil(self.s.energy_steps/self.checks)*self.processes):
+            i = torch.randint(len(mean), (B,), generator=gen)
+            if k >= start: yield LatentBatch(mean[i], logvar[i]),({} if self.labels is None else dict(labels=self.labels[i]))
+    @torch.no_grad()
+    def validate(self) -> dict:
+        "Latent part of the bound on validation sentences, and its value at zero energy, with the same noise every time"
+        p = self.model.prior; dev = next(p.parameters()).device; gen = make_gen(self.seed, 'validate energies', device=dev)
+        mean,logvar = (x[:1024].to(dev) for x in self.data['valid']); q = DiagGaussian(mean, logvar)
+        return dict(kl=p.kl(q, q.rsample(gen), gen, 64)[0].mean(), kl_base=p.base_kl(q).sum(-1).mean())
+
+def fit_energies(
+    task:TextTask, # With the selected weights loaded; its prior is trained in place
+    run:Run, # The run: this stage has the folder `energies` in it
+    seed:int,
+    device='cpu',
+    on_epoch=None, # Called with each validation's log line
+) -> float: # Seconds it took, over all sittings; 0 where there is nothing to do
+    "Train the energies alone, for `energy_steps` steps; continues from its checkpoint"
+    s = task.s
+    if s.prior != 'ebm' or not s.energy_steps: return 0.
+    part = Run(run.path/'energies', run.settings)
+    cfg = TrainCfg(steps=s.energy_steps, lr_ebm=s.energy_lr, clip_ebm=5., warmup=min(100, s.energy_steps), warmdown=.5, checkpoint_every=s.checkpoint_every)
+    return fit(EnergyTask(task), part, cfg, seed, device, on_epoch=on_epoch).seconds
 
 # %% ../nbs/60_text_job.ipynb #01a1642b
 def corpus_name(job:TextJob) -> str:

@@ -293,6 +293,7 @@ def test_fitted_proposal():
     C = torch.tensor([[2., .5, 0.], [.5, 1., 0.], [0., 0., .1]], dtype=F64)
     o = L.fit_proposal(x, b+x@G+randn(n, 3, g=g)@torch.linalg.cholesky(C).T, 1., wide=1.)
     torch.testing.assert_close(o.G, G, rtol=0, atol=.05); torch.testing.assert_close(o.b, b, rtol=0, atol=.05); torch.testing.assert_close(o.L@o.L.T, C, rtol=.05, atol=.05)
+    assert all(v.is_contiguous() for v in o) # as read back from a file, so that a resumed run rounds alike
     few = L.fit_proposal(x[:2], randn(2, 3, g=g), .5) # fewer draws than dimensions: still a proposal
     assert torch.linalg.eigvalsh(few.L@few.L.T).min() > .2
 
