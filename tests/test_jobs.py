@@ -12,7 +12,7 @@ import torch
 from ldebm.core import check_result, load_results, load_tensors
 from ldebm.data import load_grammar_files
 from ldebm.text import batches, load_corpus
-from ldebm.text_job import TextJob, TextTask, evaluate, finish, load_model, open_job, plot_latents, resolve, samples_by_symbol, train_cfg
+from ldebm.text_job import TextJob, TextTask, evaluate, finish, fit_energies, load_model, open_job, plot_latents, resolve, samples_by_symbol, train_cfg
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 
@@ -78,14 +78,14 @@ def test_notebook_from_command_to_record(tmp_path):
     "One command: executed notebook, model, record, samples and figures; the model alone gives the samples again; the command again changes nothing"
     out, results = tmp_path/"run", tmp_path/"results"
     out.mkdir()
-    command = [out/"train_ptb.ipynb", "-p", "settings", f"{NET} batch=256 checkpoint_every=10 nll_draws=0", "-p", "steps", 36, "-p", "n_samples", 40, "-p", "out", out, "-p", "results", results,
+    command = [out/"train_ptb.ipynb", "-p", "settings", f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20", "-p", "steps", 36, "-p", "n_samples", 40, "-p", "out", out, "-p", "results", results,
                "-p", "device", "cpu", "-p", "threads", 1, "-p", "seed", 3]
     res = papermill(*command)
     assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
     assert f"run folder: {out}" in res.stdout+res.stderr
     made = set(files(out))
     assert made == {"train_ptb.ipynb", "model.safetensors", "config.json", "result.json", "samples.txt", "reconstructions.txt", "settings.json", "log.jsonl",
-                    "checkpoint.safetensors", "figures/curves.png", "figures/latents.png", "figures/energy.png", "score/prior-hole.json", "score/sampler.json"}
+                    "checkpoint.safetensors", "figures/curves.png", "figures/latents.png", "figures/energy.png", "score/prior-hole.json", "score/sampler.json", "energies/settings.json", "energies/log.jsonl", "energies/checkpoint.safetensors"}
     assert all((out/"figures"/f"{k}.png").read_bytes().startswith(b"\x89PNG") for k in ("curves", "latents", "energy"))
     cells = [c for c in json.loads((out/"train_ptb.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     assert all(c["execution_count"] for c in cells if "".join(c["source"]).strip())
@@ -99,7 +99,7 @@ def test_notebook_from_command_to_record(tmp_path):
     assert samples.count("\n") == 40
 
     # the model of the folder, in another process, is the model that was evaluated
-    job = TextJob(settings=f"{NET} batch=256 checkpoint_every=10 nll_draws=0", steps=36, n_samples=40, seed=3, device="cpu", threads=1)
+    job = TextJob(settings=f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20", steps=36, n_samples=40, seed=3, device="cpu", threads=1)
     task = TextTask(load_corpus("grammar", max_len=resolve(job).max_len), resolve(job), job.objective, job.seed)
     task.model, vocab = load_model(out)
     assert not task.model.training and vocab.itos == task.corpus.vocab.itos
@@ -252,6 +252,8 @@ BAD = [
     (dict(settings="cluster_dims=0"), "cluster_dims must be at least 1"),
     (dict(seed=-1), "seed must not be negative, got -1"),
     (dict(steps=-5), "steps must be at least 1, got -5"),
+    (dict(settings="energy_steps=-1"), "energy_steps must not be negative"), (dict(settings="energy_batch=1"), "energy_batch must be at least 2"), (dict(settings="energy_lr=0"), "energy_lr positive"),
+    (dict(settings="energy_steps=5", objective="published"), "energy_steps would have no effect"), (dict(split="train"), "unknown split 'train'"),
     (dict(n_samples=-1), "n_samples must be at least 2, got -1"),
     (dict(threads=-1), "threads must be 0 or more, got -1"),
     (dict(device="gpu"), "unknown device 'gpu'"),
@@ -315,3 +317,33 @@ def test_one_altered_byte_of_ptb(tmp_path, monkeypatch, ldebm_data):
     monkeypatch.setenv("LDEBM_DATA", str(data.parent))
     with pytest.raises(ValueError, match=r"ptb\.valid\.txt: wrong checksum"): open_job(tiny(tmp_path, corpus="ptb"))
     assert not (tmp_path/"run").exists()
+
+
+def test_energies_alone(tmp_path):
+    "They lower the latent's cost, leave encoder and decoder as they are, and a run that was stopped in the middle ends the same"
+    def prepared(name):
+        job = tiny(tmp_path, settings=f"{NET} batch=64 checkpoint_every=10 energy_steps=60 energy_batch=64 energy_lr=.02 cls_start=0", out=tmp_path/name)
+        run, task, device = open_job(job)
+        fit(task, run, train_cfg(task.s), job.seed, device)
+        sides = 2.*torch.randint(2, (400, 1), generator=torch.Generator().manual_seed(0)) - 1
+        task.encode = lambda split: (2*sides.expand(400, task.s.d), torch.full((400, task.s.d), -2.)) # latents that no Gaussian prior fits
+        return job, run, task, device
+    job, run, task, device = prepared("a")
+    before, lines = {k: v.clone() for k, v in task.model.state_dict().items()}, []
+    assert fit_energies(task, run, job.seed, device, lines.append) > 0
+    after = task.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("prior.")) and not torch.equal(after["prior.energy.head.weight"], before["prior.energy.head.weight"])
+    assert len(lines) == 4 and lines[-1]["step"] == 60 and lines[-1]["kl"] < .9*lines[0]["kl_base"] == .9*lines[-1]["kl_base"]
+
+    job, run, task, device = prepared("b")
+    class Stop(Exception): pass
+    def stop(line):
+        if line["step"] == 30: raise Stop
+    with pytest.raises(Stop): fit_energies(task, run, job.seed, device, stop)
+    job, run, task, device = prepared("b")
+    fit_energies(task, run, job.seed, device)
+    assert all(torch.equal(v, after[k]) for k, v in task.model.state_dict().items())
+
+    quiet = tiny(tmp_path, settings=f"{NET} batch=64 energy_steps=0", out=tmp_path/"c")
+    run, task, device = open_job(quiet)
+    assert fit_energies(task, run, 0, device) == 0 and not (run.path/"energies").exists()

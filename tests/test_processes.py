@@ -318,7 +318,7 @@ def test_a_notebook_under_a_launcher(tmp_path, own):
     env = {**os.environ, "IN_TEST": "1", "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "agg", "TMPDIR": str(tmp_path),
            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     res = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "ldebm.train",
-                          str(ROOT/"nbs"/"train_ptb.ipynb"), str(out/"train_ptb.ipynb"), "--kernel", "python3", "-r", "corpus", own, "-p", "settings", f"{NET} batch=32 cls_start=0 nll_draws=0", "-p", "steps", "20",
+                          str(ROOT/"nbs"/"train_ptb.ipynb"), str(out/"train_ptb.ipynb"), "--kernel", "python3", "-r", "corpus", own, "-p", "settings", f"{NET} batch=32 cls_start=0 nll_draws=0 energy_steps=10", "-p", "steps", "20",
                           "-p", "n_samples", "20", "-p", "device", "cpu", "-p", "threads", "1", "-p", "out", str(out), "-p", "results", str(results)],
                          capture_output=True, text=True, env=env, cwd=ROOT, timeout=110)
     assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
