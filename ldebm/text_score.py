@@ -61,7 +61,9 @@ def _kept_plans(plans:dict) -> list:
         out.append([list(k) if isinstance(k, tuple) else k, kind, v])
     return out
 
-def _plans_from(kept:list) -> dict:
+def _plans_from(kept:list, device='cpu') -> dict:
+    def there(x): return x.to(device) if isinstance(x, Tensor) else [there(v) for v in x] if isinstance(x, (list, tuple)) else x
+    kept = there(kept)
     kinds = dict(Plan=Plan, Proposal=Proposal, LogZ=LogZ)
     return {tuple(k) if isinstance(k, list) else k: {t: Proposal(*o) for t,*o in v} if kind == 'proposals' else kinds[kind](*v) for k,kind,v in kept}
 
@@ -82,7 +84,7 @@ def text_nll(
     done,plans = [],{}
     if file is not None and file.exists():
         state = unpack_state(*load_tensors(file))
-        if state['what'] == what: done,plans = state['done'],_plans_from(state['plans'])
+        if state['what'] == what: done,plans = state['done'],_plans_from(state['plans'], dev)
     parts = list(order.split(chunk))
     with frozen_weights(task.model) as m, progress(total=n, desc='likelihood', unit='sentence') as bar:
         bar.update(sum(len(p['index']) for p in done))
