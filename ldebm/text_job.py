@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'EBM_ONLY', 'SCORING', 'TextJob', 'TextSettings', 'resolve', 'unused', 'train_cfg',
            'text_cfg', 'prior_cfg', 'build_model', 'by_words', 'TextTask', 'LatentBatch', 'EnergyModel', 'EnergyTask',
-           'fit_energies', 'corpus_name', 'job_name', 'record_name', 'record_settings', 'open_job', 'evaluate',
-           'save_model', 'load_model', 'finish', 'epoch_line', 'sentence_table', 'samples_by_symbol', 'metrics_table',
-           'plot_latents', 'save_figure', 'spread', 'run_table']
+           'has_energy_stage', 'fit_energies', 'corpus_name', 'job_name', 'record_name', 'record_settings', 'open_job',
+           'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line', 'sentence_table', 'samples_by_symbol',
+           'metrics_table', 'plot_latents', 'save_figure', 'spread', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #4768ad78
 import hashlib, json, math, re, statistics, time
@@ -26,7 +26,7 @@ from .text import CORPORA, Corpus, Vocab, batches, load_corpus
 from .text_metrics import (active_symbols, active_units, ami, bleu, distinct_n, grammar_scores, homogeneity, memorised_share,
                                 mutual_information, ngram_overlap, self_bleu, unique_share, unseen_share, v_measure, wkl)
 from .text_vae import TextCfg, TextModel, sample_sentences, strip
-from .train import TrainCfg, count_processes, fit, linear_warmup
+from .train import TrainCfg, count_processes, launch, launched, linear_warmup
 
 # %% ../nbs/60_text_job.ipynb #63608f8a
 @dataclass(frozen=True)
@@ -329,6 +329,8 @@ class EnergyTask:
         mean,logvar = (x[:1024].to(dev) for x in self.data['valid']); q = DiagGaussian(mean, logvar)
         return dict(kl=p.kl(q, q.rsample(gen), gen, 64)[0].mean(), kl_base=p.base_kl(q).sum(-1).mean())
 
+def has_energy_stage(s:TextSettings) -> bool: return s.prior == 'ebm' and s.energy_steps > 0
+
 def fit_energies(
     task:TextTask, # With the selected weights loaded; its prior is trained in place
     run:Run, # The run: this stage has the folder `energies` in it
@@ -338,10 +340,10 @@ def fit_energies(
 ) -> float: # Seconds it took, over all sittings; 0 where there is nothing to do
     "Train the energies alone, for `energy_steps` steps; continues from its checkpoint"
     s = task.s
-    if s.prior != 'ebm' or not s.energy_steps: return 0.
+    if not has_energy_stage(s): return 0.
     part = Run(run.path/'energies', run.settings)
     cfg = TrainCfg(steps=s.energy_steps, lr_ebm=s.energy_lr, clip_ebm=5., warmup=min(100, s.energy_steps), warmdown=.5, checkpoint_every=s.checkpoint_every)
-    return fit(EnergyTask(task), part, cfg, seed, device, on_epoch=on_epoch).seconds
+    return launch(EnergyTask(task), part, cfg, seed, device, on_epoch, processes=launched()).seconds # started by `processes`, it is one process that goes on
 
 # %% ../nbs/60_text_job.ipynb #01a1642b
 def corpus_name(job:TextJob) -> str:

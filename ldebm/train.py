@@ -342,12 +342,13 @@ def launch(
     task, run:Run, cfg:TrainCfg, seed:int, device:torch.device|str='cpu', # As for `fit`
     on_epoch=None, # Called in the main process of those that train: it may print, and changes nothing here
     processes:int=1, # How many train
+    more:bool=False, # Another stage follows, with the same processes where a launcher started them
 ) -> Progress: # Where the run ended; the selected model's weights are in `task.model`, on `device`
     "`fit` in `processes` processes of this machine; with one, or in a process that a launcher started, `fit` itself"
     device,n = torch.device(device),count_processes(processes, device)
     if n == 1 or launched() > 1:
         end = fit(task, run, cfg, seed, device, on_epoch)
-        if os.environ.get('LDEBM_HELPER'): raise TrainingOver(f'process {os.environ["RANK"]} has done its part')
+        if os.environ.get('LDEBM_HELPER') and not more: raise TrainingOver(f'process {os.environ["RANK"]} has done its part')
         return end
     task.processes = n
     def over(saved): return saved is not None and saved['progress']['step'] >= cfg.steps and saved['progress']['batch'] == 0
