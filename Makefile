@@ -20,6 +20,10 @@ NO_VENV   ?=
 PIP_ARGS    ?=
 NBDEV_ARGS  ?=
 PYTEST_ARGS ?=
+# Seeds and settings of table and tune, and options of `python -m ldebm.table`, such as '--rows vae dgm-vae --workers 2 --retry'
+SEEDS      ?= 0 1 2
+SETTINGS   ?=
+TABLE_ARGS ?=
 # Options of bench, such as '--only chain step' or '--threads 1'
 BENCH_ARGS  ?=
 
@@ -54,7 +58,7 @@ NAME ?= $(ROW)-$(basename $(notdir $(CORPUS)))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
 RUN  ?= runs/$(NAME)
 PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
 
-.PHONY: help venv train toy2d digits images test tune bench docs docs-serve lab lint prepare clean distclean
+.PHONY: help venv train toy2d digits images test table tune bench docs docs-serve lab lint prepare clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
@@ -111,8 +115,11 @@ test: $(STAMP) ## Run every notebook, then the tests
 	@echo "Tests:"
 	@python -m pytest -q $(PYTEST_ARGS)
 
+table: $(STAMP) ## All sixteen systems on CORPUS: every row of SEEDS="0 1 2", as many at once as fit, into results
+	@python -m ldebm.table --corpus $(CORPUS) --preset $(PRESET) --objective $(OBJECTIVE) --seeds $(SEEDS) --settings "$(SETTINGS)" $(TABLE_ARGS)
+
 tune: $(STAMP) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
-	@python -c "from ldebm.text_score import tune; tune('$(CORPUS)', '$(PRESET)', seed=$(SEED))"
+	@python -m ldebm.table --tune --corpus $(CORPUS) --preset $(PRESET) --seeds $(SEED) --settings "$(SETTINGS)" $(TABLE_ARGS)
 
 bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json
 	@python bench/bench.py $(BENCH_ARGS)

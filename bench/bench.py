@@ -197,7 +197,7 @@ def job(objective, opt, **kw):
 
 def chain_prior(s, objective="published"):
     net = EnergyNet(s.d, s.n_symbols, s.T, s.energy_hidden, s.n_blocks, free_head=s.free_head, init=s.energy_init or None, gen=gen())
-    return DiffusionEBM(make_schedule(s.schedule, s.T), net, prior_cfg(s, objective))
+    return DiffusionEBM(make_schedule(s.schedule, s.T), net, prior_cfg(s))
 
 
 def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
@@ -310,7 +310,7 @@ def bench_step(opt):
     out, corpus = [], load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
     for objective in OBJECTIVES:
         s = job(objective, opt)
-        task = TextTask(corpus, s, objective, 0); bs, V = fixed_batches(task, 1 if opt.tiny else 3), len(corpus.vocab)
+        task = TextTask(corpus, s, 0); bs, V = fixed_batches(task, 1 if opt.tiny else 3), len(corpus.vocab)
         start = {k: v.clone() for k, v in task.model.state_dict().items()}
         labels, lw = torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
         words = [int((b.lengths-1).sum()) for b in bs]; read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
@@ -409,7 +409,7 @@ def bench_growth(opt):
         if "hidden" in kw: own["embed"] = kw["hidden"]
         s = resolve(TextJob(corpus="ptb", preset="paper", settings=" ".join(f"{k}={v}" for k, v in {"batch": 32, **own}.items() if k != "length")))
         B, length = s.batch, kw.get("length", 21)
-        b, model = made_batch(B, length+1, V), build_model(s, "consistent", vocab, 0)
+        b, model = made_batch(B, length+1, V), build_model(s, vocab, 0)
         weights = dict(nll=1., kl=1., ebm=s.w_ebm, bow=s.w_bow, mi=-s.w_mi, cls=s.w_cls, sym=s.w_sym)
         st, labels, lw = Stepper(s, "consistent", model, weights), torch.arange(B) % s.n_symbols, torch.ones(s.n_symbols)
         return lambda: st.step(b, labels, lw, gen=gen(4)), sum(flop_step(B, B*(length+1), B*length, V, s, "consistent").values()), (min(opt.loss_rows, B*length), s.hidden, V)
@@ -443,7 +443,7 @@ def memory_child(preset, corpus, objective, steps, n_threads, settings):
     torch.set_num_threads(n_threads)
     out = dict(imported=peak_mb())
     s = resolve(TextJob(corpus=corpus, preset=preset, objective=objective, settings=settings))
-    task = TextTask(load_corpus(corpus, max_len=s.max_len, vocab_size=s.vocab_size), s, objective, 0)
+    task = TextTask(load_corpus(corpus, max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
     out["loaded"] = peak_mb()
     st, labels, lw = Stepper(s, objective, task.model, all_terms(task)), torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
     longest = fixed_batches(task, 50)[-1] if len(task.corpus["train"]) >= 50*s.batch else fixed_batches(task, 1)[0]

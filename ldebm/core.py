@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['make_gen', 'pick_device', 'set_threads', 'progress', 'check_params', 'notebook_params', 'choose', 'parse_settings',
-           'pick', 'settings_hash', 'atomic_write', 'save_tensors', 'load_tensors', 'pack_state', 'unpack_state', 'Run',
-           'graceful_stop', 'Average', 'env_report', 'provenance', 'metric', 'check_result', 'results_root',
-           'result_path', 'write_result', 'load_results', 'results_table']
+           'pick', 'settings_hash', 'weights_hash', 'atomic_write', 'save_tensors', 'load_tensors', 'pack_state',
+           'unpack_state', 'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric', 'check_result',
+           'results_root', 'result_path', 'write_result', 'load_results', 'results_table']
 
 # %% ../nbs/00_core.ipynb #38db3bd6
 import collections, contextlib, copy, dataclasses, difflib, hashlib, importlib.metadata, inspect, json, math, numbers
@@ -221,6 +221,15 @@ def settings_hash(
 ) -> str: # 12 hexadecimal digits
     "Fingerprint of `settings`"
     return hashlib.sha256(json.dumps(_plain(settings), sort_keys=True, separators=(',', ':')).encode()).hexdigest()[:12]
+
+# %% ../nbs/00_core.ipynb #e94285c0
+def weights_hash(
+    model:torch.nn.Module,
+) -> str: # 16 hexadecimal digits
+    "Fingerprint of a model's state: the name and the bytes of each tensor, on whatever device"
+    h = hashlib.sha256()
+    for k,v in model.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #94136783
 @contextlib.contextmanager

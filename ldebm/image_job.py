@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import (Average, Run, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, write_result)
+from .core import (Average, Run, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
 from .generator import Generator, GeneratorCfg, GeneratorModel
 from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
                                  make_classifier, predict, save_classifier, spread_ratio)
@@ -456,9 +456,7 @@ MEASURING = ('tune','n_samples','long','clf_preset','clf_steps') # Settings that
 
 def generator_hash(g:Generator) -> str: # 12 hexadecimal digits
     "Fingerprint of a generator's weights: a prior belongs to one"
-    h = hashlib.sha256()
-    for k,v in g.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().numpy().tobytes())
-    return h.hexdigest()[:12]
+    return weights_hash(g)[:12]
 
 # %% ../nbs/62_image_job.ipynb #86e21b93
 def fine_tune(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANDWIDTHS', 'wilson_interval', 'mean_interval', 'share_metric', 'clustered_share', 'resample_counts',
-           'bootstrap_interval', 'jackknife_interval', 'auroc_interval', 'auroc', 'aupr', 'two_sample_auroc', 'kernel',
-           'mmd2', 'mmd', 'mmd_test', 'latent_mmd']
+           'bootstrap_interval', 'jackknife_interval', 'log_mean_exp', 'effective', 'auroc_interval', 'auroc', 'aupr',
+           'two_sample_auroc', 'kernel', 'mmd2', 'mmd', 'mmd_test', 'latent_mmd']
 
 # %% ../nbs/04_stats.ipynb #15a5e1a2
 import math, warnings
@@ -103,6 +103,18 @@ def jackknife_interval(
     if min(map(len, parts)) < 2: return None
     half = _Z*math.sqrt(sum((len(o)-1)*o.var() for o in parts))
     return _within(value-half, lo, hi), _within(value+half, lo, hi)
+
+# %% ../nbs/04_stats.ipynb #1f3842ad
+def log_mean_exp(x:Tensor, dim:int=0) -> Tensor:
+    "`log mean exp` along a dimension"
+    return x.logsumexp(dim)-math.log(x.shape[dim])
+
+def effective(
+    log_w:Tensor, # Log-weights, shape `(S, ...)`
+) -> Tensor: # Shape `(...)`, between 1 and S
+    "Effective number of draws, `(sum w)^2/sum w^2` (Kong 1992); 1 where no draw has any weight"
+    ess = (2*log_w.logsumexp(0)-(2*log_w).logsumexp(0)).exp()
+    return torch.where(ess.isnan(), 1., ess)
 
 # %% ../nbs/04_stats.ipynb #c6a238ca
 def auroc_interval(

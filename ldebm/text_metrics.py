@@ -6,7 +6,7 @@
 __all__ = ['bleu', 'word_counts', 'wkl', 'unseen_share', 'wkl_reference', 'distinct_n', 'unique_share', 'memorised_share',
            'ngram_overlap', 'self_bleu', 'self_bleu_real', 'mutual_information', 'mutual_information_per_batch',
            'active_symbols', 'effective_symbols', 'homogeneity', 'v_measure', 'ami', 'homogeneity_per_batch',
-           'random_homogeneity', 'active_units', 'prior_hole', 'grammar_scores']
+           'random_homogeneity', 'active_units', 'information', 'kmeans_labels', 'prior_hole', 'grammar_scores']
 
 # %% ../nbs/41_text_metrics.ipynb #07944d14
 import math
@@ -16,7 +16,9 @@ from collections.abc import Callable
 import numpy as np, torch
 from sacrebleu.metrics import BLEU
 from scipy.sparse import csr_matrix
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .core import metric
@@ -401,6 +403,31 @@ def active_units(
         v = (w@c**2/n - (w@c/n)**2)*n/(n-1)
         interval = np.percentile((v > threshold).sum(1), [2.5, 97.5])
     return metric(int((x.var(0) > threshold).sum()), interval, n, f'Var of posterior mean > {threshold}' + _boot_note(gen, 'sentences'))
+
+# %% ../nbs/41_text_metrics.ipynb #25066433
+def information(
+    q, # Posterior of `n` sentences, with `rsample` and `pairwise` (`ldebm.prior.DiagGaussian`, or those of `ldebm.zoo`)
+    gen:torch.Generator|None=None, # Source of one draw a sentence
+    rows:int=512, # Draws at a time
+) -> dict: # Metric, nats
+    "Mutual information of sentence and latent, over the whole set"
+    n = len(q); z = q.rsample(gen); out = []
+    for i in torch.arange(n).split(rows):
+        w = q.pairwise(z[i]).double() # (rows, n)
+        out.append(w[torch.arange(len(i)),i]-w.logsumexp(1)+math.log(n))
+    v = torch.cat(out)
+    return metric(v.mean().item(), mean_interval(v), n, f'I(x; z), aggregated posterior of {n} sentences, nats; at most {math.log(n):.2f}')
+
+# %% ../nbs/41_text_metrics.ipynb #d44ea207
+def kmeans_labels(
+    features:Tensor, # Posterior means or probabilities, `(n, d)`
+    K:int, # Clusters
+    gen:torch.Generator|None=None, # Source of the starts, on the CPU
+) -> Tensor: # `(n,)`, long
+    "k-means, best of five starts; `ValueError` for fewer points than clusters"
+    if len(features) < K: raise ValueError(f'{len(features)} points cannot make {K} clusters: lower the number of symbols or use more data')
+    with threadpool_limits(1): # sums over several threads differ in their last bits
+        return torch.from_numpy(KMeans(K, n_init=5, random_state=int(torch.randint(2**31-1, (), generator=gen))).fit_predict(features.double().numpy())).long()
 
 # %% ../nbs/41_text_metrics.ipynb #65c40df3
 def prior_hole(

@@ -151,7 +151,7 @@ def test_flop_of_chains(objective):
 @pytest.mark.parametrize("objective,extra", [("published", {}), ("consistent", {}), ("consistent", dict(enc_share=1., reference="flat")), ("published", dict(packed=True)), ("consistent", dict(w_bow=0.))])
 def test_flop_of_a_step(objective, extra):
     s = settings(objective, **extra); V, B, length = 150, s.batch, 9
-    model = bench.build_model(s, objective, Words(V), 0)
+    model = bench.build_model(s, Words(V), 0)
     ids = torch.randint(4, V, (B, length+1), generator=bench.gen(2))
     lengths = torch.full((B,), length+1) if s.packed else torch.arange(B) % 5+length-3
     batch = bench.Batch(ids.masked_fill(torch.arange(length+1) >= lengths[:, None], 0), lengths, {}, torch.arange(B))
@@ -172,7 +172,7 @@ def test_flop_of_a_step(objective, extra):
 @pytest.mark.parametrize("objective", bench.OBJECTIVES)
 def test_flop_of_generation(objective):
     s = settings(objective); V, n = 150, 12
-    model, ids = bench.build_model(s, objective, Words(V), 0).eval(), []
+    model, ids = bench.build_model(s, Words(V), 0).eval(), []
     with bench.using("blas"), bench.counted_words() as rows: got = count(lambda: ids.extend(bench.sample_sentences(model, n, gen=bench.gen(4), max_len=s.max_len)))
     words = sum(rows)
     assert sum(map(len, ids)) <= words <= n*s.max_len

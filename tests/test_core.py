@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from ldebm import core
 from ldebm.core import (Run, atomic_write, check_params, graceful_stop, load_results, load_tensors, make_gen, metric, notebook_params,
                         pack_state, pick_device, progress, provenance, result_path, results_table, save_tensors, settings_hash,
-                        unpack_state, write_result)
+                        unpack_state, weights_hash, write_result)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,6 +127,20 @@ def test_settings_hash():
     assert len({settings_hash(o) for o in ({"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": True}, {"a": None}, {"b": 1})}) == 6
     with pytest.raises(ValueError): settings_hash({"a": float("nan")})
     with pytest.raises(TypeError): settings_hash({"a": Path("x")})
+
+
+def test_weights_hash():
+    "Names, values and types count, layout in memory does not; the value is that of weights stored long ago"
+    net = torch.nn.Linear(3, 2)
+    with torch.no_grad(): net.weight.copy_(torch.arange(6.).view(2, 3)); net.bias.zero_()
+    assert weights_hash(net) == "ba951af64270acd5"
+    net.weight.data = torch.arange(6.).view(2, 3).T.contiguous().T
+    assert not net.weight.is_contiguous() and weights_hash(net) == "ba951af64270acd5"
+    moved = torch.nn.Linear(3, 2)
+    moved.load_state_dict(net.state_dict())
+    with torch.no_grad(): moved.bias[1] = 1e-30
+    seen = {weights_hash(m) for m in (net, moved, torch.nn.Sequential(net), torch.nn.Linear(3, 2, bias=False))}
+    assert len(seen) == 4 and weights_hash(net.double()) not in seen
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU", "cpu:0:1"])

@@ -100,7 +100,7 @@ def test_notebook_from_command_to_record(tmp_path):
 
     # the model of the folder, in another process, is the model that was evaluated
     job = TextJob(settings=f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20", steps=36, n_samples=40, seed=3, device="cpu", threads=1)
-    task = TextTask(load_corpus("grammar", max_len=resolve(job).max_len), resolve(job), job.objective, job.seed)
+    task = TextTask(load_corpus("grammar", max_len=resolve(job).max_len), resolve(job), job.seed)
     task.model, vocab = load_model(out)
     assert not task.model.training and vocab.itos == task.corpus.vocab.itos
     metrics, found = evaluate(task, job.seed)

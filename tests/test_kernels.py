@@ -394,7 +394,7 @@ def train(folder, objective, seed=0, settings=SMALL, steps=20, dtype=F64, log_ev
     "The real task and the real loop; clusters are made in the first epoch"
     own = " cls_start=0 w_sym=.3" if objective == "consistent" else ""
     s = resolve(TextJob(objective=objective, seed=seed, steps=steps, settings=settings+own if dtype == F64 else settings))
-    task = TextTask(load_corpus("grammar", max_len=s.max_len), s, objective, seed)
+    task = TextTask(load_corpus("grammar", max_len=s.max_len), s, seed)
     task.model.to(dtype)
     run = Run(folder, dict(seed=seed))
     seen = []
@@ -415,7 +415,7 @@ def test_training_equals_plain_training(tmp_path, objective, extra):
         assert a.keys() == b.keys()
         for k in a.keys()-{"kind"}: # the loop adds up its loss in single precision
             assert abs(a[k]-b[k]) <= (1e-6 if k == "loss" else 1e-8)*max(abs(b[k]), 1e-3), f"{k} at step {a['step']}: {a[k]} and {b[k]}"
-    start = TextTask(task.corpus, task.s, objective, 0).model
+    start = TextTask(task.corpus, task.s, 0).model
     for (k, p), q, o in zip(task.model.named_parameters(), other.model.parameters(), start.parameters(), strict=True):
         assert p.dtype == F64
         assert (p-q).norm() <= 1e-8*q.norm(), f"{k}: {((p-q).norm()/q.norm()).item():.1e}"
@@ -425,7 +425,7 @@ def test_training_equals_plain_training(tmp_path, objective, extra):
 @pytest.mark.parametrize("objective", ["consistent", "published"])
 def test_terms_keep_double_precision(objective):
     s = resolve(TextJob(objective=objective, settings=SMALL)); c = load_corpus("grammar", max_len=s.max_len)
-    task = TextTask(c, s, objective, 0); task.model.double().train()
+    task = TextTask(c, s, 0); task.model.double().train()
     b = next(iter(batches(c["train"], 32, gen=gen(0), pad_to=s.max_len)))
     terms = task.model(b, gen(1), labels=torch.zeros(32, dtype=torch.long), label_weights=torch.ones(s.n_symbols))
     assert {k: v.dtype for k, v in terms.items()} == dict.fromkeys(terms, F64)
@@ -435,7 +435,7 @@ def test_terms_keep_double_precision(objective):
 def test_generation_equals_plain_generation(backend):
     "The same words, greedily and sampled, in double precision"
     s = resolve(TextJob(settings=SMALL)); c = load_corpus("grammar", max_len=s.max_len)
-    m = TextTask(c, s, "consistent", 0).model.double().eval()
+    m = TextTask(c, s, 0).model.double().eval()
     z = randn(9, 6)
     for kw in ({}, dict(temperature=1.), dict(temperature=.8, top_p=.9)):
         with using(backend): got = m.decoder.generate(z, max_len=12, gen=gen(1), **kw)

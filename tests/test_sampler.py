@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
-from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, tilt_chain, tilt_states
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances
+from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, split_rhat, tilt_chain, tilt_states
+from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances, plot_energy_traces, trace_rhat
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, make_schedule, published_schedule
 from torch import nn
 from torch.testing import assert_close
@@ -380,6 +380,34 @@ def test_base_kl_against_densities_along_paths(reference, T, d):
     got, ess = p.kl(q, z, gen(4), n=4)   # zero energy: log Z is 0 for any number of draws
     assert_close(got, want.expand(n))
     assert (ess > 3.99).all()
+
+
+# -- convergence
+
+def test_rhat_of_traces():
+    "For each level and condition that of the second half; a window is a slice"
+    x = torch.randn(2, 21, 4, 3, generator=gen(0))
+    x[1, 10:, :, 2] += 4*torch.arange(4.)   # chains apart in the second half
+    x[0, :10, :, 0] += 4*torch.arange(4.)   # and in the first
+    got = trace_rhat(x)
+    assert got.shape == (2, 3) and got[1, 2] > 3 and got.flatten()[:5].max() < 1.5
+    for t in range(2):
+        for k in range(3): assert got[t, k].item() == pytest.approx(split_rhat(x[t, 10:, :, k]))
+    assert_close(trace_rhat(x[:, :9])[0, 1].item(), split_rhat(x[0, 4:9, :, 1]), rtol=1e-6, atol=0)
+    assert_close(trace_rhat(x.double()), got)
+    with pytest.raises(ValueError, match="chains of 7 updates say nothing of their convergence: at least 8 are needed"): trace_rhat(x[:, :7])
+
+
+def test_titles_of_energy_traces():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    x = torch.randn(2, 20, 4, 5, generator=gen(1))
+    x[1] += 3*torch.arange(4.)[:, None]
+    want = trace_rhat(x).median(1).values
+    assert [a.get_title() for a in plot_energy_traces(x)] == [f"level {t}, R-hat {want[t]:.2f}" for t in (1, 0)] and want[1] > 2 > want[0]
+    assert [a.get_title() for a in plot_energy_traces(x[:, :7])] == ["level 1", "level 0"]
+    plt.close("all")
 
 
 # -- what goes wrong is named

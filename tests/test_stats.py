@@ -34,6 +34,20 @@ def test_mean_interval_covers():
     assert st.mean_interval([1.0]) is None
 
 
+def test_weights_by_hand():
+    w = torch.tensor([[1., 1.], [1., 3.], [1., 0.]], dtype=torch.float64).log()
+    assert st.log_mean_exp(w).exp().tolist() == pytest.approx([1, 4/3]) and st.log_mean_exp(w.T, 1).equal(st.log_mean_exp(w))
+    assert st.effective(w).tolist() == pytest.approx([3, 16/10]) and st.effective(w.float()).dtype == torch.float32
+    far = w-1000
+    assert_close(st.log_mean_exp(far), st.log_mean_exp(w)-1000)
+    assert_close(st.effective(far), st.effective(w))
+
+
+def test_weights_without_any_weight():
+    none = torch.full((5, 2), -math.inf)
+    assert st.effective(none).tolist() == [1, 1] and (st.log_mean_exp(none) == -math.inf).all()
+
+
 def test_share_metric():
     m = st.share_metric(3, 4, "share")
     assert (m["value"], m["n"], m["estimator"]) == (.75, 4, "share") and tuple(m["interval"]) == st.wilson_interval(3, 4)

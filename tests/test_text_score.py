@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from ldebm.core import load_tensors, make_gen, metric, unpack_state
 from ldebm.data import load_grammar
 from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
 from ldebm.text import get_batch, load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve
+from ldebm.text_job import TextJob, TextTask, job_name, resolve
 
 pytestmark = pytest.mark.usefixtures("in_test")
 TINY = "embed=16 hidden=16 d=3 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 nll_draws=8 nll_sentences=6 lm=''"
@@ -24,7 +26,7 @@ def corpus(): return load_corpus("grammar", max_len=24)
 
 def make(corpus, row="ldebm", objective="consistent", seed=0, settings=TINY):
     job = TextJob(row=row, objective=objective, seed=seed, steps=1, n_samples=10, settings=settings)
-    return job, TextTask(corpus, resolve(job), objective, seed)
+    return job, TextTask(corpus, resolve(job), seed)
 
 
 @pytest.fixture
@@ -120,7 +122,10 @@ def test_plans_survive_the_file():
     t = lambda *s: torch.randn(*s, generator=torch.Generator().manual_seed(0))
     plans = {"top": LogZ(t(1), t(1), t(1), .5, 9, False, t(1)), 0: Plan([.5, 1.], [.1, .2], True), ("fit", 0): Proposal(t(2), t(2, 2), t(2, 2)), "better": {1: Proposal(t(2), t(2, 2), t(2, 2))}, "posterior": Plan([1.], [.3], False)}
     from ldebm.core import pack_state
-    back = S._plans_from(unpack_state(*pack_state(dict(x=S._kept_plans(plans))))["x"])
+    tensors, form = pack_state(dict(x=S._kept_plans(plans)))
+    back = S._plans_from(unpack_state(tensors, form)["x"])
+    away = S._plans_from(unpack_state({k: v.to("meta") for k, v in tensors.items()}, form)["x"]) # where the file was loaded to
+    assert all(x.device.type == "meta" for x in (*away["top"][:3], away["top"].variance, *away[("fit", 0)], *away["better"][1]))
     assert set(back) == set(plans) and back[0] == plans[0] and isinstance(back["better"][1], Proposal)
     torch.testing.assert_close([*back["top"][:3], *back[("fit", 0)]], [*plans["top"][:3], *plans[("fit", 0)]], rtol=0, atol=0)
 
@@ -215,3 +220,60 @@ def test_scoring_that_went_on_equals_scoring_that_did_not(corpus, tmp_path, monk
         mp.setattr(S, "prior_hole", dies)
         with pytest.raises(Killed): S.score(task, job, words, tmp_path/"cut")
     assert S.score(task, job, words, tmp_path/"cut") == want
+
+
+# --- from a job to its record
+
+QUICK = "embed=16 hidden=16 d=3 batch=64 nll_draws=0 lm=''" # a VAE
+
+
+def record_of(tmp_path, name="run", **kw):
+    job = TextJob(**{**dict(row="vae", steps=12, n_samples=20, threads=1, device="cpu", settings=QUICK, out=str(tmp_path/name)), **kw})
+    return job, S.run_job(job)
+
+
+@pytest.fixture
+def no_classifiers(monkeypatch):
+    monkeypatch.setattr(S, "prior_hole", lambda a, b, gen: dict(prior_hole_auroc=metric(.5)))
+    monkeypatch.setattr(S, "two_sample_auroc", lambda a, b, gen: metric(.5))
+
+
+def test_finished_job_is_copied_where_its_record_is_wanted(tmp_path, no_classifiers, monkeypatch):
+    _, first = record_of(tmp_path)
+    def dies(*a, **k): raise Killed
+    for name in ("launch", "evaluate", "score"): monkeypatch.setattr(S, name, dies)
+    own = (tmp_path/"run"/"result.json").read_bytes()
+    assert record_of(tmp_path)[1] == first and not (tmp_path/"results").exists()
+    job, again = record_of(tmp_path, results=str(tmp_path/"results"))
+    copy, = (tmp_path/"results").iterdir()
+    assert again == first and copy.stem == job_name(job) and copy.read_bytes() == own == (tmp_path/"run"/"result.json").read_bytes()
+    copy.unlink()
+    assert record_of(tmp_path, results=str(tmp_path/"results"))[1] == first and copy.read_bytes() == own # tidied away, and there again
+    with pytest.raises(Killed): record_of(tmp_path, results=str(tmp_path/"results"), settings=QUICK+" nll_sentences=5") # another scoring is not this one's
+
+
+def test_record_of_other_settings_is_not_overwritten(tmp_path, no_classifiers):
+    record_of(tmp_path, "a")
+    record_of(tmp_path, "b", results=str(tmp_path/"results"), steps=10)
+    there, = (tmp_path/"results").iterdir()
+    before = there.read_bytes()
+    with pytest.raises(ValueError, match="already records a run with other settings .steps: 10 -> 12."): record_of(tmp_path, "a", results=str(tmp_path/"results"))
+    assert there.read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_job_in_two_processes(tmp_path, no_classifiers):
+    "Each trains on its share of an epoch, one evaluates; energies follow in that one"
+    def late(*args): raise TimeoutError("processes wait for each other")
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    try:
+        settings = "embed=16 hidden=16 d=3 batch=32 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 n_symbols=4 cls_start=0 energy_steps=8 energy_batch=32 nll_draws=0 lm=''"
+        job, rec = record_of(tmp_path, row="ldebm", processes=2, settings=settings)
+        again = S.run_job(job)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    saved = {k: unpack_state(*load_tensors(tmp_path/"run"/k/"checkpoint.safetensors")) for k in ("", "energies")}
+    assert {k: (v["processes"], v["progress"]["step"], v["progress"]["samples"]) for k, v in saved.items()} == {"": (2, 12, 12*32*2), "energies": (1, 8, 8*32)}
+    assert rec["settings"]["processes"] == 2 and again == rec and {"recon_nll", "kl", "rhat", "prior_hole_auroc"} <= set(rec["metrics"])

@@ -1,0 +1,112 @@
+"The table as one command: checks before work, kill and restart, tuning"
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ldebm import table as T
+from ldebm.core import load_results, metric
+from ldebm.text_job import TextJob, job_name, record_settings, resolve
+from ldebm.text_score import TUNING
+from ldebm.zoo import ROWS, TABLE, Row
+
+TINY = "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 nll_draws=4 nll_sentences=4 importance_draws=4 lm=''"
+PLACE = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    words = "a b c d e f g h".split()
+    path = tmp_path/"few.txt"
+    path.write_text("\n".join(" ".join(words[(i*k) % 8] for k in range(2, 4+i % 5)) for i in range(1, 81)))
+    return path
+
+
+def command(corpus, tmp_path, *more):
+    return [sys.executable, "-m", "ldebm.table", "--corpus", str(corpus), "--settings", TINY, "--seeds", "0", "--workers", "1",
+            "--out", str(tmp_path/"runs"), "--results", str(tmp_path/"results"), *more]
+
+
+def environment(): return {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLACE)}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rows", "vea"], "did you mean 'vae'"), (["--rows", "vae", "--settings", "T=3"], "T=3: no effect on any of these rows"), (["--rows", "vae", "--settings", "tau"], "write name=value"),
+    (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"), (["--rows", "vae", "vae"], "vae-grammar-quick-consistent-s0"), (["--rows", "vae-fb", "--objective", "published"], "has no published variant")])
+def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(PLACE)
+    monkeypatch.setattr("ldebm.sweep.Local", None)  # nothing may start
+    assert T.main([*argv, "--seeds", "0", "--out", str(tmp_path/"runs"), "--results", str(tmp_path/"results")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path/"runs").exists() and not (tmp_path/"results").exists()
+
+
+def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(PLACE)
+    monkeypatch.setattr(T, "sweep", lambda jobs, **kw: pytest.fail("started"))
+    job = T.table_jobs(seeds=(0,), rows=("vae",), out=str(tmp_path/"runs"), results=str(tmp_path))[0]
+    other = dict(row="vae", corpus="grammar", preset="quick", objective="consistent", seed=0, variant="", metrics=dict(bleu=metric(1.)), settings=record_settings(job, resolve(replace(job, settings="steps=7"))),
+                 provenance=json.loads((PLACE/"results"/"ldebm-grammar-quick-consistent-s0.json").read_text())["provenance"])
+    (tmp_path/"vae-grammar-quick-consistent-s0.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="already records a run with other settings"): T.run_jobs([job])
+
+
+def test_scores_are_part_of_what_a_job_is():
+    job = TextJob(row="vae", out="there")
+    a, b, c = (T.sweep_job(replace(job, settings=s), "x.ipynb").fingerprint for s in ("", "nll_sentences=300", "steps=10"))
+    assert len({a, b, c}) == 3
+    assert T.sweep_job(replace(job, out="elsewhere", results="r"), "x.ipynb").fingerprint == a
+
+
+def test_tuning_gives_both_objectives_as_many_configurations():
+    jobs = T.tune_jobs(seed=3)
+    assert len(jobs) == sum(map(len, TUNING.values())) and len({len(v) for v in TUNING.values()}) == 1
+    assert {j.split for j in jobs} == {"valid"} and {j.seed for j in jobs} == {3} and len({j.out for j in jobs}) == len(jobs)
+    for j in jobs: resolve(j)
+
+
+def test_a_new_row_is_a_job(monkeypatch):
+    monkeypatch.setitem(ROWS, "mine", Row("Mine", "own", dict(prior="normal", terms="kl")))
+    assert T.table_jobs(rows=("mine",), seeds=(0,))[0].row == "mine" and len(TABLE) == 16
+
+
+def test_killed_and_started_again(corpus, tmp_path):
+    "SIGKILL in the middle; the same command then does exactly what is missing, and a third finds nothing to do"
+    rows = ["ae", "dvae", "gm-vae-i"]
+    record = lambda r: tmp_path/"results"/f"{r}-few-quick-consistent-s0.json"
+    start = lambda: subprocess.Popen(command(corpus, tmp_path, "--rows", *rows), cwd=PLACE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    first = start()
+    end = time.monotonic()+120
+    while not any(record(r).exists() for r in rows):
+        assert first.poll() is None and time.monotonic() < end, first.stdout.read()
+        time.sleep(.1)
+    first.kill(); first.wait()
+    had = {r: record(r).read_bytes() for r in rows if record(r).exists()}
+    assert 0 < len(had) < len(rows)
+    second = start(); said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, said
+    assert {r["row"] for r in load_results(tmp_path/"results")} == set(rows)
+    assert sum(record(r).read_bytes() == b for r, b in had.items()) == len(had)  # a record carries the time it was written
+    third = start(); said, _ = third.communicate(timeout=100)
+    assert third.returncode == 0 and f"**{len(rows)} skipped**" in said
+    got = {r["row"]: r["metrics"] for r in load_results(tmp_path/"results")}
+    assert "nll_valid" not in got["ae"] and {"ckl", "information", "nll_valid"} <= set(got["dvae"]) and "nll_valid" in got["gm-vae-i"]
+    assert not [p for p in (tmp_path/"runs").glob("*/failed.json")]
+    assert {p.parent.name for p in (tmp_path/"runs").glob("*/sweep.json")} == {job_name(TextJob(row=r, corpus=str(corpus))) for r in rows}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_run_that_raises_is_reported(corpus, tmp_path):
+    "Its neighbours go on, and the exit status says so"
+    folder = tmp_path/"runs"/"vae-few-quick-consistent-s0"
+    folder.mkdir(parents=True)
+    (folder/"settings.json").write_text(json.dumps(dict(row="something else")))  # the folder of another run
+    p = subprocess.run(command(corpus, tmp_path, "--rows", "vae", "dvae"), cwd=PLACE, env=environment(), capture_output=True, text=True, timeout=200)
+    assert p.returncode == 1 and "holds a run with other settings" in p.stdout and "1 done, 1 failed" in p.stdout, p.stdout+p.stderr
+    assert [r["row"] for r in load_results(tmp_path/"results")] == ["dvae"]
+
