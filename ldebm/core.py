@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['make_gen', 'pick_device', 'set_threads', 'progress', 'check_params', 'notebook_params', 'choose', 'parse_settings',
-           'pick', 'settings_hash', 'weights_hash', 'atomic_write', 'save_tensors', 'load_tensors', 'pack_state',
-           'unpack_state', 'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric', 'check_result',
-           'results_root', 'result_path', 'write_result', 'load_results', 'results_table']
+           'pick', 'settings_hash', 'weights_hash', 'atomic_write', 'exclusive', 'save_tensors', 'load_tensors',
+           'pack_state', 'unpack_state', 'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric',
+           'check_result', 'results_root', 'result_path', 'write_result', 'load_results', 'results_table']
 
 # %% ../nbs/00_core.ipynb #38db3bd6
 import collections, contextlib, copy, dataclasses, difflib, hashlib, importlib.metadata, inspect, json, math, numbers
@@ -256,6 +256,18 @@ def atomic_write(
     "Replace `path` by `data` in one step: a crash leaves the old file or the new one, never a part"
     with _atomic(path) as tmp: tmp.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
+
+# %% ../nbs/00_core.ipynb #2560cc0c
+@contextlib.contextmanager
+def exclusive(
+    path, # Lock file; its folder must exist
+):
+    "Hold a lock file, waiting for whoever has it; without POSIX locks (Windows) nobody waits, and the same work may be done twice"
+    try: import fcntl
+    except ImportError: yield; return
+    with open(path, 'a') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 # %% ../nbs/00_core.ipynb #89f9f84c
 def save_tensors(

@@ -330,7 +330,7 @@ def sections(
     res = defaultdict(list)
     for n in sorted(names):
         if page_name(n) == 'index': continue
-        key = 'Results' if page_name(n) in ('results', 'benchmarks', 'calibration') else SECTIONS.get(n[0], 'More') if n[0].isdigit() else 'Jobs'
+        key = 'Results' if page_name(n) in ('results', 'benchmarks', 'calibration') else 'Text' if page_name(n) == 'own_prior' else SECTIONS.get(n[0], 'More') if n[0].isdigit() else 'Jobs'
         res[key].append(page_name(n))
     order = ['Foundations', 'The prior', 'Text', 'Images', 'Measuring', 'Training', 'More', 'Jobs', 'Results', 'This site']
     return {k: res[k] for k in order if k in res}

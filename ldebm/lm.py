@@ -10,6 +10,7 @@ __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_senten
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
 import hashlib, itertools, json, math, time
+from contextlib import nullcontext
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
-from .core import check_params, choose, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state
+from .core import check_params, choose, exclusive, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state
 from .kernels import linear, linear_cross_entropy, product
 from .text_metrics import unseen_share
 
@@ -93,7 +94,7 @@ def lm_words(
 ) -> tuple[list[str],list[int]]: # The dictionary, most frequent in `train` first; how often each word is there
     "All words, with `<eos>`"
     freq = Counter(w for s in train for w in (*s, STOP))
-    for text in more: freq.update(dict.fromkeys((w for s in text for w in s if w not in freq), 0))
+    freq.update(dict.fromkeys(sorted({w for text in more for s in text for w in s}-freq.keys()), 0)) # in an order that does not depend on the text
     words = sorted(freq, key=freq.get, reverse=True)
     return words,[freq[w] for w in words]
 
@@ -396,34 +397,35 @@ def train_lm(
     text,held = side_by_side(text, cfg.batch).to(device),side_by_side(held, max(1, min(10, len(held)//50))).to(device)
     path = None if folder is None else Path(folder)/f'lm-{lm_key(words, train, valid, cfg, seed, device)}.safetensors'
     if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
-    lm,best,averaging = LM(words, cut_points(freq, cfg.parts), cfg, make_gen(seed, 'weights')).to(device),None,False
-    if path is not None and path.exists():
-        kept,state = _read_lm(path, device)
-        if state is None: return kept
-        best,lm.history,averaging = kept.state_dict(),kept.history,state['averaging']
-        lm.load_state_dict(state['weights'])
-    lm.seed,opt = seed,make_lm_optimizer(lm, averaging)
-    if lm.history: opt.load_state_dict(state['optimizer'])
-    bar = progress(total=cfg.epochs*text.numel(), desc='language model', unit='word'); bar.update(len(lm.history)*text.numel())
-    for epoch in range(len(lm.history), cfg.epochs):
-        start = time.monotonic()
-        loss = _pass(lm.train(), opt, text, epoch, seed, bar)
-        with averaged(lm, opt):
-            now = read_text(lm, held).mean().item()
-            if best is None or now < min(o['valid'] for o in lm.history): best = {k: v.detach().clone() for k,v in lm.state_dict().items()}
-        earlier = [o['valid'] for o in lm.history]
-        lm.history.append(dict(epoch=epoch+1, train=loss, valid=now, averaged=averaging, seconds=time.monotonic()-start))
-        bar.set_postfix(dict(valid_ppl=math.exp(now)))
-        if on_pass: on_pass(lm.history[-1])
-        if cfg.optimizer == 'asgd' and not averaging and stalled(earlier, now, cfg.nonmono): averaging = True; opt = make_lm_optimizer(lm, True)
-        if path is not None and epoch+1 < cfg.epochs:
-            state = dict(weights={k: v.clone() for k,v in lm.state_dict().items()}, optimizer=opt.state_dict(), averaging=averaging)
-            plain = lm.state_dict(); plain = {k: v.clone() for k,v in plain.items()}
-            lm.load_state_dict(best); save_lm(lm, path, state); lm.load_state_dict(plain)
-    bar.close()
-    lm.load_state_dict(best); lm.eval()
-    if path is not None: save_lm(lm, path)
-    return lm
+    with exclusive(path.with_suffix('.lock')) if path is not None else nullcontext(): # of several processes that want this model, one trains it
+        lm,best,averaging = LM(words, cut_points(freq, cfg.parts), cfg, make_gen(seed, 'weights')).to(device),None,False
+        if path is not None and path.exists():
+            kept,state = _read_lm(path, device)
+            if state is None: return kept
+            best,lm.history,averaging = kept.state_dict(),kept.history,state['averaging']
+            lm.load_state_dict(state['weights'])
+        lm.seed,opt = seed,make_lm_optimizer(lm, averaging)
+        if lm.history: opt.load_state_dict(state['optimizer'])
+        bar = progress(total=cfg.epochs*text.numel(), desc='language model', unit='word'); bar.update(len(lm.history)*text.numel())
+        for epoch in range(len(lm.history), cfg.epochs):
+            start = time.monotonic()
+            loss = _pass(lm.train(), opt, text, epoch, seed, bar)
+            with averaged(lm, opt):
+                now = read_text(lm, held).mean().item()
+                if best is None or now < min(o['valid'] for o in lm.history): best = {k: v.detach().clone() for k,v in lm.state_dict().items()}
+            earlier = [o['valid'] for o in lm.history]
+            lm.history.append(dict(epoch=epoch+1, train=loss, valid=now, averaged=averaging, seconds=time.monotonic()-start))
+            bar.set_postfix(dict(valid_ppl=math.exp(now)))
+            if on_pass: on_pass(lm.history[-1])
+            if cfg.optimizer == 'asgd' and not averaging and stalled(earlier, now, cfg.nonmono): averaging = True; opt = make_lm_optimizer(lm, True)
+            if path is not None and epoch+1 < cfg.epochs:
+                state = dict(weights={k: v.clone() for k,v in lm.state_dict().items()}, optimizer=opt.state_dict(), averaging=averaging)
+                plain = lm.state_dict(); plain = {k: v.clone() for k,v in plain.items()}
+                lm.load_state_dict(best); save_lm(lm, path, state); lm.load_state_dict(plain)
+        bar.close()
+        lm.load_state_dict(best); lm.eval()
+        if path is not None: save_lm(lm, path)
+        return lm
 
 # %% ../nbs/43_lm.ipynb #3bb0ef37
 def nats_interval(
@@ -530,7 +532,7 @@ def reverse_ppl(
     out = _reverse('rppl', lms, f'perplexity of real test text after generated text; {what}', samples, test)
     if train is None: return out
     real = train[:len(samples)]
-    lms,what = protocol_lms(real, [*test, *samples], cfg, seeds, folder, device)
+    lms,what = protocol_lms(real, [*test, *train, *samples], cfg, seeds, folder, device) # the same dictionary, and so the same models, for every generator that knows the training words
     rest = samples[b:] if len(samples)-b >= b-a else samples[a:]
     return out | _reverse('rppl_floor', lms, f'perplexity of real test text after real text; {what}', real, test) | forward_ppl(lms, rest)
 

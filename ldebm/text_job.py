@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ANNEAL', 'EBM_ONLY', 'LATENT_ONLY', 'ZOO', 'SCORING', 'TextJob', 'TextSettings', 'resolve',
-           'released', 'has_bound', 'unused', 'train_cfg', 'text_cfg', 'prior_cfg', 'build_model', 'by_words',
-           'TextTask', 'EnergyModel', 'EnergyTask', 'has_energy_stage', 'fit_energies', 'corpus_name', 'job_name',
-           'job_folder', 'record_name', 'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish',
-           'epoch_line', 'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure',
-           'spread', 'run_table']
+           'released', 'has_bound', 'selects', 'unused', 'train_cfg', 'text_cfg', 'prior_cfg', 'build_model',
+           'by_words', 'TextTask', 'EnergyModel', 'EnergyTask', 'has_energy_stage', 'fit_energies', 'corpus_name',
+           'job_name', 'job_folder', 'record_name', 'record_settings', 'open_job', 'evaluate', 'save_model',
+           'load_model', 'finish', 'epoch_line', 'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents',
+           'save_figure', 'spread', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #4768ad78
 import hashlib, json, math, re, statistics, time
@@ -107,7 +107,7 @@ class TextSettings:
     classes:int=5 # Classes of each
     terms:str='' # Latent terms of the loss with their weights, as `"aggc zklM disp=.2"`; empty: those of the EBM rows, or none
     anneal:str='linear' # How the weight of the latent terms rises over `kl_warmup`: `linear`, `logistic`, `none`; or `cyclical`, over all of training
-    select:str='' # Validation metric whose lowest value selects the model; empty: the row's own
+    select:str='' # Validation metric whose lowest value selects the model, or `last`; empty: the row's own
     start:str='all' # Part of the latent that sets the decoder's first state: `all`, `z`, `codes`, `none`
     step:str='all' # Part that the decoder reads at every word
     tied:bool=True # The output layer shares the decoder's embedding
@@ -151,6 +151,7 @@ def resolve(
     if (s.prior == 'none') != (s.d == 0): raise ValueError("a model without latent has d=0 and prior='none', and no other has")
     if released(s) != (s.prior == 'ebm' and base.get('schedule') == 'published'): raise ValueError(f"schedule 'published' noises level 0 and belongs to objective 'published' alone, which has no other; got {s.schedule!r} with objective {job.objective!r}")
     choose('anneal', s.anneal, ANNEAL); parse_terms(s.terms)
+    if s.select: choose('select', s.select, selects(s))
     for k in ('start','step'): choose(k, getattr(s, k), ('all','z','codes','none'))
     for k in ('codes','classes','draws'):
         if getattr(s, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(s, k)}')
@@ -182,6 +183,12 @@ def released(s:TextSettings) -> bool: # Whether the prior is that of the release
     return s.prior == 'ebm' and s.schedule == 'published'
 def has_bound(s:TextSettings) -> bool: # Whether the loss of a row with a latent is a density's: an autoencoder's is not
     return s.prior == 'ebm' or s.terms != ''
+def selects(s:TextSettings) -> tuple: # Validation metrics that a row has, its own first; `last` keeps the last model
+    "What can select the model"
+    if s.prior == 'none': return ('nll','last')
+    own = () if s.prior == 'ebm' else ('objective',)
+    if s.prior == 'ebm' or s.prior == 'normal' and s.terms: own += ('recon_nll','base_bound') if released(s) else ('base_bound','recon_nll')
+    return (*own, *(('neg_elbo',) if has_bound(s) and not released(s) else ()), 'recon_nll', 'last')
 def unused(s:TextSettings) -> tuple: # Names of settings that do nothing here
     "Settings that a row ignores"
     if s.prior == 'none': return EBM_ONLY+LATENT_ONLY
@@ -236,7 +243,7 @@ class TextTask:
         if n//s.batch < s.accumulate*processes: raise ValueError(f'corpus {corpus.name} has {n//s.batch} batches of {s.batch} an epoch, fewer than accumulate={s.accumulate}{f" times processes={processes}" if processes > 1 else ""}: lower one of them')
         if s.prior == 'ebm' and s.w_cls > 0 and n < s.n_symbols: raise ValueError(f'corpus {corpus.name} has {n} training sentences, fewer than the {s.n_symbols} symbols to cluster them into: lower n_symbols')
         self.model = build_model(s, corpus.vocab, seed)
-        self.select = s.select or dict(none='nll', ebm='recon_nll' if released(s) else 'base_bound').get(s.prior, 'objective')
+        name = s.select or selects(s)[0]; self.select = None if name == 'last' else name
     @property
     def device(self): return self.model.decoder.embed.weight.device
     def clustered(self, epoch:int) -> bool:

@@ -219,7 +219,7 @@ RELEASED = dict(packed=False, bucket=False, lr=1e-3, clip=.5, warmdown=0., w_kl=
 DISCRETE = dict(RELEASED, shared=True, draws=1)
 
 PANG = dict(schedule='consistent', reference='gaussian', rho=.875, mala=False, energy_init=.1, free_head=False, floor=1., clamp=False, w_kl=.5, anneal='cyclical', terms='kl ebm ebm_enc',
-            w_cls=0., w_sym=0., w_bow=0., enc_share=1., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=1., warmdown=0., packed=False, bucket=False, select='recon_nll', energy_steps=0) # The released code of Pang and Wu (2021)
+            w_cls=0., w_sym=0., w_bow=0., enc_share=1., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=1., warmdown=0., packed=False, bucket=False, select='last', energy_steps=0) # The released code of Pang and Wu (2021)
 
 ROWS = {
     'rnn-lm': Row('RNN-LM', 'no latent', dict(prior='none', d=0), dict(RELEASED, draws=1, select='', tied=False), about='The decoder without a latent.'),
