@@ -474,9 +474,9 @@ def bench_quality(opt):
         run, task, device = open_job(TextJob(out=folder, device="cpu", threads=n, **s))
         fit(task, run, train_cfg(task.s), 0, device)
         m, grammar = task.model.eval(), load_grammar()
-        mean, logvar = task.encode("train"); g = gen(1)
-        pick = torch.randperm(len(mean), generator=g)[:count]
-        z = mean[pick]+(.5*logvar[pick]).exp()*torch.randn(len(pick), mean.shape[1], generator=g)
+        q = task.encode("train"); g = gen(1)
+        pick = torch.randperm(len(q), generator=g)[:count]
+        z = q[pick].rsample(g)
         for updates in (0, 2) if opt.tiny else (0, 1, 2, 5, 10, 15, 30, 60):
             us = []
             secs = [once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates))) for _ in range(opt.rounds(3))]

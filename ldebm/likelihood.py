@@ -458,20 +458,21 @@ def nll_bounds(
 @torch.no_grad()
 def nll_importance(
     prior, # Any prior with an exact `log_weight(z)`
-    q, # Posterior of each of `B` sentences, with `rsample`, `log_prob` and rows `q[i]`
+    q, # Posterior of each of `B` sentences, with `rsample`, `log_prob`, rows `q[i]`, and `wider` where it has codes
     log_lik:Callable, # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
     draws:int=500,
     rows:int=2048, # Rows at a time
     gen:torch.Generator|None=None,
+    wide:float=.02, # Share of each code's probability that the proposal spreads over all classes: a posterior that is too sure would never draw what it overlooks (Owen and Zhou 2000)
 ) -> dict: # Name -> `(B,)`: as `nll_bounds`
     "Importance-weighted negative log-likelihood, `-log mean_s p(x|z_s) p(z_s)/q(z_s|x)` (Burda et al. 2016, eq. 8): an upper bound in expectation"
     if draws < 2: raise ValueError(f'a likelihood needs at least 2 draws, got {draws}: one weight has no spread')
-    B,ws = len(q),[]; dev = q[:1].mode.device
+    B,ws = len(q),[]; dev = q[:1].mode.device; q = q.wider(wide) if hasattr(q, 'wider') else q
     for part in torch.arange(B, device=dev).repeat(draws).split(rows):
         p = q[part]; z = p.rsample(gen)
         ws.append(log_lik(z, part)+prior.log_weight(z)-p.log_prob(z))
     w = torch.cat(ws).view(draws, B); ess = effective(w); zero = torch.zeros_like(ess)
-    return dict(nll=-log_mean_exp(w), gap=zero, variance=log_variance(w), ess=trusted(w), is_ess=ess, annealed=zero)
+    return dict(nll=-log_mean_exp(w), gap=zero, variance=(1/ess-1/draws).clamp(0, 1), ess=ess, is_ess=ess, annealed=zero) # few codes have few weights: nothing log-normal about them
 
 # %% ../nbs/40_likelihood.ipynb #1ca9f086
 def estimation_interval(

@@ -151,6 +151,7 @@ def resolve(
     if (s.prior == 'none') != (s.d == 0): raise ValueError("a model without latent has d=0 and prior='none', and no other has")
     if released(s) != (s.prior == 'ebm' and base.get('schedule') == 'published'): raise ValueError(f"schedule 'published' noises level 0 and belongs to objective 'published' alone, which has no other; got {s.schedule!r} with objective {job.objective!r}")
     choose('anneal', s.anneal, ANNEAL); parse_terms(s.terms)
+    if has_bound(s) and not s.noise: raise ValueError('a bound needs draws of the posterior: leave noise=True, or give the row no terms')
     if s.select: choose('select', s.select, selects(s))
     for k in ('start','step'): choose(k, getattr(s, k), ('all','z','codes','none'))
     for k in ('codes','classes','draws'):
@@ -296,6 +297,9 @@ class TextTask:
         for b in self.fixed_batches(split): parts.append(self.model.encode(b).map(lambda x: x.float().cpu())); order.append(b.index.cpu())
         self.model.train(was)
         return Posterior.cat(parts)[torch.cat(order).argsort()]
+    def draw(self, q, gen:torch.Generator) -> Tensor: # Latents of sentences in evaluation, shape `(B, d)`
+        "A draw of the posterior, or its mode for an autoencoder, which is no density"
+        return q.rsample(gen) if has_bound(self.s) else q.mode
     @torch.no_grad()
     def likelihood_terms(self, split:str, gen:torch.Generator, n_z:int=16, posterior=None) -> dict: # Name -> `(n,)`
         "Per-sentence reconstruction loss and latent cost at one posterior draw; `posterior`: what `encode` gave for the split, if it is there"
@@ -303,7 +307,7 @@ class TextTask:
         for b in self.fixed_batches(split):
             if s.prior == 'none': got = dict(nll=m.decoder.nll(b.ids, b.host_lengths, None))
             else:
-                q = m.encode(b) if posterior is None else posterior[b.index.cpu()].to(b.ids.device); z = m.draw(q, gen)
+                q = m.encode(b) if posterior is None else posterior[b.index.cpu()].to(b.ids.device); z = self.draw(q, gen)
                 got = dict(recon_nll=m.decoder.nll(b.ids, b.host_lengths, z))
                 if s.prior == 'ebm' or s.prior == 'normal' and s.terms:
                     got['kl_base'] = (m.prior.base_kl(q) if s.prior == 'ebm' and not released(s) else q.kl_standard()).sum(-1)
@@ -441,7 +445,7 @@ def evaluate(
         out['bleu'] = bleu(hyps, refs, gen=cpu, n_boot=200); art['reconstructions'] = list(zip(refs, hyps))
         art['means'] = means = posterior.features
         out['active_units'] = active_units(means, gen=cpu)
-        if s.noise: out['information'] = information(posterior, make_gen(seed, 'evaluate', 'information'))
+        if has_bound(s): out['information'] = information(posterior, make_gen(seed, 'evaluate', 'information'))
         if head_of(s) != 'gaussian':
             q = posterior.logits if head_of(s) == 'codes' else posterior.c.logits if head_of(s) == 'both' else posterior.code.logits
             for k,v in code_terms(q.log_softmax(-1)).items(): out[k] = metric(v.double().mean().item(), mean_interval(v), len(v), dict(ckl='KL of codes to uniform ones', aggc='KL of the average code to uniform, whole split', mi='mutual information of sentence and codes, summed over variables, whole split')[k]+', nats')

@@ -225,7 +225,7 @@ def score(
         def hole():
             q = task.encode(split); k = min(2000, len(q)); cpu = noise('hole', 'cpu')
             if k < 20: return dict(prior_hole_auroc=metric(None, n=k, estimator=f'not computed: a classifier needs 20 sentences, and there are {k}'))
-            z = m.draw(q, cpu)
+            z = task.draw(q, cpu)
             return prior_hole(m.prior.sample(k, gen=noise('hole prior')), z, cpu)
         out.update(stage(folder, 'prior-hole', key, hole))
     if s.prior == 'ebm': out.update(stage(folder, 'sampler', key, lambda: sampler_evidence(m.prior, noise('sampler'), cpu_gen=noise('folds', 'cpu'))))

@@ -39,6 +39,8 @@ class Codes(Posterior):
     def log_prob(self, c:Tensor) -> Tensor: # Shape `(B,)`, nats, of one-hots `(B, M k)`
         return (c.view_as(self.logits)*self.log_q).sum((1, 2))
     def pairwise(self, c:Tensor) -> Tensor: return c@self.log_q.flatten(1).T # `log q(c_i | x_j)`, shape `(n, B)`
+    def wider(self, share:float) -> 'Codes': # A share of each variable spread evenly over its classes, so that no code is out of reach
+        return Codes(((1-share)*self.log_q.exp()+share/self.logits.shape[-1]).log())
 
 def one_hot(
     index:Tensor, # Classes, shape `(B, M)`
@@ -59,6 +61,7 @@ class Both(Posterior):
         d = self.z.mean.shape[1]; return self.z.log_prob(x[:,:d])+self.c.log_prob(x[:,d:])
     def pairwise(self, x:Tensor) -> Tensor:
         d = self.z.mean.shape[1]; return self.z.pairwise(x[:,:d])+self.c.pairwise(x[:,d:])
+    def wider(self, share:float) -> 'Both': return Both(self.z, self.c.wider(share))
 
 class CodedGaussian(DiagGaussian):
     "`q(z|x) q(c|x)` whose latent is `z` alone"
@@ -226,7 +229,7 @@ ROWS = {
     'ae': Row('AE', 'autoencoder', dict(PLAIN, prior='normal', noise=False), dict(RELEASED, shared=True, tied=False, draws=1, noise=True, select='objective'), about='Reconstruction alone; sentences are drawn from N(0, I), which the latents never met.'),
     'vae': Row('VAE', 'VAE', dict(PLAIN, prior='normal', terms='zkl0'), dict(RELEASED, shared=True, tied=False), about='The bound with N(0, I) (Bowman et al. 2016).'),
     'dae': Row('DAE', 'autoencoder', dict(PLAIN, prior='uniform'), dict(DISCRETE, select='objective'), about='AE with codes: a discrete autoencoder, not a denoising one.'),
-    'dvae': Row('DVAE', 'VAE', dict(PLAIN, prior='uniform', terms='ckl'), dict(DISCRETE, terms='ckl=.25'), about='The bound with uniform codes.'),
+    'dvae': Row('DVAE', 'VAE', dict(PLAIN, prior='uniform', terms='ckl'), dict(DISCRETE, terms='ckl=.25', select='objective'), about='The bound with uniform codes.'),
     'di-vae': Row('DI-VAE', '+ I', dict(PLAIN, prior='uniform', terms='aggc', anneal='none'), DISCRETE, about='The bound less mutual information: only the average code is held to uniform (Zhao et al. 2018).'),
     'semi-vae': Row('semi-VAE', 'VAE', dict(PLAIN, prior='product', terms='zkl0 aggc mi'), dict(RELEASED, shared=True, step='z'), about='Independent z and codes.'),
     'semi-vae-i': Row('semi-VAE + I', '+ I', dict(PLAIN, prior='product', terms='zkl0 aggc'), dict(RELEASED, shared=True, step='z'), about='The same less the mutual information of the codes.'),
