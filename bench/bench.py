@@ -355,7 +355,7 @@ def bench_generate(opt):
     out = []
     vocab = load_corpus("grammar", max_len=24).vocab if opt.tiny else Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(9997))])
     for objective in OBJECTIVES:
-        s = job(objective, opt); model = build_model(s, objective, vocab, 0).eval(); V = len(vocab)
+        s = job(objective, opt); model = build_model(s, vocab, 0).eval(); V = len(vocab)
         found = []
         def run(n, path, bar=None):
             def go():
