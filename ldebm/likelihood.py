@@ -493,7 +493,8 @@ def nll_metric(
     gaps = [float(v.double().mean()) for k,v in parts.items() if k.startswith('gap_')]
     worst = max(gaps, default=0.)
     ok = 'valid' if worst <= .1 else 'NOT valid'
-    out = dict(nll_valid=metric(mid, (mid-math.hypot(half, mid-lo), mid+math.hypot(half, hi-mid)), n, f'-log p(x), nats a sentence; upper bound of every log Z; {ok}: largest mean gap of a level {worst:.3f} nats{what}'),
+    how = f'upper bound of every log Z; {ok}: largest mean gap of a level {worst:.3f} nats' if gaps else 'the prior has an exact density'
+    out = dict(nll_valid=metric(mid, (mid-math.hypot(half, mid-lo), mid+math.hypot(half, hi-mid)), n, f'-log p(x), nats a sentence; {how}{what}'),
                nll_error=metric(hi-lo, n=n, estimator='width of the 95 % interval for the mean over these sentences'),
                nll_annealed=metric(float(parts['annealed'].double().mean()), n=n, estimator='share of sentences whose posterior was annealed'),
                nll_ess=metric(float(parts['ess'].double().median()), n=n, estimator='effective draws behind a sentence, median'))

@@ -49,8 +49,8 @@ class DiagGaussian(Posterior):
     def log_prob(self, z:Tensor) -> Tensor: # Shape `(B,)`, nats
         return -.5*((z-self.mean)**2*(-self.logvar).exp() + self.logvar + math.log(2*math.pi)).sum(-1)
     def pairwise(self, z:Tensor) -> Tensor: # `log q(z_i | x_j)` of every draw under every posterior, shape `(n, B)`
-        w = (-self.logvar).exp()
-        return -.5*(z.square()@w.T-2*z@(self.mean*w).T+(self.mean.square()*w+self.logvar+math.log(2*math.pi)).sum(1))
+        w,c = (-self.logvar).exp(),self.mean.mean(0); z,m = z-c,self.mean-c # from a common centre: squares that cancel should be small
+        return -.5*(z.square()@w.T-2*z@(m*w).T+(m.square()*w+self.logvar+math.log(2*math.pi)).sum(1))
     def kl_standard(self) -> Tensor: # Shape `(B, d)`, nats
         "KL to N(0, 1), one number a dimension"
         return .5*(self.mean**2 + self.logvar.exp() - 1 - self.logvar)

@@ -313,7 +313,8 @@ class TextTask:
                     got['kl_base'] = (m.prior.base_kl(q) if s.prior == 'ebm' and not released(s) else q.kl_standard()).sum(-1)
                     got['base_bound'] = got['recon_nll']+got['kl_base']
                 if has_bound(s) and not released(s):
-                    got['kl'],got['draws'] = m.prior.kl(q, z, gen, n_z); got['neg_elbo'] = got['recon_nll']+got['kl']
+                    got['kl'],draws = m.prior.kl(q, z, gen, n_z); got['neg_elbo'] = got['recon_nll']+got['kl']
+                    if s.prior == 'ebm': got['draws'] = draws
                 if s.prior != 'ebm':
                     t,w = m.prior.terms(q, z, gen),parse_terms(s.terms)
                     if missing := set(w)-set(t): raise ValueError(f'prior {s.prior!r} has no term called {", ".join(sorted(missing))}; it has {", ".join(t)}')
@@ -448,7 +449,7 @@ def evaluate(
         if has_bound(s): out['information'] = information(posterior, make_gen(seed, 'evaluate', 'information'))
         if head_of(s) != 'gaussian':
             q = posterior.logits if head_of(s) == 'codes' else posterior.c.logits if head_of(s) == 'both' else posterior.code.logits
-            for k,v in code_terms(q.log_softmax(-1)).items(): out[k] = metric(v.double().mean().item(), mean_interval(v), len(v), dict(ckl='KL of codes to uniform ones', aggc='KL of the average code to uniform, whole split', mi='mutual information of sentence and codes, summed over variables, whole split')[k]+', nats')
+            for k,v in code_terms(q.log_softmax(-1)).items(): out['mi_codes' if k == 'mi' else k] = metric(v.double().mean().item(), mean_interval(v), len(v), dict(ckl='KL of codes to uniform ones', aggc='KL of the average code to uniform, whole split', mi='mutual information of sentence and codes, summed over variables, whole split')[k]+', nats')
         if c[split].labels:
             group = kmeans_labels(means, s.n_symbols, make_gen(seed, 'evaluate', 'k-means'))
             for name,lab in c[split].labels.items(): out.update({f'{k}_kmeans': v for k,v in ami(lab, group, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name).items()})

@@ -411,9 +411,9 @@ def information(
     rows:int=512, # Draws at a time
 ) -> dict: # Metric, nats
     "Mutual information of sentence and latent, over the whole set"
-    n = len(q); z = q.rsample(gen); out = []
+    n,z,out = len(q),q.rsample(gen).double(),[]; q = q.map(Tensor.double)
     for i in torch.arange(n).split(rows):
-        w = q.pairwise(z[i]).double() # (rows, n)
+        w = q.pairwise(z[i]) # (rows, n)
         out.append(w[torch.arange(len(i)),i]-w.logsumexp(1)+math.log(n))
     v = torch.cat(out)
     return metric(v.mean().item(), mean_interval(v), n, f'I(x; z), aggregated posterior of {n} sentences, nats; at most {math.log(n):.2f}')

@@ -73,7 +73,8 @@ def text_nll(
     total = len(task.corpus[split]); n = min(n or total, total); dev = task.device
     order = torch.randperm(total, generator=make_gen(seed, 'likelihood order', 'cpu'))[:n]
     file = None if folder is None else Path(folder)/f'likelihood-{split}.safetensors'
-    what = dict(n=n, seed=seed, chunk=chunk, cfg=repr(cfg), importance=task.s.importance_draws, model=weights_hash(task.model))
+    what = dict(n=n, seed=seed, chunk=chunk, cfg=repr(cfg), model=weights_hash(task.model))
+    if head_of(task.s) not in ('gaussian','coded'): what['draws'] = task.s.importance_draws
     done,plans = [],{}
     if file is not None and file.exists():
         state = unpack_state(*load_tensors(file, dev))
@@ -216,9 +217,9 @@ def score(
         def published(index):
             gen = noise('published'); estimate = (lambda *a: nll_ldebm(m.prior, *a, gen=gen)) if released(s) else lambda *a: svebm(*a, gen)
             with frozen_weights(m), torch.no_grad():
-                v = torch.cat([estimate(m.encode(get_batch(c[split], i).to(task.device)), sentence_log_lik(task, split, i)) for i in index.split(20)]).cpu()
+                v = torch.cat([estimate(m.encode(get_batch(c[split], i).to(task.device)), sentence_log_lik(task, split, i)) for i in index.split(20 if released(s) else 4)]).cpu()
             return metric(v.mean().item(), mean_interval(v), len(v), 'as the released code estimates it, 5 x 100 draws: not a likelihood')
-        out.update(stage(folder, f'likelihood-{split}', dict(**key, n=n, cfg=repr(nll_cfg(task))), likelihood))
+        out.update(stage(folder, f'likelihood-{split}', dict(**key, n=n, cfg=repr(nll_cfg(task)), **({} if head_of(s) in ('gaussian','coded') else dict(draws=s.importance_draws))), likelihood))
     elif s.prior == 'none' and c.name == 'grammar':
         out['exact_gap'] = exact_gap(task.likelihood_terms(split, noise('terms'))['nll'], sentences, load_grammar().log_prob)
     if s.prior != 'none':

@@ -650,9 +650,9 @@ def test_evaluate_and_score(corpus, row):
     assert {"prior_hole_auroc", "prior_hole_mmd", "bleu", "recon_nll", "objective", "wkl", "grammatical"} <= set(metrics) and not set(metrics) & {"rppl", "rhat", "nll_published"}
     bound = row not in ("ae", "dae")
     assert all((k in metrics) == bound for k in ("nll_valid", "neg_elbo", "kl", "exact_gap")) and ("information" in metrics) == bound
-    assert all((k in metrics) == (row != "ae") for k in ("ckl", "aggc", "mi"))
+    assert all((k in metrics) == (row != "ae") for k in ("ckl", "aggc", "mi_codes"))
     v = {k: m["value"] for k, m in metrics.items()}
-    if row != "ae": assert v["ckl"] == pytest.approx(v["aggc"]+v["mi"], abs=1e-4)
+    if row != "ae": assert v["ckl"] == pytest.approx(v["aggc"]+v["mi_codes"], abs=1e-4)
     if not bound: assert v["objective"] == pytest.approx(v["recon_nll"])
     if row == "dvae": assert v["objective"] == pytest.approx(v["recon_nll"]+v["ckl"], rel=1e-5) and v["objective"] == pytest.approx(v["neg_elbo"], rel=1e-5)
 
