@@ -20,7 +20,7 @@ NO_VENV   ?=
 PIP_ARGS    ?=
 NBDEV_ARGS  ?=
 PYTEST_ARGS ?=
-# Seeds and settings of table and tune, and options of `python -m ldebm.table`, such as '--rows vae dgm-vae --workers 2 --retry'
+# Seeds and settings of table (tune takes SEED), and options of `python -m ldebm.table`, such as '--rows vae dgm-vae --workers 2 --retry'
 SEEDS      ?= 0 1 2
 SETTINGS   ?=
 TABLE_ARGS ?=
@@ -115,11 +115,11 @@ test: $(STAMP) ## Run every notebook, then the tests
 	@echo "Tests:"
 	@python -m pytest -q $(PYTEST_ARGS)
 
-table: $(STAMP) ## All sixteen systems on CORPUS: every row of SEEDS="0 1 2", as many at once as fit, into results
-	@python -m ldebm.table --corpus $(CORPUS) --preset $(PRESET) --objective $(OBJECTIVE) --seeds $(SEEDS) --settings "$(SETTINGS)" $(TABLE_ARGS)
+table: $(STAMP) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
+	@python -m ldebm.table --corpus "$(CORPUS)" --preset $(PRESET) --objective $(OBJECTIVE) --seeds $(SEEDS) --settings "$(SETTINGS)" $(TABLE_ARGS)
 
 tune: $(STAMP) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
-	@python -m ldebm.table --tune --corpus $(CORPUS) --preset $(PRESET) --seeds $(SEED) --settings "$(SETTINGS)" $(TABLE_ARGS)
+	@python -m ldebm.table --tune --corpus "$(CORPUS)" --preset $(PRESET) --seeds $(SEED) --settings "$(SETTINGS)" $(TABLE_ARGS)
 
 bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json
 	@python bench/bench.py $(BENCH_ARGS)

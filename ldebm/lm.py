@@ -521,14 +521,15 @@ def reverse_ppl(
     cfg:LMCfg|str='small', # Settings of the language model
     *,
     seeds:tuple[int,...]=(0,1), # Of the language models
-    folder=None, # Where models are kept: those of real text serve all generators
+    folder=None, # Where models of real text are kept, which serve all generators
+    own=None, # Where those of the samples are kept
     device='cpu', # Where to train
 ) -> dict: # Metrics `rppl`, `rppl_unseen`; with `train` also `rppl_floor`, `rppl_floor_unseen`, `ppl_forward`
     "Reverse perplexity; Shi et al. (2020)"
     _check(cfg, seeds, samples=samples, test=test, **({} if train is None else {'train': train}))
     a,b = protocol(len(samples))
     if train is not None: protocol(len(train))
-    lms,what = protocol_lms(samples, test, cfg, seeds, folder, device)
+    lms,what = protocol_lms(samples, test, cfg, seeds, own, device)
     out = _reverse('rppl', lms, f'perplexity of real test text after generated text; {what}', samples, test)
     if train is None: return out
     real = train[:len(samples)]

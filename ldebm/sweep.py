@@ -105,8 +105,7 @@ def claim(
     wait:float=5., # Seconds to wait for a kernel whose worker was killed
 ): # Yields the lock's file descriptor, or `None` and who holds it
     "Hold the lock of a folder"
-    try: import fcntl
-    except ImportError: raise RuntimeError('sweeps need POSIX file locks: run them under Linux, macOS or WSL') from None
+    import fcntl
     folder.mkdir(parents=True, exist_ok=True)
     fd,end = os.open(folder/'.lock', os.O_RDWR|os.O_CREAT, 0o666),time.monotonic()+wait
     try:
@@ -378,6 +377,7 @@ def sweep(
     if scheduler and (workers or memory_gb is not None or gpus is not None): raise ValueError('workers, memory_gb and gpus are for runs on this machine; at a scheduler its workers decide')
     if missing := [o for o in ('distributed', 'papermill', 'ipykernel') if importlib.util.find_spec(o) is None]:
         raise ImportError(f'sweeps need {", ".join(missing)}: pip install "dask[distributed]" papermill ipykernel')
+    if importlib.util.find_spec('fcntl') is None: raise RuntimeError('sweeps need POSIX file locks: run them under Linux, macOS or WSL')
     jobs = check_jobs(jobs)
     results = {o['name']: o for o in sweep_status(jobs) if o['state'] == 'skipped' or o['state'] == 'failed' and not retry}
     for o in results.values():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TUNING', 'frozen_weights', 'sentence_log_lik', 'text_nll', 'exact_gap', 'sampler_evidence', 'trace_evidence',
-           'plot_evidence', 'stage', 'nll_cfg', 'score', 'run_job', 'scoring', 'tuning_jobs']
+           'plot_evidence', 'stage', 'nll_cfg', 'score', 'run_job', 'copy_record', 'scoring', 'tuning_jobs']
 
 # %% ../nbs/63_text_score.ipynb #ba97b381
 import contextlib, json, time
@@ -23,7 +23,7 @@ from .stats import mean_interval, two_sample_auroc
 from .text import get_batch, split_sentences
 from .text_metrics import prior_hole
 from .zoo import head_of
-from .text_job import SCORING, TextJob, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, open_job, record_name, released, resolve, train_cfg
+from .text_job import SCORING, TextJob, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, job_folder, open_job, record_name, released, resolve, train_cfg
 from .train import launch
 
 # %% ../nbs/63_text_score.ipynb #61150b3c
@@ -235,7 +235,7 @@ def score(
         few = next((f'{len(x)} {what}' for x,what in ((samples, 'samples'), (whole['train'], 'training sentences')) if len(x) < 100), '')
         if few: out['rppl'] = metric(None, n=len(samples), estimator=f'not computed: {few} are fewer than the 100 that a language model needs')
         else: out.update(stage(folder, 'reverse-perplexity', dict(**key, lm=s.lm, seeds=s.lm_seeds, n=len(samples)),
-                               lambda: reverse_ppl(samples, whole[split], whole['train'], s.lm, seeds=tuple(range(s.lm_seeds)), folder=place, device=task.device)))
+                               lambda: reverse_ppl(samples, whole[split], whole['train'], s.lm, seeds=tuple(range(s.lm_seeds)), folder=place, own=folder, device=task.device)))
     return out
 
 # %% ../nbs/63_text_score.ipynb #db88791b
@@ -246,15 +246,18 @@ def run_job(
     "Train, evaluate, score and record one job; a record that the run's folder has is returned at once, and copied to `job.results`"
     run,task,place = open_job(job)
     if (run.path/'result.json').exists() and (run.path/'scored.json').exists() and json.loads((run.path/'scored.json').read_text()) == scoring(job):
-        rec = json.loads((run.path/'result.json').read_text())
-        if job.results: write_result(run, **record_name(job), **{k: rec[k] for k in ('metrics','settings','provenance')}, results_dir=job.results)
-        return rec
+        return copy_record(job)
     end = launch(task, run, train_cfg(task.s), job.seed, place, on_epoch=on_epoch, processes=job.processes, more=has_energy_stage(task.s)); extra = fit_energies(task, run, job.seed, place, on_epoch); started = time.time()
     metrics,found = evaluate(task, job.seed, job.split)
     metrics.update(score(task, job, found['samples'], run.path))
     finish(run, task, job, metrics, found, end.seconds+extra+time.time()-started, end.samples/end.seconds)
     atomic_write(run.path/'scored.json', json.dumps(scoring(job)))
     return json.loads((run.path/'result.json').read_text())
+def copy_record(job:TextJob) -> dict: # The record
+    "Put the record of a finished run where `job.results` says"
+    folder = job_folder(job); rec = json.loads((folder/'result.json').read_text())
+    if job.results: write_result(folder, **record_name(job), **{k: rec[k] for k in ('metrics','settings','provenance')}, results_dir=job.results)
+    return rec
 def scoring(job:TextJob) -> dict: return {k: getattr(resolve(job), k) for k in SCORING}
 
 # %% ../nbs/63_text_score.ipynb #dfbed619

@@ -339,8 +339,8 @@ def test_which_sentences_do_what(monkeypatch):
 def test_value_is_the_geometric_mean_and_repeats(tmp_path):
     samples, test = text(120, 1), text(40, 2)
     assert L.protocol(120) == (111, 120)
-    one = L.reverse_ppl(samples, test, cfg=TINY, folder=tmp_path)
-    assert one == L.reverse_ppl(samples, test, cfg=TINY, folder=tmp_path) == L.reverse_ppl(samples, test, cfg=TINY)
+    one = L.reverse_ppl(samples, test, cfg=TINY, own=tmp_path)
+    assert one == L.reverse_ppl(samples, test, cfg=TINY, own=tmp_path) == L.reverse_ppl(samples, test, cfg=TINY)
     nats = [L.lm_nll(L.train_lm(samples[:111], samples[111:], TINY, s, also=test), test).sum().item() for s in (0, 1)]
     n = sum(len(s)+1 for s in test)
     assert one["rppl"]["value"] == pytest.approx(math.exp(sum(nats)/2/n), rel=1e-9) and nats[0] != nats[1]

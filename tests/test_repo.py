@@ -257,3 +257,10 @@ def test_dead_link_fails_the_build(tmp_path, cell, ok):
     res = subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (res.returncode == 0) == ok, res.stderr
     if ok: assert "<math" in (tmp_path/"html"/"one.html").read_text() and remote_parts(tmp_path/"html") == []
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT/"README.md", ROOT/"CHANGELOG.md"], ids=name)
+def test_no_placeholder(path):
+    "No word that was to be replaced is left on a page"
+    prose = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(text(c["source"]) for c in cells(path))
+    assert not re.search(r"\b(DISCUSSION|TODO|TBD|FIXME|XXX|lorem ipsum)\b", prose)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldebm import table as T
 from ldebm.core import load_results, metric
@@ -37,10 +38,11 @@ def environment(): return {**{k: v for k, v in os.environ.items() if k != "IN_TE
 
 @pytest.mark.parametrize("argv, message", [
     (["--rows", "vea"], "did you mean 'vae'"), (["--rows", "vae", "--settings", "T=3"], "T=3: no effect on any of these rows"), (["--rows", "vae", "--settings", "tau"], "write name=value"),
-    (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"), (["--rows", "vae", "vae"], "vae-grammar-quick-consistent-s0"), (["--rows", "vae-fb", "--objective", "published"], "has no published variant")])
+    (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"), (["--module", "/nowhere/mine.py"], "no such file"), (["--settings", "batch=9000", "--rows", "vae"], "fewer than a batch of 9000"),
+    (["--device", "cuda", "--rows", "vae"], "GPUs and this machine offers 0") if not torch.cuda.is_available() else (["--rows", "vea"], "did you mean 'vae'"), (["--rows", "vae", "vae"], "vae-grammar-quick-consistent-s0"), (["--rows", "vae-fb", "--objective", "published"], "has no published variant")])
 def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(PLACE)
-    monkeypatch.setattr("ldebm.sweep.Local", None)  # nothing may start
+    monkeypatch.setattr("ldebm.sweep.Local.__enter__", None)  # nothing may start
     assert T.main([*argv, "--seeds", "0", "--out", str(tmp_path/"runs"), "--results", str(tmp_path/"results")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path/"runs").exists() and not (tmp_path/"results").exists()
@@ -73,6 +75,34 @@ def test_tuning_gives_both_objectives_as_many_configurations():
 def test_a_new_row_is_a_job(monkeypatch):
     monkeypatch.setitem(ROWS, "mine", Row("Mine", "own", dict(prior="normal", terms="kl")))
     assert T.table_jobs(rows=("mine",), seeds=(0,))[0].row == "mine" and len(TABLE) == 16
+
+
+MINE = """
+from ldebm import zoo
+class Shifted(zoo.StandardNormal):
+    def sample(self, n, *, y=None, gen=None): return super().sample(n, y=y, gen=gen)+1
+    def log_weight(self, z, gen=None): return super().log_weight(z-1)
+zoo.PRIORS["shifted"] = lambda s, gen: Shifted(s.d)
+zoo.ROWS["mine"] = zoo.Row("Mine", "own", dict(zoo.PLAIN, prior="shifted", terms="kl"))
+"""
+
+
+def test_a_row_of_a_users_own(corpus, tmp_path):
+    "It runs in the notebook's process, is part of the run's identity, and its model can be loaded without its file"
+    mine = tmp_path/"mine.py"
+    mine.write_text(MINE)
+    p = subprocess.run(command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)), cwd=PLACE, env=environment(), capture_output=True, text=True, timeout=200)
+    assert p.returncode == 0, p.stdout+p.stderr
+    rec, = load_results(tmp_path/"results")
+    assert rec["row"] == "mine" and rec["metrics"]["nll_valid"]["value"] > 0 and len(rec["settings"]["module_sha256"]) == 64
+    mine.unlink()
+    folder, = (tmp_path/"runs").glob("mine-*")
+    look = "from ldebm.text_job import load_model; import sys; m, v = load_model(sys.argv[1]); print(type(m.prior).__name__)"
+    assert subprocess.run([sys.executable, "-c", look, str(folder)], env=environment(), capture_output=True, text=True).stdout.strip() == "Shifted"
+    (tmp_path/"results"/f"{folder.name}.json").unlink()
+    mine.write_text(MINE)
+    p = subprocess.run(command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)), cwd=PLACE, env=environment(), capture_output=True, text=True, timeout=100)
+    assert "**1 skipped**" in p.stdout and len(load_results(tmp_path/"results")) == 1, p.stdout+p.stderr  # a record that was deleted is there again
 
 
 def test_killed_and_started_again(corpus, tmp_path):
