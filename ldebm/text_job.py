@@ -620,7 +620,7 @@ def run_table(
     records:list, # From `ldebm.core.load_results`
     corpus:str, # Corpus shown
     preset:str, # Preset shown
-    rows:list, # `(row, objective)` pairs, or `(row, objective, title)`
+    rows:list, # `(row, objective)` pairs, or `(row, objective, title)`; a variant is `row+variant`
     metrics:dict, # Metric -> digits
     paper:dict|None=None, # Row -> its published figures by metric
     intervals:bool=False, # Show the 95 % interval where there is one run
@@ -632,7 +632,7 @@ def run_table(
         if paper and row in paper and objective == 'published':
             cells = ['–' if paper[row].get(k) is None else f'{paper[row][k]:g}' for k in metrics]
             out.append(f'| {name} | published | paper | '+' | '.join(cells)+' | | | |')
-        found = [r for r in records if (r['row'],r['corpus'],r['preset'],r['objective'],r.get('variant', '')) == (row,corpus,preset,objective,'')]
+        found = [r for r in records if ('+'.join(x for x in (r['row'], r.get('variant')) if x),r['corpus'],r['preset'],r['objective']) == (row,corpus,preset,objective)]
         cells = []
         for k,digits in metrics.items():
             ms = [r['metrics'][k] for r in found if k in r['metrics']]; v = [m['value'] for m in ms]
