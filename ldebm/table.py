@@ -14,7 +14,7 @@ import torch
 from .core import choose, parse_settings, result_path
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
 from .text import CORPORA, load_corpus
-from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, resolve, run_table, unused
+from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, records_of, resolve, run_table, unused
 from .text_score import copy_record, scoring, tuning_jobs
 from .zoo import ROWS, TABLE
 
@@ -155,12 +155,12 @@ def family_means(
     metrics:dict, # Metric -> digits
 ) -> str: # Markdown
     "Mean over rows and seeds of each family, in the order of the table"
+    found = records_of(records, corpus, preset, objective)
     families = list(dict.fromkeys(ROWS[r].family for r in TABLE)); out = ['| family | rows | '+' | '.join(metrics)+' |', '|---|---|'+'---|'*len(metrics)]
     for f in families:
         rows,cells = [r for r in TABLE if ROWS[r].family == f],[]
         for k,digits in metrics.items():
-            v = [x for r in records if (r['corpus'],r['preset'],r['objective'],r.get('variant', '')) == (corpus,preset,objective,'') and r['row'] in rows
-                 for x in [r['metrics'][k]['value'] if k in r['metrics'] else None] if x is not None]
+            v = [r['metrics'][k]['value'] for r in found if r['row'] in rows and k in r['metrics'] and r['metrics'][k]['value'] is not None]
             cells.append(f'{sum(v)/len(v):.{digits}f}' if v else '–')
         out.append(f'| {f} | {", ".join(ROWS[r].title for r in rows)} | '+' | '.join(cells)+' |')
     return '\n'.join(out)
@@ -176,7 +176,7 @@ def plot_rates(
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
     ax = ax or plt.subplots(figsize=(7, 4), layout='constrained')[1]
-    pts = [(r, *(r['metrics'][k]['value'] for k in ('kl','recon_nll',colour))) for r in records if (r['corpus'],r['preset'],r['objective'],r.get('variant', '')) == (corpus,preset,objective,'') and r['row'] in (ROWS if rows is None else rows)
+    pts = [(r, *(r['metrics'][k]['value'] for k in ('kl','recon_nll',colour))) for r in records_of(records, corpus, preset, objective) if r['row'] in (ROWS if rows is None else rows)
            and all(k in r['metrics'] and r['metrics'][k]['value'] is not None for k in ('kl','recon_nll',colour))]
     if not pts: ax.set_title('pending'); return ax
     _,x,y,c = zip(*pts); marks = dict(zip(dict.fromkeys(o.family for o in ROWS.values()), 'os^vDP*Xp'))

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ANNEAL', 'EBM_ONLY', 'LATENT_ONLY', 'BUILT_
            'build_model', 'by_words', 'check_corpus', 'TextTask', 'EnergyModel', 'EnergyTask', 'has_energy_stage',
            'fit_energies', 'corpus_name', 'job_name', 'job_folder', 'record_name', 'record_settings', 'open_job',
            'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line', 'sentence_table', 'samples_by_symbol',
-           'metrics_table', 'plot_latents', 'save_figure', 'spread', 'run_table']
+           'metrics_table', 'plot_latents', 'save_figure', 'spread', 'records_of', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #4768ad78
 import hashlib, importlib.util, json, math, re, statistics, sys, time
@@ -480,8 +480,7 @@ def evaluate(
         out['active_units'] = active_units(means, gen=cpu)
         if has_bound(s): out['information'] = information(posterior, make_gen(seed, 'evaluate', 'information'))
         if head_of(s) != 'gaussian':
-            q = posterior.logits if head_of(s) == 'codes' else posterior.c.logits if head_of(s) == 'both' else posterior.code.logits
-            for k,v in code_terms(q.log_softmax(-1)).items(): out['mi_codes' if k == 'mi' else k] = metric(v.double().mean().item(), mean_interval(v), len(v), dict(ckl='KL of codes to uniform ones', aggc='KL of the average code to uniform, whole split', mi='mutual information of sentence and codes, summed over variables, whole split')[k]+', nats')
+            for k,v in code_terms(posterior.code.log_q).items(): out['mi_codes' if k == 'mi' else k] = metric(v.double().mean().item(), mean_interval(v), len(v), dict(ckl='KL of codes to uniform ones', aggc='KL of the average code to uniform, whole split', mi='mutual information of sentence and codes, summed over variables, whole split')[k]+', nats')
         if c[split].labels:
             group = kmeans_labels(means, s.n_symbols, make_gen(seed, 'evaluate', 'k-means'))
             for name,lab in c[split].labels.items(): out.update({f'{k}_kmeans': v for k,v in ami(lab, group, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name).items()})
@@ -616,6 +615,15 @@ def spread(values:list, digits:int=2) -> str:
     return m if len(values) == 1 else f'{m} ± {statistics.stdev(values):.{digits}f}'
 
 # %% ../nbs/60_text_job.ipynb #31e1b7b0
+def records_of(
+    records:list, # From `ldebm.core.load_results`
+    corpus:str, preset:str, objective:str, # Wanted
+    row:str='', # `row` or `row+variant`; empty: every row, without variants
+) -> list:
+    "Records of one corpus, preset and objective"
+    name = lambda r: '+'.join(x for x in (r['row'], r.get('variant')) if x)
+    return [r for r in records if (r['corpus'],r['preset'],r['objective']) == (corpus,preset,objective) and (name(r) == row if row else not r.get('variant'))]
+
 def run_table(
     records:list, # From `ldebm.core.load_results`
     corpus:str, # Corpus shown
@@ -632,7 +640,7 @@ def run_table(
         if paper and row in paper and objective == 'published':
             cells = ['–' if paper[row].get(k) is None else f'{paper[row][k]:g}' for k in metrics]
             out.append(f'| {name} | published | paper | '+' | '.join(cells)+' | | | |')
-        found = [r for r in records if ('+'.join(x for x in (r['row'], r.get('variant')) if x),r['corpus'],r['preset'],r['objective']) == (row,corpus,preset,objective)]
+        found = records_of(records, corpus, preset, objective, row)
         cells = []
         for k,digits in metrics.items():
             ms = [r['metrics'][k] for r in found if k in r['metrics']]; v = [m['value'] for m in ms]

@@ -22,7 +22,7 @@ from .schedule import diffuse_path
 from .stats import mean_interval, two_sample_auroc
 from .text import get_batch, split_sentences
 from .text_metrics import prior_hole
-from .zoo import head_of
+from .zoo import has_codes
 from .text_job import SCORING, TextJob, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, job_folder, open_job, record_name, released, resolve, train_cfg
 from .train import launch
 
@@ -74,7 +74,7 @@ def text_nll(
     order = torch.randperm(total, generator=make_gen(seed, 'likelihood order', 'cpu'))[:n]
     file = None if folder is None else Path(folder)/f'likelihood-{split}.safetensors'
     what = dict(n=n, seed=seed, chunk=chunk, cfg=repr(cfg), model=weights_hash(task.model))
-    if head_of(task.s) not in ('gaussian','coded'): what['draws'] = task.s.importance_draws
+    if has_codes(task.s): what['draws'] = task.s.importance_draws
     done,plans = [],{}
     if file is not None and file.exists():
         state = unpack_state(*load_tensors(file, dev))
@@ -199,7 +199,7 @@ def score(
         n = min(s.nll_sentences or len(sentences), len(sentences))
         def likelihood():
             parts = text_nll(task, split, n, nll_cfg(task), seed, folder)
-            got = nll_metric(parts, f'; {s.nll_draws if head_of(s) in ("gaussian","coded") else s.importance_draws} draws')
+            got = nll_metric(parts, f'; {s.importance_draws if has_codes(s) else s.nll_draws} draws')
             if c.name == 'grammar': got['exact_gap'] = exact_gap(parts['nll'], [sentences[i] for i in parts['index'].tolist()], load_grammar().log_prob)
             if job.objective == 'published' and s.prior == 'ebm': got['nll_published'] = published(parts['index'][:200])
             if released(s): got['nll_gap_sampled'] = sampled_gap(parts['index'][:32])
@@ -219,7 +219,7 @@ def score(
             with frozen_weights(m), torch.no_grad():
                 v = torch.cat([estimate(m.encode(get_batch(c[split], i).to(task.device)), sentence_log_lik(task, split, i)) for i in index.split(20 if released(s) else 4)]).cpu()
             return metric(v.mean().item(), mean_interval(v), len(v), 'as the released code estimates it, 5 x 100 draws: not a likelihood')
-        out.update(stage(folder, f'likelihood-{split}', dict(**key, n=n, cfg=repr(nll_cfg(task)), **({} if head_of(s) in ('gaussian','coded') else dict(draws=s.importance_draws))), likelihood))
+        out.update(stage(folder, f'likelihood-{split}', dict(**key, n=n, cfg=repr(nll_cfg(task)), **(dict(draws=s.importance_draws) if has_codes(s) else {})), likelihood))
     elif s.prior == 'none' and c.name == 'grammar':
         out['exact_gap'] = exact_gap(task.likelihood_terms(split, noise('terms'))['nll'], sentences, load_grammar().log_prob)
     if s.prior != 'none':

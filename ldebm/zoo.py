@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEAD_OF', 'HEADS', 'PRIORS', 'PLAIN', 'CODED', 'RELEASED', 'DISCRETE', 'PANG', 'ROWS', 'TABLE', 'Codes', 'one_hot',
-           'Both', 'CodedGaussian', 'CodesHead', 'BothHead', 'CodedHead', 'head_of', 'latent_parts', 'code_terms',
-           'Prior', 'no_symbols', 'UniformCodes', 'BothPrior', 'natural', 'log_partition', 'gauss_kl', 'MixturePrior',
-           'Row', 'parse_terms']
+           'Both', 'CodedGaussian', 'CodesHead', 'BothHead', 'CodedHead', 'head_of', 'has_codes', 'latent_parts',
+           'code_terms', 'Prior', 'no_symbols', 'UniformCodes', 'BothPrior', 'natural', 'log_partition', 'gauss_kl',
+           'MixturePrior', 'Row', 'parse_terms']
 
 # %% ../nbs/21_zoo.ipynb #95ee368d
 import math
@@ -29,6 +29,8 @@ class Codes(Posterior):
     def log_q(self) -> Tensor: return self.logits.log_softmax(-1) # Shape `(B, M, k)`
     @property
     def mode(self) -> Tensor: return one_hot(self.logits.argmax(-1), self.logits) # Shape `(B, M k)`
+    @property
+    def code(self) -> 'Codes': return self # As in the posteriors that have codes among other things
     @property
     def features(self) -> Tensor: return self.log_q.exp().flatten(1) # Probabilities, shape `(B, M k)`: what clustering sees
     def rsample(self, gen:torch.Generator|None=None) -> Tensor: # Shape `(B, M k)`
@@ -54,6 +56,8 @@ class Both(Posterior):
     def __init__(self, z:DiagGaussian, c:Codes): self.z,self.c = z,c
     @property
     def mode(self) -> Tensor: return torch.cat([self.z.mode, self.c.mode], 1)
+    @property
+    def code(self) -> Codes: return self.c
     @property
     def features(self) -> Tensor: return torch.cat([self.z.features, self.c.features], 1)
     def rsample(self, gen:torch.Generator|None=None) -> Tensor: return torch.cat([self.z.rsample(gen), self.c.rsample(gen)], 1) # Shape `(B, d + M k)`
@@ -95,9 +99,10 @@ HEAD_OF = dict(uniform='codes', product='both', mixture='coded') # The posterior
 HEADS = dict(gaussian=lambda n_in, s: GaussianHead(n_in, s.d), codes=lambda n_in, s: CodesHead(n_in, s.codes, s.classes),
              both=lambda n_in, s: BothHead(n_in, s.d, s.codes, s.classes), coded=lambda n_in, s: CodedHead(n_in, s.d, s.codes, s.classes))
 def head_of(s) -> str: return HEAD_OF.get(s.prior, 'gaussian') # Name of the head for settings with `prior`
+def has_codes(s) -> bool: return head_of(s) in ('codes','both') # Whether the latent itself holds codes
 def latent_parts(s) -> dict: # Part of the latent, by name, as `(from, to)`; `all` of it is what the decoder may see
     "Where `z` and the codes lie in a latent"
-    z,c = (0 if head_of(s) == 'codes' else s.d),(s.codes*s.classes if head_of(s) in ('codes','both') else 0)
+    z,c = (0 if head_of(s) == 'codes' else s.d),(s.codes*s.classes if has_codes(s) else 0)
     return dict(all=(0, z+c), z=(0, z), codes=(z, z+c), none=(0, 0))
 
 # %% ../nbs/21_zoo.ipynb #4b753cd1

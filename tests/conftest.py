@@ -1,5 +1,7 @@
 "Shared fixtures: real data when it is at hand, and a count of what was skipped for want of it"
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,21 @@ def ldebm_data(request):
         pytest.skip("LDEBM_DATA is not set: no real data")
     assert Path(root).is_dir(), f"LDEBM_DATA names {root}, which is not a folder"
     return Path(root)
+
+
+@pytest.fixture
+def deadline():
+    "`with deadline(seconds, what):` what waits longer is an error"
+    @contextlib.contextmanager
+    def within(seconds, what):
+        def late(*args): raise TimeoutError(what)
+        old = signal.signal(signal.SIGALRM, late)
+        signal.alarm(seconds)
+        try: yield
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, old)
+    return within
 
 
 @pytest.fixture

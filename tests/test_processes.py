@@ -26,14 +26,9 @@ NET = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(in_test):
+def no_waiting(in_test, deadline):
     "Processes that wait for each other for ever are an error"
-    def late(*args): raise TimeoutError("processes wait for each other")
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
+    with deadline(120, "processes wait for each other"): yield
 
 
 def steps_of(run): return [o for o in run.log_lines() if o["kind"] == "train"]

@@ -45,16 +45,11 @@ def write(path, *cells):
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
+def quiet(monkeypatch, deadline):
     "No progress bars, one thread, and an end to waiting"
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    def late(*args): raise TimeoutError("the sweep does not end")
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(300)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
+    with deadline(300, "the sweep does not end"): yield
 
 
 @pytest.fixture

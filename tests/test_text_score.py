@@ -3,7 +3,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 
 import pytest
 import torch
@@ -262,18 +261,12 @@ def test_record_of_other_settings_is_not_overwritten(tmp_path, no_classifiers):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_a_job_in_two_processes(tmp_path, no_classifiers):
+def test_a_job_in_two_processes(tmp_path, no_classifiers, deadline):
     "Each trains on its share of an epoch, one evaluates; energies follow in that one"
-    def late(*args): raise TimeoutError("processes wait for each other")
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
-    try:
+    with deadline(120, "processes wait for each other"):
         settings = "embed=16 hidden=16 d=3 batch=32 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 n_symbols=4 cls_start=0 energy_steps=8 energy_batch=32 nll_draws=0 lm=''"
         job, rec = record_of(tmp_path, row="ldebm", processes=2, settings=settings)
         again = S.run_job(job)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
     saved = {k: unpack_state(*load_tensors(tmp_path/"run"/k/"checkpoint.safetensors")) for k in ("", "energies")}
     assert {k: (v["processes"], v["progress"]["step"], v["progress"]["samples"]) for k, v in saved.items()} == {"": (2, 12, 12*32*2), "energies": (1, 8, 8*32)}
     assert rec["settings"]["processes"] == 2 and again == rec and {"recon_nll", "kl", "rhat", "prior_hole_auroc"} <= set(rec["metrics"])
