@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['HEAD_OF', 'HEADS', 'PRIORS', 'PLAIN', 'CODED', 'RELEASED', 'DISCRETE', 'PANG', 'ROWS', 'TABLE', 'Codes', 'one_hot',
            'Both', 'CodedGaussian', 'CodesHead', 'BothHead', 'CodedHead', 'head_of', 'has_codes', 'latent_parts',
-           'code_terms', 'Prior', 'no_symbols', 'UniformCodes', 'BothPrior', 'natural', 'log_partition', 'gauss_kl',
-           'MixturePrior', 'Row', 'parse_terms']
+           'code_terms', 'UniformCodes', 'BothPrior', 'natural', 'log_partition', 'gauss_kl', 'MixturePrior', 'Row',
+           'parse_terms']
 
 # %% ../nbs/21_zoo.ipynb #95ee368d
 import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from .prior import DiagGaussian, Posterior, StandardNormal
+from .prior import DiagGaussian, Posterior, Prior, StandardNormal, no_symbols
 from .schedule import randn_like
 from .text_vae import GaussianHead
 
@@ -114,28 +114,6 @@ def code_terms(
     log_mean = q.mean(0).clamp(min=1e-15).log()
     ckl,mi = (q*(log_q+math.log(k))).sum((1, 2)),(q*(log_q-log_mean)).sum((1, 2))
     return dict(ckl=ckl, aggc=(q*(log_mean+math.log(k))).sum((1, 2)), mi=mi)
-
-# %% ../nbs/21_zoo.ipynb #7ab87447
-class Prior(nn.Module):
-    "A prior over latents `(B, d)`: subclasses give `sample` and `log_weight`"
-    n_symbols = 0
-    def __init__(self, d:int):
-        super().__init__()
-        self.d = d
-        self.register_buffer('loc', torch.zeros(d)) # Says where, and in what precision, samples are wanted
-    def sample(self, n:int, *, y=None, gen:torch.Generator|None=None) -> Tensor: # Shape `(n, d)`
-        raise NotImplementedError(f'{type(self).__name__} needs `sample(n, *, y=None, gen=None)`')
-    def log_weight(self, z:Tensor, gen=None) -> Tensor: # Shape `(B,)`: log p(z), nats
-        raise NotImplementedError(f'{type(self).__name__} needs `log_weight(z)`')
-    def kl(self, q, z:Tensor, gen=None, n:int=1) -> tuple[Tensor,Tensor]: # Nats, and draws behind it, each `(B,)`
-        "`log q(z|x) - log p(z)` at the draw: unbiased for KL(q || p)"
-        kl = q.log_prob(z)-self.log_weight(z)
-        return kl,torch.full_like(kl, n)
-    def terms(self, q, z:Tensor, gen=None, labels=None, label_weights=None) -> dict: # Named terms, each `(B,)`
-        return dict(kl=self.kl(q, z)[0])
-
-def no_symbols(y, what:str):
-    if y is not None: raise ValueError(f'{what} has no symbols to condition on')
 
 # %% ../nbs/21_zoo.ipynb #7bffb76e
 class UniformCodes(Prior):
