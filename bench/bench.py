@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from ldebm import kernels, langevin, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.core import atomic_write, progress, provenance, results_root  # noqa: E402
-from ldebm.energy import EnergyNet, FastEnergy, each, fast_energy  # noqa: E402
+from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
@@ -170,7 +170,8 @@ def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=Non
     e = dict(what=what, path=path, threads=n_threads, precision=precision, sizes=sizes, seconds=s, flop=flop, rate=flop/s["median"], **more)
     if shape:
         own, square = machine_rate(shape, precision, n_threads, opt.budget), machine_rate(opt.square, precision, n_threads, opt.budget)
-        e.update(shape=list(shape), rate_shape=own, rate_square=square, share=e["rate"]/max(own, square))
+        usual = RATES[tuple(opt.square), precision, n_threads]["blas" if precision == "fp32" else "onednn"]   # by the library that PyTorch itself takes
+        e.update(shape=list(shape), rate_shape=own, rate_square=square, share=e["rate"]/max(own, square), rate_torch=usual, share_torch=e["rate"]/usual)
     return e
 
 
@@ -214,6 +215,7 @@ def chain_paths(prior, z, t, compiled=None):
         return go
     out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
     if kernels.has_onednn(): out["onednn"] = ("fp32", run(fast, z, "onednn"))
+    out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
     out["bf16"] = ("bf16", run(h, z.bfloat16()))
     if compiled is not None:
         class Compiled:
@@ -357,27 +359,28 @@ def bench_generate(opt):
     for objective in OBJECTIVES:
         s = job(objective, opt); model = build_model(s, vocab, 0).eval(); V = len(vocab)
         found = []
-        def run(n, path, bar=None):
+        def run(n, path, precision="fp32", bar=None):
             def go():
-                with plain_paths() if path == "plain" else nullcontext(), counted_words() as words:
+                with plain_paths() if path == "plain" else nullcontext(), counted_words() as words, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                     sample_sentences(model, n, gen=gen(5), max_len=s.max_len, progress=bar)
                 found.append(sum(words))
             return go
         for n in opt.threads:
             few = 8 if opt.tiny else 100
-            with threads(n): secs = interleave({p: run(few, p) for p in ("plain", "fast")}, opt.rounds(3))
-            words = found[-1]
-            for p, v in secs.items(): out.append(generated(opt, objective, p, n, few, words, v, s, V))
+            with threads(n): secs = interleave({p: run(few, *p) for p in (("plain", "fp32"), ("fast", "fp32"), ("fast", "bf16"))}, opt.rounds(5))
+            words = dict(zip(secs, found[-len(secs):]))
+            for p, v in secs.items(): out.append(generated(opt, objective, *p, n, few, words[p], v, s, V))
         n, many = max(opt.threads), 40 if opt.tiny else 46_000
         if opt.skip_long: out.append(pending("generate", "fast", "left out (--skip-long)", objective=objective, threads=n, sizes=dict(sentences=many)))
         else:
-            with threads(n): v = [once(run(many, "fast", lambda it: progress(it, desc=f"generating, {objective}", unit="chunk")))]
-            out.append(generated(opt, objective, "fast", n, many, found[-1], v, s, V))
+            for precision in DTYPES:
+                with threads(n): v = [once(run(many, "fast", precision, lambda it: progress(it, desc=f"generating, {objective}, {precision}", unit="chunk")))]
+                out.append(generated(opt, objective, "fast", precision, n, many, found[-1], v, s, V))
     return [*out, pending("generate", "gpu", "not measured on a GPU", threads=0)]
 
 
-def generated(opt, objective, path, n_threads, n, words, seconds, s, V):
-    e = entry(opt, "generate", path, n_threads, "fp32", dict(sentences=n, words=words, max_len=s.max_len), seconds, flop_generate(n, words, V, s), (min(n, 256), s.hidden, V), objective=objective)
+def generated(opt, objective, path, precision, n_threads, n, words, seconds, s, V):
+    e = entry(opt, "generate", path, n_threads, precision, dict(sentences=n, words=words, max_len=s.max_len), seconds, flop_generate(n, words, V, s), (min(n, 256), s.hidden, V), objective=objective)
     return {**e, "seconds_per_million_words": e["seconds"]["median"]/words*1e6}
 
 
@@ -481,10 +484,13 @@ def bench_quality(opt):
             us = []
             secs = [once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates))) for _ in range(opt.rounds(3))]
             u, e = us[-1], task.s
-            words = [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=task.s.max_len), task.corpus.vocab.eos)]
+            def decode(u, half=False):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half): return [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=task.s.max_len), task.corpus.vocab.eos)]
+            words, half = decode(u), decode(u, True)
             flop = e.T*evaluations(replace(e, langevin_steps=updates))*flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
             out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T), seconds=spread(secs), flop=flop, settings=e.langevin_steps,
-                            hole=two_sample_auroc(u, z, gen=gen(3)), grammatical=grammar_scores(words, grammar.log_prob)["grammatical"]))
+                            hole=two_sample_auroc(u, z, gen=gen(3)), grammatical=grammar_scores(words, grammar.log_prob)["grammatical"],
+                            grammatical_half=grammar_scores(half, grammar.log_prob)["grammatical"], same_half=sum(a == b for a, b in zip(words, half))/count))
     return out
 
 

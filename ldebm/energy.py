@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SpectralLinear', 'free_energy', 'free_slope', 'free_both', 'Energy', 'GuidedEnergy', 'level_table', 'each',
-           'EnergyWeights', 'EnergyNet', 'energy_grad', 'FastEnergy', 'AutogradEnergy', 'fast_energy',
+           'EnergyWeights', 'EnergyNet', 'energy_grad', 'FastEnergy', 'MixedEnergy', 'AutogradEnergy', 'fast_energy',
            'QuadraticEnergy']
 
 # %% ../nbs/11_energy.ipynb #717bed7c
@@ -310,6 +310,17 @@ class FastEnergy:
         g = back(product(slope, w.head[0].T), 2)
         for i,(W,_) in reversed(list(enumerate(w.blocks, 3))): g.add_(back(product(g, W.T), i))
         return F, product(back(product(back(product(g, w.merge_z.T), 1), w.z2[0].T), 0), w.z1[0].T)
+
+# %% ../nbs/11_energy.ipynb #d80e83df
+class MixedEnergy:
+    "A frozen energy with products in another precision; latents, and what it returns, keep theirs"
+    def __init__(self,
+        fast:FastEnergy,
+        dtype:torch.dtype, # Of products, such as `torch.bfloat16`
+    ): self.fast,self.dtype = FastEnergy(fast.net, each(lambda w: w.to(dtype), fast.w)),dtype
+    def base(self, t:Tensor, context:Tensor|None=None) -> Tensor: return self.fast.base(t, None if context is None else context.to(self.dtype))
+    def grad(self, z:Tensor, t:Tensor, y=None, context=None, base=None) -> tuple[Tensor,Tensor]: # As `FastEnergy.grad`
+        return tuple(x.to(z.dtype) for x in self.fast.grad(z.to(self.dtype), t, y, None if context is None else context.to(self.dtype), base))
 
 # %% ../nbs/11_energy.ipynb #5fe02fd1
 class AutogradEnergy:

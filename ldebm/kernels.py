@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['cpu_vendor', 'has_onednn', 'matmul_backend', 'direct', 'product', 'whole', 'linear', 'borrowed', 'give_back',
-           'as_autocast', 'linear_cross_entropy', 'gates', 'gru_cell', 'gru_weights', 'gru', 'packed_gru', 'Recorded']
+           'as_autocast', 'full', 'linear_cross_entropy', 'gates', 'gru_cell', 'gru_weights', 'gru', 'packed_gru',
+           'Recorded']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
 import functools, itertools, os, platform
@@ -123,6 +124,8 @@ def as_autocast(kind:str, *xs) -> tuple:
     "Tensors in the precision that autocast asks for on this kind of device; as they are outside of it"
     if not torch.is_autocast_enabled(kind): return xs
     return tuple(None if x is None else x.to(torch.get_autocast_dtype(kind)) for x in xs)
+
+def full(x:Tensor) -> Tensor: return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x # In single precision, or better as it is
 
 def linear_cross_entropy(
     h:Tensor, # Inputs of the output layer, shape `(n, i)`

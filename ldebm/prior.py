@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
-from .energy import Energy, fast_energy
+from .kernels import full
+from .energy import Energy, FastEnergy, MixedEnergy, fast_energy
 from .langevin import mala_chain, split_rhat, tilt_chain
 from .stats import effective, log_mean_exp
 
@@ -197,18 +198,21 @@ def chain_from(self:DiffusionEBM,
     gen:torch.Generator|None=None, # Source of noise
     on_step=None, # See `ldebm.langevin.chain`
 ) -> Tensor: # Unknowns at level `t`, shape `(B, d)`, detached: divide by `scale` for latents
-    "One Langevin chain per row on the tilt of its level"
-    c,fast = self.cfg,fast_energy(self.energy) if fast is None else fast
-    n = c.n_steps if n_steps is None else n_steps
+    "One Langevin chain per row on the tilt of its level. Under autocast the energy's products are in its precision, unless a Metropolis test asks for `F` itself"
+    c,kind = self.cfg,z_next.device.type; n = c.n_steps if n_steps is None else n_steps
     z_next = z_next.detach(); m,v = self.tilt(z_next, t)
     mala = (c.mala and not self.published) if mala is None else mala
-    if self.published:
-        if mala: raise ValueError("the published sampler has no fixed target to correct to; mala needs objective 'consistent'")
-        s2 = published_step(self.schedule, t, c.b2, z_next)
-        return tilt_chain(fast, z_next if start is None else start, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
-    if start is None: start = m + v.sqrt()*randn_like(m, gen)
-    if mala: return mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)[0]
-    return tilt_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
+    if self.published and mala: raise ValueError("the published sampler has no fixed target to correct to; mala needs objective 'consistent'")
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and not mala else None
+    with torch.autocast(kind, enabled=False):
+        if fast is None: fast = fast_energy(self.energy)
+        if half is not None and isinstance(fast, FastEnergy): fast = MixedEnergy(fast, half)
+        if self.published:
+            s2 = published_step(self.schedule, t, c.b2, z_next)
+            return tilt_chain(fast, z_next if start is None else start, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
+        if start is None: start = m + v.sqrt()*randn_like(m, gen)
+        if mala: return mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)[0]
+        return tilt_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
 DiffusionEBM.chain_from = chain_from
 
 # %% ../nbs/13_prior.ipynb #8290f8d5
@@ -241,11 +245,11 @@ def sample(self:DiffusionEBM,
     chunk:int=4096, # Latents carried at a time
     progress=None, # Wraps the iterator over chunks, e.g. `ldebm.core.progress`
 ) -> Tensor: # Latents `z_0`, shape `(n, d)`; with `path`, `(T+1, n, d)` from `z_0` to `z_T`
-    "Ancestral sampling from `z_T ~ N(0, I)` down, one chain a level. Known coordinates follow a diffusion of their own and condition the others at every level, which is approximate, and in sweeps at level 0, which with a Metropolis test leave the exact conditional as it is"
+    "Ancestral sampling from `z_T ~ N(0, I)` down, one chain a level; autocast as in `chain_from`. Known coordinates follow a diffusion of their own and condition the others at every level, which is approximate, and in sweeps at level 0, which with a Metropolis test leave the exact conditional as it is"
     if n < 1: raise ValueError(f'n must be at least 1, got {n}')
     p = next(self.energy.parameters(), torch.zeros(()))
-    fast,out = fast_energy(self.energy),[]
-    y = self.energy.allowed(y, n, p.device)
+    with torch.autocast(p.device.type, enabled=False): fast = fast_energy(self.energy)
+    out,y = [],self.energy.allowed(y, n, p.device)
     if start is not None and not 1 <= start[1] <= self.T: raise ValueError(f'start at a level from 1 to {self.T}, got {start[1]}')
     for name,x in (('start',start and start[0]), ('known',known and known[1])):
         if x is not None and tuple(x.shape) != (n, self.d): raise ValueError(f'{name} must hold latents of shape ({n}, {self.d}), got {tuple(x.shape)}')
@@ -339,7 +343,6 @@ def terms(self:DiffusionEBM,
     label_weights:Tensor|None=None, # Weight of each label in `cls`, shape `(K,)`
 ) -> dict: # Named terms, each `(B,)`: to be minimised (`mi`: maximised) after weighting; `kl_base` is for the record
     "Training terms of the chosen objective, in full precision also where the rest is trained in half"
-    full = lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(z.device.type, enabled=False):
         q,z = DiagGaussian(full(q.mean), full(q.logvar)),full(z)
         return (published_terms if self.published else consistent_terms)(self, q, z, gen, labels, label_weights)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from .energy import level_table
+from .kernels import full
 from .prior import stratified_levels
 from .schedule import Schedule, cosine_schedule, randn_like
 
@@ -162,7 +163,7 @@ def terms(self:ScorePrior,
     if labels is not None and not self.n_symbols:
         raise ValueError('this score prior was built without classes: pass n_symbols, or no labels')
     with torch.autocast(z.device.type, enabled=False):
-        z = z.detach().float() if z.dtype in (torch.bfloat16, torch.float16) else z.detach()
+        z = full(z.detach())
         B,z,y = len(z),z.repeat(self.cfg.draws, 1),None if labels is None else labels.repeat(self.cfg.draws)
         t = stratified_levels(len(z), self.T, gen, z.device)+1
         eps = randn_like(z, gen)

@@ -97,7 +97,7 @@ class TextSettings:
     clip:float=.5 # Gradient norm of encoder and decoder
     clip_ebm:float=10. # Gradient norm of the energy
     warmdown:float=0. # Last share of the steps over which the rates fall to zero
-    mixed_precision:str='no' # `no`, `bf16` or `fp16`
+    mixed_precision:str='no' # `no`, `bf16` or `fp16`, in training; `bf16` also when sentences are generated
     accumulate:int=1 # Batches summed into one step
     checkpoint_every:int=200 # Steps between checkpoints
     energy_steps:int=4000 # Further steps for the energies alone, on the finished encoder's latents; 0: none
@@ -490,7 +490,8 @@ def evaluate(
         for name,lab in c[split].labels.items():
             out.update(ami(lab, logits.argmax(-1), gen=cpu, attribute=name)); out.update(homogeneity(lab, logits.argmax(-1), gen=cpu, attribute=name)); out.update(v_measure(lab, logits.argmax(-1), gen=cpu, attribute=name))
     bar = lambda it: progress(it, desc='generating', unit='chunk')
-    ids = sample_sentences(m, s.n_samples, gen=gen, max_len=s.max_len, temperature=1. if s.prior == 'none' else 0., progress=bar)
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=s.mixed_precision == 'bf16'):
+        ids = sample_sentences(m, s.n_samples, gen=gen, max_len=s.max_len, temperature=1. if s.prior == 'none' else 0., progress=bar)
     art['samples'] = samples = [c.vocab.decode(i) for i in ids]
     train = c['train'].sentences()
     full = [x for x in samples if x]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
-from .kernels import gru, gru_cell, gru_weights, linear_cross_entropy, product
+from .kernels import as_autocast, full, gru, gru_cell, gru_weights, linear_cross_entropy, product
 from .prior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         x,h0 = self.embed(ids[p.row,p.col]),self.embed.weight.new_zeros(B, self.rnn.hidden_size)
         ends = [gru(self.rnn, p.pack(v), h0, reverse=r)[1] for r,v in ((False, x), (True, x[p.back]))]
         h = nnf.leaky_relu(torch.cat(ends, 1))[p.order.argsort()]
-        return self.head(h).map(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x) # the latent is never in half precision
+        return self.head(h).map(full) # the latent is never in half precision
 
 # %% ../nbs/20_text_vae.ipynb #c4a12e62
 class Decoder(nn.Module):
@@ -175,16 +175,17 @@ class Decoder(nn.Module):
         top_p:float=1., # Nucleus: smallest set of words with this probability (Holtzman et al. 2020)
         gen:torch.Generator|None=None, # Source of randomness when temperature > 0
     ) -> Tensor: # Word ids without `<s>`, ending in `</s>` where it came, padded with 0: `(B, <=max_len)`
-        "Decode sentences; finished ones leave the batch"
+        "Decode sentences; finished ones leave the batch. Under autocast states and products are in its precision"
         if temperature < 0 or not 0 < top_p <= 1: raise ValueError(f'temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}')
-        B = n if z is None else len(z); W,b = self.output(); E = self.embed.weight.shape[1]; each = self.part(z, 'step')
-        wi,wh,bi,bh = gru_weights(self.rnn)
+        B,table,(W,b) = n if z is None else len(z),self.embed.weight,self.output()
+        words,each,h,wi,wh,bi,bh,b = as_autocast(table.device.type, table, self.part(z, 'step'), self.first(z, B), *gru_weights(self.rnn), b)
+        W,E = words if W is table else as_autocast(table.device.type, W)[0],words.shape[1]
         same = bi.expand(B, -1).contiguous() if each is None else product(each, wi[:,E:], bi) # what of the gates stays the same along a sentence
         out = torch.zeros(B, max_len, dtype=torch.long, device=W.device)
-        live,h = torch.arange(B, device=W.device),self.first(z, B)
-        word,pick = torch.full((B,), self.bos, device=W.device),lambda f: f.argmax(-1) if temperature == 0 else pick_word(f/temperature, top_p, gen)
+        live = torch.arange(B, device=W.device)
+        word,pick = torch.full((B,), self.bos, device=W.device),lambda f: f.argmax(-1) if temperature == 0 else pick_word(full(f)/temperature, top_p, gen)
         for i in range(max_len):
-            h = gru_cell(product(self.embed(word), wi[:,:E], add=same), product(h, wh, bh), h)
+            h = gru_cell(product(nnf.embedding(word, words), wi[:,:E], add=same), product(h, wh, bh), h)
             word = torch.cat([pick(product(c, W, b)) for c in h.split(256 if W.device.type == 'cpu' else 8192)])
             out[live,i] = word
             if i%4 == 3 or i == max_len-1: # dropping finished rows costs a copy, and on a GPU a wait: not at every step

@@ -1,4 +1,5 @@
 "The sampler's law: what finite chains draw, level by level, is what algebra says, under both objectives and both references"
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
 from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, split_rhat, tilt_chain, tilt_states
 from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances, plot_energy_traces, trace_rhat
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, make_schedule, published_schedule
+from ldebm.text_vae import Decoder, TextCfg
 from torch import nn
 from torch.testing import assert_close
 
@@ -502,3 +504,53 @@ def test_recorded_chain_on_a_gpu(mala, monkeypatch):
         ends.append(prior.sample(20_000, gen=torch.Generator("cuda").manual_seed(int(on))))
     a, b = ends
     assert ((a.mean(0)-b.mean(0)).abs() < 5*(a.var(0)/20_000+b.var(0)/20_000).sqrt()).all()
+
+
+# -- autocast: products in half precision, states and Metropolis tests in full
+
+def network(objective, seed=0):
+    g = gen(seed)
+    net = EnergyNet(6, 4, 3, hidden=24, n_blocks=2, free_head=False, init=.3, gen=g)
+    if objective == "published": return DiffusionEBM(published_schedule(3), net, PriorCfg(objective="published", reference="flat", n_steps=30))
+    return DiffusionEBM(consistent_schedule(3), net, PriorCfg(n_steps=10, mala=objective == "mala"))
+
+
+def half(): return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_chains_with_a_metropolis_test_do_not_see_autocast():
+    p = network("mala")
+    want = p.sample(50, gen=gen(1))
+    with half(): got = p.sample(50, gen=gen(1))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("objective", ["published", "unadjusted"])
+def test_unadjusted_chains_under_autocast_end_nearly_where_they_would(objective):
+    p = network(objective); z, t = torch.randn(200, 6, generator=gen(2)), torch.arange(200) % 3
+    want = p.chain_from(z, t, gen=gen(3))
+    with half(): got = p.chain_from(z, t, gen=gen(3))
+    moved = (want-z).norm(); off = (got-want).norm()/moved
+    assert got.dtype == want.dtype == torch.float32
+    assert 0 < off < .02, "rounding of products, not of states"
+    if objective == "published": assert moved < z.norm() and (z.bfloat16().float()-z).norm()/moved > off, "chains of small steps: rounding a state costs more"
+
+
+def test_an_energy_that_is_held_in_part_stays_in_full_precision():
+    p = network("published"); mask = torch.tensor([True]*3+[False]*3); z = torch.randn(20, 6, generator=gen(4))
+    want = p.sample(20, gen=gen(5), known=(mask, z), sweeps=1)
+    with half(): got = p.sample(20, gen=gen(5), known=(mask, z), sweeps=1)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_words_under_autocast_are_those_of_the_rounded_model(tied):
+    torch.manual_seed(0)
+    d = Decoder(50, TextCfg(embed=16, hidden=16, d=5, tied=tied), bos=2, eos=3)
+    for p in d.parameters(): p.data.normal_(0, .6, generator=gen(6))
+    z = torch.randn(40, 5, generator=gen(7))
+    with half(): got = d.generate(z, max_len=12); drawn = d.generate(z, max_len=12, temperature=1., top_p=.9, gen=gen(8))
+    want, full = copy.deepcopy(d).bfloat16().generate(z.bfloat16(), max_len=12), d.generate(z, max_len=12)
+    assert torch.equal(got, want) and drawn.shape[0] == 40
+    n = min(got.shape[1], full.shape[1])
+    assert .6 < (got[:, :n] == full[:, :n]).float().mean() and d.embed.weight.dtype == torch.float32
