@@ -20,7 +20,7 @@ NO_VENV   ?=
 PIP_ARGS    ?=
 NBDEV_ARGS  ?=
 PYTEST_ARGS ?=
-# Seeds and settings of table (tune takes SEED), and options of `python -m ldebm.table`, such as '--rows vae dgm-vae --workers 2 --retry'
+# Settings of train, table and tune, seeds of table (the others take SEED), and options of `python -m ldebm.table`, such as '--rows vae dgm-vae --workers 2 --retry'
 SEEDS      ?= 0 1 2
 SETTINGS   ?=
 TABLE_ARGS ?=
@@ -62,7 +62,7 @@ PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
-	@echo "  CORPUS=$(CORPUS) PRESET=$(PRESET) SEED=$(SEED) OBJECTIVE=$(OBJECTIVE) ROW=$(ROW) ARGS='-p name value': settings of train (SEED, ARGS also of toy2d, digits, images)"
+	@echo "  CORPUS=$(CORPUS) PRESET=$(PRESET) SEED=$(SEED) OBJECTIVE=$(OBJECTIVE) ROW=$(ROW) SETTINGS='d=32 w_kl=.5' ARGS='-p name value': settings of train (SEED, ARGS also of toy2d, digits, images)"
 
 venv: $(STAMP) ## Make .venv from the lock file of this Python
 
@@ -84,11 +84,11 @@ $(STAMP):
 endif
 
 train: $(STAMP) ## Train on text and write a run folder
-	@mkdir -p $(RUN)
-	@$(PAPERMILL) nbs/train_ptb.ipynb $(RUN)/train_ptb.ipynb -r corpus $(CORPUS) -r preset $(PRESET) -p seed $(SEED) \
-	  -r objective $(OBJECTIVE) -r row $(ROW) -r out $(RUN) $(ARGS) \
+	@mkdir -p "$(RUN)"
+	@$(PAPERMILL) nbs/train_ptb.ipynb "$(RUN)/train_ptb.ipynb" -r corpus "$(CORPUS)" -r preset $(PRESET) -p seed $(SEED) \
+	  -r objective $(OBJECTIVE) -r row $(ROW) -r out "$(RUN)" $(if $(SETTINGS),-r settings "$(SETTINGS)") $(ARGS) \
 	|| { echo "The run stopped; $(RUN)/train_ptb.ipynb shows where. The same command resumes it." >&2; exit 1; }
-	@echo; echo "Done. Everything is in $(RUN):"; ls $(RUN)
+	@echo; echo "Done. Everything is in $(RUN):"; ls "$(RUN)"
 
 toy2d: $(STAMP) ## Two-dimensional densities: the method beside its ancestors
 	@mkdir -p runs/toy2d-s$(SEED)

@@ -35,7 +35,7 @@ from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
-from ldebm.text_job import TextJob, TextTask, build_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
+from ldebm.text_job import TextJob, TextTask, build_model, fit_energies, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
 from ldebm.text_metrics import grammar_scores  # noqa: E402
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
 from ldebm.train import fit, make_optimizer  # noqa: E402
@@ -476,6 +476,7 @@ def bench_quality(opt):
         s = dict(settings=TINY, steps=4) if opt.tiny else {}
         run, task, device = open_job(TextJob(out=folder, device="cpu", threads=n, **s))
         fit(task, run, train_cfg(task.s), 0, device)
+        fit_energies(task, run, 0, device)
         m, grammar = task.model.eval(), load_grammar()
         q = task.encode("train"); g = gen(1)
         pick = torch.randperm(len(q), generator=g)[:count]

@@ -289,6 +289,7 @@ def site_links(
     def to(url, image):
         path, anchor = _split(url)
         if url.startswith(host):
+            if len(anchor) == 1: return None # one letter in a text is a symbol of mathematics, whatever function bears it
             page = path[len(host):].strip('/').removesuffix('.html') or 'index'
             if page not in pages: return None
             while anchor and anchor not in anchors.get(page, ()): anchor = anchor.rpartition('.')[0]
@@ -312,6 +313,7 @@ def readme_links(
     def to(url, image):
         path, anchor = _split(url)
         if url.startswith(host):
+            if len(anchor) == 1: return None # one letter in a text is a symbol of mathematics, whatever function bears it
             page = path[len(host):].strip('/').removesuffix('.html') or 'index'
             return f'nbs/{pages[page]}' if page in pages else None
         if re.match(r'^[a-z]+:', url): return url if image or url in written else None

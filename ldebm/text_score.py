@@ -111,7 +111,7 @@ def sampler_evidence(
     n:int=1000, # Samples compared
     longer:int=10, # Long chains take so many times the updates
     cpu_gen:torch.Generator|None=None, # Source of the classifier's folds
-) -> dict: # Metrics `rhat`, `rhat_t` for each level, `long_auroc`
+) -> dict: # Metrics `long_auroc` and, from eight updates a level on, `rhat_t` for each level and `rhat`
     "Short-run against long-run chains"
     tr = prior.energy_traces(64, gen=gen).float().cpu(); T,K = tr.shape[:2]; out = {}
     if K >= 8:

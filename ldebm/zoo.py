@@ -195,7 +195,7 @@ PRIORS = dict(
 class Row:
     "One system of the table"
     title:str # As in the table
-    family:str # Rows of a family share a colour in figures
+    family:str # Rows of a family share a marker in figures
     settings:dict # What it sets, in every preset
     published:dict|None=None # What its `published` variant sets on top; `None`: it has none
     about:str='' # One sentence

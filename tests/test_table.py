@@ -58,6 +58,23 @@ def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="already records a run with other settings"): T.run_jobs([job])
 
 
+def test_tables_disclaim_what_records_disclaim():
+    known = load_results(PLACE/"results")
+    rec = next(r for r in known if r["row"] == "ldebm" and r["corpus"] == "grammar" and r["objective"] == "consistent" and r["seed"] == 0)
+    bad = json.loads(json.dumps(rec)); bad["metrics"]["nll_valid"]["estimator"] += "; NOT valid"
+    fine, flawed = (T.zoo_table([r], "grammar", "quick", "consistent", dict(nll_valid=2, bleu=1), rows=("ldebm", "vae")) for r in (rec, bad))
+    v, b = (f"{rec['metrics'][k]['value']:.{d}f}" for k, d in (("nll_valid", 2), ("bleu", 1)))
+    assert f"| {v} | {b} |" in fine and "†" not in fine
+    assert f"| {v}† | {b} |" in flawed and flawed.endswith("at some level.") and "| pending | pending |" in flawed
+
+
+def test_rows_and_families_without_records():
+    rec = next(r for r in load_results(PLACE/"results") if r["row"] == "vae" and r["preset"] == "quick")
+    out = T.family_means([rec], "grammar", "quick", rec["objective"], dict(bleu=1))
+    assert "| VAE | VAE (of 4) | " in out and "| autoencoder | none (of 2) | – |" in out
+    assert "| strange | consistent | " in T.zoo_table([{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), rows=("strange",))
+
+
 def test_scores_are_part_of_what_a_job_is():
     job = TextJob(row="vae", out="there")
     a, b, c = (T.sweep_job(replace(job, settings=s), "x.ipynb").fingerprint for s in ("", "nll_sentences=300", "steps=10"))
@@ -95,6 +112,8 @@ def test_a_row_of_a_users_own(corpus, tmp_path):
     assert p.returncode == 0, p.stdout+p.stderr
     rec, = load_results(tmp_path/"results")
     assert rec["row"] == "mine" and rec["metrics"]["nll_valid"]["value"] > 0 and len(rec["settings"]["module_sha256"]) == 64
+    line, = (x for x in p.stdout.splitlines() if x.startswith("| Mine |"))
+    assert f" {rec['metrics']['nll_valid']['value']:.2f} " in line and f" {rec['metrics']['bleu']['value']:.1f} " in line  # the command ends with its table
     mine.unlink()
     folder, = (tmp_path/"runs").glob("mine-*")
     look = "from ldebm.text_job import load_model; import sys; m, v = load_model(sys.argv[1]); print(type(m.prior).__name__)"
