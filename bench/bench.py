@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 import torch  # noqa: E402
 from ldebm import kernels, langevin, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
-from ldebm.core import atomic_write, progress, provenance, results_root  # noqa: E402
+from ldebm.core import atomic_write, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
@@ -527,6 +527,7 @@ def main(argv=None):
         preset, corpus, objective, steps, n, settings = opt.memory_child
         return memory_child(preset, corpus, objective, int(steps), int(n), settings)
 
+    keep_memory()   # as every job does
     folder, failed = Path(opt.out) if opt.out else results_root(), []
     folder.mkdir(parents=True, exist_ok=True)
     for name in opt.only:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import (Average, Run, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
+from .core import (Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
 from .generator import Generator, GeneratorCfg, GeneratorModel
 from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
                                  make_classifier, predict, save_classifier, spread_ratio)
@@ -349,7 +349,7 @@ def open_job(
         raise ValueError(f'{train.name} has no labels to couple to: leave out the row ldebm-coupled, or give attributes')
     p = ImagePlace(None, job, s, device, images, cfg, data_hash(images))
     for r in ('gaussian', *job.rows.split()): result_path(**record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or '')
-    set_threads(job.threads or None)
+    set_threads(job.threads or None); keep_memory()
     name = f'runs/{data_name(train)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
     settings = dict(dataset=data_name(train), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)

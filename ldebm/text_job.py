@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import Run, atomic_write, check_params, choose, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
+from .core import Run, atomic_write, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
 from .data import load_grammar
 from .energy import EnergyNet
 from .lm import LMS
@@ -446,7 +446,7 @@ def open_job(
     corpus = load_corpus(job.corpus, max_len=s.max_len, vocab_size=s.vocab_size)
     settings = record_settings(job, s)
     result_path(**record_name(job), settings=settings if job.results else None, results_dir=job.results or '') # the name must be one, and free
-    set_threads(job.threads or None)
+    set_threads(job.threads or None); keep_memory()
     task = TextTask(corpus, s, job.seed, job.processes)
     run = Run(job_folder(job), settings, resume=job.resume)
     return run,task,device

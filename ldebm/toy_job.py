@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import Average, Run, choose, make_gen, metric, pick_device, progress, provenance, result_path, set_threads, write_result
+from .core import Average, Run, choose, keep_memory, make_gen, metric, pick_device, progress, provenance, result_path, set_threads, write_result
 from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
 from .langevin import split_rhat
@@ -271,7 +271,7 @@ def open_job(job:ToyJob) -> ToyPlace:
     if job.results:
         for d in densities(job):
             for row in ROWS: result_path(**record_name(job, d, row), settings=row_settings(s, d, row), results_dir=job.results)
-    set_threads(job.threads or None)
+    set_threads(job.threads or None); keep_memory()
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else f'runs/toy2d-s{job.seed}')
     return ToyPlace(Run(out, dict(preset=job.preset, seed=job.seed, **asdict(s)), resume=job.resume), job, s, device)
 

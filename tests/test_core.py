@@ -1,6 +1,7 @@
 "What a notebook cannot show about `core`: crashes, other processes, signals, and bad input that must leave no trace"
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -522,3 +523,34 @@ def test_provenance_is_plain_json():
     p = provenance(time.time() - 60, throughput=12.5)
     assert json.loads(json.dumps(p)) == p and 1 <= p["minutes"] < 1.1 and p["throughput"] == 12.5 and p["threads"] >= 1
     assert {"python", "torch", "ldebm"} <= set(p["versions"]) and (p["peak_memory_mb"] is None or p["peak_memory_mb"] > 10)
+
+
+CHURN = """
+import resource, sys, torch
+from ldebm.core import keep_memory
+torch.set_num_threads(1)
+done, g, held = keep_memory(), torch.Generator().manual_seed(0), []
+def churn(n):
+    for _ in range(n):
+        held.append(torch.empty(int(torch.randint(1, 40, (1,), generator=g))*2**18).fill_(1.))   # up to 40 MB, at most five at a time
+        if len(held) > 4: held.pop(int(torch.randint(4, (1,), generator=g)))
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+churn(50); start = faults(); churn(50)
+print(int(done), faults()-start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="GNU's C library alone")
+def test_memory_that_is_kept_is_not_zeroed_again():
+    "Blocks of any size, freed in any order: hardly a new page, and hardly more memory"
+    def run(keep):
+        p = subprocess.run([sys.executable, "-c", CHURN], env={**os.environ, "PYTHONPATH": str(ROOT), "LDEBM_KEEP_MEMORY": keep}, capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr
+        return map(int, p.stdout.split())
+    (off, many, before), (on, few, after) = run("0"), run("1")
+    assert (off, on) == (0, 1) and few < many/5 and after < 1.5*before
+
+
+def test_what_keeps_memory_is_0_or_1(monkeypatch):
+    monkeypatch.setenv("LDEBM_KEEP_MEMORY", "yes")
+    with pytest.raises(ValueError, match="LDEBM_KEEP_MEMORY must be '0' or '1', got 'yes'"): core.keep_memory()
