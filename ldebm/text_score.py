@@ -261,9 +261,11 @@ def copy_record(job:TextJob) -> dict: # The record
 def scoring(job:TextJob) -> dict: return {k: getattr(resolve(job), k) for k in SCORING}
 
 # %% ../nbs/63_text_score.ipynb #dfbed619
+_rate = 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5' # The released learning rates are made for sixty epochs
 TUNING = dict(
-    consistent={'': '', 'joint-only': 'energy_steps=0', 'joint-only-floor0': 'energy_steps=0 floor=0', 'joint-only-floor.1': 'energy_steps=0 floor=.1', 'joint-only-encoder': 'energy_steps=0 enc_share=.3'},
-    published={'': '', 'kl.3': 'w_kl=.3', 'kl1': 'w_kl=1', 'rate': 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5', 'rate-kl.3': 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5 w_kl=.3'})
+    consistent={'': '', 'joint-only': 'energy_steps=0', 'joint-only-floor0': 'energy_steps=0 floor=0', 'joint-only-floor.1': 'energy_steps=0 floor=.1', 'joint-only-encoder': 'energy_steps=0 enc_share=.3',
+                'floor.6': 'floor=.6', 'floor1': 'floor=1', 'kl.3': 'w_kl=.3'},
+    published={'': '', 'kl.3': 'w_kl=.3', 'kl1': 'w_kl=1', 'rate': _rate, 'rate-kl.3': f'{_rate} w_kl=.3', 'rate-kl1': f'{_rate} w_kl=1', 'rate-kl.03': f'{_rate} w_kl=.03', 'rate-floor.3': f'{_rate} floor=.3'})
 
 def tuning_jobs(
     corpus:str, preset:str,
