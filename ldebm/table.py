@@ -144,7 +144,8 @@ def main(argv:list|None=None) -> int: # Exit status: 0 when every run is done
         got = run_jobs(jobs, a.device, a.gpu_share, scheduler=a.scheduler, workers=a.workers, threads=a.threads, memory_gb=a.memory_gb, gpus=a.gpus, retry=a.retry)
     except SweepStopped as e: print(e, file=sys.stderr); return 130
     except (ValueError, OSError, ImportError, RuntimeError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 2
-    print(got._repr_markdown_()+'\n\n'+outcome(jobs))
+    print(got._repr_markdown_()+'\n', flush=True)
+    print(outcome(jobs))
     return 0 if got.ok else 1
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
