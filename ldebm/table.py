@@ -14,7 +14,7 @@ import torch
 from .core import choose, load_results, parse_settings, result_path
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
 from .text import CORPORA, load_corpus
-from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, records_of, resolve, run_table, unused
+from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, records_of, resolve, row_name, run_table, unused
 from .text_score import copy_record, scoring, tuning_jobs
 from .zoo import ROWS, TABLE
 
@@ -110,7 +110,7 @@ def outcome(
 ) -> str: # Markdown
     "The main metrics of these jobs' rows, one table a corpus and preset; *pending* where no record is"
     records,out = load_results(jobs[0].results),{}
-    for j in jobs: out.setdefault((record_name(j)['corpus'], j.preset), {})['+'.join(x for x in (j.row, j.variant) if x), j.objective] = ROWS[j.row].title+(f', {j.variant}' if j.variant else '')
+    for j in jobs: what = record_name(j); out.setdefault((what['corpus'], j.preset), {})[row_name(what), j.objective] = ROWS[j.row].title+(f', {j.variant}' if j.variant else '')
     have = {k for r in records for k in r['metrics'] if (r['corpus'],r['preset']) in out}
     return '\n\n'.join(f'**{c}, {p}**\n\n'+run_table(records, c, p, [(*k, title) for k,title in rows.items()], {k: d for k,d in MAIN.items() if k in have}) for (c,p),rows in out.items())
 

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ANNEAL', 'EBM_ONLY', 'LATENT_ONLY', 'BUILT_
            'prior_cfg', 'build_model', 'by_words', 'check_corpus', 'TextTask', 'EnergyModel', 'EnergyTask',
            'has_energy_stage', 'fit_energies', 'corpus_name', 'job_name', 'job_folder', 'record_name',
            'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line',
-           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure', 'spread',
+           'sentence_table', 'samples_by_symbol', 'metrics_table', 'plot_latents', 'save_figure', 'spread', 'row_name',
            'records_of', 'not_valid', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #4768ad78
@@ -617,14 +617,15 @@ def spread(values:list, digits:int=2) -> str:
     return m if len(values) == 1 else f'{m} ± {statistics.stdev(values):.{digits}f}'
 
 # %% ../nbs/60_text_job.ipynb #31e1b7b0
+def row_name(r:dict) -> str: return '+'.join(x for x in (r['row'], r.get('variant')) if x) # `row` or `row+variant` of a record
+
 def records_of(
     records:list, # From `ldebm.core.load_results`
     corpus:str, preset:str, objective:str, # Wanted
     row:str='', # `row` or `row+variant`; empty: every row, without variants
 ) -> list:
     "Records of one corpus, preset and objective"
-    name = lambda r: '+'.join(x for x in (r['row'], r.get('variant')) if x)
-    return [r for r in records if (r['corpus'],r['preset'],r['objective']) == (corpus,preset,objective) and (name(r) == row if row else not r.get('variant'))]
+    return [r for r in records if (r['corpus'],r['preset'],r['objective']) == (corpus,preset,objective) and (row_name(r) == row if row else not r.get('variant'))]
 
 def not_valid(metrics:dict) -> bool: return 'NOT valid' in metrics.get('nll_valid', {}).get('estimator', '') # Whether a record's likelihood is disclaimed by its own bounds
 DAGGER = '\n\n† not valid: upper and lower bound of $\\log Z$ are further apart than 0.1 nat at some level.'
