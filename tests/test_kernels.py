@@ -26,7 +26,7 @@ from plain import PlainEnergy, plain_gru, plain_logits, plain_loss, plain_paths,
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 # Both libraries; on a PyTorch without oneDNN its cases are skipped, and counted by pytest
-BACKENDS = ["blas", pytest.param("onednn", marks=pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN"))]
+BACKENDS = ["blas", *(pytest.param(k, marks=pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")) for k in ("onednn", "both"))]
 # Largest relative error. Double precision: rounding alone. Single: sums of a few hundred terms. bfloat16 keeps eight
 # bits, 2^-9 a rounding: a result a handful of roundings deep is right to one or two in a hundred, a gradient to a few
 TOL = {F64: 1e-12, F32: 3e-6, BF16: 3e-2}
@@ -54,7 +54,7 @@ def close(got, want, tol, what=""): assert (e := error(got, want)) < tol, f"{wha
 
 def test_wrong_library_is_an_error(monkeypatch):
     monkeypatch.setenv("LDEBM_MATMUL", "mkl")
-    with pytest.raises(ValueError, match="LDEBM_MATMUL must be 'onednn' or 'blas', got 'mkl'"): kernels.matmul_backend.__wrapped__()
+    with pytest.raises(ValueError, match="LDEBM_MATMUL must be 'onednn', 'blas' or 'both', got 'mkl'"): kernels.matmul_backend.__wrapped__()
     cmd = [sys.executable, "-c", "import torch; from ldebm.kernels import product; product(torch.ones(2, 3), torch.ones(4, 3))"]
     res = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, "LDEBM_MATMUL": "fast"})
     assert res.returncode != 0 and "LDEBM_MATMUL must be" in res.stderr.splitlines()[-1]
@@ -65,13 +65,30 @@ def test_library_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="without oneDNN"): kernels.matmul_backend.__wrapped__()
 
 
-@pytest.mark.parametrize("vendor,machine,there,want", [("AuthenticAMD", "x86_64", True, "onednn"), ("GenuineIntel", "x86_64", True, "blas"), ("", "x86_64", True, "blas"),
-                                                       ("AuthenticAMD", "aarch64", True, "blas"), ("AuthenticAMD", "x86_64", False, "blas")])
-def test_library_by_processor(monkeypatch, vendor, machine, there, want):
+@pytest.mark.parametrize("vendor,machine,there,capability,want", [
+    ("AuthenticAMD", "x86_64", True, "AVX512", "onednn"), ("AuthenticAMD", "x86_64", True, "AVX2", "both"), ("AuthenticAMD", "x86_64", True, "DEFAULT", "both"),
+    ("GenuineIntel", "x86_64", True, "AVX512", "blas"), ("", "x86_64", True, "AVX512", "blas"), ("AuthenticAMD", "aarch64", True, "DEFAULT", "blas"), ("AuthenticAMD", "x86_64", False, "AVX2", "blas")])
+def test_library_by_processor(monkeypatch, vendor, machine, there, capability, want):
     monkeypatch.delenv("LDEBM_MATMUL", raising=False)
     monkeypatch.setattr(kernels, "cpu_vendor", lambda: vendor); monkeypatch.setattr(kernels, "has_onednn", lambda: there)
-    monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
+    monkeypatch.setattr(kernels.platform, "machine", lambda: machine); monkeypatch.setattr(kernels.torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert kernels.matmul_backend.__wrapped__() == want
+
+
+def test_wide_products_alone_go_to_onednn_under_both():
+    x, small, wide = randn(3, 5, dtype=F32), randn(kernels.WIDE-1, 5, dtype=F32), randn(kernels.WIDE, 5, dtype=F32)
+    with using("both"): assert not kernels.direct(x, small) and kernels.direct(x, wide) and not kernels.direct(x.double(), wide.double())
+    with using("onednn"): assert kernels.direct(x, small) and kernels.direct(x, wide)
+    with using("blas"): assert not kernels.direct(x, wide)
+
+
+@pytest.mark.parametrize("info,want", [("flags\t\t: fpu avx2 avx512_bf16\n", True), ("flags\t\t: fpu avx2 avx512f\n", False), ("Features\t: fp asimd bf16\n", True), ("model name : x avx512_bf16\n", False)])
+def test_half_precision_by_what_the_processor_says(monkeypatch, tmp_path, info, want):
+    (tmp_path/"cpuinfo").write_text(info)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda f, *a, **k: real(tmp_path/"cpuinfo" if f == "/proc/cpuinfo" else f, *a, **k))
+    monkeypatch.setattr(kernels, "cpu_info", kernels.cpu_info.__wrapped__)
+    assert kernels.has_bf16() == want
 
 
 # -- products
