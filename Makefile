@@ -129,7 +129,7 @@ table: $(STAMP) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once
 tune: $(STAMP) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
 	@python -m ldebm.table --tune --corpus "$(CORPUS)" --preset $(PRESET) --seeds $(SEED) --settings "$(SETTINGS)" $(TABLE_ARGS)
 
-bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json
+bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json (with a GPU, that as well)
 	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(STAMP) ## Build the documentation site into docs/_build/html

@@ -2,14 +2,16 @@
 
     python bench/bench.py [--only matmul chain ...] [--threads 1 2] [--out results]
 
-Writes `bench-<part>.json` as soon as a part is done; a part that fails is named at the end, and the others are kept. One
-process, a fixed number of threads; compared paths take turns in every round, the first rounds are dropped, and a time is
-the median over rounds with its quartiles. Arithmetic is counted from sizes, matrix products alone, a multiply-add as two.
+Writes `bench-<part>-<machine>.json` as soon as a part is done; a part that fails is named at the end, and the others are kept.
+One process, a fixed number of threads; compared paths take turns in every round, and bare products with them; the first rounds
+are dropped, and a time is the median over rounds with its quartiles. Arithmetic is counted from sizes, matrix products alone, a
+multiply-add as two.
 """
 import argparse
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -47,7 +49,17 @@ DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 TINY = "embed=16 hidden=16 d=4 energy_hidden=12 n_blocks=2 langevin_steps=3 T=3 n_symbols=4 batch=16"
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0, device="cpu"): return torch.Generator(device).manual_seed(seed)
+
+
+def slug(text): return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def machine_name(part):
+    "In the name of a record: maker and instructions of the processor, or the GPU"
+    if part == "gpu": return slug(torch.cuda.get_device_name())
+    maker = dict(AuthenticAMD="amd", GenuineIntel="intel").get(kernels.cpu_vendor()) or slug(platform.machine())
+    return f"{maker}-{slug(torch.backends.cpu.get_cpu_capability())}"
 
 
 # -- counting: matrix products alone, 2 n i o for (n, i) times (i, o)
@@ -114,13 +126,14 @@ def once(f):
     return time.perf_counter()-start
 
 
-def interleave(paths, repeats, warm=1):
-    "Seconds of each round of each path, the paths taking turns"
+def interleave(paths, repeats, warm=1, beside=None):
+    "Seconds of each round of each path, the paths taking turns; `beside` is called at the end of every round that counts"
     out = {k: [] for k in paths}
     for i in range(warm+repeats):
         for k, f in paths.items():
             s = once(f)
             if i >= warm: out[k].append(s)
+        if beside and i >= warm: beside()
     return out
 
 
@@ -131,37 +144,52 @@ def spread(x):
     return dict(median=statistics.median(x), q1=q[0], q3=q[2], rounds=len(x))
 
 
-def products(shape, precision):
+def products(shape, precision, device="cpu"):
     "The same product by each library"
     n, i, o = shape
-    x, w = (torch.randn(a, b, generator=gen(k)).to(DTYPES[precision]) for k, (a, b) in enumerate(((n, i), (o, i))))
+    x, w = (torch.randn(a, b, generator=gen(k)).to(device, DTYPES[precision]) for k, (a, b) in enumerate(((n, i), (o, i))))
+    if device != "cpu": return dict(cuda=waited(lambda: nnf.linear(x, w)))
     out = dict(blas=lambda: nnf.linear(x, w)) if precision == "fp32" else dict(onednn=lambda: nnf.linear(x, w))
     if precision == "fp32" and kernels.has_onednn(): out["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return out
 
 
-def product_seconds(shape, precision, budget):
+def waited(f):
+    "The same, to the end of what it started on the GPU"
+    def go(*args):
+        out = f(*args); torch.cuda.synchronize()
+        return out
+    return go
+
+
+def product_seconds(shape, precision, budget, rounds=5, device="cpu"):
     "Seconds of one product by each library at the present number of threads; a round repeats it for `budget` seconds"
-    fs = products(shape, precision)
+    fs = products(shape, precision, device)
     for f in fs.values(): f()
     inner = max(1, int(budget/max(once(f) for f in fs.values())))
     def many(f):
         def go():
             for _ in range(inner): f()
         return go
-    return {k: [s/inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, 5).items()}
+    return {k: [s/inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, rounds, 0).items()}
 
-RATES = {}
+SECONDS, BESIDE = {}, 5   # (shape, precision, threads, device) -> library -> seconds of a product; how many rounds, if none were measured beside the paths
 
 
-def machine_rate(shape, precision, n_threads, budget=.02):
-    "Operations a second of the faster library on this shape"
-    key = (tuple(shape), precision, n_threads)
-    if key not in RATES:
-        with threads(n_threads):
-            secs = product_seconds(tuple(shape), precision, budget)
-        RATES[key] = {k: 2*math.prod(shape)/statistics.median(v) for k, v in secs.items()}
-    return max(RATES[key].values())
+def measure_products(opt, shapes, precisions, rounds=1):
+    "One more round of bare products at the present number of threads, between rounds of the paths that they are compared with: a machine's speed drifts"
+    for shape in {tuple(x) for x in (*shapes, opt.square)}:
+        for p in precisions:
+            mine = SECONDS.setdefault((shape, p, torch.get_num_threads(), opt.device), {})
+            for k, v in product_seconds(shape, p, opt.budget, rounds, opt.device).items(): mine.setdefault(k, []).extend(v)
+
+
+def machine_rates(opt, shape, precision, n_threads):
+    "Operations a second of each library on this shape"
+    key = (tuple(shape), precision, n_threads, opt.device)
+    if key not in SECONDS:
+        with threads(n_threads): measure_products(opt, (shape,), (precision,), BESIDE)
+    return {k: 2*math.prod(shape)/statistics.median(v) for k, v in SECONDS[key].items()}
 
 
 def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=None, **more):
@@ -169,10 +197,13 @@ def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=Non
     s = spread(seconds)
     e = dict(what=what, path=path, threads=n_threads, precision=precision, sizes=sizes, seconds=s, flop=flop, rate=flop/s["median"], **more)
     if shape:
-        own, square = machine_rate(shape, precision, n_threads, opt.budget), machine_rate(opt.square, precision, n_threads, opt.budget)
-        usual = RATES[tuple(opt.square), precision, n_threads]["blas" if precision == "fp32" else "onednn"]   # by the library that PyTorch itself takes
+        own, squares = max(machine_rates(opt, shape, precision, n_threads).values()), machine_rates(opt, opt.square, precision, n_threads)
+        square, usual = max(squares.values()), squares["cuda" if opt.device != "cpu" else "blas" if precision == "fp32" else "onednn"]   # the latter by the library that PyTorch itself takes
         e.update(shape=list(shape), rate_shape=own, rate_square=square, share=e["rate"]/max(own, square), rate_torch=usual, share_torch=e["rate"]/usual)
     return e
+
+
+NO_BF16 = "this processor does not multiply in bf16"
 
 
 def pending(what, path, why, **more): return dict(what=what, path=path, pending=why, **more)
@@ -186,7 +217,7 @@ def bench_matmul(opt):
     for n in opt.threads:
         with threads(n):
             for shape in shapes:
-                for precision in DTYPES:
+                for precision in opt.precisions:
                     for k, secs in product_seconds(shape, precision, opt.budget).items():
                         out.append(entry(opt, "matmul", k, n, precision, dict(zip("nio", shape)), secs, 2*math.prod(shape)))
     return out
@@ -204,19 +235,19 @@ def chain_prior(s, objective="published"):
 def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
 
 
-def chain_paths(prior, z, t, compiled=None):
+def chain_paths(prior, z, t, compiled=None, half=True):
     "Each way of running the same chains: name -> (precision, function of a generator)"
     net = prior.energy
     fast = fast_energy(net)
-    h = FastEnergy(net, each(torch.Tensor.bfloat16, net.weights().detach()))
     def run(energy, z, lib="blas"):
         def go(g=None):
             with using(lib): return prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
         return go
     out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
     if kernels.has_onednn(): out["onednn"] = ("fp32", run(fast, z, "onednn"))
-    out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
-    out["bf16"] = ("bf16", run(h, z.bfloat16()))
+    if half:
+        out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
+        out["bf16"] = ("bf16", run(FastEnergy(net, each(torch.Tensor.bfloat16, net.weights().detach())), z.bfloat16()))
     if compiled is not None:
         class Compiled:
             base, grad = fast.base, staticmethod(compiled(fast.grad))
@@ -239,17 +270,18 @@ def bench_chain(opt):
     for n in opt.threads:
         with threads(n):
             if compiled: torch._dynamo.reset()
-            paths = chain_paths(prior, z, t, compiled)
+            paths, shape = chain_paths(prior, z, t, compiled, "bf16" in opt.precisions), (B, s.energy_hidden, s.energy_hidden)
             if compiled: start = once(paths["compile"][1])
-            secs, far = interleave({k: f for k, (_, f) in paths.items()}, opt.rounds(9), 2), {}
+            secs, far = interleave({k: f for k, (_, f) in paths.items()}, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), opt.precisions)), {}
             for k, (_, f) in paths.items():
                 with patch.object(langevin, "randn_like", same): far[k] = ((f(gen(2)).double()-end).norm()/moved).item()
         for k, (precision, _) in paths.items():
             flop = s.langevin_steps*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
             more = dict(compile_seconds=start) if k == "compile" else {}
-            out.append(entry(opt, "chain", k, n, precision, sizes, secs[k], flop, (B, s.energy_hidden, s.energy_hidden), end_difference=far[k], **more))
+            out.append(entry(opt, "chain", k, n, precision, sizes, secs[k], flop, shape, end_difference=far[k], **more))
         if compiled is None: out.append(pending("chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n))
-    return [*out, pending("chain", "gpu", "not measured on a GPU", threads=0)]
+        if "bf16" not in opt.precisions: out += [pending("chain", k, NO_BF16, threads=n) for k in ("mixed", "bf16")]
+    return out
 
 
 class Clock:
@@ -278,7 +310,7 @@ class Stepper:
         self.s, self.model, self.weights, self.opt = s, model.train(), weights, make_optimizer(model, train_cfg(s))
     def step(self, batch, labels, label_weights, precision="fp32", gen=None):
         m, clock = self.model, Clock()
-        auto = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+        auto = torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
         prior = m.prior
         with patch.object(m.encoder, "forward", clock.timed("encoder", m.encoder.forward)), patch.object(m.decoder, "nll", clock.timed("decoder", m.decoder.nll)), \
                 patch.object(prior, "terms", clock.timed("energy", prior.terms)), patch.object(prior, "chain_from", clock.timed("chains", prior.chain_from)):
@@ -327,19 +359,20 @@ def bench_step(opt):
                             spent = [st.step(b, labels, lw, precision, gen(4)) for b in bs]
                         return {k: sum(o.get(k, 0.) for o in spent)/len(spent) for k in PARTS_OF_STEP}
                     return go
-                paths = {(p, q): runner(p, q) for q in DTYPES for p in ("plain", "fast")}
-                got, rounds = {k: [] for k in paths}, opt.rounds(3)
+                paths = {(p, q): runner(p, q) for q in opt.precisions for p in ("plain", "fast")}
+                got, rounds, shape = {k: [] for k in paths}, opt.rounds(3), (opt.loss_rows, s.hidden, V)
                 for i in progress(range(1+rounds), desc=f"step, {objective}, {n} thread{'s'*(n > 1)}", unit="round"):
                     for k, f in paths.items():
                         if i: got[k].append(f())
                         else: f(bs[-1:])   # warm-up, on the longest
+                    if i: measure_products(opt, (shape,), opt.precisions)
             for (path, precision), v in got.items():
                 flops = [flop_step(s.batch, r, w, V, s, objective, path == "plain") for r, w in zip(read, words)]
                 by_part = {k: sum(f[k] for f in flops)/len(flops) for k in flops[0]}
                 split = {k: statistics.median(o[k] for o in v) for k in PARTS_OF_STEP}
-                out.append(entry(opt, "step", path, n, precision, sizes, [sum(o.values()) for o in v], sum(by_part.values()), (opt.loss_rows, s.hidden, V),
+                out.append(entry(opt, "step", path, n, precision, sizes, [sum(o.values()) for o in v], sum(by_part.values()), shape,
                                  objective=objective, split=split, flop_split=by_part))
-    return [*out, pending("step", "gpu", "not measured on a GPU", threads=0)]
+    return out
 
 
 @contextmanager
@@ -367,16 +400,17 @@ def bench_generate(opt):
             return go
         for n in opt.threads:
             few = 8 if opt.tiny else 100
-            with threads(n): secs = interleave({p: run(few, *p) for p in (("plain", "fp32"), ("fast", "fp32"), ("fast", "bf16"))}, opt.rounds(5))
+            shape = (few, s.hidden, V)
+            with threads(n): secs = interleave({p: run(few, *p) for p in (("plain", "fp32"), *(("fast", q) for q in opt.precisions))}, opt.rounds(5), beside=lambda: measure_products(opt, (shape,), opt.precisions))
             words = dict(zip(secs, found[-len(secs):]))
             for p, v in secs.items(): out.append(generated(opt, objective, *p, n, few, words[p], v, s, V))
         n, many = max(opt.threads), 40 if opt.tiny else 46_000
         if opt.skip_long: out.append(pending("generate", "fast", "left out (--skip-long)", objective=objective, threads=n, sizes=dict(sentences=many)))
         else:
-            for precision in DTYPES:
+            for precision in opt.precisions:
                 with threads(n): v = [once(run(many, "fast", precision, lambda it: progress(it, desc=f"generating, {objective}, {precision}", unit="chunk")))]
                 out.append(generated(opt, objective, "fast", precision, n, many, found[-1], v, s, V))
-    return [*out, pending("generate", "gpu", "not measured on a GPU", threads=0)]
+    return out
 
 
 def generated(opt, objective, path, precision, n_threads, n, words, seconds, s, V):
@@ -487,15 +521,79 @@ def bench_quality(opt):
             u, e = us[-1], task.s
             def decode(u, half=False):
                 with torch.autocast("cpu", torch.bfloat16, enabled=half): return [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=task.s.max_len), task.corpus.vocab.eos)]
-            words, half = decode(u), decode(u, True)
+            words, own = decode(u), updates == e.langevin_steps and "bf16" in opt.precisions
+            half = decode(u, True) if own else None
             flop = e.T*evaluations(replace(e, langevin_steps=updates))*flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
             out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T), seconds=spread(secs), flop=flop, settings=e.langevin_steps,
                             hole=two_sample_auroc(u, z, gen=gen(3)), grammatical=grammar_scores(words, grammar.log_prob)["grammatical"],
-                            grammatical_half=grammar_scores(half, grammar.log_prob)["grammatical"], same_half=sum(a == b for a, b in zip(words, half))/count))
+                            **(dict(grammatical_half=grammar_scores(half, grammar.log_prob)["grammatical"], same_half=sum(a == b for a, b in zip(words, half))/count) if own else {})))
     return out
 
 
-PARTS = dict(matmul=bench_matmul, chain=bench_chain, step=bench_step, generate=bench_generate, growth=bench_growth, memory=bench_memory, quality=bench_quality)
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+def launches(f):
+    "How often the processor hands the GPU something to do"
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with torch.profiler.profile(activities=kinds) as p: f()
+    return sum(e.count for e in p.key_averages() if e.key in LAUNCHES)
+
+
+def bench_gpu(opt):
+    "Chain, training step and generation on a GPU: launch by launch, and with recorded chains; every time ends when the GPU has ended"
+    dev, n, out = torch.device(opt.device), torch.get_num_threads(), []
+    cuda = dev.type == "cuda"
+    wait, g = waited if cuda else lambda f: f, lambda seed: gen(seed, dev)
+    recorded = lambda path: patch.dict(os.environ, LDEBM_RECORD=str(int(path == "recorded")))
+    ways = ("plain", "fast", "recorded") if cuda else ("plain", "fast")
+    def held(path, f):
+        def go():
+            with recorded(path): return f()
+        return wait(go)
+    def add(what, path, precision, sizes, f, secs, flop, shape, **more):
+        out.append(entry(opt, what, path, n, precision, sizes, secs, flop, shape, launches=launches(f) if cuda else None, **more))
+    corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40); V = len(corpus.vocab)
+    for objective in OBJECTIVES:
+        s = job(objective, opt); B = s.batch if opt.tiny else 128
+        prior = chain_prior(s, objective).to(dev); z = torch.randn(B, s.d, generator=gen(1)).to(dev); t = (torch.arange(B) % s.T).to(dev)
+        energies, shape = dict(plain=PlainEnergy(prior.energy), fast=fast_energy(prior.energy), recorded=fast_energy(prior.energy)), (B, s.energy_hidden, s.energy_hidden)
+        fs = {k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2))) for k in ways}
+        secs = interleave(fs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), ("fp32",)))
+        for k, v in secs.items():
+            flop = evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
+            add("chain", k, "fp32", dict(batch=B, d=s.d, steps=evaluations(s), levels=s.T), fs[k], v, flop, shape, objective=objective)
+        task, shape = TextTask(corpus, s, 0), (opt.loss_rows, s.hidden, V)
+        task.model.to(dev); bs = fixed_batches(task, 1 if opt.tiny else 3)
+        labels, lw = (torch.arange(s.batch) % s.n_symbols).to(dev), torch.ones(s.n_symbols, device=dev) if objective == "consistent" else None
+        words = [int((b.lengths-1).sum()) for b in bs]; read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
+        there, st = [b.to(dev) for b in bs], Stepper(s, objective, task.model, all_terms(task))
+        def step(path, precision, some):
+            def go():
+                with plain_paths() if path == "plain" else nullcontext():
+                    for b in some: st.step(b, labels, lw, precision, g(4))
+            return held(path, go)
+        fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways}
+        secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions))
+        for (k, q), v in secs.items():
+            flop = sum(sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words))/len(bs)
+            add("step", k, q, dict(batch=s.batch, words=words, read=read, vocabulary=V), step(k, q, there[:1]), [x/len(bs) for x in v], flop, shape, objective=objective)
+        model, found = build_model(s, corpus.vocab, 0).to(dev).eval(), []
+        def sentences(path, precision, count):
+            def go():
+                with counted_words() as w, torch.autocast(dev.type, torch.bfloat16, enabled=precision == "bf16"): sample_sentences(model, count, gen=g(5), max_len=s.max_len)
+                found.append(sum(w))
+            return held(path, go)
+        for count, rounds in ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1)):
+            fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions}, (min(count, 256), s.hidden, V)
+            for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
+                words = found[list(fs).index((k, q))]
+                add("generate", k, q, dict(sentences=count, words=words, max_len=s.max_len), fs[k, q], v, flop_generate(count, words, V, s), shape, objective=objective)
+            found.clear()
+    return out
+
+
+PARTS = dict(matmul=bench_matmul, chain=bench_chain, step=bench_step, generate=bench_generate, growth=bench_growth, memory=bench_memory, quality=bench_quality, gpu=bench_gpu)
 
 
 # -- the command
@@ -517,8 +615,12 @@ def parse(argv):
     if opt.repeats <= 0: p.error(f"--repeats must be positive, got {opt.repeats}")
     if opt.tiny and opt.out is None: p.error("--tiny measures nothing worth keeping: name another folder with --out")
     opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (.03, (1024, 1024, 1024), 2048)
+    opt.device, opt.precisions = "cpu", [q for q in DTYPES if q == "fp32" or opt.tiny or kernels.has_bf16()]
     opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n*opt.repeats))
     return opt
+
+
+def on_gpu(opt, device="cuda"): return argparse.Namespace(**{**vars(opt), "device": device, "precisions": list(DTYPES)})
 
 
 def main(argv=None):
@@ -531,15 +633,19 @@ def main(argv=None):
     folder, failed = Path(opt.out) if opt.out else results_root(), []
     folder.mkdir(parents=True, exist_ok=True)
     for name in opt.only:
+        if name == "gpu" and not torch.cuda.is_available():
+            print("gpu: there is none here, left out", flush=True)
+            continue
         start, clock = time.time(), time.perf_counter()
         print(f"{name} ...", flush=True)
-        RATES.clear()
+        SECONDS.clear()
+        here = on_gpu(opt) if name == "gpu" else opt
         try:
-            entries = PARTS[name](opt)
+            entries = PARTS[name](here)
             prov = provenance(start)
-            prov.update(cpu=prov["device"].rsplit(" (", 1)[0], torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+            prov.update(machine=machine_name(name), cpu=prov["device"].rsplit(" (", 1)[0], torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
             rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
-            atomic_write(folder/f"bench-{name}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
+            atomic_write(folder/f"bench-{name}-{prov['machine']}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
             print(f"{name}: {len(entries)} entries, {time.perf_counter()-clock:.0f} s", flush=True)
         except Exception:
             traceback.print_exc(); failed.append(name)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from .kernels import linear, product
+from .kernels import accumulate, linear, product
 
 # %% ../nbs/11_energy.ipynb #edd66e5f
 class SpectralLinear(nn.Linear):
@@ -305,7 +305,7 @@ class FastEnergy:
         def act(h, i): return aten.leaky_relu.out(h, self.slope, out=rooms[i])
         def back(g, i): return aten.leaky_relu_backward.grad_input(g, rooms[i], self.slope, True, grad_input=rooms[i]) # what the activation gave has the sign of its argument
         h = product(act(product(act(product(z, *w.z1), 0), *w.z2), 1), w.merge_z, add=self.base(t, context) if base is None else base)
-        for i,(W,b) in enumerate(w.blocks, 3): h = product(act(h, i), W, b, add=h)
+        for i,(W,b) in enumerate(w.blocks, 3): h = accumulate(h, act(h, i), W, b)
         F,slope = free_both(product(act(h, 2), *w.head), y, self.net.groups, self.net.tau_y)
         g = back(product(slope, w.head[0].T), 2)
         for i,(W,_) in reversed(list(enumerate(w.blocks, 3))): g.add_(back(product(g, W.T), i))

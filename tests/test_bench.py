@@ -30,14 +30,16 @@ def records(tmp_path_factory):
     return out
 
 
-def read(folder): return {p.stem.removeprefix("bench-"): json.loads(p.read_text()) for p in sorted(folder.glob("bench-*.json"))}
+def read(folder): return {(rec := json.loads(p.read_text()))["bench"]: rec for p in sorted(folder.glob("bench-*.json"))}
+CPU_PARTS = set(bench.PARTS)-{"gpu"}
 
 
 # -- records
 
 def test_every_part_writes_a_record(records):
     got = read(records)
-    assert set(got) == set(bench.PARTS) and load_results(records) == [], "benchmarks are no records of runs"
+    assert set(got)-{"gpu"} == CPU_PARTS and ("gpu" in got) == torch.cuda.is_available() and load_results(records) == [], "benchmarks are no records of runs"
+    assert all((records/f"bench-{k}-{v['provenance']['machine']}.json").exists() for k, v in got.items()), "a record is named by its part and the machine"
     for name, rec in got.items():
         assert rec["bench"] == name and rec["tiny"] is True and rec["entries"]
         assert {"commit", "versions", "device", "threads", "finished", "cpu", "torch_threads", "matmul"} <= set(rec["provenance"])
@@ -86,6 +88,41 @@ def test_timer():
     assert order == ["a", "b"]*4 and {k: len(v) for k, v in secs.items()} == dict(a=3, b=3)
     assert bench.spread([3., 1., 2., 5., 4.]) == dict(median=3., q1=2., q3=4., rounds=5)
     assert bench.slope([1, 2, 4], [5, 20, 80]) == pytest.approx(2) and bench.slope([1, 2, 4], [7, 7, 7]) == pytest.approx(0)
+
+
+def test_products_are_measured_beside_the_paths():
+    opt, calls = bench.parse(["--tiny", "--threads", "1", "--out", "x"]), []
+    bench.SECONDS.clear()
+    with bench.threads(1): bench.interleave(dict(a=lambda: calls.append(len(bench.SECONDS))), 3, 2, lambda: bench.measure_products(opt, ((4, 5, 6),), ("fp32",)))
+    assert calls[:3] == [0, 0, 0] and calls[3:] == [2, 2], "after each round that counts: the shape, and the square"
+    secs = bench.SECONDS[(4, 5, 6), "fp32", 1, "cpu"]
+    assert set(secs) >= {"blas"} and all(len(v) == 3 for v in secs.values())
+    assert bench.machine_rates(opt, (4, 5, 6), "fp32", 1)["blas"] == pytest.approx(2*4*5*6/sorted(secs["blas"])[1])
+    e = bench.entry(opt, "x", "fast", 1, "fp32", {}, [2., 1., 3.], 240, (4, 5, 6))
+    assert e["rate"] == 120 and e["share"] == pytest.approx(120/max(e["rate_shape"], e["rate_square"]))
+    bench.SECONDS.clear()
+
+
+def test_half_precision_is_pending_where_it_is_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.kernels, "has_bf16", lambda: False)
+    opt = bench.parse(["--threads", "1"])
+    assert opt.precisions == ["fp32"]
+    monkeypatch.setattr(bench.kernels, "has_bf16", lambda: True)
+    assert bench.parse(["--threads", "1"]).precisions == ["fp32", "bf16"]
+    tiny = bench.parse(["--tiny", "--threads", "1", "--out", str(tmp_path)])
+    tiny.precisions = ["fp32"]
+    es = bench.bench_chain(tiny)
+    assert {e["path"]: e["pending"] for e in es if "pending" in e}.keys() >= {"mixed", "bf16"} and not any(e.get("precision") == "bf16" for e in es)
+
+
+def test_what_a_gpu_would_run(monkeypatch):
+    "The part for a GPU, on the processor: everything but recorded chains and launches"
+    opt = bench.on_gpu(bench.parse(["--tiny", "--threads", "1", "--out", "x"]), "cpu")
+    es = bench.bench_gpu(opt)
+    assert {(e["what"], e["path"], e["objective"]) for e in es} == {(w, p, o) for o in bench.OBJECTIVES for w, p in (("chain", "plain"), ("chain", "fast"), ("step", "plain"), ("step", "fast"), ("generate", "fast"))}
+    assert all(e["launches"] is None and e["seconds"]["median"] > 0 and e["flop"] > 0 for e in es)
+    assert {e["sizes"]["sentences"] for e in es if e["what"] == "generate"} == {8, 40}
+    bench.SECONDS.clear()
 
 
 def test_clock():
@@ -201,7 +238,7 @@ def run_page(folder, monkeypatch):
 
 def test_page_of_records(records, monkeypatch):
     text, figures = run_page(records, monkeypatch)
-    assert figures == 3 and "pending" in text, "the GPU"
+    assert figures == 3 and ("pending" in text or torch.cuda.is_available()), "the GPU"
     assert "tiny" in text, "sizes that measure nothing are called so"
     chain = next(e for e in read(records)["chain"]["entries"] if e["path"] == "blas")
     assert f"{1e3*chain['seconds']['median']:.3g}" in text
