@@ -173,7 +173,9 @@ def tilt_states(energy, z, t, m, v, s2, tau, y, context, noise, n_steps, rho, dr
     "The updates of `tilt_chain`; `noise`: function of the update, or `(n_steps, B, d)`"
     base = energy.base(t, context)
     grad = lambda x: energy.grad(x, t, y, context, base)
-    if rho is None: step = lambda x, F, g, e: ula_step(x, g, m, v, s2, tau, e)
+    if rho is None: # `ula_step` with what stays the same along a chain made once
+        keep,start,pull,sd = 1-.5*s2/v,.5*s2/v*m,.5*s2/tau,s2.sqrt()
+        step = lambda x, F, g, e: torch.addcmul(start, keep, x).addcmul_(pull, g).addcmul_(sd, e)
     else:
         pull,sd = (1-rho)*v/tau,(v*(1-rho**2)).sqrt()
         step = lambda x, F, g, e: torch.addcmul(torch.lerp(m, x, rho).add_(shorten(pull*g, drift, sd)) if drift < math.inf else torch.lerp(m, x, rho).addcmul_(pull, g), sd, e)
