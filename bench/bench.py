@@ -238,16 +238,19 @@ def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
 def chain_paths(prior, z, t, compiled=None, half=True):
     "Each way of running the same chains: name -> (precision, function of a generator)"
     net = prior.energy
-    fast = fast_energy(net)
     def run(energy, z, lib="blas"):
         def go(g=None):
             with using(lib): return prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
         return go
+    def closed(lib, dtype=None):
+        w = net.weights().detach()
+        with using(lib): return FastEnergy(net, w if dtype is None else each(lambda x: x.to(dtype), w))   # it lays out its weights for the library
+    fast = closed("blas")
     out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
-    if kernels.has_onednn(): out["onednn"] = ("fp32", run(fast, z, "onednn"))
+    if kernels.has_onednn(): out["onednn"] = ("fp32", run(closed("onednn"), z, "onednn"))
     if half:
         out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
-        out["bf16"] = ("bf16", run(FastEnergy(net, each(torch.Tensor.bfloat16, net.weights().detach())), z.bfloat16()))
+        out["bf16"] = ("bf16", run(closed("blas", torch.bfloat16), z.bfloat16()))
     if compiled is not None:
         class Compiled:
             base, grad = fast.base, staticmethod(compiled(fast.grad))

@@ -272,7 +272,7 @@ class FastEnergy:
     "Frozen weights of an `EnergyNet` with the input gradient in closed form"
     def __init__(self, net:EnergyNet, weights:EnergyWeights):
         self.net,self.w,self.slope,self.kept = net,weights._replace(merge_z=weights.merge_z.contiguous()),net.slope,{}
-        self.rows = direct(self.w.merge_z, self.w.merge_z) # oneDNN: activations `(B, H)`. Else `(H, B)`, and weights so that no product has both factors turned: BLAS is a tenth faster
+        W = self.w.merge_z; self.rows = direct(W, W) or W.dtype in (torch.bfloat16, torch.float16) # oneDNN: activations `(B, H)`. Else `(H, B)`, and weights so that products have one factor turned: BLAS is a tenth faster
         self.layers = [(W, b, W.T) if self.rows else (W.T.contiguous().T, None if b is None else b[:,None], W.T) for W,b in (self.w.z1, self.w.z2, (self.w.merge_z, None), self.w.head, *self.w.blocks)]
     def tensors(self) -> list: # Every weight, in a fixed order
         out = []; each(out.append, self.w)
@@ -285,8 +285,7 @@ class FastEnergy:
     def turn(self, x:Tensor) -> Tensor: return x if self.rows else x.T
     def room(self, like:Tensor) -> list: # A matrix for each activation
         "The same memory at every update of a chain"
-        key = (len(like), like.dtype, like.device)
-        H = len(self.w.merge_z)
+        key,H = (len(like), like.dtype, like.device),len(self.w.merge_z)
         if key not in self.kept: self.kept = {key: list(like.new_empty(3+len(self.w.blocks), *((len(like), H) if self.rows else (H, len(like)))))}
         return self.kept[key]
     def products(self) -> tuple: # `up(x, layer)`, `onto(h, x, layer)`, which may overwrite `h`, and `down(g, layer)`
