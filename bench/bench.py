@@ -480,7 +480,7 @@ def peak_mb():
 
 def memory_child(preset, corpus, objective, steps, n_threads, settings):
     "In a process of its own: a few training steps, and the largest resident memory after importing, loading and training"
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(n_threads); keep_memory()   # as every job does
     out = dict(imported=peak_mb())
     s = resolve(TextJob(corpus=corpus, preset=preset, objective=objective, settings=settings))
     task = TextTask(load_corpus(corpus, max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
