@@ -533,7 +533,7 @@ def nll_ldebm(
     s = prior.schedule
     if s.a[0] == 1: raise ValueError('the published estimate divides by the noise of level 0: it needs a schedule with a_0 < 1')
     if draws%chunk: raise ValueError(f'{draws} draws do not fill chunks of {chunk}')
-    (B,d),T,out = q.mean.shape,prior.T,[]
+    B,T,out = len(q.mean),prior.T,[]
     gauss = lambda x, m, v: -.5*((x-m)**2/v+math.log(2*math.pi*v)).sum(-1)
     i = torch.arange(B, device=q.mean.device).repeat(chunk); mean,logvar = q.mean[i],q.logvar[i]
     for _ in range(draws//chunk):

@@ -367,7 +367,7 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
     if c.levels == 'all': t,zz,factor = torch.arange(T, device=dev).repeat_interleave(B),z.repeat(T,1),1
     else: t,zz,factor = stratified_levels(B, T, gen, dev),z,T
     zt,zn = diffuse_pair(self.schedule, zz, t, gen)
-    pos,(m,v) = self.scale(t, zz)*zt,self.tilt(zn, t)
+    pos,(m,_) = self.scale(t, zz)*zt,self.tilt(zn, t)
     w = e.weights()
     seen = []
     neg = self.chain_from(zn, t, fast=fast_energy(e, w), gen=gen, on_step=lambda i, accept=None, **kw: seen.append(accept))

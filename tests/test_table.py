@@ -12,6 +12,7 @@ import torch
 
 from ldebm import table as T
 from ldebm.core import load_results, metric
+from ldebm.text import CORPORA
 from ldebm.text_job import TextJob, job_name, record_settings, resolve
 from ldebm.text_score import TUNING
 from ldebm.zoo import ROWS, TABLE, Row
@@ -56,6 +57,14 @@ def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
                  provenance=json.loads((PLACE/"results"/"ldebm-grammar-quick-consistent-s0.json").read_text())["provenance"])
     (tmp_path/"vae-grammar-quick-consistent-s0.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="already records a run with other settings"): T.run_jobs([job])
+
+
+def test_a_run_is_given_the_memory_that_records_say_it_takes():
+    peaks = {}
+    for r in load_results(PLACE/"results"):
+        if r["corpus"] in CORPORA: peaks.setdefault(r["preset"], []).append(r["provenance"]["peak_memory_mb"]/1024)
+    assert {"quick", "small"} <= set(peaks)
+    for preset, v in peaks.items(): assert max(v) < T.MEMORY_GB[preset], (preset, max(v))
 
 
 def test_tables_disclaim_what_records_disclaim():
