@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 
 import torch  # noqa: E402
-from ldebm import kernels, langevin, text_vae  # noqa: E402
+from ldebm import core, kernels, langevin, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.core import atomic_write, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
@@ -126,11 +126,12 @@ def once(f):
     return time.perf_counter()-start
 
 
-def interleave(paths, repeats, warm=1, beside=None):
-    "Seconds of each round of each path, the paths taking turns; `beside` is called at the end of every round that counts"
+def interleave(paths, repeats, warm=1, beside=None, before=None):
+    "Seconds of each round of each path, the paths taking turns; `before` is called ahead of each path, and `beside` at the end of every round that counts"
     out = {k: [] for k in paths}
     for i in range(warm+repeats):
         for k, f in paths.items():
+            if before: before()
             s = once(f)
             if i >= warm: out[k].append(s)
         if beside and i >= warm: beside()
@@ -148,7 +149,7 @@ def products(shape, precision, device="cpu"):
     "The same product by each library"
     n, i, o = shape
     x, w = (torch.randn(a, b, generator=gen(k)).to(device, DTYPES[precision]) for k, (a, b) in enumerate(((n, i), (o, i))))
-    if device != "cpu": return dict(cuda=waited(lambda: nnf.linear(x, w)))
+    if device != "cpu": return dict(cuda=lambda: nnf.linear(x, w))
     out = dict(blas=lambda: nnf.linear(x, w)) if precision == "fp32" else dict(onednn=lambda: nnf.linear(x, w))
     if precision == "fp32" and kernels.has_onednn(): out["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return out
@@ -164,13 +165,13 @@ def waited(f):
 
 def product_seconds(shape, precision, budget, rounds=5, device="cpu"):
     "Seconds of one product by each library at the present number of threads; a round repeats it for `budget` seconds"
-    fs = products(shape, precision, device)
+    fs, wait = products(shape, precision, device), waited if torch.device(device).type == "cuda" else lambda f: f
     for f in fs.values(): f()
-    inner = max(1, int(budget/max(once(f) for f in fs.values())))
+    inner = max(1, int(budget/max(once(wait(f)) for f in fs.values())))
     def many(f):
         def go():
             for _ in range(inner): f()
-        return go
+        return wait(go)   # on a GPU to the end of all, as a path is timed: not to the end of each
     return {k: [s/inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, rounds, 0).items()}
 
 SECONDS, BESIDE = {}, 5   # (shape, precision, threads, device) -> library -> seconds of a product; how many rounds, if none were measured beside the paths
@@ -227,7 +228,7 @@ def job(objective, opt, **kw):
     return resolve(TextJob(corpus="grammar" if opt.tiny else "ptb", preset="quick" if opt.tiny else "paper", objective=objective, settings=TINY if opt.tiny else "", **kw))
 
 
-def chain_prior(s, objective="published"):
+def chain_prior(s):
     net = EnergyNet(s.d, s.n_symbols, s.T, s.energy_hidden, s.n_blocks, free_head=s.free_head, init=s.energy_init or None, gen=gen())
     return DiffusionEBM(make_schedule(s.schedule, s.T), net, prior_cfg(s))
 
@@ -440,7 +441,7 @@ def bench_growth(opt):
     vocab = Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(V-4))])
     def chain(**kw):
         s = resolve(TextJob(corpus="ptb", preset="paper", settings=" ".join(f"{k}={v}" for k, v in {**(dict(energy_hidden=12, n_blocks=2, langevin_steps=3) if opt.tiny else {}), **kw}.items() if k != "rows")))
-        prior, B = chain_prior(s, "consistent"), kw.get("rows", 128)
+        prior, B = chain_prior(s), kw.get("rows", 128)
         if "T" in kw: return lambda: prior.sample(B, gen=gen()), s.T*evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols), (B, s.energy_hidden, s.energy_hidden)
         z, t = torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T
         return lambda: prior.chain_from(z, t, gen=gen()), evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols), (B, s.energy_hidden, s.energy_hidden)
@@ -545,21 +546,33 @@ def launches(f):
 
 def bench_gpu(opt):
     "Chain, training step and generation on a GPU: launch by launch, and with recorded chains; every time ends when the GPU has ended"
-    dev, n, out = torch.device(opt.device), torch.get_num_threads(), []
+    with threads(opt.threads[0]): return on_device(opt, opt.threads[0])
+
+
+@contextmanager
+def replayed(least):
+    "`RuntimeError` unless chains were recorded, or replayed, at least so many times inside: what is shown as recorded has to be"
+    calls, record = [], langevin.record
+    with patch.object(langevin, "record", lambda *args, **kw: calls.append(1) or record(*args, **kw)): yield
+    if len(calls) < least: raise RuntimeError("LDEBM_RECORD=1, and no chain was recorded")
+
+
+def on_device(opt, n):
+    dev, out = torch.device(opt.device), []
     cuda = dev.type == "cuda"
     wait, g = waited if cuda else lambda f: f, lambda seed: gen(seed, dev)
     recorded = lambda path: patch.dict(os.environ, LDEBM_RECORD=str(int(path == "recorded")))
     ways = ("plain", "fast", "recorded") if cuda else ("plain", "fast")
     def held(path, f):
         def go():
-            with recorded(path): return f()
+            with recorded(path), replayed(int(path == "recorded")): return f()
         return wait(go)
-    def add(what, path, precision, sizes, f, secs, flop, shape, **more):
-        out.append(entry(opt, what, path, n, precision, sizes, secs, flop, shape, launches=launches(f) if cuda else None, **more))
+    def add(what, path, precision, sizes, f, secs, flop, shape, **more): # `f`: what launches are counted in, if anything
+        out.append(entry(opt, what, path, n, precision, sizes, secs, flop, shape, launches=launches(f) if cuda and f is not None else None, **more))
     corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40); V = len(corpus.vocab)
     for objective in OBJECTIVES:
         s = job(objective, opt); B = s.batch if opt.tiny else 128
-        prior = chain_prior(s, objective).to(dev); z = torch.randn(B, s.d, generator=gen(1)).to(dev); t = (torch.arange(B) % s.T).to(dev)
+        prior = chain_prior(s).to(dev); z = torch.randn(B, s.d, generator=gen(1)).to(dev); t = (torch.arange(B) % s.T).to(dev)
         energies, shape = dict(plain=PlainEnergy(prior.energy), fast=fast_energy(prior.energy), recorded=fast_energy(prior.energy)), (B, s.energy_hidden, s.energy_hidden)
         fs = {k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2))) for k in ways}
         secs = interleave(fs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), ("fp32",)))
@@ -570,14 +583,17 @@ def bench_gpu(opt):
         task.model.to(dev); bs = fixed_batches(task, 1 if opt.tiny else 3)
         labels, lw = (torch.arange(s.batch) % s.n_symbols).to(dev), torch.ones(s.n_symbols, device=dev) if objective == "consistent" else None
         words = [int((b.lengths-1).sum()) for b in bs]; read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
-        there, st = [b.to(dev) for b in bs], Stepper(s, objective, task.model, all_terms(task))
+        there, start = [b.to(dev) for b in bs], {k: v.clone() for k, v in task.model.state_dict().items()}
+        st = []
+        def afresh():   # every time from the same weights
+            task.model.load_state_dict(start); st[:] = [Stepper(s, objective, task.model, all_terms(task))]
         def step(path, precision, some):
             def go():
                 with plain_paths() if path == "plain" else nullcontext():
-                    for b in some: st.step(b, labels, lw, precision, g(4))
+                    for b in some: st[0].step(b, labels, lw, precision, g(4))
             return held(path, go)
         fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways}
-        secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions))
+        secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), wait(afresh))
         for (k, q), v in secs.items():
             flop = sum(sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words))/len(bs)
             add("step", k, q, dict(batch=s.batch, words=words, read=read, vocabulary=V), step(k, q, there[:1]), [x/len(bs) for x in v], flop, shape, objective=objective)
@@ -591,7 +607,8 @@ def bench_gpu(opt):
             fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions}, (min(count, 256), s.hidden, V)
             for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
                 words = found[list(fs).index((k, q))]
-                add("generate", k, q, dict(sentences=count, words=words, max_len=s.max_len), fs[k, q], v, flop_generate(count, words, V, s), shape, objective=objective)
+                add("generate", k, q, dict(sentences=count, words=words, max_len=s.max_len), fs[k, q] if count < 1000 else None, v, # a profile of more would hold millions of events
+                     flop_generate(count, words, V, s), shape, objective=objective)
             found.clear()
     return out
 
@@ -646,7 +663,7 @@ def main(argv=None):
         try:
             entries = PARTS[name](here)
             prov = provenance(start)
-            prov.update(machine=machine_name(name), cpu=prov["device"].rsplit(" (", 1)[0], torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+            prov.update(machine=machine_name(name), cpu=core._cpu_name(), torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
             rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
             atomic_write(folder/f"bench-{name}-{prov['machine']}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
             print(f"{name}: {len(entries)} entries, {time.perf_counter()-clock:.0f} s", flush=True)

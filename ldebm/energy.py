@@ -326,7 +326,9 @@ class MixedEnergy:
     def __init__(self,
         fast:FastEnergy,
         dtype:torch.dtype, # Of products, such as `torch.bfloat16`
-    ): self.fast,self.dtype = FastEnergy(fast.net, each(lambda w: w.to(dtype), fast.w)),dtype
+    ): self.net,self.fast,self.dtype = fast.net,FastEnergy(fast.net, each(lambda w: w.to(dtype), fast.w)),dtype
+    def tensors(self) -> list: return self.fast.tensors() # As `FastEnergy.tensors`
+    def rebuilt(self, tensors) -> 'MixedEnergy': return MixedEnergy(self.fast.rebuilt(tensors), self.dtype)
     def base(self, t:Tensor, context:Tensor|None=None) -> Tensor: return self.fast.base(t, None if context is None else context.to(self.dtype))
     def grad(self, z:Tensor, t:Tensor, y=None, context=None, base=None) -> tuple[Tensor,Tensor]: # As `FastEnergy.grad`
         return tuple(x.to(z.dtype) for x in self.fast.grad(z.to(self.dtype), t, y, None if context is None else context.to(self.dtype), base))

@@ -229,9 +229,10 @@ def gru(
         return _GRU.apply(linear(data, wi[:,:i], bi), h0, None if extra is None else linear(extra, wi[:,i:]), wh, bh, x.batch_sizes.tolist())
 
 def packed_gru(rnn:nn.GRU, x:PackedSequence, h0:Tensor, extra:Tensor|None=None, reverse:bool=False) -> tuple[Tensor,Tensor]:
-    "The same by PyTorch's own kernels"
-    data = x.data if extra is None else torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1)
-    out,last = torch._VF.gru(data, x.batch_sizes, h0[None], gru_weights(rnn, reverse), True, 1, 0., rnn.training, False)
+    "The same by PyTorch's own kernels; under autocast in its precision, where PyTorch's own rule for a GPU is half precision with five bits of exponent"
+    data = x.data if extra is None else torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1); kind = h0.device.type
+    data,h0,*ws = as_autocast(kind, data, h0, *gru_weights(rnn, reverse))
+    with torch.autocast(kind, enabled=False): out,last = torch._VF.gru(data, x.batch_sizes, h0[None], ws, True, 1, 0., torch.is_grad_enabled(), False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
     return out,last[0]
 
 # %% ../nbs/05_kernels.ipynb #5b63b10d

@@ -197,6 +197,7 @@ def chain_from(self:DiffusionEBM,
     start:Tensor|None=None, # Where chains start, shape `(B, d)`; the condition (`published`) or a draw of the Gaussian if `None`
     gen:torch.Generator|None=None, # Source of noise
     on_step=None, # See `ldebm.langevin.chain`
+    accepted:list|None=None, # Gets the mean acceptance of each chain, shape `(B,)`, where there is a Metropolis test
 ) -> Tensor: # Unknowns at level `t`, shape `(B, d)`, detached: divide by `scale` for latents
     "One Langevin chain per row on the tilt of its level. Under autocast the energy's products are in its precision, unless a Metropolis test asks for `F` itself"
     c,kind = self.cfg,z_next.device.type; n = c.n_steps if n_steps is None else n_steps
@@ -211,7 +212,10 @@ def chain_from(self:DiffusionEBM,
             s2 = published_step(self.schedule, t, c.b2, z_next)
             return tilt_chain(fast, z_next if start is None else start, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
         if start is None: start = m + v.sqrt()*randn_like(m, gen)
-        if mala: return mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)[0]
+        if mala:
+            end,share = mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
+            if accepted is not None: accepted.append(share)
+            return end
         return tilt_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
 DiffusionEBM.chain_from = chain_from
 
@@ -370,7 +374,7 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
     pos,(m,_) = self.scale(t, zz)*zt,self.tilt(zn, t)
     w = e.weights()
     seen = []
-    neg = self.chain_from(zn, t, fast=fast_energy(e, w), gen=gen, on_step=lambda i, accept=None, **kw: seen.append(accept))
+    neg = self.chain_from(zn, t, fast=fast_energy(e, w), gen=gen, accepted=seen)
     fp,fn,f0 = self.pair_logits(pos, neg, self.scale(torch.zeros_like(t[:B]), z)*z, t, w)
     kl = self.base_kl(q)
     by_sample = lambda x: x.view(-1,B).sum(0)
@@ -379,7 +383,7 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
         neg_at = m+(neg-m).detach() # the chain's end, carried along with its Gaussian
         ep,en = e.logits(torch.cat([pos, neg_at]), torch.cat([t, t]), weights=frozen(w)).chunk(2)
         out['ebm_enc'] = by_sample((e.free(en)-e.free(ep))/c.tau*factor)
-    if c.mala and seen: out['accept'] = torch.stack(seen).mean(0).view(-1,B).mean(0)
+    if seen and c.n_steps: out['accept'] = seen[0].view(-1,B).mean(0)
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
 
 # %% ../nbs/13_prior.ipynb #f1a91b2c

@@ -37,7 +37,7 @@ def plain_gru(rnn, x, h0, extra=None, reverse=False):
     "One direction of `torch.nn.GRU` over packed sentences, inputs side by side"
     if extra is not None: x = PackedSequence(torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1), x.batch_sizes)
     if reverse or rnn.bidirectional: # one direction of two
-        one = torch.nn.GRU(rnn.input_size, rnn.hidden_size).to(x.data.dtype)
+        one = torch.nn.GRU(rnn.input_size, rnn.hidden_size, device="meta")
         names = [n for n, _ in one.named_parameters()]
         own = {n: getattr(rnn, n+("_reverse" if reverse else "")) for n in names}
         out, last = torch.func.functional_call(one, own, (x, h0[None]))

@@ -83,9 +83,9 @@ def test_wrong_options(argv, said, capsys):
 
 def test_timer():
     "Paths take turns, and the first rounds are dropped"
-    order = []
-    secs = bench.interleave(dict(a=lambda: order.append("a"), b=lambda: order.append("b")), 3, 1)
-    assert order == ["a", "b"]*4 and {k: len(v) for k, v in secs.items()} == dict(a=3, b=3)
+    order, before = [], []
+    secs = bench.interleave(dict(a=lambda: order.append("a"), b=lambda: order.append("b")), 3, 1, before=lambda: before.append(len(order)))
+    assert order == ["a", "b"]*4 and before == list(range(8)) and {k: len(v) for k, v in secs.items()} == dict(a=3, b=3)
     assert bench.spread([3., 1., 2., 5., 4.]) == dict(median=3., q1=2., q3=4., rounds=5)
     assert bench.slope([1, 2, 4], [5, 20, 80]) == pytest.approx(2) and bench.slope([1, 2, 4], [7, 7, 7]) == pytest.approx(0)
 
@@ -123,6 +123,12 @@ def test_what_a_gpu_would_run(monkeypatch):
     assert all(e["launches"] is None and e["seconds"]["median"] > 0 and e["flop"] > 0 for e in es)
     assert {e["sizes"]["sentences"] for e in es if e["what"] == "generate"} == {8, 40}
     bench.SECONDS.clear()
+
+
+def test_what_is_shown_as_recorded_has_to_be():
+    with pytest.raises(RuntimeError, match="no chain was recorded"):
+        with bench.replayed(1): pass
+    with bench.replayed(0): pass
 
 
 def test_clock():
@@ -175,7 +181,7 @@ def test_counter_is_pytorchs():
 @pytest.mark.parametrize("objective", bench.OBJECTIVES)
 def test_flop_of_chains(objective):
     s = settings(objective)
-    prior, B = bench.chain_prior(s, objective), 24
+    prior, B = bench.chain_prior(s), 24
     z, t = torch.randn(B, s.d, generator=bench.gen(1)), torch.arange(B) % s.T
     plain, fast = (bench.evaluations(s)*bench.flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=p) for p in (True, False))
     with plain_paths():

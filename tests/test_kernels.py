@@ -299,6 +299,24 @@ def test_gru_under_autocast():
     for a, b in zip(out+gx+[q.grad for q in rnn.parameters()], want+wx+[q.grad for q in ref.parameters()]): close(a, b, 2*TOL[BF16])
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_gru_of_other_devices(half, monkeypatch):
+    """PyTorch's own kernel, as GPUs run it: the precision of autocast, and as in training wherever gradients are wanted, because cuDNN differentiates nothing else,
+    also in a model that evaluates (the likelihood differentiates one in its latents)"""
+    p, rnn, seen, real = packing(torch.tensor([3, 7, 1, 4])), nn.GRU(6, 8).eval().requires_grad_(False), [], torch._VF.gru
+    for k, q in enumerate(rnn.parameters()): q.data.copy_(.3*randn(*q.shape, seed=k))
+    x, h, e, gs = randn(15, 4, dtype=F32), randn(4, 8, seed=1, dtype=F32), randn(4, 2, seed=2, dtype=F32), (randn(15, 8, seed=3), randn(4, 8, seed=4))
+    monkeypatch.setattr(torch._VF, "gru", lambda data, sizes, h0, ws, *rest: seen.append((rest[3], data.dtype, h0.dtype, ws[0].dtype, torch.is_autocast_enabled("cpu"))) or real(data, sizes, h0, ws, *rest))
+    def run(x, h, e):
+        with torch.autocast("cpu", dtype=BF16, enabled=half): return kernels.packed_gru(rnn, p.pack(x), h, e)
+    out, gx = grads(run, (x, h, e), [True]*3, gs)
+    with torch.no_grad(): run(x, h, e)
+    dtype = BF16 if half else F32
+    assert seen == [(True, dtype, dtype, dtype, False), (False, dtype, dtype, dtype, False)] and out[0].dtype == dtype and all(g.dtype == F32 for g in gx)
+    want, wx = grads(lambda x, h, e: gru(rnn, p.pack(x), h, e), (x, h, e), [True]*3, gs)
+    for a, b in zip(out+gx, want+wx): close(a, b, 4*TOL[dtype])
+
+
 def test_gru_of_two_layers_is_an_error():
     with pytest.raises(ValueError, match="one layer"): gru(nn.GRU(3, 2, num_layers=2), packing(torch.tensor([2])).pack(torch.zeros(2, 3)), torch.zeros(1, 2))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ldebm import langevin
 from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
 from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, split_rhat, tilt_chain, tilt_states
 from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances, plot_energy_traces, trace_rhat
@@ -491,6 +492,21 @@ def test_recording_is_refused_where_it_cannot_be(monkeypatch):
     assert not can_record(e, z) # no GPU holds z
     monkeypatch.setenv("LDEBM_RECORD", "yes")
     with pytest.raises(ValueError, match="LDEBM_RECORD must be"): can_record(e, z)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
+def test_training_and_sampling_run_on_recorded_chains(objective, bf16, monkeypatch):
+    "Every chain of a training step and of a draw can be recorded, under autocast as well"
+    monkeypatch.setattr(langevin, "can_record", lambda energy, z: hasattr(energy, "tensors"))
+    monkeypatch.setattr(langevin, "Recorded", Replay)
+    prior, q = network(objective), DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6))
+    Replay.made = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        terms = prior.terms(q, q.rsample(gen(1)), gen=gen(2))
+        assert Replay.made == 1 and all(x.isfinite().all() for x in terms.values()) and ("accept" in terms) == (objective == "mala")
+        z = prior.sample(5, gen=gen(3))
+    assert Replay.made == 2 and z.isfinite().all(), "all levels of a draw share a recording"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
