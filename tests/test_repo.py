@@ -60,6 +60,25 @@ def test_readme_in_step():
     for path, data in images.items(): assert (ROOT/path).read_bytes() == data, f"{path} is out of step: make prepare"
 
 
+@pytest.mark.parametrize("page", ["index", "results"])
+def test_tables_show_the_records(page, monkeypatch):
+    "What a page of results was last executed to is what its cells make of the records that lie there"
+    if subprocess.run(["git", "status", "--porcelain", "results"], cwd=ROOT, capture_output=True, text=True).stdout: pytest.skip("results/ holds records that are not committed")
+    monkeypatch.chdir(ROOT/"nbs"); monkeypatch.setenv("MPLBACKEND", "agg")
+    names, seen = {}, 0
+    for c in cells(ROOT/"nbs"/f"{page}.ipynb"):
+        if c["cell_type"] != "code": continue
+        tree, made = ast.parse(text(c["source"])), None
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, page, "exec"), names)
+        if last is not None: made = eval(compile(ast.Expression(last.value), page, "eval"), names)
+        for o in c["outputs"]:
+            if "text/markdown" not in o.get("data", {}): continue
+            assert text(o["data"]["text/markdown"]) == made.data, f"nbs/{page}.ipynb is out of step with results/: execute it\n{text(c['source'])}"
+            seen += 1
+    assert seen >= 4
+
+
 def test_readme_links_lead_somewhere():
     md = re.sub(r"```.*?```", "", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.S)
     for url in re.findall(r"\]\(([^()\s#]+)[^()]*\)", md):
