@@ -483,7 +483,8 @@ def protocol_lms(
     "The language models of a text"
     a,b = protocol(len(sentences))
     lms = [train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device) for s in seeds]
-    return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass'
+    took = sum(o['seconds'] for lm in lms for o in lm.history)/60/len(lms)
+    return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass, trained for {took:.1f} minutes'
 
 def _reverse(name, lms, what, sentences, test) -> dict:
     m = unseen_share(test, sentences[:protocol(len(sentences))[0]])
