@@ -19,7 +19,7 @@ from .text_score import copy_record, scoring, tuning_jobs
 from .zoo import ROWS, TABLE
 
 # %% ../nbs/64_table.ipynb #42421841
-MEMORY_GB = dict(quick=2.5, small=5.5, paper=8.) # What a run of a preset is given, scoring included: above the peaks that records state; `paper` is a guess
+MEMORY_GB = dict(quick=2.5, small=11., paper=16.) # What a run of a preset is given, scoring included: above the peaks that records state; `paper` is a guess
 GPU_SHARE = dict(quick=.05, small=.1, paper=.2) # Many runs share a GPU; `--gpu-share` says otherwise
 SETTINGS = dict(quick='nll_sentences=2000 importance_draws=100', small='', paper='') # Of the scoring, unless others are given
 COST = dict(none=1., normal=2., uniform=3., product=3., mixture=2., ebm=4.) # Of a row, by its prior; relative
