@@ -155,8 +155,9 @@ def products(shape, precision, device="cpu"):
     return out
 
 
-def waited(f):
-    "The same, to the end of what it started on the GPU"
+def waited(f, device):
+    "The same, to the end of what it started on a GPU"
+    if torch.device(device).type != "cuda": return f
     def go(*args):
         out = f(*args); torch.cuda.synchronize()
         return out
@@ -165,13 +166,13 @@ def waited(f):
 
 def product_seconds(shape, precision, budget, rounds=5, device="cpu"):
     "Seconds of one product by each library at the present number of threads; a round repeats it for `budget` seconds"
-    fs, wait = products(shape, precision, device), waited if torch.device(device).type == "cuda" else lambda f: f
+    fs = products(shape, precision, device)
     for f in fs.values(): f()
-    inner = max(1, int(budget/max(once(wait(f)) for f in fs.values())))
+    inner = max(1, int(budget/max(once(waited(f, device)) for f in fs.values())))
     def many(f):
         def go():
             for _ in range(inner): f()
-        return wait(go)   # on a GPU to the end of all, as a path is timed: not to the end of each
+        return waited(go, device)   # on a GPU to the end of all, as a path is timed: not to the end of each
     return {k: [s/inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, rounds, 0).items()}
 
 SECONDS, BESIDE = {}, 5   # (shape, precision, threads, device) -> library -> seconds of a product; how many rounds, if none were measured beside the paths
@@ -550,23 +551,23 @@ def bench_gpu(opt):
 
 
 @contextmanager
-def replayed(least):
-    "`RuntimeError` unless chains were recorded, or replayed, at least so many times inside: what is shown as recorded has to be"
+def replayed():
+    "`RuntimeError` unless a chain was recorded, or replayed, inside: what is shown as recorded has to be"
     calls, record = [], langevin.record
     with patch.object(langevin, "record", lambda *args, **kw: calls.append(1) or record(*args, **kw)): yield
-    if len(calls) < least: raise RuntimeError("LDEBM_RECORD=1, and no chain was recorded")
+    if not calls: raise RuntimeError("LDEBM_RECORD=1, and no chain was recorded")
 
 
 def on_device(opt, n):
     dev, out = torch.device(opt.device), []
     cuda = dev.type == "cuda"
-    wait, g = waited if cuda else lambda f: f, lambda seed: gen(seed, dev)
+    g = lambda seed: gen(seed, dev)
     recorded = lambda path: patch.dict(os.environ, LDEBM_RECORD=str(int(path == "recorded")))
     ways = ("plain", "fast", "recorded") if cuda else ("plain", "fast")
     def held(path, f):
         def go():
-            with recorded(path), replayed(int(path == "recorded")): return f()
-        return wait(go)
+            with recorded(path), replayed() if path == "recorded" else nullcontext(): return f()
+        return waited(go, dev)
     def add(what, path, precision, sizes, f, secs, flop, shape, **more): # `f`: what launches are counted in, if anything
         out.append(entry(opt, what, path, n, precision, sizes, secs, flop, shape, launches=launches(f) if cuda and f is not None else None, **more))
     corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40); V = len(corpus.vocab)
@@ -593,7 +594,7 @@ def on_device(opt, n):
                     for b in some: st[0].step(b, labels, lw, precision, g(4))
             return held(path, go)
         fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways}
-        secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), wait(afresh))
+        secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev))
         for (k, q), v in secs.items():
             flop = sum(sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words))/len(bs)
             add("step", k, q, dict(batch=s.batch, words=words, read=read, vocabulary=V), step(k, q, there[:1]), [x/len(bs) for x in v], flop, shape, objective=objective)

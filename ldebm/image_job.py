@@ -580,8 +580,8 @@ def chain_health(
         z = torch.randn(m, prior.d, generator=make_gen(p.job.seed, 'health')).to(ref.generator.start.device)
         for lev in reversed(range(prior.T)):
             t = torch.full((m,), lev, device=z.device)
-            z = prior.chain_from(z, t, gen=make_gen(p.job.seed, 'health', lev, device=z.device), on_step=lambda i, accept, **kw: seen.append(float(accept.mean())))
-        out['accept'] = metric(sum(seen)/len(seen), n=m, estimator='mean acceptance of Metropolis tests, over levels and updates')
+            z = prior.chain_from(z, t, gen=make_gen(p.job.seed, 'health', lev, device=z.device), accepted=seen)
+        out['accept'] = metric(torch.stack(seen).mean(), n=m, estimator='mean acceptance of Metropolis tests, over levels and updates')
     return out
 
 def wanted_labels(p:ImagePlace, n:int, attribute:int=0) -> Tensor: # Shape `(n, A)`, -1 but for one attribute, whose values take turns
