@@ -59,12 +59,16 @@ def set_threads(
 # %% ../nbs/00_core.ipynb #d837f731
 def keep_memory(
     most:int=2**30, # Bytes: larger blocks still go back to the system, and so does more than this of free memory
+    every:float=60., # Seconds after which all that is free at the moment goes back, again and again (see `malloc_trim`): gaps would add up
 ) -> bool: # Whether it was done
-    "Let GNU's C library keep what is freed for the next request; elsewhere, and with `LDEBM_KEEP_MEMORY=0`, nothing happens. `ValueError` for another value"
+    "Let GNU's C library keep what is freed for the next request, for a while; elsewhere, and with `LDEBM_KEEP_MEMORY=0`, nothing happens. `ValueError` for another value"
     asked = os.environ.get('LDEBM_KEEP_MEMORY', '1')
     if asked not in ('0','1'): raise ValueError(f"LDEBM_KEEP_MEMORY must be '0' or '1', got {asked!r}")
     if asked == '0' or platform.libc_ver()[0] != 'glibc': return False
     libc = ctypes.CDLL(None); trim,mmap = -1,-3 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    def hand_back():
+        while True: time.sleep(every); libc.malloc_trim(0)
+    if not any(t.name == 'malloc_trim' for t in threading.enumerate()): threading.Thread(target=hand_back, name='malloc_trim', daemon=True).start()
     return bool(libc.mallopt(trim, most) and (libc.mallopt(mmap, most) or libc.mallopt(mmap, 2**25))) # older versions allow no more
 
 # %% ../nbs/00_core.ipynb #743bcbca

@@ -344,10 +344,12 @@ class NLLCfg:
     top:int=2048 # Chains for the last level, which is one number
     fit:int=1024 # Draws that a proposal is fitted to, at least,
     rich:int=64 # or this many a latent dimension
+    dear:int=4 # Divides that where draws cost the decoder's gradient,
+    fit_chains:int=2 # with so many annealed chains of a sentence
     rows:int=2048 # Rows at a time through decoder and energy
     as_sampled:bool=False # `published`: the density at the sampler's temperature instead of the paper's
     def __post_init__(self):
-        for k in ('draws','chains','paths','n_z','top','rows'):
+        for k in ('draws','chains','paths','n_z','top','dear','fit_chains','rows'):
             if getattr(self, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
         if self.draws < 2 or self.chains < 2: raise ValueError('a likelihood needs at least 2 draws and 2 chains: one weight has no spread')
 
@@ -408,20 +410,20 @@ def nll_bounds(
                 found[t] = fit_proposal(below, (z-a*below)/sd, 1.); z = below
             keep_if_better(found)
     ais = AISCfg(chains=cfg.chains, variance=cfg.variance, most=cfg.most, drift=cfg.ais.drift, pilot=max(cfg.chains*4, 128))
-    def annealed(sentences, name):
+    def annealed(sentences, name, chains):
         "Log-weights `(chains, n)` and end points of chains from the proposal to the posterior"
         zero = lambda n: (q.mean.new_zeros(n, P.width), q.mean.new_ones(n, 1))
         if name not in plans: plans[name] = make_plan(lambda k: P.tilt_for(sentences[k]), *zero(len(sentences)), ais, gen)
         ws,ends = [],[]
-        for part in sentences.split(max(1, cfg.rows//4//cfg.chains)):
-            k = part.repeat(cfg.chains); tilt,(m,v) = P.tilt_for(k),zero(len(k))
+        for part in sentences.split(max(1, cfg.rows//4//chains)):
+            k = part.repeat(chains); tilt,(m,v) = P.tilt_for(k),zero(len(k))
             y = randn_like(m, gen); a,p,_ = anneal(tilt, Point(y, *tilt(y)), m, v, plans[name], ais, gen=gen)
-            ws.append(a.view(cfg.chains, -1)); ends.append(p.y.view(cfg.chains, len(part), -1))
+            ws.append(a.view(chains, -1)); ends.append(p.y.view(chains, len(part), -1))
         return torch.cat(ws, 1),torch.cat(ends, 1)
     if not hard and 'better' not in plans:
-        n = -(-max(cfg.fit, cfg.rich*P.d)//cfg.chains); some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n//B))[:n]
-        a,ends = annealed(some, 'to fit')
-        ends = ends[resample(a, cfg.chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1); k = some.repeat(cfg.chains)
+        n = -(-max(cfg.fit, cfg.rich*P.d)//(cfg.dear*cfg.fit_chains)); some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n//B))[:n]
+        a,ends = annealed(some, 'to fit', cfg.fit_chains)
+        ends = ends[resample(a, cfg.fit_chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1); k = some.repeat(cfg.fit_chains)
         z = P.latents(ends, k)[0][0]
         keep_if_better({0: fit_proposal(q.mean[k], (z-q.mean[k])*(-.5*q.logvar[k]).exp(), 1.)})
     P.better = plans.setdefault('better', P.better)
@@ -435,7 +437,7 @@ def nll_bounds(
     paths = e_sent[chosen, torch.arange(B, device=dev)]
     log_p,variance = log_mean_exp(w),log_variance(w)
     if len(low) and not hard:
-        a,ends = annealed(low, 'posterior')
+        a,ends = annealed(low, 'posterior', cfg.chains)
         log_p[low],variance[low],ess[low] = log_mean_exp(a),log_variance(a),trusted(a)
         paths[:,low] = ends[resample(a, cfg.paths, gen), torch.arange(len(low), device=dev)]
     out.update(ess=ess, annealed=torch.zeros(B, device=dev).index_fill(0, low if not hard else low[:0], 1.))

@@ -554,6 +554,36 @@ def test_memory_that_is_kept_is_not_zeroed_again():
     assert (off, on) == (0, 1) and few < many/5 and after < 1.5*before
 
 
+GAPS = """
+import sys, time, torch
+from ldebm.core import keep_memory
+def resident(): return next(int(x.split()[1])//1024 for x in open("/proc/self/status") if x.startswith("VmRSS"))
+done = keep_memory(every=float(sys.argv[1])) and keep_memory(every=1e6)   # the second call changes nothing
+blocks = [(torch.ones(2**18), torch.ones(2**8)) for _ in range(200)]   # 1 MB and, after it, 1 KB
+full, small = resident(), [b for _, b in blocks]
+del blocks; gaps = resident()
+for _ in range(40):
+    time.sleep(.25); now = resident()
+    if now < gaps - 150: break
+assert all(bool((b == 1).all()) for b in small)
+print(int(done), full, gaps, now)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="GNU's C library alone")
+def test_gaps_between_blocks_go_back_to_the_system():
+    "What is free but not at the end of the heap is kept for a while only"
+    def run(every):
+        p = subprocess.run([sys.executable, "-c", GAPS, every], env={**os.environ, "PYTHONPATH": str(ROOT), "LDEBM_KEEP_MEMORY": "1"}, capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr
+        done, *sizes = map(int, p.stdout.split()); assert done
+        return sizes
+    full, gaps, later = run("60")
+    assert gaps > full - 20 and later > gaps - 20   # MB; kept so far
+    full, gaps, later = run("1")
+    assert gaps > full - 20 and later < gaps - 150
+
+
 def test_what_keeps_memory_is_0_or_1(monkeypatch):
     monkeypatch.setenv("LDEBM_KEEP_MEMORY", "yes")
     with pytest.raises(ValueError, match="LDEBM_KEEP_MEMORY must be '0' or '1', got 'yes'"): core.keep_memory()
