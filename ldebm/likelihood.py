@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log_variance', 'trusted', 'AISCfg', 'Point', 'Plan', 'metropolis', 'plan_ais', 'anneal', 'LogZ', 'resample',
            'make_plan', 'bracket', 'model_temperature', 'level_tilt', 'level_draws', 'log_z_bounds', 'Proposal',
-           'fit_proposal', 'Paths', 'NLLCfg', 'top_log_z', 'nll_bounds', 'nll_importance', 'estimation_interval',
-           'nll_metric', 'nll_svebm', 'nll_ldebm', 'LinearGaussian', 'study_model', 'coverage_study', 'write_coverage',
-           'check_coverage', 'plot_coverage']
+           'fit_proposal', 'Paths', 'NLLCfg', 'top_log_z', 'SentenceBounds', 'nll_bounds', 'nll_importance',
+           'estimation_interval', 'nll_metric', 'nll_svebm', 'nll_ldebm', 'LinearGaussian', 'study_model',
+           'coverage_study', 'write_coverage', 'check_coverage', 'plot_coverage']
 
 # %% ../nbs/40_likelihood.ipynb #92394308
 import json, math, random, time
@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 import torch
+from fastcore.basics import patch
 from torch import Tensor
-from .core import atomic_write, make_gen, metric, provenance
+from .core import atomic_write, make_gen, metric, progress, provenance
 from .energy import QuadraticEnergy, fast_energy
 from .langevin import shorten
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
@@ -359,102 +360,127 @@ def top_log_z(prior:DiffusionEBM, cfg:NLLCfg, gen=None) -> LogZ: # Each `(1,)`
     z = torch.zeros(1, prior.d, device=p.device, dtype=p.dtype)
     return log_z_bounds(prior, z, prior.T-1, replace(cfg.ais, chains=cfg.top, pilot=256), gen, rows=cfg.rows, as_sampled=cfg.as_sampled)
 
-@torch.no_grad()
-def nll_bounds(
-    prior, # `DiffusionEBM`, or a prior with an exact `log_weight(z)`
-    q:DiagGaussian, # Posterior of each sentence, shapes `(B, d)`
-    log_lik:Callable, # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, differentiable in `z`
-    cfg:NLLCfg=NLLCfg(),
-    gen:torch.Generator|None=None,
-    top:LogZ|None=None, # From `top_log_z`; made here if `None`
-    plans:dict|None=None, # Plans of the levels, filled here and shared between calls
-) -> dict: # Name -> `(B,)`: `nll`, `gap`, `variance`, `ess`, `is_ess`, `annealed`, `gap_t` for each level t
-    "Negative log-likelihood of each sentence, nats, as an upper bound in expectation given exact normalisers, with the parts of its uncertainty"
-    B,dev = len(q.mean),q.mean.device
-    P = Paths(prior, q, log_lik, cfg.n_z, cfg.as_sampled, gen); plans = {} if plans is None else plans
-    out = {}
-    if P.diffusion:
-        top = top_log_z(prior, cfg, gen) if top is None else top
-        P.top = float(top.upper)
-    few = max(cfg.few, cfg.share*cfg.draws)
-    def log_weights(e, i):
+# %% ../nbs/40_likelihood.ipynb #e86b149b
+class SentenceBounds:
+    "What the likelihood of some sentences takes: chains for normalisers and posteriors, and what was fitted to them"
+    def __init__(self,
+        prior, # `DiffusionEBM`, or a prior with an exact `log_weight(z)`
+        q:DiagGaussian, # Posterior of each sentence, shapes `(B, d)`
+        log_lik:Callable, # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, differentiable in `z`
+        cfg:NLLCfg=NLLCfg(),
+        gen:torch.Generator|None=None,
+        top:LogZ|None=None, # From `top_log_z`; made here if `None`
+        plans:dict|None=None, # Plans and proposals, filled here and shared between sets of sentences
+    ):
+        self.prior,self.q,self.cfg,self.gen,self.plans = prior,q,cfg,gen,{} if plans is None else plans
+        self.P = Paths(prior, q, log_lik, cfg.n_z, cfg.as_sampled, gen)
+        if self.P.diffusion:
+            self.top = top_log_z(prior, cfg, gen) if top is None else top
+            self.P.top = float(self.top.upper)
+            self.P.proposals = {k[1]: v for k,v in self.plans.items() if isinstance(k, tuple)}
+        self.P.better = self.plans.get('better', {})
+        self.ais = AISCfg(chains=cfg.chains, variance=cfg.variance, most=cfg.most, drift=cfg.ais.drift, pilot=max(cfg.chains*4, 128))
+    @property
+    def hard(self) -> list: return self.plans.get('hard', []) # Levels whose `log Z` no Gaussian estimates
+    def noise(self, n:int) -> Tensor: return randn_like(self.q.mean.new_empty(n, self.P.width), self.gen)
+    def planned(self, f:Callable, z:Tensor, t:int):
+        "`f`, `log_z_bounds` or `level_draws`, at level `t` given `z`"
+        cfg,P = self.cfg,self.P
+        if t not in self.plans: self.plans[t] = make_plan(*level_tilt(self.prior, z, t, P.fast, cfg.as_sampled), cfg.ais, self.gen)
+        return f(self.prior, z, t, cfg.ais, self.gen, P.fast, self.plans[t], cfg.rows, cfg.as_sampled)
+    def log_weights(self, e:Tensor, i:Tensor) -> Tensor: # Shape `(R,)`
         "Fast weights of many rows, with annealed `log Z` at the levels that need it"
-        ws = []
-        for ee,ii in zip(e.split(cfg.rows), i.split(cfg.rows)):
+        ws,P = [],self.P
+        for ee,ii in zip(e.split(self.cfg.rows), i.split(self.cfg.rows)):
             zs,_ = P.latents(ee, ii)
-            ws.append(P.log_weight(ee, ii, [bounds(zs[t+1], t).upper if t in hard else None for t in range(P.n-1)] if hard else None))
+            ws.append(P.log_weight(ee, ii, [self.planned(log_z_bounds, zs[t+1], t).upper if t in self.hard else None for t in range(P.n-1)] if self.hard else None))
         return torch.cat(ws)
-    def planned(f, z, t):
-        if t not in plans: plans[t] = make_plan(*level_tilt(prior, z, t, P.fast, cfg.as_sampled), cfg.ais, gen)
-        return f(prior, z, t, cfg.ais, gen, P.fast, plans[t], cfg.rows, cfg.as_sampled)
-    bounds,draws = (lambda z, t: planned(log_z_bounds, z, t)),(lambda z, t: planned(level_draws, z, t))
-    hard = []
-    noise = lambda n: randn_like(q.mean.new_empty(n, P.width), gen)
+    def annealed(self, sentences:Tensor, name:str, chains:int) -> tuple[Tensor,Tensor]: # Log-weights `(chains, n)`, end points `(chains, n, width)`
+        "Chains from the proposal to the posterior; `name`: of their plan, and of the bar"
+        zero = lambda n: (self.q.mean.new_zeros(n, self.P.width), self.q.mean.new_ones(n, 1))
+        if name not in self.plans: self.plans[name] = make_plan(lambda k: self.P.tilt_for(sentences[k]), *zero(len(sentences)), self.ais, self.gen)
+        ws,ends = [],[]
+        with progress(total=len(sentences), desc=name, unit='sentence') as bar:
+            for part in sentences.split(max(1, self.cfg.rows//4//chains)):
+                k = part.repeat(chains); tilt,(m,v) = self.P.tilt_for(k),zero(len(k))
+                y = randn_like(m, self.gen); a,p,_ = anneal(tilt, Point(y, *tilt(y)), m, v, self.plans[name], self.ais, gen=self.gen)
+                ws.append(a.view(chains, -1)); ends.append(p.y.view(chains, len(part), -1)); bar.update(len(part))
+        return torch.cat(ws, 1),torch.cat(ends, 1)
+
+# %% ../nbs/40_likelihood.ipynb #c3fc5515
+@patch
+@torch.no_grad()
+def fit(self:SentenceBounds) -> None:
+    "Fill `plans` with proposals"
+    cfg,P,q,gen,plans = self.cfg,self.P,self.q,self.gen,self.plans; B,dev = len(q.mean),q.mean.device
+    hard = plans['hard'] = []
     test = torch.randperm(B, generator=gen, device=dev)[:64].repeat(cfg.draws)
-    worth = lambda: float(effective(log_weights(noise(len(test)), test).view(cfg.draws, -1)).log().mean())
+    worth = lambda: float(effective(self.log_weights(self.noise(len(test)), test).view(cfg.draws, -1)).log().mean())
     def keep_if_better(found):
         old,before = P.better,worth(); P.better = {**old, **found}
         if worth() <= before: P.better = old
     if P.diffusion and P.n > 1:
-        rows = max(cfg.fit, cfg.rich*P.d); some = torch.arange(B, device=dev).repeat(-(-rows//B))[:rows]; zs,_ = P.latents(noise(rows), some)
+        rows = max(cfg.fit, cfg.rich*P.d); some = torch.arange(B, device=dev).repeat(-(-rows//B))[:rows]; zs,_ = P.latents(self.noise(rows), some)
         for t in range(P.n-1):
-            if ('fit', t) not in plans:
-                m,v = prior.tilt(zs[t+1], torch.full((rows,), t, device=dev))
-                plans['fit', t] = fit_proposal(m, draws(zs[t+1], t)-m, float(v[0]))
-            P.proposals[t] = plans['fit', t]
+            m,v = self.prior.tilt(zs[t+1], torch.full((rows,), t, device=dev))
+            P.proposals[t] = plans['fit', t] = fit_proposal(m, self.planned(level_draws, zs[t+1], t)-m, float(v[0]))
             if effective(P.rough_log_z([z[:256] for z in zs], t)).median() < min(cfg.few, cfg.n_z/3): hard.append(t)
-        if 'better' not in plans: # what the model itself says of each level given the one below
-            z,found = level_draws(prior, zs[-1], P.n-1, cfg.ais, gen, P.fast, rows=cfg.rows, as_sampled=cfg.as_sampled),{}
-            for t in reversed(range(1, P.n)):
-                below = draws(z, t-1)/prior.scale(torch.full((rows,), t-1, device=dev), z); a,sd = P.step(t)
-                found[t] = fit_proposal(below, (z-a*below)/sd, 1.); z = below
-            keep_if_better(found)
-    ais = AISCfg(chains=cfg.chains, variance=cfg.variance, most=cfg.most, drift=cfg.ais.drift, pilot=max(cfg.chains*4, 128))
-    def annealed(sentences, name, chains):
-        "Log-weights `(chains, n)` and end points of chains from the proposal to the posterior"
-        zero = lambda n: (q.mean.new_zeros(n, P.width), q.mean.new_ones(n, 1))
-        if name not in plans: plans[name] = make_plan(lambda k: P.tilt_for(sentences[k]), *zero(len(sentences)), ais, gen)
-        ws,ends = [],[]
-        for part in sentences.split(max(1, cfg.rows//4//chains)):
-            k = part.repeat(chains); tilt,(m,v) = P.tilt_for(k),zero(len(k))
-            y = randn_like(m, gen); a,p,_ = anneal(tilt, Point(y, *tilt(y)), m, v, plans[name], ais, gen=gen)
-            ws.append(a.view(chains, -1)); ends.append(p.y.view(chains, len(part), -1))
-        return torch.cat(ws, 1),torch.cat(ends, 1)
-    if not hard and 'better' not in plans:
+        z,found = level_draws(self.prior, zs[-1], P.n-1, cfg.ais, gen, P.fast, rows=cfg.rows, as_sampled=cfg.as_sampled),{} # what the model itself says of each level given the one below
+        for t in reversed(range(1, P.n)):
+            below = self.planned(level_draws, z, t-1)/self.prior.scale(torch.full((rows,), t-1, device=dev), z); a,sd = P.step(t)
+            found[t] = fit_proposal(below, (z-a*below)/sd, 1.); z = below
+        keep_if_better(found)
+    if not hard:
         n = -(-max(cfg.fit, cfg.rich*P.d)//(cfg.dear*cfg.fit_chains)); some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n//B))[:n]
-        a,ends = annealed(some, 'to fit', cfg.fit_chains)
+        a,ends = self.annealed(some, 'proposal', cfg.fit_chains)
         ends = ends[resample(a, cfg.fit_chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1); k = some.repeat(cfg.fit_chains)
         z = P.latents(ends, k)[0][0]
         keep_if_better({0: fit_proposal(q.mean[k], (z-q.mean[k])*(-.5*q.logvar[k]).exp(), 1.)})
-    P.better = plans.setdefault('better', P.better)
+    plans['better'] = P.better
+
+# %% ../nbs/40_likelihood.ipynb #7ed04ab1
+@patch
+@torch.no_grad()
+def estimate(self:SentenceBounds) -> dict: # As `nll_bounds`
+    "The likelihood of each sentence, with the proposals that `fit` left"
+    cfg,P,gen = self.cfg,self.P,self.gen; B,dev = len(self.q.mean),self.q.mean.device; out = {}
     i = torch.arange(B, device=dev).repeat(cfg.draws)
-    e = randn_like(q.mean.new_empty(len(i), P.width), gen)
-    w = log_weights(e, i).view(cfg.draws, B)
+    e = self.noise(len(i))
+    w = self.log_weights(e, i).view(cfg.draws, B)
     out['is_ess'] = effective(w); ess = trusted(w)
     e_sent = e.view(cfg.draws, B, -1)
-    low = (ess < few).nonzero()[:,0]
+    low = (ess < max(cfg.few, cfg.share*cfg.draws)).nonzero()[:,0]
     chosen = resample(w, cfg.paths, gen) # (paths, B)
     paths = e_sent[chosen, torch.arange(B, device=dev)]
     log_p,variance = log_mean_exp(w),log_variance(w)
-    if len(low) and not hard:
-        a,ends = annealed(low, 'posterior', cfg.chains)
+    if len(low) and not self.hard:
+        a,ends = self.annealed(low, 'posterior', cfg.chains)
         log_p[low],variance[low],ess[low] = log_mean_exp(a),log_variance(a),trusted(a)
         paths[:,low] = ends[resample(a, cfg.paths, gen), torch.arange(len(low), device=dev)]
-    out.update(ess=ess, annealed=torch.zeros(B, device=dev).index_fill(0, low if not hard else low[:0], 1.))
+    out.update(ess=ess, annealed=torch.zeros(B, device=dev).index_fill(0, low if not self.hard else low[:0], 1.))
     up = down = torch.zeros(cfg.paths, B, device=dev, dtype=w.dtype) # log of (rough Z)/(bounds of Z), summed over levels
     if P.diffusion:
         flat = torch.arange(B, device=dev).repeat(cfg.paths); zs,_ = P.latents(paths.flatten(0, 1), flat)
         for t in range(P.n-1):
-            o = bounds(zs[t+1], t); rough = o.upper if t in hard else log_mean_exp(P.rough_log_z(zs, t))
+            o = self.planned(log_z_bounds, zs[t+1], t); rough = o.upper if t in self.hard else log_mean_exp(P.rough_log_z(zs, t))
             up,down = up+(rough-o.upper).view(cfg.paths, B),down+(rough-o.lower).view(cfg.paths, B)
             out[f'gap_{t}'] = o.gap.view(cfg.paths, B).mean(0)
-        out[f'gap_{P.n-1}'] = top.gap.expand(B).to(dev)
-        down = down+float(top.gap); out['common'] = top.variance.expand(B).to(dev)
+        out[f'gap_{P.n-1}'] = self.top.gap.expand(B).to(dev)
+        down = down+float(self.top.gap); out['common'] = self.top.variance.expand(B).to(dev)
     fix = log_mean_exp(up)
     out['nll'] = -(log_p+fix)
     out['gap'] = log_mean_exp(down)-fix
     out['variance'] = variance+(log_variance(up) if cfg.paths > 1 else 0.)
     return out
+
+# %% ../nbs/40_likelihood.ipynb #697e47f9
+def nll_bounds(
+    prior, q:DiagGaussian, log_lik:Callable, cfg:NLLCfg=NLLCfg(), gen:torch.Generator|None=None, top:LogZ|None=None, plans:dict|None=None, # As `SentenceBounds`
+) -> dict: # Name -> `(B,)`: `nll`, `gap`, `variance`, `ess`, `is_ess`, `annealed`, `gap_t` for each level t
+    "Negative log-likelihood of each sentence, nats, as an upper bound in expectation given exact normalisers, with the parts of its uncertainty"
+    b = SentenceBounds(prior, q, log_lik, cfg, gen, top, plans)
+    if 'better' not in b.plans: b.fit()
+    return b.estimate()
 
 # %% ../nbs/40_likelihood.ipynb #58175d74
 @torch.no_grad()

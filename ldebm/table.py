@@ -8,7 +8,7 @@ __all__ = ['MEMORY_GB', 'NO_LATENT', 'GPU_SHARE', 'SETTINGS', 'COST', 'SHOWN', '
            'plot_rates']
 
 # %% ../nbs/64_table.ipynb #6973d833
-import argparse, os, shlex, sys
+import argparse, math, os, shlex, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -189,7 +189,10 @@ def plot_rates(
     "Rate against distortion, every run a dot, coloured by a metric; lines of equal bound"
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
-    ax = ax or plt.subplots(figsize=(7, 4), layout='constrained')[1]
+    from matplotlib.text import Text
+    from matplotlib.ticker import MaxNLocator
+    from matplotlib.transforms import Bbox
+    ax = ax or plt.subplots(figsize=(8, 5), layout='constrained')[1]
     pts = [(r, *(r['metrics'][k]['value'] for k in ('kl','recon_nll',colour))) for r in records_of(records, corpus, preset, objective) if r['row'] in (ROWS if rows is None else rows)
            and all(k in r['metrics'] and r['metrics'][k]['value'] is not None for k in ('kl','recon_nll',colour))]
     if not pts: ax.set_title('pending'); return ax
@@ -197,13 +200,21 @@ def plot_rates(
     for f,m in marks.items():
         i = [k for k,p in enumerate(pts) if ROWS[p[0]['row']].family == f]
         if i: got = ax.scatter([x[k] for k in i], [y[k] for k in i], c=[c[k] for k in i], marker=m, s=34, cmap='viridis_r', norm=LogNorm(min(c), max(c)*1.001), label=f, edgecolor='k', linewidth=.3)
-    lo,hi = min(x),max(x)
-    low,high = min(a+b for a,b in zip(x, y)),max(a+b for a,b in zip(x, y))
-    for k in range(4):
-        total = low+(high-low)*k/3; ax.plot([lo, hi], [total-lo, total-hi], color='k', lw=.4, ls=':'); ax.annotate(f'{total:.1f}', (lo, total-lo), fontsize=6, alpha=.7)
+    room = lambda v: (min(v)-(.08*(max(v)-min(v)) or 1.), max(v)+(.16*(max(v)-min(v)) or 1.))
+    ax.set(xlim=room(x), ylim=room(y), xlabel='rate: KL, nats a sentence', ylabel='distortion: reconstruction loss, nats'); ax.set_title('Dotted: equal bound', fontsize=9)
+    (lo,hi),(bottom,top) = ax.get_xlim(),ax.get_ylim()
+    for total in MaxNLocator(5).tick_values(min(a+b for a,b in zip(x, y)), max(a+b for a,b in zip(x, y))):
+        ax.plot([lo, hi], [total-lo, total-hi], color='k', lw=.4, ls=':')
+        if bottom < total-lo < top: ax.annotate(f'{total:g}', (lo, total-lo), fontsize=6, alpha=.7)
+        elif lo < total-top < hi: ax.annotate(f'{total:g}', (total-top, top), fontsize=6, alpha=.7, va='top')
+    bar = ax.figure.colorbar(got, ax=ax, label=colour); bar.ax.yaxis.set_major_formatter('{x:g}'); bar.ax.yaxis.set_minor_formatter('{x:g}'); bar.ax.tick_params(which='both', labelsize=6)
+    legend = ax.legend(fontsize=6); ax.figure.draw_without_rendering(); px = ax.figure.dpi/72
+    taken = [legend.get_window_extent(), *(Bbox.from_bounds(*(ax.transData.transform(p)-3*px), 6*px, 6*px) for p in zip(x, y))]
     for row in dict.fromkeys(p[0]['row'] for p in pts):
-        k = [i for i,p in enumerate(pts) if p[0]['row'] == row]
-        ax.annotate(ROWS[row].title, (sum(x[i] for i in k)/len(k), sum(y[i] for i in k)/len(k)), fontsize=6, xytext=(3, 3), textcoords='offset points')
-    ax.figure.colorbar(got, ax=ax, label=colour); ax.legend(fontsize=6)
-    ax.set(xlabel='rate: KL, nats a sentence', ylabel='distortion: reconstruction loss, nats'); ax.set_title('Dotted: equal bound', fontsize=9)
+        k = [i for i,p in enumerate(pts) if p[0]['row'] == row]; at = sum(x[i] for i in k)/len(k),sum(y[i] for i in k)/len(k)
+        name = ax.annotate(ROWS[row].title, at, fontsize=6, xytext=(4, 3), textcoords='offset points', arrowprops=dict(arrowstyle='-', lw=.3, shrinkA=0, shrinkB=0)); size = Text.get_window_extent(name).size
+        for r,a in ((r, a) for r in range(5, 120, 4) for a in range(20, 380, 30)): # the nearest free place
+            dx,dy = r*math.cos(math.radians(a)),r*math.sin(math.radians(a)); name.set_position((dx, dy)); box = Bbox.from_bounds(*(ax.transData.transform(at)+(dx*px, dy*px)), *size)
+            if not any(box.overlaps(o) for o in taken) and ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1: break
+        taken.append(box)
     return ax

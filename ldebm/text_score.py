@@ -15,7 +15,7 @@ from torch import Tensor
 from .core import atomic_write, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state, weights_hash, write_result
 from .data import load_grammar
 from .langevin import ess
-from .likelihood import NLLCfg, LogZ, Plan, Proposal, log_z_bounds, nll_bounds, nll_importance, nll_ldebm, nll_metric, nll_svebm, top_log_z
+from .likelihood import NLLCfg, LogZ, Plan, Proposal, SentenceBounds, log_z_bounds, nll_importance, nll_ldebm, nll_metric, nll_svebm, top_log_z
 from .lm import reverse_ppl
 from .prior import DiagGaussian, trace_rhat
 from .schedule import diffuse_path
@@ -51,6 +51,7 @@ def _kept_plans(plans:dict) -> list:
     out = []
     for k,v in plans.items():
         if isinstance(v, dict): v,kind = [[t, *o] for t,o in v.items()],'proposals'
+        elif isinstance(v, list): kind = 'list'
         else: v,kind = list(v),type(v).__name__
         out.append([list(k) if isinstance(k, tuple) else k, kind, v])
     return out
@@ -58,7 +59,7 @@ def _kept_plans(plans:dict) -> list:
 def _plans_from(kept:list) -> dict:
     "What `_kept_plans` was given"
     kinds = dict(Plan=Plan, Proposal=Proposal, LogZ=LogZ)
-    return {tuple(k) if isinstance(k, list) else k: {t: Proposal(*o) for t,*o in v} if kind == 'proposals' else kinds[kind](*v) for k,kind,v in kept}
+    return {tuple(k) if isinstance(k, list) else k: {t: Proposal(*o) for t,*o in v} if kind == 'proposals' else list(v) if kind == 'list' else kinds[kind](*v) for k,kind,v in kept}
 
 def text_nll(
     task:TextTask, # With the selected weights loaded
@@ -67,13 +68,14 @@ def text_nll(
     cfg:NLLCfg=NLLCfg(),
     seed:int=0, # Of the choice of sentences and of every draw
     folder:str|Path|None=None, # Where to keep finished chunks; nowhere if `None`
-    chunk:int=250, # Sentences at a time
+    chunk:int=50, # Sentences at a time
+    fit_on:int=250, # Sentences, the first ones, that proposals are fitted to
 ) -> dict: # As `ldebm.likelihood.nll_bounds`, and `index`; each `(n,)`
     "Negative log-likelihood of sentences with the parts of its uncertainty; goes on from `folder`"
     total = len(task.corpus[split]); n = min(n or total, total); dev = task.device
     order = torch.randperm(total, generator=make_gen(seed, 'likelihood order', 'cpu'))[:n]
     file = None if folder is None else Path(folder)/f'likelihood-{split}.safetensors'
-    what = dict(n=n, seed=seed, chunk=chunk, cfg=repr(cfg), model=weights_hash(task.model))
+    what = dict(n=n, seed=seed, chunk=chunk, fit_on=fit_on, cfg=repr(cfg), model=weights_hash(task.model))
     if has_codes(task.s): what['draws'] = task.s.importance_draws
     done,plans = [],{}
     if file is not None and file.exists():
@@ -81,15 +83,21 @@ def text_nll(
         if state['what'] == what: done,plans = state['done'],_plans_from(state['plans'])
     parts = list(order.split(chunk))
     with frozen_weights(task.model) as m, progress(total=n, desc='likelihood', unit='sentence') as bar:
+        def posterior(index):
+            with torch.no_grad(): return m.encode(get_batch(task.corpus[split], index).to(dev))
+        def bounds(index, q, gen): return SentenceBounds(m.prior, q, sentence_log_lik(task, split, index), cfg, gen, plans.get('top'), plans)
+        def save():
+            if file is not None: file.parent.mkdir(parents=True, exist_ok=True); save_tensors(file, *pack_state(dict(what=what, done=done, plans=_kept_plans(plans))))
+        if 'better' not in plans and not done:
+            gen,index = make_gen(seed, 'likelihood proposals', device=dev),order[:fit_on]; q = posterior(index)
+            if isinstance(q, DiagGaussian):
+                if task.s.prior == 'ebm': plans['top'] = top_log_z(m.prior, cfg, gen)
+                bounds(index, q, gen).fit(); save()
         bar.update(sum(len(p['index']) for p in done))
         for k in range(len(done), len(parts)):
-            index,gen = parts[k],make_gen(seed, f'likelihood {k}', device=dev)
-            with torch.no_grad(): q = m.encode(get_batch(task.corpus[split], index).to(dev))
-            if task.s.prior == 'ebm' and 'top' not in plans: plans['top'] = top_log_z(m.prior, cfg, gen)
-            log_lik = sentence_log_lik(task, split, index)
-            got = nll_bounds(m.prior, q, log_lik, cfg, gen, plans.get('top'), plans) if isinstance(q, DiagGaussian) else nll_importance(m.prior, q, log_lik, task.s.importance_draws, cfg.rows, gen)
-            done.append({**{a: v.float().cpu() for a,v in got.items()}, 'index': index}); bar.update(len(index))
-            if file is not None: file.parent.mkdir(parents=True, exist_ok=True); save_tensors(file, *pack_state(dict(what=what, done=done, plans=_kept_plans(plans))))
+            index,gen = parts[k],make_gen(seed, f'likelihood {k}', device=dev); q = posterior(index)
+            got = bounds(index, q, gen).estimate() if isinstance(q, DiagGaussian) else nll_importance(m.prior, q, sentence_log_lik(task, split, index), task.s.importance_draws, cfg.rows, gen)
+            done.append({**{a: v.float().cpu() for a,v in got.items()}, 'index': index}); bar.update(len(index)); save()
     return {a: torch.cat([p[a].cpu() for p in done]) for a in done[0]}
 
 # %% ../nbs/63_text_score.ipynb #38a72d0c
