@@ -23,7 +23,7 @@ from .energy import QuadraticEnergy, fast_energy
 from .langevin import shorten
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
 from .schedule import consistent_schedule, randn_like
-from .stats import effective, log_mean_exp
+from .stats import effective, log_mean_exp, regression_mean
 
 # %% ../nbs/40_likelihood.ipynb #25594fec
 def log_variance(
@@ -514,15 +514,17 @@ def estimation_interval(
 def nll_metric(
     parts:dict, # From `nll_bounds`, over all sentences
     what:str='', # Added to the estimator's description
+    cheap:tuple[Tensor,Tensor]|None=None, # A bound of these sentences and of all that they were drawn from, shapes `(n,)` and `(N,)`: see `regression_mean`
 ) -> dict: # Metrics `nll_valid`, `nll_error`, `nll_gap`, `nll_annealed`
     "Records of a likelihood: the mean with its 95 % interval (sentences and estimation), the width of the estimation interval, the largest mean gap of a level, the share annealed"
-    lo,mid,hi = estimation_interval(parts); x = parts['nll'].double(); n = len(x)
-    half = 1.96*float(x.std())/math.sqrt(n)
+    lo,mid,hi = estimation_interval(parts); x = parts['nll'].double(); n = len(x); c,every = (x, x) if cheap is None else cheap
+    mean,half = regression_mean(x, c, every)
+    if len(every) > n: what += f'; by regression on the bound of all {len(every):,} sentences'
     gaps = [float(v.double().mean()) for k,v in parts.items() if k.startswith('gap_')]
     worst = max(gaps, default=0.)
     ok = 'valid' if worst <= .1 else 'NOT valid'
     how = f'upper bound of every log Z; {ok}: largest mean gap of a level {worst:.3f} nats' if gaps else 'the prior has an exact density'
-    out = dict(nll_valid=metric(mid, (mid-math.hypot(half, mid-lo), mid+math.hypot(half, hi-mid)), n, f'-log p(x), nats a sentence; {how}{what}'),
+    out = dict(nll_valid=metric(mean, (mean-math.hypot(half, mid-lo), mean+math.hypot(half, hi-mid)), n, f'-log p(x), nats a sentence; {how}{what}'),
                nll_error=metric(hi-lo, n=n, estimator='width of the 95 % interval for the mean over these sentences'),
                nll_annealed=metric(float(parts['annealed'].double().mean()), n=n, estimator='share of sentences whose posterior was annealed'),
                nll_ess=metric(float(parts['ess'].double().median()), n=n, estimator='effective draws behind a sentence, median'))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANDWIDTHS', 'wilson_interval', 'mean_interval', 'share_metric', 'clustered_share', 'resample_counts',
-           'bootstrap_interval', 'jackknife_interval', 'log_mean_exp', 'effective', 'auroc_interval', 'auroc', 'aupr',
-           'two_sample_auroc', 'kernel', 'mmd2', 'mmd', 'mmd_test', 'latent_mmd']
+           'bootstrap_interval', 'jackknife_interval', 'regression_mean', 'log_mean_exp', 'effective', 'auroc_interval',
+           'auroc', 'aupr', 'two_sample_auroc', 'kernel', 'mmd2', 'mmd', 'mmd_test', 'latent_mmd']
 
 # %% ../nbs/04_stats.ipynb #15a5e1a2
 import math, warnings
@@ -103,6 +103,20 @@ def jackknife_interval(
     if min(map(len, parts)) < 2: return None
     half = _Z*math.sqrt(sum((len(o)-1)*o.var() for o in parts))
     return _within(value-half, lo, hi), _within(value+half, lo, hi)
+
+# %% ../nbs/04_stats.ipynb #70027b77
+def regression_mean(
+    x:Sequence[float], # A dear value of `n` items, drawn at random
+    c:Sequence[float], # A cheap one of the same items
+    every:Sequence[float], # The cheap one of all `N` items, the `n` among them
+) -> tuple[float,float]: # Estimated mean of the dear value, and half of its 95 % interval
+    "The mean over what all items are a sample of, by regression on the cheap value (Cochran 1977); the plain mean if all items, or fewer than four, have the dear one. `ValueError` for lengths that do not fit"
+    x,c,every = (np.asarray(v, dtype=float) for v in (x, c, every)); n,N = len(x),len(every)
+    if len(c) != n or N < n or not n: raise ValueError(f'{n} values, {len(c)} cheap ones of the same items, {N} of all: the first two must be equally many, and no more than the last')
+    b = 0. if n in (N, 1, 2, 3) or c.std() == 0 else np.cov(x, c)[0,1]/c.var(ddof=1)
+    left = x-x.mean()-b*(c-c.mean())
+    spread = (left@left)/max(1, n-1-(b != 0))
+    return float(x.mean()+b*(every.mean()-c.mean())),float(_Z*math.sqrt(spread/n+b*b*every.var()/N))
 
 # %% ../nbs/04_stats.ipynb #1f3842ad
 def log_mean_exp(x:Tensor, dim:int=0) -> Tensor:

@@ -333,10 +333,11 @@ class TextTask:
         "A draw of the posterior, or its mode for an autoencoder, which is no density"
         return q.rsample(gen) if has_bound(self.s) else q.mode
     @torch.no_grad()
-    def likelihood_terms(self, split:str, gen:torch.Generator, n_z:int=16, posterior=None) -> dict: # Name -> `(n,)`
+    def likelihood_terms(self, split:str, gen:torch.Generator, n_z:int=16, posterior=None) -> dict: # Name -> `(n,)`, in the order of the split
         "Per-sentence reconstruction loss and latent cost at one posterior draw; `posterior`: what `encode` gave for the split, if it is there"
-        m,s,out = self.model.eval(),self.s,{}
+        m,s,out,index = self.model.eval(),self.s,{},[]
         for b in self.fixed_batches(split):
+            index.append(b.index.cpu())
             if s.prior == 'none': got = dict(nll=m.decoder.nll(b.ids, b.host_lengths, None))
             else:
                 q = m.encode(b) if posterior is None else posterior[b.index.cpu()].to(b.ids.device); z = self.draw(q, gen)
@@ -352,7 +353,8 @@ class TextTask:
                     if missing := set(w)-set(t): raise ValueError(f'prior {s.prior!r} has no term called {", ".join(sorted(missing))}; it has {", ".join(t)}')
                     got['objective'] = got['recon_nll']+s.w_kl*sum((v*t[k] for k,v in w.items()), torch.zeros_like(got['recon_nll']))
             for k,v in got.items(): out.setdefault(k, []).append(v.float().cpu())
-        return {k: torch.cat(v) for k,v in out.items()}
+        back = torch.cat(index).argsort()
+        return {k: torch.cat(v)[back] for k,v in out.items()}
     def validate(self) -> dict:
         "Validation metrics, with the same noise every time"
         return {k: v.mean() for k,v in self.likelihood_terms('valid', make_gen(self.seed, 'validate', device=self.device)).items()}

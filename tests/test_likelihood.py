@@ -418,6 +418,19 @@ def test_metrics_of_a_likelihood():
     assert "NOT valid" not in L.nll_metric(parts)["nll_valid"]["estimator"]
 
 
+def test_a_bound_of_all_sentences_corrects_for_which_were_taken():
+    n, N = 50, 1000
+    nll = torch.linspace(10, 20, n)
+    parts = dict(nll=nll, gap=torch.zeros(n), variance=torch.full((n,), 1e-6), ess=torch.full((n,), 20.), annealed=torch.zeros(n))
+    every = torch.cat([nll+1, torch.linspace(18, 28, N-n)])   # one nat above, and the others are harder
+    plain, got = L.nll_metric(parts)["nll_valid"], L.nll_metric(parts, cheap=(every[:n], every))["nll_valid"]
+    assert plain["value"] == pytest.approx(15) and got["value"] == pytest.approx(float(every.mean())-1, abs=1e-4) and got["n"] == n
+    width = lambda m: m["interval"][1]-m["interval"][0]
+    assert width(got) == pytest.approx(2*1.96*float(every.double().std())/N**.5, rel=.02) and width(got) < .4*width(plain)
+    assert "regression on the bound of all 1,000" in got["estimator"] and "regression" not in plain["estimator"]
+    assert L.nll_metric(parts, cheap=(every[:n], every[:n]))["nll_valid"] == plain   # all there are
+
+
 # --- as published
 
 @pytest.mark.parametrize("density", ["right", "as coded"])

@@ -117,6 +117,32 @@ def test_no_number_means_all(corpus):
         assert got["index"].sort().values.tolist() == [0, 1, 2, 3, 4] and all(len(v) == 5 for v in got.values())
 
 
+def test_terms_are_in_the_order_of_the_split(corpus):
+    "Batches are sorted by length, what is measured on them is not: pairs with other things of the same sentences depend on it"
+    task = make(corpus, "rnn-lm", settings="embed=16 hidden=16 lm=''")[1]
+    got = task.likelihood_terms("test", torch.Generator().manual_seed(0))["nll"]
+    for k in (0, 7, len(got)-1):
+        b = get_batch(corpus["test"], torch.tensor([k]))
+        assert got[k].item() == pytest.approx(task.model.decoder.nll(b.ids, b.host_lengths, None).item(), rel=1e-5)
+
+
+def test_some_sentences_speak_for_all(corpus, tmp_path):
+    "What `score` records from a quarter of the sentences, against the mean over all of them"
+    test = corpus["test"]
+    few = dataclasses.replace(corpus, splits={**corpus.splits, "test": dataclasses.replace(test, flat=test.flat[:test.offsets[80]], offsets=test.offsets[:81])})
+    _, task = made = make(few, "vae", settings="embed=16 hidden=16 d=3 nll_draws=16 lm=''")
+    every = S.text_nll(task, "test", 0, NLLCfg(draws=16)); truth = every["nll"].mean().item()
+    miss = {"plain": [], "recorded": []}
+    for seed in range(6):
+        job, t = make(few, "vae", settings="embed=16 hidden=16 d=3 nll_draws=16 nll_sentences=20 lm=''")
+        t.model.load_state_dict(made[1].model.state_dict())
+        got = S.score(t, dataclasses.replace(job, seed=seed), [])["nll_valid"]
+        part = S.text_nll(t, "test", 20, NLLCfg(draws=16), seed)["nll"]
+        miss["plain"].append(abs(part.mean().item()-truth)); miss["recorded"].append(abs(got["value"]-truth))
+        assert got["n"] == 20 and "regression on the bound of all 80" in got["estimator"]
+    assert sum(miss["recorded"]) < .2*sum(miss["plain"])
+
+
 def test_plans_survive_the_file():
     t = lambda *s: torch.randn(*s, generator=torch.Generator().manual_seed(0))
     plans = {"top": LogZ(t(1), t(1), t(1), .5, 9, False, t(1)), 0: Plan([.5, 1.], [.1, .2], True), ("fit", 0): Proposal(t(2), t(2, 2), t(2, 2)), "better": {1: Proposal(t(2), t(2, 2), t(2, 2))}, "posterior": Plan([1.], [.3], False), "hard": [0, 2]}
