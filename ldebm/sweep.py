@@ -312,9 +312,11 @@ class Local:
         for j in jobs: self.machine.check(j)
         self.places,self.say = min(places, len(jobs)),say
     def __enter__(self):
+        import dask
         from distributed import Client, LocalCluster
-        self.cluster = LocalCluster(n_workers=self.places, threads_per_worker=1, processes=True, memory_limit=None, preload=['ldebm.sweep'],
-                                    dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL)
+        with dask.config.set({'distributed.worker.profile.enabled': False, 'distributed.admin.tick.interval': '1s'}): # profiles of calls that take hours say nothing, and cost 7 % of a core with one worker
+            self.cluster = LocalCluster(n_workers=self.places, threads_per_worker=1, processes=True, memory_limit=None, preload=['ldebm.sweep'],
+                                        dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL)
         self.client = Client(self.cluster)
         if importlib.util.find_spec('bokeh'): self.say(f'dashboard: {self.cluster.dashboard_link}')
         return self
