@@ -53,8 +53,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 DATASET   ?= shapes
-IMAGE_RUN ?= runs/$(basename $(notdir $(DATASET)))-$(PRESET)-s$(SEED)
-NAME ?= $(ROW)-$(basename $(notdir $(CORPUS)))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
+# The last part of a path without its ending, with dashes for spaces
+EMPTY :=
+stem = $(basename $(notdir $(subst $(EMPTY) $(EMPTY),-,$(1))))
+IMAGE_RUN ?= runs/$(call stem,$(DATASET))-$(PRESET)-s$(SEED)
+NAME ?= $(ROW)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
 RUN  ?= runs/$(NAME)
 PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
 
@@ -83,31 +86,32 @@ $(STAMP):
 	else tail -n 15 $$log >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
 endif
 
+# $(call execute,notebook,folder,parameters): the executed notebook appears once it is whole, so that a call that is refused leaves a finished one alone
+define execute
+@mkdir -p "$(2)"; now="$(2)/$(1).running.ipynb"; \
+if $(PAPERMILL) nbs/$(1).ipynb "$$now" $(3); then mv "$$now" "$(2)/$(1).ipynb"; rm -f "$(2)/$(1).stopped.ipynb"; \
+else [ ! -f "$$now" ] || mv "$$now" "$(2)/$(1).stopped.ipynb"; \
+  echo "The run stopped; $(2)/$(1).stopped.ipynb shows where." >&2; \
+  [ -z "$$(find "$(2)" -name checkpoint.safetensors -print -quit)" ] || echo "What was trained is kept: with the same settings, the same command goes on from there." >&2; exit 1; fi
+endef
+
 train: $(STAMP) ## Train on text and write a run folder
-	@mkdir -p "$(RUN)"
-	@$(PAPERMILL) nbs/train_ptb.ipynb "$(RUN)/train_ptb.ipynb" -r corpus "$(CORPUS)" -r preset $(PRESET) -p seed $(SEED) \
-	  -r objective $(OBJECTIVE) -r row $(ROW) -r out "$(RUN)" $(if $(SETTINGS),-r settings "$(SETTINGS)") $(ARGS) \
-	|| { echo "The run stopped; $(RUN)/train_ptb.ipynb shows where. The same command resumes it." >&2; exit 1; }
+	$(call execute,train_ptb,$(RUN),-r corpus "$(CORPUS)" -r preset $(PRESET) -p seed $(SEED) -r objective $(OBJECTIVE) -r row $(ROW) -r out "$(RUN)" $(if $(SETTINGS),-r settings "$(SETTINGS)") $(ARGS))
+	@echo; RUN="$(RUN)" python -c 'import os; from ldebm.text_job import scores; print(scores(os.environ["RUN"]))'
 	@echo; echo "Done. Everything is in $(RUN):"; ls "$(RUN)"
 
 toy2d: $(STAMP) ## Two-dimensional densities: the method beside its ancestors
-	@mkdir -p runs/toy2d-s$(SEED)
-	@$(PAPERMILL) nbs/train_toy2d.ipynb runs/toy2d-s$(SEED)/train_toy2d.ipynb -p seed $(SEED) -r out runs/toy2d-s$(SEED) $(ARGS) \
-	|| { echo "The run stopped; runs/toy2d-s$(SEED)/train_toy2d.ipynb shows where." >&2; exit 1; }
+	$(call execute,train_toy2d,runs/toy2d-s$(SEED),-p seed $(SEED) -r out runs/toy2d-s$(SEED) $(ARGS))
 	@echo; echo "Done. Everything is in runs/toy2d-s$(SEED):"; ls runs/toy2d-s$(SEED)
 
 digits: $(STAMP) ## Hierarchical prior on 8x8 digits: generator, energies, samples, outliers, control
-	@mkdir -p runs/digits-s$(SEED)
-	@$(PAPERMILL) nbs/train_digits.ipynb runs/digits-s$(SEED)/train_digits.ipynb -p seed $(SEED) -r out runs/digits-s$(SEED) $(ARGS) \
-	|| { echo "The run stopped; runs/digits-s$(SEED)/train_digits.ipynb shows where. The same command resumes it." >&2; exit 1; }
+	$(call execute,train_digits,runs/digits-s$(SEED),-p seed $(SEED) -r out runs/digits-s$(SEED) $(ARGS))
 	@echo; echo "Done. Everything is in runs/digits-s$(SEED):"; ls runs/digits-s$(SEED)
 
 # DATASET=shapes needs no data; cifar10, celeba, lsun_church or a path need theirs, and PRESET=small or paper
 images: $(STAMP) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_church or a folder or zip
-	@mkdir -p $(IMAGE_RUN)
-	@$(PAPERMILL) nbs/train_images.ipynb $(IMAGE_RUN)/train_images.ipynb -r dataset $(DATASET) -r preset $(PRESET) -p seed $(SEED) -r out $(IMAGE_RUN) $(ARGS) \
-	|| { echo "The run stopped; $(IMAGE_RUN)/train_images.ipynb shows where. The same command resumes it." >&2; exit 1; }
-	@echo; echo "Done. Everything is in $(IMAGE_RUN):"; ls $(IMAGE_RUN)
+	$(call execute,train_images,$(IMAGE_RUN),-r dataset "$(DATASET)" -r preset $(PRESET) -p seed $(SEED) -r out "$(IMAGE_RUN)" $(ARGS))
+	@echo; echo "Done. Everything is in $(IMAGE_RUN):"; ls "$(IMAGE_RUN)"
 
 # Test files that run beside the others where there are two cores; a shell ignores Ctrl-C for what it starts in the background, and some of these send it
 ALONGSIDE := tests/test_bench.py tests/test_sweep.py tests/test_table.py tests/test_zoo.py

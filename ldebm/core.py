@@ -81,8 +81,8 @@ def _in_kernel() -> bool:
 # %% ../nbs/00_core.ipynb #9ae5c4d0
 class _Bar:
     "The part of tqdm's interface that loops use, drawing nothing"
-    def __init__(self, it=None, total=None, desc='', unit='it'):
-        self.it,self.desc,self.unit,self.n,self.postfix = it,desc,unit,0,''
+    def __init__(self, it=None, total=None, desc='', unit='it', initial=0):
+        self.it,self.desc,self.unit,self.n,self.initial,self.postfix = it,desc,unit,initial,initial,''
         self.total = len(it) if total is None and hasattr(it, '__len__') else total
         self.start = time.time()
     def __iter__(self):
@@ -110,7 +110,7 @@ class _KernelBar(_Bar):
         from IPython.display import display
         self.last = time.time()
         post = ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in self.postfix.items()) if self.postfix else None
-        s = tqdm.format_meter(self.n, self.total, self.last-self.start, ncols=110, prefix=self.desc, unit=self.unit, postfix=post)
+        s = tqdm.format_meter(self.n, self.total, self.last-self.start, ncols=110, initial=self.initial, prefix=self.desc, unit=self.unit, postfix=post)
         if self.handle: self.handle.update({'text/plain': s}, raw=True)
         else: self.handle = display({'text/plain': s}, raw=True, display_id=True)
     def close(self):
@@ -128,11 +128,12 @@ def progress(
     total:int|None=None, # Number of items, when `it` does not know its length
     desc:str='', # Shown in front
     unit:str='it', # What is counted
+    initial:int=0, # Items that were done before, which say nothing of the speed
 ): # Iterable, with `.update(n)`, `.set_postfix(dict)`, `.close()`
     "A progress bar that suits where it is shown; silent when `IN_TEST` is set, without a terminal, and on all but the first process"
-    if os.environ.get('IN_TEST') or os.environ.get('RANK', '0') != '0': return _Bar(it, total, desc, unit)
-    if _in_kernel(): return _KernelBar(it, total, desc, unit)
-    return tqdm(it, total=total, desc=desc, unit=unit, leave=False, disable=None, dynamic_ncols=True)
+    if os.environ.get('IN_TEST') or os.environ.get('RANK', '0') != '0': return _Bar(it, total, desc, unit, initial)
+    if _in_kernel(): return _KernelBar(it, total, desc, unit, initial)
+    return tqdm(it, total=total, desc=desc, unit=unit, initial=initial, leave=False, disable=None, dynamic_ncols=True)
 
 # %% ../nbs/00_core.ipynb #eb08e163
 def _type_name(t) -> str: return t.__name__ if isinstance(t, type) else str(t).replace('typing.', '')
@@ -201,8 +202,8 @@ def notebook_params(
 def choose(kind:str, name:str, known) -> None:
     "`ValueError` naming what is known when `name` is not"
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=.5)
-        raise ValueError(f'unknown {kind} {name!r}' + (f'; did you mean {near[0]!r}?' if near else '.') + f' Known: {", ".join(known)}')
+        lower = {k.lower(): k for k in known}; near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=.5)
+        raise ValueError(f'unknown {kind} {name!r}' + (f'; did you mean {lower[near[0]]!r}?' if near else '.') + f' Known: {", ".join(known)}')
 
 def parse_settings(
     cls, # A dataclass of scalar settings

@@ -406,7 +406,7 @@ def train_lm(
             lm.load_state_dict(state['weights'])
         lm.seed,opt = seed,make_lm_optimizer(lm, averaging)
         if lm.history: opt.load_state_dict(state['optimizer'])
-        bar = progress(total=cfg.epochs*text.numel(), desc='language model', unit='word'); bar.update(len(lm.history)*text.numel())
+        bar = progress(total=cfg.epochs*text.numel(), desc='language model', unit='word', initial=len(lm.history)*text.numel())
         for epoch in range(len(lm.history), cfg.epochs):
             start = time.monotonic()
             loss = _pass(lm.train(), opt, text, epoch, seed, bar)

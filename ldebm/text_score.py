@@ -82,7 +82,7 @@ def text_nll(
         state = unpack_state(*load_tensors(file, dev))
         if state['what'] == what: done,plans = state['done'],_plans_from(state['plans'])
     parts = list(order.split(chunk))
-    with frozen_weights(task.model) as m, progress(total=n, desc='likelihood', unit='sentence') as bar:
+    with frozen_weights(task.model) as m, progress(total=n, desc='likelihood', unit='sentence', initial=sum(len(p['index']) for p in done)) as bar:
         def posterior(index):
             with torch.no_grad(): return m.encode(get_batch(task.corpus[split], index).to(dev))
         def bounds(index, q, gen): return SentenceBounds(m.prior, q, sentence_log_lik(task, split, index), cfg, gen, plans.get('top'), plans)
@@ -93,7 +93,6 @@ def text_nll(
             if isinstance(q, DiagGaussian):
                 if task.s.prior == 'ebm': plans['top'] = top_log_z(m.prior, cfg, gen)
                 bounds(index, q, gen).fit(); save()
-        bar.update(sum(len(p['index']) for p in done))
         for k in range(len(done), len(parts)):
             index,gen = parts[k],make_gen(seed, f'likelihood {k}', device=dev); q = posterior(index)
             got = bounds(index, q, gen).estimate() if isinstance(q, DiagGaussian) else nll_importance(m.prior, q, sentence_log_lik(task, split, index), task.s.importance_draws, cfg.rows, gen)

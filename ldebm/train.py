@@ -228,7 +228,7 @@ def fit(
         peers.first(write)
     clock = time.monotonic()
     def tick(): nonlocal clock; now = time.monotonic(); at.seconds += now-clock; clock = now
-    bar = progress(total=cfg.steps, desc='training', unit='step'); bar.update(at.step)
+    bar = progress(total=cfg.steps, desc='training', unit='step', initial=at.step)
     with graceful_stop() if W == 1 else PatientStop() as stop:
         while at.step < cfg.steps or at.batch: # a run killed between its last step and its last validation still owes the latter
             if at.batch == 0: state = peers.first(lambda: task.start_epoch(at.epoch, state, make_gen(seed, 'epoch', at.epoch)))

@@ -283,3 +283,21 @@ def test_no_placeholder(path):
     "No word that was to be replaced is left on a page"
     prose = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(text(c["source"]) for c in cells(path))
     assert not re.search(r"\b(DISCUSSION|TODO|TBD|FIXME|XXX|lorem ipsum)\b", prose)
+
+
+def test_a_run_that_is_refused_leaves_a_finished_notebook_alone(tmp_path):
+    "`make train` with a stand-in for papermill"
+    run = tmp_path/"a run"
+    (tmp_path/"stand-in").write_text('#!/bin/bash\necho "$PASS" > "$2"; [ "$PASS" != refused ]\n'); (tmp_path/"stand-in").chmod(0o755)
+    run.mkdir(); (run/"result.json").write_text(json.dumps(dict(metrics=dict(bleu=dict(value=12.345, interval=[11, 13.5]), kl=dict(value=1., interval=None)))))
+    def make(which):
+        return subprocess.run(["make", "train", "NO_VENV=1", f"PAPERMILL={tmp_path}/stand-in", f"RUN={run}"], cwd=ROOT, env={**ENV, "PASS": which}, capture_output=True, text=True)
+    names = lambda: sorted(p.name for p in run.glob("*.ipynb"))
+    res = make("first")
+    assert res.returncode == 0 and names() == ["train_ptb.ipynb"] and re.search(r"bleu +12\.3\S* +\(11 to 13\.5\)", res.stdout) and "kl" not in res.stdout, res.stdout+res.stderr
+    res = make("refused")
+    assert res.returncode != 0 and names() == ["train_ptb.ipynb", "train_ptb.stopped.ipynb"] and (run/"train_ptb.ipynb").read_text() == "first\n"
+    assert "train_ptb.stopped.ipynb shows where" in res.stderr and "goes on from there" not in res.stderr
+    (run/"checkpoint.safetensors").touch()
+    assert "the same command goes on from there" in make("refused").stderr
+    assert make("again").returncode == 0 and names() == ["train_ptb.ipynb"] and (run/"train_ptb.ipynb").read_text() == "again\n"
