@@ -345,8 +345,8 @@ class NLLCfg:
     top:int=2048 # Chains for the last level, which is one number
     fit:int=1024 # Draws that a proposal is fitted to, at least,
     rich:int=64 # or this many a latent dimension
-    dear:int=4 # Divides that where draws cost the decoder's gradient,
-    fit_chains:int=2 # with so many annealed chains of a sentence
+    dear:int=4 # Divides that where draws cost the decoder's gradient and importance sampling is hopeless anyway
+    fit_chains:int=2 # Annealed chains of a sentence, where a proposal is fitted to their ends
     rows:int=2048 # Rows at a time through decoder and energy
     as_sampled:bool=False # `published`: the density at the sampler's temperature instead of the paper's
     def __post_init__(self):
@@ -379,6 +379,7 @@ class SentenceBounds:
             self.P.top = float(self.top.upper)
             self.P.proposals = {k[1]: v for k,v in self.plans.items() if isinstance(k, tuple)}
         self.P.better = self.plans.get('better', {})
+        self.few = max(cfg.few, cfg.share*cfg.draws)
         self.ais = AISCfg(chains=cfg.chains, variance=cfg.variance, most=cfg.most, drift=cfg.ais.drift, pilot=max(cfg.chains*4, 128))
     @property
     def hard(self) -> list: return self.plans.get('hard', []) # Levels whose `log Z` no Gaussian estimates
@@ -431,11 +432,14 @@ def fit(self:SentenceBounds) -> None:
             found[t] = fit_proposal(below, (z-a*below)/sd, 1.); z = below
         keep_if_better(found)
     if not hard:
-        n = -(-max(cfg.fit, cfg.rich*P.d)//(cfg.dear*cfg.fit_chains)); some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n//B))[:n]
-        a,ends = self.annealed(some, 'proposal', cfg.fit_chains)
-        ends = ends[resample(a, cfg.fit_chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1); k = some.repeat(cfg.fit_chains)
-        z = P.latents(ends, k)[0][0]
-        keep_if_better({0: fit_proposal(q.mean[k], (z-q.mean[k])*(-.5*q.logvar[k]).exp(), 1.)})
+        def from_chains(rows, name):
+            n = -(-rows//cfg.fit_chains); some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n//B))[:n]
+            a,ends = self.annealed(some, name, cfg.fit_chains)
+            ends = ends[resample(a, cfg.fit_chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1); k = some.repeat(cfg.fit_chains)
+            z = P.latents(ends, k)[0][0]
+            keep_if_better({0: fit_proposal(q.mean[k], (z-q.mean[k])*(-.5*q.logvar[k]).exp(), 1.)})
+        rows = max(cfg.fit, cfg.rich*P.d); from_chains(-(-rows//cfg.dear), 'proposal')
+        if cfg.dear > 1 and math.exp(worth()) > self.few/4: from_chains(rows, 'finer proposal')
     plans['better'] = P.better
 
 # %% ../nbs/40_likelihood.ipynb #7ed04ab1
@@ -449,7 +453,7 @@ def estimate(self:SentenceBounds) -> dict: # As `nll_bounds`
     w = self.log_weights(e, i).view(cfg.draws, B)
     out['is_ess'] = effective(w); ess = trusted(w)
     e_sent = e.view(cfg.draws, B, -1)
-    low = (ess < max(cfg.few, cfg.share*cfg.draws)).nonzero()[:,0]
+    low = (ess < self.few).nonzero()[:,0]
     chosen = resample(w, cfg.paths, gen) # (paths, B)
     paths = e_sent[chosen, torch.arange(B, device=dev)]
     log_p,variance = log_mean_exp(w),log_variance(w)
