@@ -313,12 +313,27 @@ def test_where_importance_sampling_fails_annealing_takes_over():
     x = m.sample(16)
     q = m.posterior(x)
     q = DiagGaussian(q.mean, q.logvar-1) # far too narrow
-    o = L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, chains=16, variance=.2), gen(2))
-    assert o["annealed"].mean() > .5
+    o = L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, chains=16, variance=.2, few=1e4), gen(2)) # never enough
+    assert (o["annealed"] == 1).all()
     lo, _, hi = L.estimation_interval(o)
     assert lo-.1 < m.nll(x).mean() < hi+.1 and hi-lo < .6
     plain = L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, few=0., share=0., fit=2, rich=1), gen(2)) # no proposal to speak of
     assert (plain["annealed"] == 0).all() and (plain["nll"]-m.nll(x)).mean() > (o["nll"]-m.nll(x)).mean()+.2
+
+
+def test_a_second_fit_where_the_first_is_nearly_good_enough(monkeypatch):
+    "Few draws first; many only if importance sampling may then serve, and they make weights more even"
+    m = L.LinearGaussian(1, 20, scale=.2, strength=.1, seed=1); x = m.sample(24); q = m.posterior(x)
+    def run(**kw):
+        names, inner = [], L.SentenceBounds.annealed
+        with monkeypatch.context() as mp:
+            mp.setattr(L.SentenceBounds, "annealed", lambda self, s, name, chains: (names.append((name, len(s)*chains)), inner(self, s, name, chains))[1])
+            return names, L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, **kw), gen(2))
+    names, two = run()
+    assert names[:2] == [("proposal", 320), ("finer proposal", 1280)]
+    names, one = run(few=1e4)
+    assert [k for k, _ in names] == ["proposal", "posterior"]
+    assert two["is_ess"].mean() > 1.2*one["is_ess"].mean()
 
 
 def test_study_over_a_few_models():
