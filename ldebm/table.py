@@ -192,7 +192,7 @@ def plot_rates(
     from matplotlib.text import Text
     from matplotlib.ticker import MaxNLocator
     from matplotlib.transforms import Bbox
-    ax = ax or plt.subplots(figsize=(8, 5), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(8, 5), dpi=80, layout='constrained')[1]
     pts = [(r, *(r['metrics'][k]['value'] for k in ('kl','recon_nll',colour))) for r in records_of(records, corpus, preset, objective) if r['row'] in (ROWS if rows is None else rows)
            and all(k in r['metrics'] and r['metrics'][k]['value'] is not None for k in ('kl','recon_nll',colour))]
     if not pts: ax.set_title('pending'); return ax
@@ -201,10 +201,10 @@ def plot_rates(
         i = [k for k,p in enumerate(pts) if ROWS[p[0]['row']].family == f]
         if i: got = ax.scatter([x[k] for k in i], [y[k] for k in i], c=[c[k] for k in i], marker=m, s=34, cmap='viridis_r', norm=LogNorm(min(c), max(c)*1.001), label=f, edgecolor='k', linewidth=.3)
     room = lambda v: (min(v)-(.08*(max(v)-min(v)) or 1.), max(v)+(.16*(max(v)-min(v)) or 1.))
-    ax.set(xlim=room(x), ylim=room(y), xlabel='rate: KL, nats a sentence', ylabel='distortion: reconstruction loss, nats'); ax.set_title('Dotted: equal bound', fontsize=9)
+    ax.set(xlim=room(x), ylim=room(y), xlabel='rate: KL, nats a sentence', ylabel='distortion: reconstruction loss, nats'); ax.set_title('Grey lines: equal bound', fontsize=9)
     (lo,hi),(bottom,top) = ax.get_xlim(),ax.get_ylim()
     for total in MaxNLocator(5).tick_values(min(a+b for a,b in zip(x, y)), max(a+b for a,b in zip(x, y))):
-        ax.plot([lo, hi], [total-lo, total-hi], color='k', lw=.4, ls=':')
+        ax.plot([lo, hi], [total-lo, total-hi], color='.7', lw=.5, antialiased=False)
         if bottom < total-lo < top: ax.annotate(f'{total:g}', (lo, total-lo), fontsize=6, alpha=.7)
         elif lo < total-top < hi: ax.annotate(f'{total:g}', (total-top, top), fontsize=6, alpha=.7, va='top')
     bar = ax.figure.colorbar(got, ax=ax, label=colour); bar.ax.yaxis.set_major_formatter('{x:g}'); bar.ax.yaxis.set_minor_formatter('{x:g}'); bar.ax.tick_params(which='both', labelsize=6)
