@@ -388,7 +388,7 @@ def sweep(
     if todo:
         pool = Remote(todo, scheduler, say) if scheduler else Local(todo, workers, threads, memory_gb, gpus, say)
         with graceful_stop() as stop, pool:
-            bar = progress(total=len(jobs), desc='sweep', unit='run') if show else NoBar(); bar.update(len(results))
+            bar = progress(total=len(jobs), desc='sweep', unit='run', initial=len(results)) if show else NoBar()
             try: run_all(pool, todo, results, threads, stop, bar, say)
             finally: bar.close()
     out = Outcomes(results.get(j.name) or outcome(j, 'left') for j in jobs)

@@ -51,15 +51,14 @@ def _kept_plans(plans:dict) -> list:
     out = []
     for k,v in plans.items():
         if isinstance(v, dict): v,kind = [[t, *o] for t,o in v.items()],'proposals'
-        elif isinstance(v, list): kind = 'list'
         else: v,kind = list(v),type(v).__name__
         out.append([list(k) if isinstance(k, tuple) else k, kind, v])
     return out
 
 def _plans_from(kept:list) -> dict:
     "What `_kept_plans` was given"
-    kinds = dict(Plan=Plan, Proposal=Proposal, LogZ=LogZ)
-    return {tuple(k) if isinstance(k, list) else k: {t: Proposal(*o) for t,*o in v} if kind == 'proposals' else list(v) if kind == 'list' else kinds[kind](*v) for k,kind,v in kept}
+    kinds = dict(Plan=Plan, Proposal=Proposal, LogZ=LogZ, list=lambda *v: list(v), proposals=lambda *v: {t: Proposal(*o) for t,*o in v})
+    return {tuple(k) if isinstance(k, list) else k: kinds[kind](*v) for k,kind,v in kept}
 
 def text_nll(
     task:TextTask, # With the selected weights loaded

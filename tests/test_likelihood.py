@@ -317,7 +317,9 @@ def test_where_importance_sampling_fails_annealing_takes_over():
     assert (o["annealed"] == 1).all()
     lo, _, hi = L.estimation_interval(o)
     assert lo-.1 < m.nll(x).mean() < hi+.1 and hi-lo < .6
-    plain = L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, few=0., share=0., fit=2, rich=1), gen(2)) # no proposal to speak of
+    itself = L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, chains=16, variance=.2, fit=2, rich=1), gen(2)) # no proposal to speak of
+    assert itself["annealed"].mean() > .5
+    plain = L.nll_bounds(m.prior, q, m.log_lik(x), L.NLLCfg(draws=64, few=0., share=0., fit=2, rich=1), gen(2))
     assert (plain["annealed"] == 0).all() and (plain["nll"]-m.nll(x)).mean() > (o["nll"]-m.nll(x)).mean()+.2
 
 
