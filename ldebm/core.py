@@ -208,12 +208,14 @@ def choose(kind:str, name:str, known) -> None:
 def parse_settings(
     cls, # A dataclass of scalar settings
     text:str, # As `"T=4 w_kl=0.5 packed=False"`; values with spaces in quotes
+    job=None, # Dataclass of a notebook's parameters, whose names are no settings
 ) -> dict: # Field of `cls` -> value
     "Read a settings text; `ValueError` naming the field, the value and what it should be"
     kinds,out = {f.name: type(f.default) for f in dataclasses.fields(cls)},{}
     for part in shlex.split(text):
         k,eq,v = part.partition('=')
         if not eq: raise ValueError(f'settings {part!r}: write name=value, several separated by spaces')
+        if job and k not in kinds and k in {f.name for f in dataclasses.fields(job)}: raise ValueError(f'{k!r} is a parameter of its own, not one of `settings`: set it beside them, in batch with `-p {k} {shlex.quote(v)}`')
         choose('setting', k, kinds)
         t = kinds[k]
         try:

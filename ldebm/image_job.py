@@ -171,7 +171,7 @@ def resolve(
     if not job.rows.split(): raise ValueError(f'rows is empty; known: {", ".join(ROWS)}')
     if 'ldebm-joint' in job.rows.split() and 'ldebm' not in job.rows.split(): raise ValueError('row ldebm-joint starts from ldebm: name both')
     own = {k: v for k,v in (('steps',job.steps), ('gen_steps',job.generator_steps), ('n_samples',job.n_samples)) if v}
-    s = check_params(ImageSettings, {**preset_of(job.dataset, job.preset), **OBJECTIVES[job.objective], **own, **parse_settings(ImageSettings, job.settings)})
+    s = check_params(ImageSettings, {**preset_of(job.dataset, job.preset), **OBJECTIVES[job.objective], **own, **parse_settings(ImageSettings, job.settings, ImageJob)})
     if os.environ.get('IN_TEST'):
         s = replace(s, gen_steps=min(s.gen_steps, 12), steps=min(s.steps, 6), clf_steps=min(s.clf_steps, 12), langevin_steps=min(s.langevin_steps, 3), n_samples=min(s.n_samples, 100), checks=2, long=2, gen_batch=32, batch=32, limit=min(s.limit or 200, 200))
     choose('schedule', s.schedule, SCHEDULES)

@@ -194,12 +194,16 @@ class Corpus:
     label_names:dict[str,tuple[str,...]] = field(default_factory=dict) # Attribute -> names of its values
 
     def __getitem__(self, split:str) -> Split: return self.splits[split]
+    def in_train(self, split:str) -> Tensor: # Does the sentence occur in training, word for word, as it is read? Shape `(n,)`, bool
+        "Held-out sentences that a model may know by heart"
+        known = {x.numpy().tobytes() for x in self['train'].ids}
+        return torch.tensor([x.numpy().tobytes() in known for x in self[split].ids])
     def _repr_markdown_(self):
-        rows = [f'| {k} | {len(s):,} | {(s.lengths-1).double().mean():.3f} | {s.flat.eq(self.vocab.unk).double().mean():.2%} |'
-                for k,s in self.splits.items()]
+        rows = [f'| {k} | {len(s):,} | {(s.lengths-1).double().mean():.3f} | {s.flat.eq(self.vocab.unk).double().mean():.2%} | '
+                + ('' if k == 'train' else f'{self.in_train(k).double().mean():.2%}') + ' |' for k,s in self.splits.items()]
         labels = f', labels {", ".join(self.label_names)}' if self.label_names else ''
         return '\n'.join([f'**{self.name}**: {len(self.vocab):,} vocabulary entries{labels}', '',
-                          '| split | sentences | predicted tokens a sentence | unknown |', '|---|---|---|---|', *rows])
+                          '| split | sentences | predicted tokens a sentence | unknown words | sentences in train too |', '|---|---|---|---|---|', *rows])
 
 # %% ../nbs/02_text.ipynb #dc7fbb40
 def load_grammar_corpus(max_len:int=40, vocab_size:int=10_000) -> Corpus:

@@ -163,7 +163,7 @@ def resolve(
     if variant is None: raise ValueError(f"row {job.row!r} has no published variant: leave objective at 'consistent'")
     own = {k: v for k,v in (('steps',job.steps), ('n_samples',job.n_samples)) if v}
     base = {**PRESETS[job.preset], **OBJECTIVES[job.objective], **row.settings, **variant}
-    s = check_params(TextSettings, {**base, **own, **parse_settings(TextSettings, job.settings)})
+    s = check_params(TextSettings, {**base, **own, **parse_settings(TextSettings, job.settings, TextJob)})
     choose('prior', s.prior, ('ebm','none',*PRIORS))
     if (s.prior == 'none') != (s.d == 0): raise ValueError("a model without latent has d=0 and prior='none', and no other has")
     if released(s) != (s.prior == 'ebm' and base.get('schedule') == 'published'): raise ValueError(f"schedule 'published' noises level 0 and belongs to objective 'published' alone, which has no other; got {s.schedule!r} with objective {job.objective!r}")
