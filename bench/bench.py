@@ -31,14 +31,14 @@ sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 import torch  # noqa: E402
 from ldebm import core, kernels, langevin, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
-from ldebm.core import atomic_write, keep_memory, progress, provenance, results_root  # noqa: E402
+from ldebm.core import atomic_write, check_params, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
-from ldebm.text_job import TextJob, TextTask, build_model, fit_energies, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
-from ldebm.text_metrics import grammar_scores  # noqa: E402
+from ldebm.text_job import TextJob, TextSettings, TextTask, build_model, fit_energies, load_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
+from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
 from ldebm.train import fit, make_optimizer  # noqa: E402
 from plain import PlainEnergy, plain_paths  # noqa: E402
@@ -508,30 +508,48 @@ def bench_memory(opt):
     return out
 
 
+def trained(opt, folder):
+    "The task whose prior is sampled: that of the finished run `--run`, or a model trained here on the embedded corpus"
+    if opt.run:
+        model, _ = load_model(opt.run)
+        c = json.loads((Path(opt.run)/"config.json").read_text())
+        s = check_params(TextSettings, c["settings"])
+        task = TextTask(load_corpus(c["corpus"], max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
+        task.model.load_state_dict(model.state_dict())
+        return task
+    run, task, device = open_job(TextJob(out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})))
+    fit(task, run, train_cfg(task.s), 0, device)
+    fit_energies(task, run, 0, device)
+    return task
+
+
 def bench_quality(opt):
-    "One model trained on the embedded corpus, its prior sampled with more and fewer updates a level: what less arithmetic costs in samples"
+    """The prior of a trained model, sampled with more and fewer updates a level: what less arithmetic costs in samples.
+    `hole`: samples against encodings; `long`: samples against those with most updates; `wkl` and `grammatical`: the sentences they become"""
     n, out, count = max(opt.threads), [], 100 if opt.tiny else 2000
     with tempfile.TemporaryDirectory() as folder, threads(n):
-        s = dict(settings=TINY, steps=4) if opt.tiny else {}
-        run, task, device = open_job(TextJob(out=folder, device="cpu", threads=n, **s))
-        fit(task, run, train_cfg(task.s), 0, device)
-        fit_energies(task, run, 0, device)
-        m, grammar = task.model.eval(), load_grammar()
+        task = trained(opt, folder); e, grammar = task.s, load_grammar() if task.corpus.name == "grammar" else None
+        m, words_of = task.model.eval(), word_counts(task.corpus["train"].sentences())
         q = task.encode("train"); g = gen(1)
         pick = torch.randperm(len(q), generator=g)[:count]
         z = q[pick].rsample(g)
-        for updates in (0, 2) if opt.tiny else (0, 1, 2, 5, 10, 15, 30, 60):
+        def decode(u, half=False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half): return [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=e.max_len), task.corpus.vocab.eos)]
+        steps = sorted({0, e.langevin_steps} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, e.langevin_steps, 4*e.langevin_steps})
+        far = m.prior.sample(count, gen=gen(7), n_steps=steps[-1])
+        for updates in steps:
             us = []
             secs = [once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates))) for _ in range(opt.rounds(3))]
-            u, e = us[-1], task.s
-            def decode(u, half=False):
-                with torch.autocast("cpu", torch.bfloat16, enabled=half): return [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=task.s.max_len), task.corpus.vocab.eos)]
+            u = us[-1]
             words, own = decode(u), updates == e.langevin_steps and "bf16" in opt.precisions
-            half = decode(u, True) if own else None
+            more = dict(grammatical=grammar_scores(words, grammar.log_prob)["grammatical"]) if grammar else {}
+            if own:
+                half = decode(u, True)
+                more["same_half"] = sum(a == b for a, b in zip(words, half))/count
+                if grammar: more["grammatical_half"] = grammar_scores(half, grammar.log_prob)["grammatical"]
             flop = e.T*evaluations(replace(e, langevin_steps=updates))*flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
-            out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T), seconds=spread(secs), flop=flop, settings=e.langevin_steps,
-                            hole=two_sample_auroc(u, z, gen=gen(3)), grammatical=grammar_scores(words, grammar.log_prob)["grammatical"],
-                            **(dict(grammatical_half=grammar_scores(half, grammar.log_prob)["grammatical"], same_half=sum(a == b for a, b in zip(words, half))/count) if own else {})))
+            out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T, most=steps[-1]), seconds=spread(secs), flop=flop, settings=e.langevin_steps, corpus=task.corpus.name, hidden=e.hidden,
+                            hole=two_sample_auroc(u, z, gen=gen(3)), long=two_sample_auroc(u, far, gen=gen(4)), wkl=wkl(words, words_of, gen=gen(6)), **more))
     return out
 
 
@@ -628,6 +646,7 @@ def parse(argv):
     p.add_argument("--skip-long", action="store_true", help="leave out the long generation")
     p.add_argument("--compile", action="store_true", help="also time torch.compile of the closed form, which needs a C++ compiler")
     p.add_argument("--tiny", action="store_true", help="sizes that only show that every part runs; needs --out")
+    p.add_argument("--run", default=None, metavar="FOLDER", help="finished text run, with energies in its prior, whose samples the part quality studies (default: it trains one on the embedded corpus)")
     p.add_argument("--memory-child", nargs=6, help=argparse.SUPPRESS)
     opt = p.parse_args(argv)
     cpus = os.cpu_count() or 1
@@ -635,6 +654,7 @@ def parse(argv):
     if opt.threads[0] < 1 or opt.threads[-1] > cpus: p.error(f"--threads must lie in 1..{cpus}, the processors of this machine; got {opt.threads}")
     if opt.repeats <= 0: p.error(f"--repeats must be positive, got {opt.repeats}")
     if opt.tiny and opt.out is None: p.error("--tiny measures nothing worth keeping: name another folder with --out")
+    if opt.run and not (Path(opt.run)/"config.json").exists(): p.error(f"--run {opt.run} is not the folder of a finished text run: it has no config.json")
     opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (.03, (1024, 1024, 1024), 2048)
     opt.device, opt.precisions = "cpu", [q for q in DTYPES if q == "fp32" or opt.tiny or kernels.has_bf16()]
     opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n*opt.repeats))
@@ -666,7 +686,8 @@ def main(argv=None):
             prov = provenance(start)
             prov.update(machine=machine_name(name), cpu=core._cpu_name(), torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
             rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
-            atomic_write(folder/f"bench-{name}-{prov['machine']}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
+            of = f"-{entries[0]['corpus']}" if name == "quality" and opt.run else ""
+            atomic_write(folder/f"bench-{name}-{prov['machine']}{of}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
             print(f"{name}: {len(entries)} entries, {time.perf_counter()-clock:.0f} s", flush=True)
         except Exception:
             traceback.print_exc(); failed.append(name)

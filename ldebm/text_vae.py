@@ -8,6 +8,7 @@ __all__ = ['TextCfg', 'dropout', 'drop_words', 'draw_parameters', 'Packing', 'pa
            'strip', 'interpolate']
 
 # %% ../nbs/20_text_vae.ipynb #5811bb30
+import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
@@ -309,15 +310,19 @@ def sample_sentences(
     max_len:int=40, # Words at most
     temperature:float=0., # 0 is greedy: all variety from `z`; a model without latent needs > 0
     top_p:float=1., # Nucleus
+    n_steps:int|None=None, # Updates a level, for a prior that is sampled by chains; the settings' if `None`
     chunk:int=2048, # Sentences decoded at a time
     progress=None, # Wraps the iterator over chunks
 ) -> list: # `n` lists of word ids, without the end mark
-    "Sentences from the prior; `ValueError` for greedy decoding without a latent, which would give one sentence"
+    "Sentences from the prior; `ValueError` for greedy decoding without a latent, which would give one sentence, and for `n_steps` where nothing is sampled by chains"
+    if n_steps is not None and (model.prior is None or 'n_steps' not in inspect.signature(model.prior.sample).parameters):
+        raise ValueError(f'n_steps is the number of updates of a chain; {"a model without prior" if model.prior is None else type(model.prior).__name__} has none: leave n_steps out')
+    chains = {} if n_steps is None else dict(n_steps=n_steps)
     if model.prior is None and temperature == 0: raise ValueError('a model without latent always decodes the same sentence greedily: give temperature > 0')
     out,starts = [],range(0, n, chunk)
     for i in (progress(starts) if progress else starts):
         b = min(chunk, n-i)
-        z = None if model.prior is None else model.prior.sample(b, y=y, gen=gen)
+        z = None if model.prior is None else model.prior.sample(b, y=y, gen=gen, **chains)
         out += strip(model.decoder.generate(z, n=b, max_len=max_len, temperature=temperature, top_p=top_p, gen=gen), model.decoder.eos)
     return out
 
