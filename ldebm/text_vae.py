@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
-from .kernels import as_autocast, full, gru, gru_cell, gru_weights, linear_cross_entropy, product
+from .kernels import as_autocast, full, gru, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
 from .prior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
@@ -182,12 +182,13 @@ class Decoder(nn.Module):
         words,each,h,wi,wh,bi,bh,b = as_autocast(table.device.type, table, self.part(z, 'step'), self.first(z, B), *gru_weights(self.rnn), b)
         W,E = words if W is table else as_autocast(table.device.type, W)[0],words.shape[1]
         same = bi.expand(B, -1).contiguous() if each is None else product(each, wi[:,E:], bi) # what of the gates stays the same along a sentence
-        out = torch.zeros(B, max_len, dtype=torch.long, device=W.device)
-        live = torch.arange(B, device=W.device)
-        word,pick = torch.full((B,), self.bos, device=W.device),lambda f: f.argmax(-1) if temperature == 0 else pick_word(full(f)/temperature, top_p, gen)
+        dev = W.device; W,wh,wi = (laid_out(w, min(B, 256)) for w in (W, wh, wi[:,:E]))
+        out = torch.zeros(B, max_len, dtype=torch.long, device=dev)
+        live = torch.arange(B, device=dev)
+        word,pick = torch.full((B,), self.bos, device=dev),lambda f: f.argmax(-1) if temperature == 0 else pick_word(full(f)/temperature, top_p, gen)
         for i in range(max_len):
-            h = gru_cell(product(nnf.embedding(word, words), wi[:,:E], add=same), product(h, wh, bh), h)
-            word = torch.cat([pick(product(c, W, b)) for c in h.split(256 if W.device.type == 'cpu' else 8192)])
+            h = gru_cell(product(nnf.embedding(word, words), wi, add=same), product(h, wh, bh), h)
+            word = torch.cat([pick(product(c, W, b)) for c in h.split(256 if dev.type == 'cpu' else 8192)])
             out[live,i] = word
             if i%4 == 3 or i == max_len-1: # dropping finished rows costs a copy, and on a GPU a wait: not at every step
                 keep = (out[live,:i+1] != self.eos).all(1)
