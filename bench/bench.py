@@ -514,6 +514,7 @@ def trained(opt, folder):
         model, _ = load_model(opt.run)
         c = json.loads((Path(opt.run)/"config.json").read_text())
         s = check_params(TextSettings, c["settings"])
+        if s.prior != "ebm": raise ValueError(f"--run {opt.run}: its prior is {s.prior!r}, without chains whose updates could be fewer")
         task = TextTask(load_corpus(c["corpus"], max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
         task.model.load_state_dict(model.state_dict())
         return task

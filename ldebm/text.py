@@ -197,7 +197,7 @@ class Corpus:
     def in_train(self, split:str) -> Tensor: # Does the sentence occur in training, word for word, as it is read? Shape `(n,)`, bool
         "Held-out sentences that a model may know by heart"
         known = {x.numpy().tobytes() for x in self['train'].ids}
-        return torch.tensor([x.numpy().tobytes() in known for x in self[split].ids])
+        return torch.tensor([x.numpy().tobytes() in known for x in self[split].ids], dtype=torch.bool)
     def _repr_markdown_(self):
         rows = [f'| {k} | {len(s):,} | {(s.lengths-1).double().mean():.3f} | {s.flat.eq(self.vocab.unk).double().mean():.2%} | '
                 + ('' if k == 'train' else f'{self.in_train(k).double().mean():.2%}') + ' |' for k,s in self.splits.items()]
