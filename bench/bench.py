@@ -511,12 +511,12 @@ def bench_memory(opt):
 def trained(opt, folder):
     "The task whose prior is sampled: that of the finished run `--run`, or a model trained here on the embedded corpus"
     if opt.run:
-        model, _ = load_model(opt.run)
         c = json.loads((Path(opt.run)/"config.json").read_text())
         s = check_params(TextSettings, c["settings"])
         if s.prior != "ebm": raise ValueError(f"--run {opt.run}: its prior is {s.prior!r}, without chains whose updates could be fewer")
         task = TextTask(load_corpus(c["corpus"], max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
-        task.model.load_state_dict(model.state_dict())
+        task.model, vocab = load_model(opt.run)
+        if task.corpus.vocab.itos != vocab.itos: raise ValueError(f"--run {opt.run}: the corpus {c['corpus']!r} found here has other words than the one it was trained on")
         return task
     run, task, device = open_job(TextJob(out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})))
     fit(task, run, train_cfg(task.s), 0, device)
@@ -549,7 +549,7 @@ def bench_quality(opt):
                 more["same_half"] = sum(a == b for a, b in zip(words, half))/count
                 if grammar: more["grammatical_half"] = grammar_scores(half, grammar.log_prob)["grammatical"]
             flop = e.T*evaluations(replace(e, langevin_steps=updates))*flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
-            out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T, most=steps[-1]), seconds=spread(secs), flop=flop, settings=e.langevin_steps, corpus=task.corpus.name, hidden=e.hidden,
+            out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T, most=steps[-1]), seconds=spread(secs), flop=flop, settings=e.langevin_steps, corpus=task.corpus.name,
                             hole=two_sample_auroc(u, z, gen=gen(3)), long=two_sample_auroc(u, far, gen=gen(4)), wkl=wkl(words, words_of, gen=gen(6)), **more))
     return out
 
