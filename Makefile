@@ -113,19 +113,14 @@ images: $(STAMP) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_
 	$(call execute,train_images,$(IMAGE_RUN),-r dataset "$(DATASET)" -r preset $(PRESET) -p seed $(SEED) -r out "$(IMAGE_RUN)" $(ARGS))
 	@echo; echo "Done. Everything is in $(IMAGE_RUN):"; ls "$(IMAGE_RUN)"
 
-# Test files that run beside the others where there are two cores; a shell ignores Ctrl-C for what it starts in the background, and some of these send it
-ALONGSIDE := tests/test_bench.py tests/test_sweep.py tests/test_table.py tests/test_zoo.py
-export BESIDE := import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, "-m", "pytest", "-q", *sys.argv[1:]])
+# Processes that share the tests, each of which takes about a gigabyte
+WORKERS := $(shell [ $(THREADS) -lt 8 ] && echo $(THREADS) || echo 8)
 
 test: $(STAMP) ## Run every notebook, then the tests
 	@echo "Notebooks:"
 	@OMP_NUM_THREADS=1 nbdev_test --n_workers $(THREADS) $(if $(LDEBM_DATA),--flags data) $(NBDEV_ARGS)
 	@echo "Tests:"
-	@if [ -n "$(PYTEST_ARGS)" ] || [ "$(THREADS)" -lt 2 ]; then exec python -m pytest -q $(PYTEST_ARGS); fi; \
-	export OMP_NUM_THREADS=1; log=$$(mktemp); rc=0; \
-	python -c "$$BESIDE" $(ALONGSIDE) > $$log 2>&1 & \
-	python -m pytest -q $(addprefix --ignore=,$(ALONGSIDE)) || rc=$$?; \
-	wait $$! || rc=$$?; echo "Tests that ran beside them:"; cat $$log; rm -f $$log; exit $$rc
+	@OMP_NUM_THREADS=1 python -m pytest -q $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
 
 table: $(STAMP) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
 	@python -m ldebm.table --corpus "$(CORPUS)" --preset $(PRESET) --objective $(OBJECTIVE) --seeds $(SEEDS) --settings "$(SETTINGS)" $(TABLE_ARGS)

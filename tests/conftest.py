@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SKIPPED_FOR_DATA = []
+NO_DATA = "LDEBM_DATA is not set: no real data"
 
 
 def pytest_configure(config):
@@ -16,12 +16,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def ldebm_data(request):
+def ldebm_data():
     "Folder of real data named by `LDEBM_DATA`; the test is skipped (and counted) when it is not set"
     root = os.environ.get("LDEBM_DATA")
     if not root:
-        SKIPPED_FOR_DATA.append(request.node.nodeid)
-        pytest.skip("LDEBM_DATA is not set: no real data")
+        pytest.skip(NO_DATA)
     assert Path(root).is_dir(), f"LDEBM_DATA names {root}, which is not a folder"
     return Path(root)
 
@@ -57,6 +56,6 @@ def in_test(monkeypatch, one_thread):
 
 
 def pytest_terminal_summary(terminalreporter):
-    n = len(SKIPPED_FOR_DATA)
+    n = sum(NO_DATA in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     hint = " (set LDEBM_DATA to a folder with ptb/ and dailydialog/ to run them)" if n else ""
     terminalreporter.write_line(f"{n} tests skipped for want of data{hint}")

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -174,21 +173,23 @@ def test_job_defines_nothing(nb):
 
 # -- the package ------------------------------------------------------------------------------------------------------
 
+def import_alone(*modules):
+    cmd = [sys.executable, str(ROOT/"tests"/"import_alone.py"), *modules]
+    return subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
 def test_modules_import_alone():
-    "In a process of its own, with the optional packages hidden"
-    def run(m):
-        cmd = [sys.executable, str(ROOT/"tests"/"import_alone.py"), f"ldebm.{m}"]
-        return subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as ex: res = dict(zip(MODULES, ex.map(run, MODULES)))
-    failed = {m: r.stderr[-500:] for m, r in res.items() if r.returncode}
-    assert MODULES and not failed, failed
+    "Each in a process of its own, with the optional packages hidden"
+    res = import_alone(*(f"ldebm.{m}" for m in MODULES))
+    assert MODULES and res.returncode == 0, res.stderr[-2000:]
+    assert res.stdout.split() == [w for m in MODULES for w in ("ok", f"ldebm.{m}")]
 
 
 def test_hidden_packages_are_hidden():
-    "The test above can fail: a module that needs matplotlib does"
-    cmd = [sys.executable, str(ROOT/"tests"/"import_alone.py"), "matplotlib.pyplot"]
-    res = subprocess.run(cmd, capture_output=True, text=True)
-    assert res.returncode != 0 and "hidden" in res.stderr
+    "The test above can fail: a module that needs matplotlib does, and the others are still tried"
+    res = import_alone("matplotlib.pyplot", "ldebm.core", "ldebm.nowhere")
+    assert res.returncode == 2 and res.stdout == "ok ldebm.core\n"
+    assert "matplotlib.pyplot:" in res.stderr and "hidden" in res.stderr and "No module named 'ldebm.nowhere'" in res.stderr
 
 
 def test_modules_have_notebooks():
