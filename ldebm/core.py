@@ -279,12 +279,13 @@ def atomic_write(
 @contextlib.contextmanager
 def exclusive(
     path, # Lock file; its folder must exist
+    wait:bool=True, # For whoever has it; otherwise `BlockingIOError`
 ):
-    "Hold a lock file, waiting for whoever has it; without POSIX locks (Windows) nobody waits, and the same work may be done twice"
+    "Hold a lock file; without POSIX locks (Windows) everybody does, and the same work may be done twice"
     try: import fcntl
     except ImportError: yield; return
     with open(path, 'a') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX|fcntl.LOCK_NB)
         yield
 
 # %% ../nbs/00_core.ipynb #89f9f84c

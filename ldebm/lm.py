@@ -386,6 +386,7 @@ def train_lm(
     folder=None, # Where checkpoints and finished models are kept; nowhere if `None`
     device='cpu', # Where to train
     on_pass=None, # Called as `on_pass(line)` with each pass's line of the history
+    wait:bool=True, # For another process that trains this very model in `folder`; otherwise `BlockingIOError`
 ) -> LM: # The pass with the lowest validation loss, in evaluation mode; its `history` has one line a pass
     "Train a language model, or fetch it if `folder` has this very one; continues a run that was killed"
     cfg = lm_cfg(cfg)[0]
@@ -397,7 +398,7 @@ def train_lm(
     text,held = side_by_side(text, cfg.batch).to(device),side_by_side(held, max(1, min(10, len(held)//50))).to(device)
     path = None if folder is None else Path(folder)/f'lm-{lm_key(words, train, valid, cfg, seed, device)}.safetensors'
     if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(path.with_suffix('.lock')) if path is not None else nullcontext(): # of several processes that want this model, one trains it
+    with exclusive(path.with_suffix('.lock'), wait) if path is not None else nullcontext(): # of several processes that want this model, one trains it
         lm,best,averaging = LM(words, cut_points(freq, cfg.parts), cfg, make_gen(seed, 'weights')).to(device),None,False
         if path is not None and path.exists():
             kept,state = _read_lm(path, device)
@@ -482,7 +483,12 @@ def protocol_lms(
 ) -> tuple[list[LM],str]: # Models; what they are, for the estimator
     "The language models of a text"
     a,b = protocol(len(sentences))
-    lms = [train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device) for s in seeds]
+    def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
+    lms = {}
+    for s in seeds:
+        try: lms[s] = fetch(s, False)
+        except BlockingIOError: pass # another process is at it: first those that nobody is at
+    lms = [lms[s] if s in lms else fetch(s, True) for s in seeds]
     took = sum(o['seconds'] for lm in lms for o in lm.history)/60/len(lms)
     return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass, trained for {took:.1f} minutes'
 

@@ -439,3 +439,35 @@ def test_one_of_two_processes_trains_a_model_that_both_want(tmp_path):
     for p in both: p.join(60)
     assert [p.exitcode for p in both] == [0, 0]
     assert (tmp_path/"passes").read_text() == "x"*TINY.epochs and len(list(tmp_path.glob("lm-*.safetensors"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX locks")
+def test_two_processes_share_the_models_that_both_want(tmp_path):
+    "While one trains a seed, the other trains the next, and both end with both"
+    text = [[random.Random(i).choice("abcd") for _ in range(6)] for i in range(120)]
+    real = L.train_lm
+    def work(name, meet):
+        torch.set_num_threads(1)
+        def seen(seed, first):
+            def on_pass(line):
+                open(tmp_path/f"{name}-{seed}", "a").write("x")
+                if first: meet.wait(30) # neither goes on before both have a model to train
+            return on_pass
+        began = []
+        def train(train, valid, cfg, seed, **kw):
+            lm = real(train, valid, cfg, seed, on_pass=seen(seed, not began), **kw)
+            began.append(seed)
+            return lm
+        L.train_lm = train
+        lms, _ = L.protocol_lms(text, text, dataclasses.replace(TINY, parts=()), (0, 1), tmp_path/"lm")
+        torch.save([lm.state_dict() for lm in lms], tmp_path/f"{name}.pt")
+    context = multiprocessing.get_context("fork")
+    meet = context.Barrier(2)
+    both = [context.Process(target=work, args=(name, meet)) for name in "ab"]
+    for p in both: p.start()
+    for p in both: p.join(60)
+    assert [p.exitcode for p in both] == [0, 0]
+    trained = sorted(p.name for p in tmp_path.glob("[ab]-*"))
+    assert trained in (["a-0", "b-1"], ["a-1", "b-0"]) and all((tmp_path/n).read_text() == "x"*TINY.epochs for n in trained)
+    a, b = (torch.load(tmp_path/f"{n}.pt") for n in "ab")
+    assert all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x) and len(a) == 2 and not all(torch.equal(a[0][k], a[1][k]) for k in a[0])
