@@ -453,10 +453,10 @@ def test_two_processes_share_the_models_that_both_want(tmp_path):
                 open(tmp_path/f"{name}-{seed}", "a").write("x")
                 if first: meet.wait(30) # neither goes on before both have a model to train
             return on_pass
-        began = []
+        done = []
         def train(train, valid, cfg, seed, **kw):
-            lm = real(train, valid, cfg, seed, on_pass=seen(seed, not began), **kw)
-            began.append(seed)
+            lm = real(train, valid, cfg, seed, on_pass=seen(seed, not done), **kw)
+            done.append(seed)
             return lm
         L.train_lm = train
         lms, _ = L.protocol_lms(text, text, dataclasses.replace(TINY, parts=()), (0, 1), tmp_path/"lm")
