@@ -623,7 +623,7 @@ def on_device(opt, n):
                 with counted_words() as w, torch.autocast(dev.type, torch.bfloat16, enabled=precision == "bf16"): sample_sentences(model, count, gen=g(5), max_len=s.max_len)
                 found.append(sum(w))
             return held(path, go)
-        for count, rounds in ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1)):
+        for count, rounds in ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1))[:2-opt.skip_long]:
             fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions}, (min(count, 256), s.hidden, V)
             for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
                 words = found[list(fs).index((k, q))]

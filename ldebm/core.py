@@ -492,14 +492,18 @@ class Average(torch.nn.Module):
 
 # %% ../nbs/00_core.ipynb #ea543ac9
 def _commit() -> str:
-    "Git commit that this package's code comes from"
+    "Git commit that this package's code comes from; where it is no checkout, as in a container, what `LDEBM_COMMIT` says"
+    return _git_commit() or os.environ.get('LDEBM_COMMIT') or 'unknown'
+
+def _git_commit() -> str:
+    "The same, empty where there is no checkout"
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path('.').resolve()
     def git(*args): return subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, timeout=20)
     try:
-        if '__file__' in globals() and git('ls-files', '--error-unmatch', Path(__file__).name).returncode: return 'unknown'
+        if '__file__' in globals() and git('ls-files', '--error-unmatch', Path(__file__).name).returncode: return ''
         head,status = git('rev-parse', 'HEAD'),git('status', '--porcelain', '--untracked-files=no', '--', '.')
-    except (OSError, subprocess.TimeoutExpired): return 'unknown'
-    if head.returncode or not head.stdout.strip(): return 'unknown'
+    except (OSError, subprocess.TimeoutExpired): return ''
+    if head.returncode or not head.stdout.strip(): return ''
     return head.stdout.strip() + ('-dirty' if status.stdout.strip() else '')
 
 # %% ../nbs/00_core.ipynb #6061ec61

@@ -27,7 +27,7 @@ class Posterior:
         return type(self)(**{k: v.map(f) if isinstance(v, Posterior) else f(v) if isinstance(v, Tensor) else v for k,v in vars(self).items()})
     def __getitem__(self, i): return self.map(lambda x: x[i])
     def __len__(self) -> int: return next(len(v) for v in vars(self).values() if isinstance(v, (Tensor, Posterior)))
-    def to(self, device): return self.map(lambda x: x.to(device))
+    def to(self, device): return self.map(lambda x: x.to(device, non_blocking=torch.device(device).type == 'cuda'))
     @staticmethod
     def cat(parts:list): # One posterior of all their sentences
         same = lambda k: [getattr(p, k) for p in parts]

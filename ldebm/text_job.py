@@ -131,7 +131,7 @@ PRESETS = dict(
     quick=dict(embed=128, hidden=128, d=32, codes=16, dropout=.1, T=4, n_symbols=10, floor=.3, energy_hidden=64, n_blocks=3, langevin_steps=15, batch=64, steps=1250,
                lr=4e-3, lr_ebm=3e-3, clip=5., warmdown=.5, n_samples=2000, max_len=24, energy_steps=1500, lm='quick', nll_draws=64),
     small=dict(embed=256, hidden=256, floor=.6, energy_hidden=100, n_blocks=4, batch=64, steps=2600, lr=2e-3, lr_ebm=1e-3, clip=5., warmdown=.5, energy_steps=2000, n_samples=40_000),
-    paper=dict(floor=.6, steps=60*328, lm='paper', nll_sentences=0))
+    paper=dict(floor=.6, steps=60*328, lm='paper'))
 OBJECTIVES = dict(
     consistent=dict(w_ebm=.3, enc_share=0., w_bow=.5, w_cls=3., cls_start=.4, w_sym=1., cluster_dims=4),
     published=dict(schedule='published', reference='flat', packed=False, bucket=False, free_head=False, energy_init=.1, langevin_steps=50, floor=1., mala=False,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from .core import Run, atomic_write, graceful_stop, make_gen, progress
+from .langevin import Pending
 from accelerate import Accelerator, DistributedDataParallelKwargs, notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import send_to_device
@@ -134,6 +135,7 @@ class Peers:
     ):
         self.rank,self.n = acc.process_index,acc.num_processes
         self.main = self.rank == 0 # Writes files; the others only train
+        self.chains = Pending() # What a step's chains on a GPU still have to say: looked at a step later
         self.group = dist.new_group(backend='gloo', timeout=timedelta(days=7)) if self.n > 1 else None # a validation may take its time; a process that dies is noticed at once
     def every(self, o) -> list: # What each process gave, by rank
         "Exchange anything that can be pickled"
@@ -221,12 +223,21 @@ def fit(
     best = saved['best'] if saved else None
     peers.first(lambda: trim_log(run, at))
     def save():
+        error = None
+        try: peers.chains.settle()
+        except FloatingPointError as e: error = e
+        peers.agree(error)
         if at.sums: check_finite_terms({k: float(v) for k,v in at.sums.items()}, at.step, at.epoch, seed)
         gens = peers.every(gen.get_state())
         def write(): run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gens if W > 1 else gens[0], progress=asdict(at), epoch_state=state, best=best,
                                    device=acc.device.type, processes=W, scaler=None if acc.scaler is None else acc.scaler.state_dict()))
         peers.first(write)
-    clock = time.monotonic()
+    clock = written = time.monotonic(); cost = 0.
+    def keep(): # on a GPU steps are short: no more than a twentieth of the time goes into checkpoints
+        nonlocal written,cost
+        start = time.monotonic()
+        if acc.device.type == 'cuda' and not peers.agree(flag=start-written >= 20*cost): return
+        save(); written = time.monotonic(); cost = written-start
     def tick(): nonlocal clock; now = time.monotonic(); at.seconds += now-clock; clock = now
     bar = progress(total=cfg.steps, desc='training', unit='step', initial=at.step)
     with graceful_stop() if W == 1 else PatientStop() as stop:
@@ -246,7 +257,8 @@ def fit(
                     if peers.main: run.log(dict(step=at.step, epoch=at.epoch, kind='train', **line))
                     bar.set_postfix(dict(nll=line.get('nll', line['loss'])))
                     at.sums = at.count = None
-                if at.step % cfg.checkpoint_every == 0 or halt: tick(); save()
+                if halt: tick(); save()
+                elif at.step % cfg.checkpoint_every == 0: tick(); keep()
                 if halt and at.step < cfg.steps: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
                 if at.step >= cfg.steps: break
             if at.batch == 0: raise ValueError(f'an epoch has fewer than {group_size} batches: use more data, a smaller batch, {"fewer processes, " if W > 1 else ""}or a smaller accumulate')
@@ -265,8 +277,10 @@ def fit(
                 if on_epoch: on_epoch(line)
             peers.first(tell)
             at.epoch += 1; at.batch = 0
-            save()
-            if peers.agree(flag=stop.stop): bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
+            halt = peers.agree(flag=stop.stop)
+            if halt or at.step >= cfg.steps: save()
+            else: keep()
+            if halt: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
     bar.close()
     load_best(plain, at, peers.first(lambda: best))
     return at
@@ -295,8 +309,9 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
         last = i == len(group)-1
         with nullcontext() if last else acc.no_sync(model):
             try:
-                batch,extra = batch.to(acc.device),send_to_device(extra, acc.device)
-                with acc.autocast(): terms = model(batch, gen, **extra)
+                peers.chains.settle()
+                batch,extra = batch.to(acc.device),send_to_device(extra, acc.device, non_blocking=acc.device.type == 'cuda')
+                with acc.autocast(), peers.chains: terms = model(batch, gen, **extra)
                 if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
             except FloatingPointError as e:
                 error = FloatingPointError(f'{e}; met at step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
