@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDE', 'cpu_info', 'cpu_vendor', 'has_bf16', 'has_onednn', 'matmul_backend', 'direct', 'product', 'laid_out', 'whole',
            'linear', 'borrowed', 'give_back', 'as_autocast', 'full', 'linear_cross_entropy', 'gates', 'gru_cell',
-           'gru_weights', 'gru', 'packed_gru', 'Recorded']
+           'gru_weights', 'gru', 'packed_gru', 'gru_ends', 'Recorded', 'RecordedGrad']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
 import functools, itertools, os, platform
@@ -243,6 +243,15 @@ def packed_gru(rnn:nn.GRU, x:PackedSequence, h0:Tensor, extra:Tensor|None=None, 
     with torch.autocast(kind, enabled=False): out,last = torch._VF.gru(data, x.batch_sizes, h0[None], ws, True, 1, 0., torch.is_grad_enabled(), False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
     return out,last[0]
 
+def gru_ends(
+    rnn:nn.GRU, # Weights; one layer, both directions
+    x:PackedSequence, # Inputs
+) -> tuple[Tensor,Tensor]: # States after the last and after the first word, in the order of `x`, each `(B, H)`
+    "Where both directions of a GRU end, by PyTorch's own kernels in one call: taken apart, cuDNN would copy the weights together every time"
+    kind = x.data.device.type; h0 = x.data.new_zeros(2, int(x.batch_sizes[0]), rnn.hidden_size)
+    data,h0,*ws = as_autocast(kind, x.data, h0, *gru_weights(rnn), *gru_weights(rnn, True))
+    with torch.autocast(kind, enabled=False): return torch._VF.gru(data, x.batch_sizes, h0, ws, True, 1, 0., torch.is_grad_enabled(), True)[1].unbind(0)
+
 # %% ../nbs/05_kernels.ipynb #5b63b10d
 class Recorded:
     "A function of CUDA tensors as a graph that is replayed in one launch; `ValueError` for tensors that are not on one GPU"
@@ -265,3 +274,50 @@ class Recorded:
         torch._foreach_copy_(self.inputs, [x.detach() for x in tensors])
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)
+
+class RecordedGrad:
+    "A differentiable function of CUDA tensors as two graphs, one launch forward and one back. Noise that it draws from `gen` is new at every call, parameters are those of the moment"
+    def __init__(self,
+        f, # `f(*tensors) -> (output, list of further tensors)`; gradients are taken of the output alone
+        tensors:list, # Examples: later ones must have their shapes
+        params:list, # Parameters that `f` reads, which stay where they are
+        gen:torch.Generator|None=None, # Source of its noise
+    ):
+        self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
+        self.params,self.turn = list(params),0
+        self.wanted = [x for x in (*self.inputs, *self.params) if x.requires_grad]
+        state = None if gen is None else gen.get_state()
+        with torch.enable_grad(): self.record(f, gen)
+        if gen is not None: gen.set_state(state)
+    def record(self, f, gen):
+        "Sets `out`, `extra`, `gout` and `grads`, memory that stays, and `forward` and `backward`, which fill it"
+        with torch.cuda.device(self.inputs[0].device):
+            side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2): # libraries set themselves up before notes are taken
+                    out = f(*self.inputs)[0]; torch.autograd.grad(out, self.wanted, torch.zeros_like(out), allow_unused=True)
+            torch.cuda.current_stream().wait_stream(side)
+            there,back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+            if gen is not None: there.register_generator_state(gen)
+            with torch.cuda.graph(there): self.out,self.extra = f(*self.inputs)
+            self.gout = torch.zeros_like(self.out)
+            with torch.cuda.graph(back, pool=there.pool()): self.grads = torch.autograd.grad(self.out, self.wanted, self.gout, allow_unused=True)
+        self.forward,self.backward = there.replay,back.replay
+    def __call__(self, *tensors) -> Tensor: # The output; what else there is stands in `extra`, until the next call
+        return _Replay.apply(self, *tensors, *self.params)
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rec, *xs):
+        rec.turn += 1; ctx.rec,ctx.turn = rec,rec.turn
+        for a,b in zip(rec.inputs, xs): a.copy_(b, non_blocking=True)
+        rec.forward()
+        return rec.out.detach().clone()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        rec = ctx.rec
+        if rec.turn != ctx.turn: raise RuntimeError('another call has overwritten what this gradient needs: call backward before the recorded function is called again')
+        rec.gout.copy_(g); rec.backward(); grads = iter(rec.grads)
+        got = [next(grads) if x.requires_grad else None for x in (*rec.inputs, *rec.params)]
+        return None, *(None if x is None else x.clone() for x in got)

@@ -9,7 +9,7 @@ __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_senten
            'nats_interval', 'protocol', 'protocol_lms', 'rppl_floor', 'forward_ppl', 'reverse_ppl', 'plot_ppl']
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
-import hashlib, itertools, json, math, time
+import hashlib, itertools, json, math, multiprocessing, time
 from contextlib import nullcontext
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -156,7 +156,7 @@ def lstm(
 ) -> tuple[Tensor,tuple[Tensor,Tensor]]: # States after every word, shape `(T, B, H)`; the last states and memories
     "One LSTM layer with given weights, with first derivatives"
     if not x.is_cpu:
-        out,h,c = torch._VF.lstm(x, (state[0][None], state[1][None]), [wi, wh, bi, bh], True, 1, 0., False, False, False)
+        out,h,c = torch._VF.lstm(x, (state[0][None], state[1][None]), [wi, wh, bi, bh], True, 1, 0., torch.is_grad_enabled(), False, False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
         return out,(h[0], c[0])
     order = lambda w: torch.cat([(p := w.chunk(4))[0], p[1], p[3], p[2]])
     gates = linear(x.flatten(0, 1), order(wi), order(bi+bh)).view(*x.shape[:2], -1)
@@ -484,10 +484,16 @@ def protocol_lms(
     "The language models of a text"
     a,b = protocol(len(sentences))
     def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
-    lms = {}
+    lms,helpers = {},[]
+    if folder is not None and torch.device(device).type == 'cuda': # one model leaves a GPU mostly idle: processes of their own for all but the first
+        how = dict(cfg=lm_cfg(cfg)[0], also=also, folder=folder, device=device)
+        helpers = [multiprocessing.get_context('spawn').Process(target=train_lm, args=(sentences[:a], sentences[a:b]), kwargs=dict(how, seed=s), daemon=True) for s in seeds[1:]]
+        for p in helpers: p.start()
     for s in seeds:
         try: lms[s] = fetch(s, False)
         except BlockingIOError: pass # another process is at it: first those that nobody is at
+        if helpers: break
+    for p in helpers: p.join() # what they trained is in the folder; what they did not, and why not, shows here
     lms = [lms[s] if s in lms else fetch(s, True) for s in seeds]
     took = sum(o['seconds'] for lm in lms for o in lm.history)/60/len(lms)
     return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass, trained for {took:.1f} minutes'

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Posterior', 'DiagGaussian', 'free_bits', 'Prior', 'no_symbols', 'StandardNormal', 'PriorCfg', 'DiffusionEBM',
            'published_step', 'chain_from', 'KnownPart', 'sample', 'flat_variances', 'base_kl',
-           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen', 'pair_logits',
-           'consistent_terms', 'published_terms', 'symbol_logits', 'MixtureEnergy', 'log_z', 'kl', 'energy_traces',
-           'trace_rhat', 'plot_energy_traces', 'cluster_targets', 'match_labels', 'balance_weights', 'published_draw']
+           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'same_terms', 'can_record_terms',
+           'recorded_terms', 'frozen', 'pair_logits', 'consistent_terms', 'published_terms', 'symbol_logits',
+           'MixtureEnergy', 'log_z', 'kl', 'energy_traces', 'trace_rhat', 'plot_energy_traces', 'cluster_targets',
+           'match_labels', 'balance_weights', 'published_draw']
 
 # %% ../nbs/13_prior.ipynb #205197e4
-import math
+import math, weakref
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
-from .kernels import full
-from .energy import Energy, FastEnergy, MixedEnergy, fast_energy
-from .langevin import mala_chain, split_rhat, tilt_chain
+from .kernels import RecordedGrad, full
+from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, fast_energy
+from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
 from .stats import effective, log_mean_exp
 
 # %% ../nbs/13_prior.ipynb #b4352371
@@ -319,7 +320,8 @@ def stratified_levels(
     "Random levels, each uniform, spread evenly over the batch"
     u = torch.rand((), generator=gen, device=device)
     t = ((torch.arange(B, device=device)+u)*T/B).long().clamp(max=T-1)
-    return t[torch.randperm(B, generator=gen, device=device)]
+    order = torch.rand(B, generator=gen, device=device).argsort() if torch.device(device).type == 'cuda' else torch.randperm(B, generator=gen, device=device) # the latter cannot be recorded
+    return t[order]
 
 # %% ../nbs/13_prior.ipynb #835cf170
 def symbol_terms(self:DiffusionEBM,
@@ -349,10 +351,37 @@ def terms(self:DiffusionEBM,
     "Training terms of the chosen objective, in full precision also where the rest is trained in half"
     with torch.autocast(z.device.type, enabled=False):
         q,z = DiagGaussian(full(q.mean), full(q.logvar)),full(z)
-        return (published_terms if self.published else consistent_terms)(self, q, z, gen, labels, label_weights)
+        f = published_terms if self.published else consistent_terms
+        return (recorded_terms if can_record_terms(self, z) else same_terms)(self, f, q, z, gen, labels, label_weights)
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #dadf624d
+def same_terms(self, f, *args) -> dict: return f(self, *args)
+
+def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
+    "Are these terms, in training, two launches on this GPU?"
+    return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and not isinstance(Pending.now, Gathered)
+
+_terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest few
+
+def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
+    "What `f` gives, chains and gradients included, replayed; recorded at the first call with these shapes"
+    ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]; params = [p for p in self.parameters() if p.requires_grad]
+    key = (f.__name__, id(gen), labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), *(p.data_ptr() for p in params))
+    kept = _terms.setdefault(self, {})
+    if key not in kept:
+        names,said = [],[]
+        def run(mean, logvar, z, *rest):
+            rest = list(rest); lab = None if labels is None else rest.pop(0); lw = None if label_weights is None else rest.pop(0)
+            with Gathered() as seen: out = f(self, DiagGaussian(mean, logvar), z, gen, lab, lw)
+            names[:],said[:] = out,[o for _,o in seen.todo]
+            return torch.stack(list(out.values())),[first for first,_ in seen.todo]
+        while len(kept) >= KEPT: kept.pop(next(iter(kept)))
+        kept[key] = ((RecordedGrad if recorder is None else recorder)(run, ins, params, gen),names,said,gen) # `gen` lives as long as its number is a key
+    rec,names,said,_ = kept[key]; out = rec(*ins)
+    for first,o in zip(rec.extra, said): stop_if_bad(first, *o)
+    return dict(zip(names, out.unbind()))
+
 def frozen(w): return None if w is None else w.detach()
 
 def pair_logits(self:DiffusionEBM, pos, neg, clean, t, w): # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
-from .kernels import as_autocast, full, gru, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
+from .kernels import as_autocast, full, gru, gru_ends, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
 from .prior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
@@ -125,8 +125,11 @@ class Encoder(nn.Module):
         "Posterior of each sentence"
         B = len(ids)
         p = packing(lengths if self.packed else torch.full((B,), ids.shape[1]), ids.device)
-        x,h0 = self.embed(ids[p.row,p.col]),self.embed.weight.new_zeros(B, self.rnn.hidden_size)
-        ends = [gru(self.rnn, p.pack(v), h0, reverse=r)[1] for r,v in ((False, x), (True, x[p.back]))]
+        x = self.embed(ids[p.row,p.col])
+        if x.is_cuda: ends = gru_ends(self.rnn, p.pack(x))
+        else:
+            h0 = self.embed.weight.new_zeros(B, self.rnn.hidden_size)
+            ends = [gru(self.rnn, p.pack(v), h0, reverse=r)[1] for r,v in ((False, x), (True, x[p.back]))]
         h = nnf.leaky_relu(torch.cat(ends, 1))[p.order.argsort()]
         return self.head(h).map(full) # the latent is never in half precision
 

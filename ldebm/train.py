@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TrainCfg', 'linear_warmup', 'logistic', 'cyclical', 'Progress', 'Interrupted', 'make_optimizer', 'check_finite_terms',
            'trim_log', 'launched', 'portable', 'Peers', 'Shared', 'PatientStop', 'check_saved', 'fit', 'load_best',
-           'rate_at', 'train_step', 'count_processes', 'TrainingOver', 'launch', 'start_processes', 'run_notebook',
-           'plot_curves']
+           'rate_at', 'means', 'train_step', 'count_processes', 'TrainingOver', 'launch', 'start_processes',
+           'run_notebook', 'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
 import gc, io, json, logging, math, multiprocessing, os, signal, socket, sys, tempfile, threading, time
@@ -298,6 +298,13 @@ def rate_at(cfg:TrainCfg, step:int) -> float:
     down = 1. if cfg.warmdown == 0 else min(1., (1-step/cfg.steps)/cfg.warmdown)
     return min(up, down)*cfg.rate_decay**(step/1000)
 
+@torch.no_grad()
+def means(terms:dict) -> dict: # Name -> scalar, double
+    "Batch mean of each term; on a GPU in one pass for all that have one shape, because every launch costs"
+    vs = list(terms.values())
+    if not vs[0].is_cuda or len({v.shape for v in vs}) > 1: return {k: v.mean().double() for k,v in terms.items()}
+    return dict(zip(terms, torch.stack([v.float() for v in vs]).flatten(1).mean(1).double().unbind()))
+
 def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, seed, stop):
     "One optimiser step over this process's share `group` of the batches that have `sizes`; advances `at`. True when any process was told to stop"
     rate = rate_at(cfg, at.step)
@@ -321,7 +328,7 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
             share = len(batch)/n
             loss = sum(w*terms[k].float().mean() for k,w in weights.items() if w != 0)*share
             acc.backward(loss if peers.n == 1 else loss*peers.n) # the mean over processes of these is the gradient of the whole group
-        for k,v in terms.items(): seen[k] = seen.get(k, 0.)+v.detach().mean().double()*share
+        for k,v in means(terms).items(): seen[k] = seen.get(k, 0.)+v*share
         seen['loss'] = seen.get('loss', 0.)+loss.detach().double()
     if peers.n > 1:
         sums = torch.stack(list(seen.values())); dist.all_reduce(sums)
