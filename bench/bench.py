@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 
 import torch  # noqa: E402
-from ldebm import core, kernels, langevin, text_vae  # noqa: E402
+from ldebm import core, kernels, langevin, prior as priors, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.core import atomic_write, check_params, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
@@ -571,10 +571,10 @@ def bench_gpu(opt):
 
 @contextmanager
 def replayed():
-    "`RuntimeError` unless a chain was recorded, or replayed, inside: what is shown as recorded has to be"
-    calls, record = [], langevin.record
-    with patch.object(langevin, "record", lambda *args, **kw: calls.append(1) or record(*args, **kw)): yield
-    if not calls: raise RuntimeError("LDEBM_RECORD=1, and no chain was recorded")
+    "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside: what is shown as recorded has to be"
+    calls, chain, terms = [], langevin.record, priors.recorded_terms
+    with patch.object(langevin, "record", lambda *args, **kw: calls.append(1) or chain(*args, **kw)), patch.object(priors, "recorded_terms", lambda *args, **kw: calls.append(1) or terms(*args, **kw)): yield
+    if not calls: raise RuntimeError("LDEBM_RECORD=1, and nothing was recorded")
 
 
 def on_device(opt, n):

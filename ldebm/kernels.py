@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WIDE', 'cpu_info', 'cpu_vendor', 'has_bf16', 'has_onednn', 'matmul_backend', 'direct', 'product', 'laid_out', 'whole',
            'linear', 'borrowed', 'give_back', 'as_autocast', 'full', 'linear_cross_entropy', 'gates', 'gru_cell',
-           'gru_weights', 'gru', 'packed_gru', 'gru_ends', 'Recorded', 'RecordedGrad']
+           'gru_weights', 'gru', 'packed_gru', 'gru_ends', 'or_say_how', 'Recorded', 'RecordedGrad']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
-import functools, itertools, os, platform
+import contextlib, functools, itertools, os, platform
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -253,6 +253,12 @@ def gru_ends(
     with torch.autocast(kind, enabled=False): return torch._VF.gru(data, x.batch_sizes, h0, ws, True, 1, 0., torch.is_grad_enabled(), True)[1].unbind(0)
 
 # %% ../nbs/05_kernels.ipynb #5b63b10d
+@contextlib.contextmanager
+def or_say_how():
+    "Adds the remedy to an error inside a recording"
+    try: yield
+    except RuntimeError as e: raise RuntimeError(f'recording for the GPU failed; LDEBM_RECORD=0 in the environment does without, at a slower pace: {e}') from e
+
 class Recorded:
     "A function of CUDA tensors as a graph that is replayed in one launch; `ValueError` for tensors that are not on one GPU"
     def __init__(self,
@@ -261,7 +267,7 @@ class Recorded:
     ):
         if not all(x.is_cuda for x in tensors) or len({x.device for x in tensors}) != 1: raise ValueError('Recorded takes tensors that are all on one GPU')
         self.inputs = [x.detach().clone() for x in tensors]
-        with torch.no_grad(), torch.cuda.device(self.inputs[0].device):
+        with torch.no_grad(), or_say_how(), torch.cuda.device(self.inputs[0].device):
             side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2): f(*self.inputs) # libraries set themselves up before notes are taken
@@ -278,16 +284,17 @@ class Recorded:
 class RecordedGrad:
     "A differentiable function of CUDA tensors as two graphs, one launch forward and one back. Noise that it draws from `gen` is new at every call, parameters are those of the moment"
     def __init__(self,
-        f, # `f(*tensors) -> (output, list of further tensors)`; gradients are taken of the output alone
+        f, # `f(*tensors, *params) -> (output, list of further tensors)`; gradients are taken of the output alone
         tensors:list, # Examples: later ones must have their shapes
-        params:list, # Parameters that `f` reads, which stay where they are
+        params:list, # Parameters, which stay where they are
         gen:torch.Generator|None=None, # Source of its noise
     ):
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
         self.params,self.turn = list(params),0
-        self.wanted = [x for x in (*self.inputs, *self.params) if x.requires_grad]
+        self.alias = [p.detach().requires_grad_() for p in self.params] # the same memory, without what autograd may remember of the parameter, such as the stream of an earlier step
+        self.wanted = [x for x in (*self.inputs, *self.alias) if x.requires_grad]
         state = None if gen is None else gen.get_state()
-        with torch.enable_grad(): self.record(f, gen)
+        with torch.enable_grad(), or_say_how(): self.record(lambda: f(*self.inputs, *self.alias), gen)
         if gen is not None: gen.set_state(state)
     def record(self, f, gen):
         "Sets `out`, `extra`, `gout` and `grads`, memory that stays, and `forward` and `backward`, which fill it"
@@ -295,11 +302,11 @@ class RecordedGrad:
             side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2): # libraries set themselves up before notes are taken
-                    out = f(*self.inputs)[0]; torch.autograd.grad(out, self.wanted, torch.zeros_like(out), allow_unused=True)
+                    out = f()[0]; torch.autograd.grad(out, self.wanted, torch.zeros_like(out), allow_unused=True); del out
             torch.cuda.current_stream().wait_stream(side)
             there,back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
             if gen is not None: there.register_generator_state(gen)
-            with torch.cuda.graph(there): self.out,self.extra = f(*self.inputs)
+            with torch.cuda.graph(there): self.out,self.extra = f()
             self.gout = torch.zeros_like(self.out)
             with torch.cuda.graph(back, pool=there.pool()): self.grads = torch.autograd.grad(self.out, self.wanted, self.gout, allow_unused=True)
         self.forward,self.backward = there.replay,back.replay
@@ -319,5 +326,5 @@ class _Replay(torch.autograd.Function):
         rec = ctx.rec
         if rec.turn != ctx.turn: raise RuntimeError('another call has overwritten what this gradient needs: call backward before the recorded function is called again')
         rec.gout.copy_(g); rec.backward(); grads = iter(rec.grads)
-        got = [next(grads) if x.requires_grad else None for x in (*rec.inputs, *rec.params)]
+        got = [next(grads) if x.requires_grad else None for x in (*rec.inputs, *rec.alias)]
         return None, *(None if x is None else x.clone() for x in got)

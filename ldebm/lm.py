@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_sentences', 'lm_words', 'as_stream', 'side_by_side',
-           'lstm', 'cut_points', 'parts_nll', 'mask', 'locked', 'drop_weights', 'LM', 'activity', 'segments', 'stalled',
-           'read_text', 'lm_nll', 'save_lm', 'load_lm', 'lm_key', 'make_lm_optimizer', 'averaged', 'train_lm',
-           'nats_interval', 'protocol', 'protocol_lms', 'rppl_floor', 'forward_ppl', 'reverse_ppl', 'plot_ppl']
+           'lstm', 'own_lstm', 'cut_points', 'parts_nll', 'mask', 'locked', 'drop_weights', 'LM', 'activity',
+           'segments', 'stalled', 'read_text', 'lm_nll', 'save_lm', 'load_lm', 'lm_key', 'make_lm_optimizer',
+           'averaged', 'train_lm', 'nats_interval', 'protocol', 'protocol_lms', 'rppl_floor', 'forward_ppl',
+           'reverse_ppl', 'plot_ppl']
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
-import hashlib, itertools, json, math, multiprocessing, time
+import hashlib, itertools, json, math, multiprocessing, time, warnings
 from contextlib import nullcontext
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -155,13 +156,18 @@ def lstm(
     bh:Tensor, # The other bias, shape `(4H,)`
 ) -> tuple[Tensor,tuple[Tensor,Tensor]]: # States after every word, shape `(T, B, H)`; the last states and memories
     "One LSTM layer with given weights, with first derivatives"
-    if not x.is_cpu:
-        out,h,c = torch._VF.lstm(x, (state[0][None], state[1][None]), [wi, wh, bi, bh], True, 1, 0., torch.is_grad_enabled(), False, False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
-        return out,(h[0], c[0])
+    if not x.is_cpu: return own_lstm(x, state, wi, wh, bi, bh)
     order = lambda w: torch.cat([(p := w.chunk(4))[0], p[1], p[3], p[2]])
     gates = linear(x.flatten(0, 1), order(wi), order(bi+bh)).view(*x.shape[:2], -1)
     out,h,c = _LSTM.apply(gates, *state, order(wh))
     return out,(h, c)
+
+def own_lstm(x, state, wi, wh, bi, bh) -> tuple[Tensor,tuple[Tensor,Tensor]]: # As `lstm`
+    "The same by PyTorch's own kernels"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'RNN module weights are not part of single contiguous chunk') # they cannot be: they are dropped out anew in every segment
+        out,h,c = torch._VF.lstm(x, (state[0][None], state[1][None]), [wi, wh, bi, bh], True, 1, 0., torch.is_grad_enabled(), False, False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
+    return out,(h[0], c[0])
 
 # %% ../nbs/43_lm.ipynb #45ebcf22
 def cut_points(
@@ -480,12 +486,14 @@ def protocol_lms(
     seeds:tuple[int,...], # One model each
     folder=None, # Where models are kept
     device='cpu', # Where to train
+    apart:bool|None=None, # Train all but the first in processes of their own, which needs a folder; by default where there is one, and a GPU, which one model leaves mostly idle
 ) -> tuple[list[LM],str]: # Models; what they are, for the estimator
     "The language models of a text"
     a,b = protocol(len(sentences))
     def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
     lms,helpers = {},[]
-    if folder is not None and torch.device(device).type == 'cuda': # one model leaves a GPU mostly idle: processes of their own for all but the first
+    if apart and folder is None: raise ValueError('models trained in processes of their own need a folder to be fetched from')
+    if folder is not None and torch.device(device).type == 'cuda' if apart is None else apart:
         how = dict(cfg=lm_cfg(cfg)[0], also=also, folder=folder, device=device)
         helpers = [multiprocessing.get_context('spawn').Process(target=train_lm, args=(sentences[:a], sentences[a:b]), kwargs=dict(how, seed=s), daemon=True) for s in seeds[1:]]
         for p in helpers: p.start()
@@ -493,7 +501,7 @@ def protocol_lms(
         try: lms[s] = fetch(s, False)
         except BlockingIOError: pass # another process is at it: first those that nobody is at
         if helpers: break
-    for p in helpers: p.join() # what they trained is in the folder; what they did not, and why not, shows here
+    for p in helpers: p.join() # what they trained is in the folder; what they did not is trained here, or fails here as it did there
     lms = [lms[s] if s in lms else fetch(s, True) for s in seeds]
     took = sum(o['seconds'] for lm in lms for o in lm.history)/60/len(lms)
     return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass, trained for {took:.1f} minutes'

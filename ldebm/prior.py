@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Posterior', 'DiagGaussian', 'free_bits', 'Prior', 'no_symbols', 'StandardNormal', 'PriorCfg', 'DiffusionEBM',
            'published_step', 'chain_from', 'KnownPart', 'sample', 'flat_variances', 'base_kl',
-           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'same_terms', 'can_record_terms',
-           'recorded_terms', 'frozen', 'pair_logits', 'consistent_terms', 'published_terms', 'symbol_logits',
+           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen', 'pair_logits',
+           'consistent_terms', 'published_terms', 'same_terms', 'can_record_terms', 'recorded_terms', 'symbol_logits',
            'MixtureEnergy', 'log_z', 'kl', 'energy_traces', 'trace_rhat', 'plot_energy_traces', 'cluster_targets',
            'match_labels', 'balance_weights', 'published_draw']
 
@@ -356,32 +356,6 @@ def terms(self:DiffusionEBM,
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #dadf624d
-def same_terms(self, f, *args) -> dict: return f(self, *args)
-
-def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
-    "Are these terms, in training, two launches on this GPU?"
-    return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and not isinstance(Pending.now, Gathered)
-
-_terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest few
-
-def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
-    "What `f` gives, chains and gradients included, replayed; recorded at the first call with these shapes"
-    ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]; params = [p for p in self.parameters() if p.requires_grad]
-    key = (f.__name__, id(gen), labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), *(p.data_ptr() for p in params))
-    kept = _terms.setdefault(self, {})
-    if key not in kept:
-        names,said = [],[]
-        def run(mean, logvar, z, *rest):
-            rest = list(rest); lab = None if labels is None else rest.pop(0); lw = None if label_weights is None else rest.pop(0)
-            with Gathered() as seen: out = f(self, DiagGaussian(mean, logvar), z, gen, lab, lw)
-            names[:],said[:] = out,[o for _,o in seen.todo]
-            return torch.stack(list(out.values())),[first for first,_ in seen.todo]
-        while len(kept) >= KEPT: kept.pop(next(iter(kept)))
-        kept[key] = ((RecordedGrad if recorder is None else recorder)(run, ins, params, gen),names,said,gen) # `gen` lives as long as its number is a key
-    rec,names,said,_ = kept[key]; out = rec(*ins)
-    for first,o in zip(rec.extra, said): stop_if_bad(first, *o)
-    return dict(zip(names, out.unbind()))
-
 def frozen(w): return None if w is None else w.detach()
 
 def pair_logits(self:DiffusionEBM, pos, neg, clean, t, w): # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)
@@ -436,6 +410,41 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
         h = -.5*(1+q.logvar)
         out.update(entropy=(h*(h > c.floor)).sum(-1), gauss=weight[-B:]*.5*(zt[-B:]**2).sum(-1))
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
+
+# %% ../nbs/13_prior.ipynb #619b20b3
+def same_terms(self, f, *args) -> dict: return f(self, *args)
+
+def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
+    "Are these terms, in training, two launches on this GPU?"
+    return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and any(p.requires_grad for p in self.parameters()) and not isinstance(Pending.now, Gathered)
+
+class _With(nn.Module):
+    "A function of a prior as a module, whose parameters can be replaced for a call"
+    def __init__(self, prior, f):
+        super().__init__()
+        self.prior,self.f = prior,f
+    def forward(self, *args): return self.f(self.prior, *args)
+
+_terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest few
+
+def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
+    "What `f` gives, chains and gradients included, replayed; recorded at the first call with these shapes"
+    ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]; own,params = zip(*((n, p) for n,p in self.named_parameters() if p.requires_grad))
+    key = (f.__name__, self.cfg, self.energy.tau_y, labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), *(p.data_ptr() for p in params))
+    kept = _terms.setdefault(self, {})
+    if key not in kept:
+        names,said,mine = [],[],torch.Generator(z.device) # each call lends it its own generator's state
+        def run(mean, logvar, z, *rest):
+            rest = list(rest); lab = None if labels is None else rest.pop(0); lw = None if label_weights is None else rest.pop(0)
+            with Gathered() as seen: out = torch.func.functional_call(_With(self, f), {f'prior.{n}': p for n,p in zip(own, rest)}, (DiagGaussian(mean, logvar), z, mine, lab, lw))
+            names[:],said[:] = out,[o for _,o in seen.todo]
+            return torch.stack(list(out.values())),[first for first,_ in seen.todo]
+        while len(kept) >= KEPT: kept.pop(next(iter(kept)))
+        kept[key] = ((RecordedGrad if recorder is None else recorder)(run, ins, params, mine),names,said,mine)
+    rec,names,said,mine = kept[key]; gen = gen or (torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator)
+    mine.set_state(gen.get_state()); out = rec(*ins); gen.set_state(mine.get_state())
+    for first,o in zip(rec.extra, said): stop_if_bad(first, *o)
+    return dict(zip(names, out.unbind()))
 
 # %% ../nbs/13_prior.ipynb #876af58f
 def symbol_logits(self:DiffusionEBM,

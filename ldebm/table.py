@@ -23,7 +23,7 @@ from .zoo import ROWS, TABLE
 MEMORY_GB = dict(quick=2.5, small=5.5, paper=8.) # What a run of a preset is given, scoring included: above the peaks that records state; `paper` is a guess
 NO_LATENT = 2. # Times that for a row without latent
 GPU_SHARE = dict(quick=.05, small=.1, paper=.2) # Many runs share a GPU; `--gpu-share` says otherwise
-SETTINGS = dict(quick='nll_sentences=2000 importance_draws=100', small='', paper='lm=small') # Of the scoring, unless others are given: reverse perplexity by one language model throughout, since the published one takes longer than a row
+SETTINGS = dict(quick='nll_sentences=2000 importance_draws=100', small='', paper='lm=small') # Of the scoring, unless others are given: reverse perplexity by one language model throughout, so that presets compare
 COST = dict(none=1., normal=2., uniform=3., product=3., mixture=2., ebm=4.) # Of a row, by its prior; relative
 
 SHOWN = (*TABLE, 'vae-fb') # The sixteen, and the control: LDEBM's own training without energies

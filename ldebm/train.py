@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainCfg', 'linear_warmup', 'logistic', 'cyclical', 'Progress', 'Interrupted', 'make_optimizer', 'check_finite_terms',
-           'trim_log', 'launched', 'portable', 'Peers', 'Shared', 'PatientStop', 'check_saved', 'fit', 'load_best',
-           'rate_at', 'means', 'train_step', 'count_processes', 'TrainingOver', 'launch', 'start_processes',
-           'run_notebook', 'plot_curves']
+           'trim_log', 'launched', 'portable', 'Peers', 'Shared', 'Sparing', 'PatientStop', 'check_saved', 'fit',
+           'load_best', 'rate_at', 'means', 'train_step', 'count_processes', 'TrainingOver', 'launch',
+           'start_processes', 'run_notebook', 'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
 import gc, io, json, logging, math, multiprocessing, os, signal, socket, sys, tempfile, threading, time
@@ -177,6 +177,16 @@ class Shared(nn.Module):
     def forward(self, *args, **kw): return self.model(*args, **kw)
 
 # %% ../nbs/50_train.ipynb #6ad1ab82
+class Sparing:
+    "Says when the next checkpoint is due, so that they take no more than a share of the time; entered while one is written"
+    def __init__(self,
+        share:float, # Of the time; 1: always
+        now=time.monotonic, # Clock, seconds
+    ): self.share,self.now,self.cost,self.since = share,now,0.,now()
+    def due(self) -> bool: return self.share == 1 or self.now()-self.since >= self.cost*(1/self.share-1)
+    def __enter__(self): self.start = self.now(); return self
+    def __exit__(self, *args): self.since = self.now(); self.cost = self.since-self.start
+
 class PatientStop(graceful_stop):
     "`graceful_stop` for one of several processes: another signal counts only when it comes three seconds later"
     def _handle(self, signum, frame):
@@ -232,12 +242,11 @@ def fit(
         def write(): run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gens if W > 1 else gens[0], progress=asdict(at), epoch_state=state, best=best,
                                    device=acc.device.type, processes=W, scaler=None if acc.scaler is None else acc.scaler.state_dict()))
         peers.first(write)
-    clock = written = time.monotonic(); cost = 0.
-    def keep(): # on a GPU steps are short: no more than a twentieth of the time goes into checkpoints
-        nonlocal written,cost
-        start = time.monotonic()
-        if acc.device.type == 'cuda' and not peers.agree(flag=start-written >= 20*cost): return
-        save(); written = time.monotonic(); cost = written-start
+    sparing = Sparing(.05 if acc.device.type == 'cuda' else 1.)
+    def keep():
+        if not peers.agree(flag=sparing.due()): return
+        with sparing: save()
+    clock = time.monotonic()
     def tick(): nonlocal clock; now = time.monotonic(); at.seconds += now-clock; clock = now
     bar = progress(total=cfg.steps, desc='training', unit='step', initial=at.step)
     with graceful_stop() if W == 1 else PatientStop() as stop:

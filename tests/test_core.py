@@ -496,7 +496,7 @@ def test_bad_metrics(bad):
 
 # --- provenance
 
-def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path):
+def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path, monkeypatch):
     pkg = tmp_path/"ldebm"
     pkg.mkdir()
     for name in ("__init__.py", "core.py"): (pkg/name).write_text((ROOT/"ldebm"/name).read_text())
@@ -512,6 +512,8 @@ def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path):
         return found
     git("init", "-q")
     assert commit() == "unknown"   # inside a checkout that does not hold it, as in a virtual environment
+    monkeypatch.setenv("LDEBM_COMMIT", "abc")
+    assert commit() == "abc"   # a copy without history says where it is from
     git("add", "."), git("commit", "-qm", "x", "--no-gpg-sign")
     (tmp_path/"notes.txt").write_text("untracked, and not the package")
     assert commit() == git("rev-parse", "HEAD")

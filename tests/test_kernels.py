@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ldebm import kernels
+from ldebm import energy, kernels
 from ldebm.core import Run
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
@@ -317,6 +317,20 @@ def test_gru_of_other_devices(half, monkeypatch):
     for a, b in zip(out+gx, want+wx): close(a, b, 4*TOL[dtype])
 
 
+def test_gru_ends():
+    "Both directions in one call of PyTorch's own kernel, with gradients, against one after the other"
+    p, rnn = packing(torch.tensor([3, 7, 1, 4])), nn.GRU(5, 8, bidirectional=True).double()
+    for k, q in enumerate(rnn.parameters()): q.data.copy_(.3*randn(*q.shape, seed=k))
+    x, gs = randn(15, 5), (randn(4, 8, seed=3), randn(4, 8, seed=4)); ps = list(rnn.parameters())
+    def one(x): return kernels.gru_ends(rnn, p.pack(x))
+    def two(x): return tuple(gru(rnn, p.pack(v), x.new_zeros(4, 8), reverse=r)[1] for r, v in ((False, x), (True, x[p.back])))
+    found = []
+    for f in (one, two):
+        y = x.clone().requires_grad_(); out = f(y)
+        found.append([*out, *torch.autograd.grad(sum((a*g).sum() for a, g in zip(out, gs)), [y, *ps])])
+    for a, b in zip(*found): close(a.detach(), b.detach(), TOL[F64])
+
+
 def test_gru_of_two_layers_is_an_error():
     with pytest.raises(ValueError, match="one layer"): gru(nn.GRU(3, 2, num_layers=2), packing(torch.tensor([2])).pack(torch.zeros(2, 3)), torch.zeros(1, 2))
 
@@ -384,6 +398,20 @@ def test_energy_of_a_training_step(backend, context_dim):
     want = plain_logits(ref, z.double(), t, None if c is None else c.double()); want.backward(g.double())
     close(got, want, 1e-5)
     for (k, a), b in zip(net.named_parameters(), ref.parameters()): close(a.grad, b.grad, 1e-4, k)
+
+
+def test_layers_of_one_shape_together():
+    "Spectral norms, weights and their gradients as layer by layer; a free head is left alone"
+    one, many = network(free_head=True), network(free_head=True)
+    one.power_iterate(3)
+    groups = energy.of_one_shape(many.layers())
+    assert [len(ms) for ms in groups] == [1, 15, 1] and not any(many.head in ms for ms in groups)
+    for ms in groups: energy.iterate_together(ms, 3)
+    for a, b in zip(one.layers(), many.layers()): close(b.u, a.u, 1e-11); close(b.v, a.v, 1e-11)
+    sum((m.normalised()**3).sum() for m in one.layers() if m.norm).backward()
+    sum((w**3).sum() for ms in groups for w in energy.normalise_together(ms)).backward()
+    for a, b in zip(one.layers(), many.layers()):
+        if a.norm: close(b.weight.grad, a.weight.grad, 1e-10)
 
 
 # -- chains

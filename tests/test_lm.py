@@ -471,3 +471,31 @@ def test_two_processes_share_the_models_that_both_want(tmp_path):
     assert trained in (["a-0", "b-1"], ["a-1", "b-0"]) and all((tmp_path/n).read_text() == "x"*TINY.epochs for n in trained)
     a, b = (torch.load(tmp_path/f"{n}.pt") for n in "ab")
     assert all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x) and len(a) == 2 and not all(torch.equal(a[0][k], a[1][k]) for k in a[0])
+
+
+def test_lstm_of_other_devices(monkeypatch):
+    "PyTorch's own kernel, as GPUs run it: as in training wherever gradients are wanted, because cuDNN differentiates nothing else"
+    g, seen, real = torch.Generator().manual_seed(0), [], torch._VF.lstm
+    r = lambda *size: torch.randn(size, generator=g, dtype=torch.float64).requires_grad_()
+    x, state, ws = r(5, 3, 4), (r(3, 6), r(3, 6)), [r(24, 4), r(24, 6), r(24), r(24)]
+    monkeypatch.setattr(torch._VF, "lstm", lambda *args: seen.append(args[6]) or real(*args))
+    def run(f):
+        out, (h, c) = f(x, state, *ws)
+        return out, h, c, *torch.autograd.grad(out.square().sum()+h.sum()+c.exp().sum(), [x, *state, *ws])
+    for a, b in zip(run(L.own_lstm), run(L.lstm)): torch.testing.assert_close(a, b)
+    with torch.no_grad(): L.own_lstm(x, state, *ws)
+    assert seen == [True, False]
+
+
+def test_models_in_processes_of_their_own(tmp_path, monkeypatch):
+    "The same models as one after the other; the second seed's was trained elsewhere"
+    text = [["the", "cat", "sat", str(i % 7)] for i in range(150)]
+    want, _ = L.protocol_lms(text, text, TINY, (0, 1))
+    here, real = [], L._pass
+    monkeypatch.setattr(L, "_pass", lambda lm, opt, text, epoch, seed, bar: here.append(seed) or real(lm, opt, text, epoch, seed, bar))
+    got, _ = L.protocol_lms(text, text, TINY, (0, 1), tmp_path/"lm", apart=True)
+    assert here == [0]*TINY.epochs
+    for a, b in zip(got, want):
+        assert a.seed == b.seed
+        for x, y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y)
+    with pytest.raises(ValueError, match="need a folder"): L.protocol_lms(text, text, TINY, (0, 1), None, apart=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from ldebm import langevin
 from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
+from ldebm.kernels import RecordedGrad
 from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, split_rhat, tilt_chain, tilt_states
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, flat_variances, plot_energy_traces, trace_rhat
+from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, base_kl, consistent_terms, flat_variances, plot_energy_traces, published_terms, recorded_terms, trace_rhat
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse_pair, diffuse_path, make_schedule, published_schedule
 from ldebm.text_vae import Decoder, TextCfg
 from torch import nn
@@ -507,6 +508,101 @@ def test_training_and_sampling_run_on_recorded_chains(objective, bf16, monkeypat
         assert Replay.made == 1 and all(x.isfinite().all() for x in terms.values()) and ("accept" in terms) == (objective == "mala")
         z = prior.sample(5, gen=gen(3))
     assert Replay.made == 2 and z.isfinite().all(), "all levels of a draw share a recording"
+
+
+class ReplayGrad(RecordedGrad):
+    "Stands in for the two CUDA graphs: the function is run again on the fixed inputs, into fixed outputs"
+    made = 0
+    def record(self, f, gen):
+        ReplayGrad.made += 1
+        out, extra = f()
+        self.out, self.extra, self.gout, self.grads = out.detach().clone(), [x.clone() for x in extra], torch.zeros_like(out), [None]*len(self.wanted)
+        def forward():
+            with torch.enable_grad(): self.live, more = f()
+            self.out.copy_(self.live.detach())
+            for x, y in zip(self.extra, more): x.copy_(y)
+        def backward(): self.grads[:] = torch.autograd.grad(self.live, self.wanted, self.gout, allow_unused=True)
+        self.forward, self.backward = forward, backward
+
+
+def step_terms(p, terms, steps=3, labels=True):
+    "Terms, and gradients of their sum in what made the latents and in the energy, in steps between which both change"
+    g, net, out = gen(7), torch.nn.Linear(6, 12, dtype=F64), []
+    with torch.no_grad():
+        for w in net.parameters(): w.copy_(torch.randn(w.shape, generator=gen(1), dtype=F64))
+    for k in range(steps):
+        q = DiagGaussian(*net(torch.randn(8, 6, generator=gen(20+k), dtype=F64)).chunk(2, 1))
+        more = (torch.arange(8) % 4+k).fmod(4), torch.tensor([1., 2., .5, 1.], dtype=F64)
+        t = terms(q, q.rsample(g), g, *(more if labels else ()))
+        ps = [*net.parameters(), *p.parameters()]
+        grads = torch.autograd.grad(sum(v.mean() for v in t.values() if v.requires_grad), ps, allow_unused=True)
+        out.append(({n: v.detach() for n, v in t.items()}, [torch.zeros_like(w) if d is None else d for w, d in zip(ps, grads)]))
+        with torch.no_grad():
+            for w, d in zip(ps, out[-1][1]): w -= .01*d
+        p.energy.power_iterate()
+    return out, torch.rand(3, generator=g)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
+def test_recorded_terms_equal_the_terms_they_recorded(objective, labels):
+    "Noise, weights, latents and labels of every step go into one recording; the generator is left where it would be"
+    p, r = network(objective).double(), network(objective).double()
+    plainly = published_terms if objective == "published" else consistent_terms
+    want, rest = step_terms(p, lambda *args: plainly(p, *args), labels=labels)
+    ReplayGrad.made = 0
+    got, left = step_terms(r, lambda *args: recorded_terms(r, plainly, *args, recorder=ReplayGrad), labels=labels)
+    assert ReplayGrad.made == 1 and torch.equal(rest, left)
+    for (a, da), (b, db) in zip(got, want):
+        assert list(a) == list(b)
+        for k in a: assert_close(a[k], b[k], rtol=1e-10, atol=1e-12)
+        for x, y in zip(da, db): assert_close(x, y, rtol=1e-9, atol=1e-11)
+    assert (want[0][0]["ebm"]-want[1][0]["ebm"]).abs().max() > 1e-3, "steps differ"
+
+
+def test_a_recording_keeps_no_two_calls():
+    p = network("consistent"); q = DiagGaussian(torch.zeros(8, 6, requires_grad=True), torch.zeros(8, 6))
+    first, _ = (recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(k), recorder=ReplayGrad) for k in range(2))
+    with pytest.raises(RuntimeError, match="call backward before"): first["ebm"].sum().backward()
+
+
+def test_a_bad_chain_in_a_recording_is_told():
+    "At once, or to whoever collects what is pending"
+    p = network("consistent"); q = DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6))
+    recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
+    with torch.no_grad(): p.energy.head.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 0 of 10 .*generator seed 2"): recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
+    with langevin.Gathered() as seen: recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
+    assert [int(first) for first, _ in seen.todo] == [0] and langevin.Pending.now is None
+
+
+def test_pending_checks_speak_when_they_are_settled():
+    class Event:
+        waited = 0
+        def synchronize(self): Event.waited += 1
+    p = langevin.Pending(); p.todo = [(torch.tensor(k), Event(), (9, "level 1", gen(3))) for k in (10, 4)]
+    with pytest.raises(FloatingPointError, match="step 4 of 9 .level 1., generator seed 3"): p.settle()
+    p.settle()
+    assert Event.waited == 2, "told once"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
+def test_recorded_terms_on_a_gpu(objective, monkeypatch):
+    "The same noise gives the same terms and gradients, recorded or launched singly, also where earlier steps are still remembered"
+    found = []
+    for on in "01":
+        monkeypatch.setenv("LDEBM_RECORD", on)
+        p, g, steps = network(objective).cuda(), torch.Generator("cuda").manual_seed(3), []
+        for k in range(3):
+            q = DiagGaussian(torch.linspace(-1, 1, 48, device="cuda").view(8, 6).requires_grad_(), torch.zeros(8, 6, device="cuda", requires_grad=True))
+            t = p.terms(q, q.rsample(g), g, torch.arange(8, device="cuda") % 4, torch.ones(4, device="cuda"))
+            steps.append((t, torch.autograd.grad(sum(v.mean() for v in t.values() if v.requires_grad), [q.mean, *p.parameters()], allow_unused=True)))
+        found.append(steps)
+    for (a, da), (b, db) in zip(*found):
+        for k in a: assert_close(a[k], b[k], rtol=1e-4, atol=1e-5)
+        for x, y in zip(da, db):
+            if x is not None: assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

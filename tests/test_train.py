@@ -464,3 +464,17 @@ def test_finished_run_folder_is_written_whole_or_not(tmp_path, whole, monkeypatc
     bad = dict(nll={"value": float("nan"), "interval": None, "n": 1, "estimator": "broken"})
     with pytest.raises(ValueError, match="metrics.nll"): finish(run, task, text_job(run.path, "consistent"), bad, dict(samples=[["a"]]), 1.)
     assert not run.file("result.json").exists()
+
+
+def test_checkpoints_take_their_share_of_the_time():
+    now, written = [0.], []
+    rare, always = train.Sparing(.05, lambda: now[0]), train.Sparing(1., lambda: now[0])
+    for _ in range(400):   # four seconds of steps, of which half a second each where a checkpoint is written
+        now[0] += .01
+        assert always.due()
+        if rare.due():
+            with rare: now[0] += .5
+            written.append(now[0])
+    assert written[0] == pytest.approx(.51) and len(written) == 1, "the next one comes after nineteen times as long"
+    now[0] = written[0]+9.5+1e-9
+    assert rare.due()
