@@ -127,9 +127,11 @@ def test_what_a_gpu_would_run(monkeypatch):
 
 def test_what_is_shown_as_recorded_has_to_be(monkeypatch):
     monkeypatch.setattr(bench.langevin, "record", lambda x: x)
-    with pytest.raises(RuntimeError, match="no chain was recorded"):
+    monkeypatch.setattr(bench.priors, "recorded_terms", lambda x: -x)
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
         with bench.replayed(): pass
     with bench.replayed(): assert bench.langevin.record(3) == 3
+    with bench.replayed(): assert bench.priors.recorded_terms(3) == -3
 
 
 def test_clock():
