@@ -92,7 +92,7 @@ define execute
 if $(PAPERMILL) nbs/$(1).ipynb "$$now" $(3); then mv "$$now" "$(2)/$(1).ipynb"; rm -f "$(2)/$(1).stopped.ipynb"; \
 else [ ! -f "$$now" ] || mv "$$now" "$(2)/$(1).stopped.ipynb"; \
   echo "The run stopped; $(2)/$(1).stopped.ipynb shows where." >&2; \
-  [ -z "$$(find "$(2)" -name checkpoint.safetensors -print -quit)" ] || echo "What was trained is kept: with the same settings, the same command goes on from there." >&2; exit 1; fi
+  [ -z "$$(find "$(2)" -name checkpoint.safetensors -print -quit)" ] || echo "What had been trained there is kept: the command that trained it goes on from its checkpoint." >&2; exit 1; fi
 endef
 
 train: $(STAMP) ## Train on text and write a run folder

@@ -36,7 +36,7 @@ from .zoo import HEADS, PRIORS, ROWS, code_terms, head_of, latent_parts, parse_t
 class TextJob:
     "Parameters of a text run: of `train_ptb.ipynb`, `train_zoo.ipynb`, and each job of the table"
     corpus:str='grammar' # `grammar`, `ptb`, `dailydialog`, or a text file with one sentence a line
-    preset:str='quick' # `quick`: a CPU in two minutes; `small`: real data on a laptop; `paper`: published sizes on one GPU
+    preset:str='quick' # `quick`: a CPU in minutes; `small`: real data on a laptop; `paper`: published sizes on one GPU
     objective:str='consistent' # `consistent`: one model in sampler, loss and likelihood; `published`: the released code
     row:str='ldebm' # System: one of `ldebm.zoo.ROWS`, such as `ldebm`, `ldebm-no-gc`, `svebm`, `vae`, `rnn-lm`
     seed:int=0 # Seed of weights, data order, noise and chains
@@ -582,8 +582,9 @@ def scores(
     folder:str|Path, # Of a finished run
 ) -> str: # Plain text
     "Its main metrics, a line each"
-    m = json.loads((Path(folder)/'result.json').read_text())['metrics']
-    return '\n'.join(f"{k:17}{m[k]['value']:10.4g}" + (f"   ({m[k]['interval'][0]:.4g} to {m[k]['interval'][1]:.4g})" if m[k]['interval'] else '') for k in BRIEF if k in m and m[k]['value'] is not None)
+    m = json.loads((Path(folder)/'result.json').read_text())['metrics']; flawed = not_valid(m)
+    bar = lambda k: f"   ({m[k]['interval'][0]:.4g} to {m[k]['interval'][1]:.4g})" if m[k]['interval'] else ''
+    return '\n'.join(f"{k:17}{m[k]['value']:10.4g}{bar(k)}{'   not valid, see nll_gap in result.json' if flawed and k in ('nll_valid','exact_gap') else ''}" for k in BRIEF if k in m and m[k]['value'] is not None)
 
 def metrics_table(
     metrics:dict, # From `evaluate` or a record
@@ -591,7 +592,7 @@ def metrics_table(
 ) -> str: # Markdown
     "Metrics with interval, count and estimator"
     rows = ['| metric | value | 95 % | n | estimator |','|---|---|---|---|---|']
-    num,bar = lambda x: '' if x is None else f'{x:.4g}',lambda x: x.replace('|', '\\|')
+    num,bar = lambda x: '' if x is None else f'{x:.4g}',lambda x: x.replace('|', '\\|').replace('<', '&lt;')
     for k in names or metrics:
         if k in metrics:
             m = metrics[k]; iv = m['interval']

@@ -13,7 +13,7 @@ from ldebm.core import check_result, load_results, load_tensors
 from ldebm.data import load_grammar_files
 from ldebm.text import batches, load_corpus
 from ldebm.prior import DiagGaussian
-from ldebm.text_job import TextJob, TextTask, evaluate, finish, fit_energies, load_model, open_job, plot_latents, resolve, samples_by_symbol, train_cfg
+from ldebm.text_job import TextJob, TextTask, evaluate, finish, fit_energies, load_model, open_job, plot_latents, resolve, samples_by_symbol, scores, train_cfg
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 
@@ -348,3 +348,12 @@ def test_energies_alone(tmp_path):
     quiet = tiny(tmp_path, settings=f"{NET} batch=64 energy_steps=0", out=tmp_path/"c")
     run, task, device = open_job(quiet)
     assert fit_energies(task, run, 0, device) == 0 and not (run.path/"energies").exists()
+
+
+def test_a_terminal_says_when_a_likelihood_is_not_valid(tmp_path):
+    def show(estimator):
+        m = dict(nll_valid=dict(value=161.13, interval=[125., 197.1], n=15, estimator=estimator), rppl=dict(value=None, interval=None, n=15, estimator="too few"), bleu=dict(value=5., interval=None, n=15, estimator=""))
+        (tmp_path/"result.json").write_text(json.dumps(dict(metrics=m)))
+        return [" ".join(line.split()) for line in scores(tmp_path).splitlines()]
+    assert show("upper bound; valid: largest mean gap of a level 0.02 nats") == ["nll_valid 161.1 (125 to 197.1)", "bleu 5"]
+    assert show("upper bound; NOT valid: largest mean gap of a level 0.2 nats") == ["nll_valid 161.1 (125 to 197.1) not valid, see nll_gap in result.json", "bleu 5"]
