@@ -273,7 +273,7 @@ class Recorded:
                 for _ in range(2): f(*self.inputs) # libraries set themselves up before notes are taken
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph): self.outputs = tuple(f(*self.inputs))
+            with torch.cuda.graph(self.graph, stream=side): self.outputs = tuple(f(*self.inputs))
     @torch.no_grad()
     def __call__(self, *tensors) -> tuple:
         "What `f` gives for these tensors"
@@ -306,12 +306,12 @@ class RecordedGrad:
             torch.cuda.current_stream().wait_stream(side)
             there,back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
             if gen is not None: there.register_generator_state(gen)
-            with torch.cuda.graph(there): self.out,self.extra = f()
+            with torch.cuda.graph(there, stream=side): self.out,self.extra = f()
             self.gout = torch.zeros_like(self.out)
-            with torch.cuda.graph(back, pool=there.pool()): self.grads = torch.autograd.grad(self.out, self.wanted, self.gout, allow_unused=True)
+            with torch.cuda.graph(back, pool=there.pool(), stream=side): self.grads = torch.autograd.grad(self.out, self.wanted, self.gout, allow_unused=True)
         self.forward,self.backward = there.replay,back.replay
-    def __call__(self, *tensors) -> Tensor: # The output; what else there is stands in `extra`, until the next call
-        return _Replay.apply(self, *tensors, *self.params)
+    def __call__(self, *tensors, params=None) -> Tensor: # The output; what else there is stands in `extra`, until the next call
+        return _Replay.apply(self, *tensors, *(self.params if params is None else params)) # `params`: those that get the gradient, in the memory of the examples
 
 class _Replay(torch.autograd.Function):
     @staticmethod
@@ -324,7 +324,7 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         rec = ctx.rec
-        if rec.turn != ctx.turn: raise RuntimeError('another call has overwritten what this gradient needs: call backward before the recorded function is called again')
-        rec.gout.copy_(g); rec.backward(); grads = iter(rec.grads)
+        if rec.turn != ctx.turn: raise RuntimeError('what this gradient needs has been overwritten: call backward once, and before the recorded function is called again; LDEBM_RECORD=0 does without recording')
+        rec.gout.copy_(g); rec.backward(); rec.turn += 1; grads = iter(rec.grads)
         got = [next(grads) if x.requires_grad else None for x in (*rec.inputs, *rec.alias)]
         return None, *(None if x is None else x.clone() for x in got)

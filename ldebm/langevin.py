@@ -66,6 +66,9 @@ class Pending:
         "`FloatingPointError` for the first chain that was bad"
         todo,self.todo = self.todo,[]
         for host,there,said in todo: there.synchronize(); raise_if_bad(int(host), *said)
+    def late(self) -> FloatingPointError|None: # What `settle` would raise
+        try: self.settle()
+        except FloatingPointError as e: return e
 
 class Gathered(Pending):
     "Checks that are only kept: inside a recording, whose replays have them made anew"
@@ -140,10 +143,10 @@ def recording(z:Tensor) -> bool:
     if asked not in ('0','1'): raise ValueError(f"LDEBM_RECORD must be '0' or '1', got {asked!r}")
     return asked == '1' and z.is_cuda
 
-def chain_noise(z:Tensor, n_steps:int, gen:torch.Generator|None, rec:bool): # Normal `(B, d)` and uniform `(B,)` noise of each update: functions of it, or tensors of all
-    "Noise of a chain: on a GPU, recorded or not, all at once, so that both ways see the same numbers"
+def chain_noise(energy, z:Tensor, n_steps:int, gen:torch.Generator|None, rec:bool): # Normal `(B, d)` and uniform `(B,)` noise of each update: functions of it, or tensors of all
+    "Noise of a chain: on a GPU, for energies that can be recorded, all at once, so that recorded or not they see the same numbers"
     more = dict(generator=gen, device=z.device, dtype=z.dtype)
-    if rec or z.is_cuda: return (lambda: torch.randn(n_steps, *z.shape, **more)),(lambda: torch.rand(n_steps, len(z), **more))
+    if rec or z.is_cuda and hasattr(energy, 'tensors'): return (lambda: torch.randn(n_steps, *z.shape, **more)),(lambda: torch.rand(n_steps, len(z), **more))
     return (lambda: lambda i: randn_like(z, gen)),(lambda: lambda i: torch.rand(len(z), **more))
 
 def record(
@@ -199,7 +202,7 @@ def tilt_chain(
     if rho is not None and not 0 <= rho < 1: raise ValueError(f'rho must lie in [0, 1), got {rho}')
     if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
     args = dict(z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
-    rec = on_step is None and can_record(energy, z); noise = chain_noise(z, n_steps, gen, rec)[0]()
+    rec = on_step is None and can_record(energy, z); noise = chain_noise(energy, z, n_steps, gen, rec)[0]()
     if rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
     else: out,first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
@@ -252,7 +255,7 @@ def mala_chain(
     if not drift > 0: raise ValueError(f'drift must be positive, got {drift}')
     args = dict(z=z, t=t, m=m, v=v, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z)
-    noise,uniform = (draw() for draw in chain_noise(z, n_steps, gen, rec))
+    noise,uniform = (draw() for draw in chain_noise(energy, z, n_steps, gen, rec))
     if rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
     else: out,total,first = mala_states(energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)

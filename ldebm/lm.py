@@ -10,7 +10,7 @@ __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_senten
            'reverse_ppl', 'plot_ppl']
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
-import hashlib, itertools, json, math, multiprocessing, time, warnings
+import hashlib, itertools, json, math, multiprocessing, os, time, warnings
 from contextlib import nullcontext
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -486,22 +486,26 @@ def protocol_lms(
     seeds:tuple[int,...], # One model each
     folder=None, # Where models are kept
     device='cpu', # Where to train
-    apart:bool|None=None, # Train all but the first in processes of their own, which needs a folder; by default where there is one, and a GPU, which one model leaves mostly idle
+    apart:bool|None=None, # Train all but the first in processes of their own, which needs a folder; by default where there is one, and a GPU, which one model leaves mostly idle, unless others share it (`LDEBM_SHARED_GPU=1`, which sweeps set)
 ) -> tuple[list[LM],str]: # Models; what they are, for the estimator
     "The language models of a text"
     a,b = protocol(len(sentences))
     def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
     lms,helpers = {},[]
     if apart and folder is None: raise ValueError('models trained in processes of their own need a folder to be fetched from')
-    if folder is not None and torch.device(device).type == 'cuda' if apart is None else apart:
+    if apart is None: apart = folder is not None and torch.device(device).type == 'cuda' and os.environ.get('LDEBM_SHARED_GPU') != '1' and not multiprocessing.current_process().daemon
+    if apart:
         how = dict(cfg=lm_cfg(cfg)[0], also=also, folder=folder, device=device)
         helpers = [multiprocessing.get_context('spawn').Process(target=train_lm, args=(sentences[:a], sentences[a:b]), kwargs=dict(how, seed=s), daemon=True) for s in seeds[1:]]
         for p in helpers: p.start()
-    for s in seeds:
-        try: lms[s] = fetch(s, False)
-        except BlockingIOError: pass # another process is at it: first those that nobody is at
-        if helpers: break
-    for p in helpers: p.join() # what they trained is in the folder; what they did not is trained here, or fails here as it did there
+    try:
+        for s in seeds:
+            try: lms[s] = fetch(s, False)
+            except BlockingIOError: pass # another process is at it: first those that nobody is at
+            if helpers: break
+        for p in helpers: p.join() # what they trained is in the folder; what they did not is trained here, or fails here as it did there
+    finally:
+        for p in helpers: p.terminate()
     lms = [lms[s] if s in lms else fetch(s, True) for s in seeds]
     took = sum(o['seconds'] for lm in lms for o in lm.history)/60/len(lms)
     return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass, trained for {took:.1f} minutes'

@@ -430,7 +430,7 @@ _terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest f
 def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
     "What `f` gives, chains and gradients included, replayed; recorded at the first call with these shapes"
     ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]; own,params = zip(*((n, p) for n,p in self.named_parameters() if p.requires_grad))
-    key = (f.__name__, self.cfg, self.energy.tau_y, labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), *(p.data_ptr() for p in params))
+    key = (f.__name__, self.cfg, self.energy.tau_y, labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), own, *(p.data_ptr() for p in (*self.parameters(), *self.buffers())), id(self.schedule))
     kept = _terms.setdefault(self, {})
     if key not in kept:
         names,said,mine = [],[],torch.Generator(z.device) # each call lends it its own generator's state
@@ -440,9 +440,9 @@ def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weig
             names[:],said[:] = out,[o for _,o in seen.todo]
             return torch.stack(list(out.values())),[first for first,_ in seen.todo]
         while len(kept) >= KEPT: kept.pop(next(iter(kept)))
-        kept[key] = ((RecordedGrad if recorder is None else recorder)(run, ins, params, mine),names,said,mine)
-    rec,names,said,mine = kept[key]; gen = gen or (torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator)
-    mine.set_state(gen.get_state()); out = rec(*ins); gen.set_state(mine.get_state())
+        kept[key] = ((RecordedGrad if recorder is None else recorder)(run, ins, params, mine),names,said,mine,[*self.parameters(), *self.buffers(), self.schedule]) # what the key names by its place stays there
+    rec,names,said,mine,_ = kept[key]; gen = gen or (torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator)
+    mine.set_state(gen.get_state()); out = rec(*ins, params=params); gen.set_state(mine.get_state())
     for first,o in zip(rec.extra, said): stop_if_bad(first, *o)
     return dict(zip(names, out.unbind()))
 

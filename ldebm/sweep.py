@@ -193,6 +193,7 @@ def execute(job:SweepJob, threads:int, devices:str|None, fd:int, log, started:li
     env = {**os.environ, **{k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}}
     if not job.gpus: env['CUDA_VISIBLE_DEVICES'] = ''
     elif devices is not None: env['CUDA_VISIBLE_DEVICES'] = devices
+    if 0 < job.gpus < 1: env['LDEBM_SHARED_GPU'] = '1'
     papermill.execute_notebook(job.notebook, str(job.file('notebook.ipynb')), job.parameters, kernel_name='python3', progress_bar=False,
         stdout_file=log, stderr_file=log, start_timeout=300, iopub_timeout=60, extra_arguments=['--log-level=ERROR'],
         kernel_manager_class=kernel_manager(started, env=env, cwd=str(Path(job.notebook).parent), pass_fds=(fd,), stdout=subprocess.DEVNULL, stderr=log))

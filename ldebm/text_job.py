@@ -317,9 +317,9 @@ class TextTask:
         index = state.get('index')
         for b in batches(self.corpus['train'], s.batch, gen=gen, bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True, index=index, start=start):
             yield b,({} if 'labels' not in state else dict(labels=state['labels'][b.index], label_weights=state.get('weights')))
-    def fixed_batches(self, split:str, size:int=0): # `size`: sentences in a batch; 0: 256, or 2,048 on a GPU, which is idle over less
+    def fixed_batches(self, split:str, size:int=0): # `size`: sentences in a batch; 0: 256, or mostly 2,048 on a GPU, which is idle over less
         "Batches of a split for evaluation; sorted by length when bucketing is on, in file order as published otherwise"
-        sp = self.corpus[split]; size = size or (2048 if self.device.type == 'cuda' else 256)
+        sp = self.corpus[split]; size = size or (2048 if self.device.type == 'cuda' and self.s.prior in ('ebm','none') else 256) # other rows are selected by terms that are means of a batch
         index = sp.lengths.argsort(stable=True) if self.s.bucket else None
         for b in batches(sp, size if self.s.bucket else self.s.batch, index=index): yield b.to(self.device)
     @torch.no_grad()

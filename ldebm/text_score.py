@@ -187,7 +187,7 @@ def stage(
     if file is not None: file.parent.mkdir(parents=True, exist_ok=True); atomic_write(file, json.dumps(dict(key=key, metrics=out), indent=1))
     return out
 
-def nll_cfg(task:TextTask) -> NLLCfg: return NLLCfg(draws=task.s.nll_draws, rows=16384 if task.device.type == 'cuda' else 1024) # a GPU is idle over less
+def nll_cfg(task:TextTask) -> NLLCfg: return NLLCfg(draws=task.s.nll_draws, rows=8192 if task.device.type == 'cuda' else 1024) # a GPU is idle over less
 
 def score(
     task:TextTask, # With the selected weights loaded

@@ -233,10 +233,7 @@ def fit(
     best = saved['best'] if saved else None
     peers.first(lambda: trim_log(run, at))
     def save():
-        error = None
-        try: peers.chains.settle()
-        except FloatingPointError as e: error = e
-        peers.agree(error)
+        peers.agree(peers.chains.late())
         if at.sums: check_finite_terms({k: float(v) for k,v in at.sums.items()}, at.step, at.epoch, seed)
         gens = peers.every(gen.get_state())
         def write(): run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gens if W > 1 else gens[0], progress=asdict(at), epoch_state=state, best=best,
@@ -271,6 +268,7 @@ def fit(
                 if halt and at.step < cfg.steps: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
                 if at.step >= cfg.steps: break
             if at.batch == 0: raise ValueError(f'an epoch has fewer than {group_size} batches: use more data, a smaller batch, {"fewer processes, " if W > 1 else ""}or a smaller accumulate')
+            peers.agree(peers.chains.late())
             model.eval()
             val = peers.first(lambda: {k: float(v) for k,v in task.validate().items()})
             check_finite_terms(val, at.step, at.epoch, seed)
@@ -311,7 +309,7 @@ def rate_at(cfg:TrainCfg, step:int) -> float:
 def means(terms:dict) -> dict: # Name -> scalar, double
     "Batch mean of each term; on a GPU in one pass for all that have one shape, because every launch costs"
     vs = list(terms.values())
-    if not vs[0].is_cuda or len({v.shape for v in vs}) > 1: return {k: v.mean().double() for k,v in terms.items()}
+    if not vs[0].is_cuda or not vs[0].ndim or len({v.shape for v in vs}) > 1: return {k: v.mean().double() for k,v in terms.items()}
     return dict(zip(terms, torch.stack([v.float() for v in vs]).flatten(1).mean(1).double().unbind()))
 
 def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, seed, stop):
@@ -325,7 +323,8 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
         last = i == len(group)-1
         with nullcontext() if last else acc.no_sync(model):
             try:
-                peers.chains.settle()
+                error = peers.chains.late()
+                if error is not None and peers.n == 1: raise error # several processes go through the forward pass, in which they meet, together
                 batch,extra = batch.to(acc.device),send_to_device(extra, acc.device, non_blocking=acc.device.type == 'cuda')
                 with acc.autocast(), peers.chains: terms = model(batch, gen, **extra)
                 if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
@@ -333,6 +332,7 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
                 error = FloatingPointError(f'{e}; met at step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
                 error.__cause__ = e
             except Exception as e: error = e
+            if isinstance(error, FloatingPointError) and error.__cause__ is None: error = FloatingPointError(f'{error}; met before step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
             if last or error is not None: halt = peers.agree(error, stop.stop)
             share = len(batch)/n
             loss = sum(w*terms[k].float().mean() for k,w in weights.items() if w != 0)*share

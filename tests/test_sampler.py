@@ -563,7 +563,29 @@ def test_recorded_terms_equal_the_terms_they_recorded(objective, labels):
 def test_a_recording_keeps_no_two_calls():
     p = network("consistent"); q = DiagGaussian(torch.zeros(8, 6, requires_grad=True), torch.zeros(8, 6))
     first, _ = (recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(k), recorder=ReplayGrad) for k in range(2))
-    with pytest.raises(RuntimeError, match="call backward before"): first["ebm"].sum().backward()
+    with pytest.raises(RuntimeError, match="call backward once, and before"): first["ebm"].sum().backward()
+    last = recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(3), recorder=ReplayGrad)
+    last["ebm"].sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward once, and before"): last["mi"].sum().backward()
+
+
+def test_a_recording_follows_parameters():
+    "New parameters in the old memory get the gradient; new memory, a frozen part or other settings are another recording"
+    p = network("consistent"); q = DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6)); z = q.rsample(gen(1))
+    def go():
+        p.zero_grad(); recorded_terms(p, consistent_terms, q, z, gen(2), recorder=ReplayGrad)["ebm"].sum().backward()
+        return [w.grad for w in p.parameters() if w.requires_grad]
+    ReplayGrad.made = 0
+    want = go(); head = p.energy.head
+    head.weight = nn.Parameter(head.weight.data)
+    got = go()
+    assert ReplayGrad.made == 1 and all(torch.equal(a, b) for a, b in zip(got, want)) and head.weight.grad.abs().max() > 0
+    head.weight = nn.Parameter(head.weight.data.clone()); go()
+    assert ReplayGrad.made == 2
+    head.bias.requires_grad_(False); go()
+    assert ReplayGrad.made == 3 and head.bias.grad is None
+    p.energy.tau_y = 2.; go()
+    assert ReplayGrad.made == 4
 
 
 def test_a_bad_chain_in_a_recording_is_told():

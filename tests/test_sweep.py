@@ -132,12 +132,12 @@ def test_a_job_whose_folder_is_taken_is_busy(make, monkeypatch):
 def test_a_notebook_without_result_a_dead_kernel_and_its_threads(make, tmp_path, monkeypatch):
     "Threads and hidden GPUs reach the kernel, the caller's folder and environment stay; no result, and a death, are failures"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    nb = write(tmp_path/"odd.ipynb", "die: bool = False", "import os, pathlib\nprint([os.environ[k] for k in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')], pathlib.Path.cwd().name)\nif die: os.kill(os.getpid(), 11)")
+    nb = write(tmp_path/"odd.ipynb", "die: bool = False", "import os, pathlib\nprint([os.environ[k] for k in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')], pathlib.Path.cwd().name, os.environ.get('LDEBM_SHARED_GPU'))\nif die: os.kill(os.getpid(), 11)")
     job, here = SweepJob("odd", nb, str(tmp_path/"runs"/"odd"), memory_gb=1.), os.getcwd()
     got = run_one(job, threads=3)
     assert got["state"] == "failed" and "left no result.json" in got["error"] and os.getcwd() == here and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-    assert f"['3', ''] {tmp_path.name}" in job.file("sweep.log").read_text()
-    assert run_one(replace(job, done="", gpus=.5))["state"] == "done" and "['1', '3']" in job.file("sweep.log").read_text()
+    assert f"['3', ''] {tmp_path.name} None" in job.file("sweep.log").read_text()
+    assert run_one(replace(job, done="", gpus=.5))["state"] == "done" and f"['1', '3'] {tmp_path.name} 1" in job.file("sweep.log").read_text(), "it is told that it shares a card"
     got = run_one(replace(job, parameters={"die": True}))
     assert got["state"] == "failed" and "the kernel died" in got["error"] and json.loads(job.file("failed.json").read_text())["error"] == got["error"]
 
