@@ -298,7 +298,7 @@ def test_a_run_that_is_refused_leaves_a_finished_notebook_alone(tmp_path):
     assert res.returncode == 0 and names() == ["train_ptb.ipynb"] and re.search(r"bleu +12\.3\S* +\(11 to 13\.5\)", res.stdout) and "kl" not in res.stdout, res.stdout+res.stderr
     res = make("refused")
     assert res.returncode != 0 and names() == ["train_ptb.ipynb", "train_ptb.stopped.ipynb"] and (run/"train_ptb.ipynb").read_text() == "first\n"
-    assert "train_ptb.stopped.ipynb shows where" in res.stderr and "goes on from there" not in res.stderr
+    assert "train_ptb.stopped.ipynb shows where" in res.stderr and "goes on from its checkpoint" not in res.stderr
     (run/"checkpoint.safetensors").touch()
-    assert "the same command goes on from there" in make("refused").stderr
+    assert "the command that trained it goes on from its checkpoint" in make("refused").stderr
     assert make("again").returncode == 0 and names() == ["train_ptb.ipynb"] and (run/"train_ptb.ipynb").read_text() == "again\n"
