@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -34,6 +34,7 @@ from ldebm.data import load_grammar  # noqa: E402
 from ldebm.core import atomic_write, check_params, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
+from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
@@ -570,22 +571,24 @@ def bench_gpu(opt):
 
 
 @contextmanager
-def replayed():
-    "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside: what is shown as recorded has to be"
-    calls, chain, terms = [], langevin.record, priors.recorded_terms
-    with patch.object(langevin, "record", lambda *args, **kw: calls.append(1) or chain(*args, **kw)), patch.object(priors, "recorded_terms", lambda *args, **kw: calls.append(1) or terms(*args, **kw)): yield
-    if not calls: raise RuntimeError("LDEBM_RECORD=1, and nothing was recorded")
+def replayed(resident=False):
+    "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside, or with `resident` a chain run as one kernel: what is shown as such has to be"
+    calls, ways = [], ((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms"))
+    def counting(f): return lambda *args, **kw: calls.append(1) or f(*args, **kw)
+    with ExitStack() as open_:
+        for where, name in ways: open_.enter_context(patch.object(where, name, counting(getattr(where, name))))
+        yield
+    if not calls: raise RuntimeError(f"LDEBM_RE{'SIDENT' if resident else 'CORD'}=1, and nothing was {'one kernel' if resident else 'recorded'}")
 
 
 def on_device(opt, n):
     dev, out = torch.device(opt.device), []
     cuda = dev.type == "cuda"
     g = lambda seed: gen(seed, dev)
-    recorded = lambda path: patch.dict(os.environ, LDEBM_RECORD=str(int(path == "recorded")))
-    ways = ("plain", "fast", "recorded") if cuda else ("plain", "fast")
+    how = lambda path: patch.dict(os.environ, LDEBM_RECORD=str(int(path in ("recorded", "resident"))), LDEBM_RESIDENT=str(int(path == "resident")))
     def held(path, f):
         def go():
-            with recorded(path), replayed() if path == "recorded" else nullcontext(): return f()
+            with how(path), replayed(path == "resident") if path in ("recorded", "resident") else nullcontext(): return f()
         return waited(go, dev)
     def add(what, path, precision, sizes, f, secs, flop, shape, **more): # `f`: what launches are counted in, if anything
         out.append(entry(opt, what, path, n, precision, sizes, secs, flop, shape, launches=launches(f) if cuda and f is not None else None, **more))
@@ -593,7 +596,11 @@ def on_device(opt, n):
     for objective in OBJECTIVES:
         s = job(objective, opt); B = s.batch if opt.tiny else 128
         prior = chain_prior(s).to(dev); z = torch.randn(B, s.d, generator=gen(1)).to(dev); t = (torch.arange(B) % s.T).to(dev)
-        energies, shape = dict(plain=PlainEnergy(prior.energy), fast=fast_energy(prior.energy), recorded=fast_energy(prior.energy)), (B, s.energy_hidden, s.energy_hidden)
+        fast, shape = fast_energy(prior.energy), (B, s.energy_hidden, s.energy_hidden)
+        energies = dict(plain=PlainEnergy(prior.energy), fast=fast, recorded=fast, resident=fast)
+        stopped = why_not(fast.sizes(), z)
+        if cuda and stopped: print(f"gpu: chains are not one kernel, {stopped}", flush=True)
+        ways = ("plain", "fast", *(("recorded",) if cuda else ()), *(() if stopped else ("resident",)))
         fs = {k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2))) for k in ways}
         secs = interleave(fs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), ("fp32",)))
         for k, v in secs.items():
@@ -624,7 +631,7 @@ def on_device(opt, n):
                 found.append(sum(w))
             return held(path, go)
         for count, rounds in ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1))[:2-opt.skip_long]:
-            fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions}, (min(count, 256), s.hidden, V)
+            fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions if k != "resident" or count <= MOST and q == "fp32"}, (min(count, 256), s.hidden, V)
             for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
                 words = found[list(fs).index((k, q))]
                 add("generate", k, q, dict(sentences=count, words=words, max_len=s.max_len), fs[k, q] if count < 1000 else None, v, # a profile of more would hold millions of events

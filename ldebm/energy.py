@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from .kernels import direct, linear, product
+from .resident import Sizes
 
 # %% ../nbs/11_energy.ipynb #edd66e5f
 class SpectralLinear(nn.Linear):
@@ -49,6 +50,7 @@ def iterate_together(
     n:int=1, # Iterations
 ):
     "`power_iterate` of each, in one product for all: on a GPU small products cost their launch"
+    if len(layers) == 1: return layers[0].power_iterate(n)
     W,u = torch.stack([m.weight for m in layers]),torch.stack([m.u for m in layers])[:,:,None]; v = None
     for _ in range(n):
         v = nnf.normalize(W.mT@u, dim=1, eps=1e-12)
@@ -59,6 +61,7 @@ def normalise_together(
     layers:list, # `SpectralLinear`s of one shape
 ) -> list: # Their weights in use, each `(n_out, n_in)`
     "`normalised` of each, in one product for all"
+    if len(layers) == 1: return [layers[0].normalised()]
     W,u,v = (torch.stack([getattr(m, k) for m in layers]) for k in ('weight','u','v'))
     return list((W/(u[:,None]@(W@v[:,:,None]))).unbind())
 
@@ -249,16 +252,16 @@ class EnergyNet(Energy):
         if free_head: self.head.draw(gen, .1/math.sqrt(H))
     def power_iterate(self, n:int=1):
         "Refresh every spectral norm; call once per optimiser step"
-        if self.table.is_cuda:
-            for ms in of_one_shape(self.layers()): iterate_together(ms, n)
-        else:
-            for m in self.layers(): m.power_iterate(n)
+        for ms in self.together(): iterate_together(ms, n)
     def layers(self) -> list: return [m for m in self.modules() if isinstance(m, SpectralLinear)]
+    def together(self) -> list: # Lists of layers
+        "Layers to normalise in one product: on a GPU those of one shape, on a CPU each alone, without a copy"
+        return of_one_shape(self.layers()) if self.table.is_cuda else [[m] for m in self.layers()]
     def weights(self) -> EnergyWeights:
         "Normalised weights for this step; compute once, pass to every call"
         H,act = self.merge.out_features,lambda x: nnf.leaky_relu(x, self.slope)
-        W = {m: w for ms in of_one_shape(self.layers()) for m,w in zip(ms, normalise_together(ms))} if self.table.is_cuda else {}
-        wb = lambda l: (W[l] if l in W else l.normalised(), l.bias)
+        W = {m: w for ms in self.together() for m,w in zip(ms, normalise_together(ms))}
+        wb = lambda l: (W.get(l, l.weight), l.bias)
         m = wb(self.merge)[0]
         level = linear(act(linear(act(linear(self.table, *wb(self.t1))), *wb(self.t2))), m[:,-H:], self.merge.bias)
         return EnergyWeights(wb(self.z1), wb(self.z2), m[:,:H], level, m[:,H:2*H] if self.context_dim else None,
@@ -311,6 +314,13 @@ class FastEnergy:
         "The same energy with other weights, given as `tensors()` gives them"
         todo = iter(tensors)
         return FastEnergy(self.net, each(lambda _: next(todo), self.w))
+    def sizes(self) -> Sizes|None: # `None` where `ldebm.resident` does not know the energy
+        "Shape of the network"
+        return Sizes(self.net.d, len(self.w.merge_z), self.net.n_symbols, len(self.w.blocks), self.slope) if self.net.groups is None and self.net.tau_y == 1 else None
+    def packed(self) -> Tensor:
+        "Weights as `ldebm.resident.run_chains` wants them, without what `base` needs"
+        w = self.w; hidden = (w.z2, (w.merge_z, w.merge_z.new_zeros(len(w.merge_z))), *w.blocks)
+        return torch.cat([x.flatten() for x in (*(W for W,_ in hidden), *(b for _,b in hidden), *w.z1, *w.head)])
     def act(self, x): return nnf.leaky_relu(x, self.slope)
     def turn(self, x:Tensor) -> Tensor: return x if self.rows else x.T
     def room(self, like:Tensor) -> list: # A matrix for each activation

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'ula_step', 'preconditioned_step', 'ChainState', 'Pending', 'Gathered', 'raise_if_bad', 'stop_if_bad',
-           'Levels', 'chain_states', 'chain', 'can_record', 'recording', 'chain_noise', 'record', 'shorten',
-           'tilt_chain', 'tilt_states', 'linear_chain_moments', 'mala_chain', 'mala_states', 'split_rhat', 'ess',
-           'plot_traces']
+           'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'recording', 'uniform_like',
+           'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states', 'tilt_resident', 'linear_chain_moments',
+           'mala_chain', 'mala_states', 'first_lost', 'mala_resident', 'split_rhat', 'ess', 'plot_traces']
 
 # %% ../nbs/12_langevin.ipynb #d49e8c59
-import math, os, weakref
+import math, weakref
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from .core import env_flag
 from .kernels import Recorded
+from .resident import run_chains, why_not
 from .schedule import randn_like
 
 # %% ../nbs/12_langevin.ipynb #5bd80837
@@ -110,8 +112,11 @@ def chain_states(
         seen[i] = F
         if on_step: on_step(i, y=y, F=F, g=g)
         y = step(y, F, g, noise(i))
+    return y,first_bad(y, seen)
+
+def first_bad(y:Tensor, seen:Tensor) -> Tensor: # Fills the last two rows of `seen`
     seen[-2] = y.sum(-1); seen[-1] = torch.inf
-    return y,seen.isfinite().all(1).logical_not().long().argmax()
+    return seen.isfinite().all(1).logical_not().long().argmax()
 
 def chain(
     grad, # `grad(y) -> (F, dF/dy)`
@@ -137,17 +142,25 @@ def can_record(energy, z:Tensor) -> bool:
     "Can a chain of this energy be recorded here?"
     return recording(z) and hasattr(energy, 'tensors') and not isinstance(Pending.now, Gathered) # not twice
 
+def can_reside(energy, z:Tensor, y:Tensor|None) -> bool:
+    "Can all updates of a chain of this energy be one kernel here, by `ldebm.resident`?"
+    return not why_not(energy.sizes() if y is None and hasattr(energy, 'sizes') else None, z)
+
 def recording(z:Tensor) -> bool:
     "Is `z` on a GPU, and recording not switched off by `LDEBM_RECORD=0`? `ValueError` for another value than 0 and 1"
-    asked = os.environ.get('LDEBM_RECORD', '1')
-    if asked not in ('0','1'): raise ValueError(f"LDEBM_RECORD must be '0' or '1', got {asked!r}")
-    return asked == '1' and z.is_cuda
+    return env_flag('LDEBM_RECORD', True) and z.is_cuda
 
-def chain_noise(energy, z:Tensor, n_steps:int, gen:torch.Generator|None, rec:bool): # Normal `(B, d)` and uniform `(B,)` noise of each update: functions of it, or tensors of all
+def uniform_like(x:Tensor, gen:torch.Generator|None=None) -> Tensor: return torch.rand(x.shape, generator=gen, device=x.device, dtype=x.dtype)
+
+def chain_noise(
+    draw, # `draw(x, gen)`: noise shaped, typed and placed like `x`
+    energy, # Of the chain
+    x:Tensor, # Gives the shape of one update's noise
+    n_steps:int, gen:torch.Generator|None,
+    rec:bool, # Is the chain recorded?
+): # A function of the update, or `(n_steps, *x.shape)`
     "Noise of a chain: on a GPU, for energies that can be recorded, all at once, so that recorded or not they see the same numbers"
-    more = dict(generator=gen, device=z.device, dtype=z.dtype)
-    if rec or z.is_cuda and hasattr(energy, 'tensors'): return (lambda: torch.randn(n_steps, *z.shape, **more)),(lambda: torch.rand(n_steps, len(z), **more))
-    return (lambda: lambda i: randn_like(z, gen)),(lambda: lambda i: torch.rand(len(z), **more))
+    return draw(x.expand(n_steps, *x.shape), gen) if rec or x.is_cuda and hasattr(energy, 'tensors') else lambda i: draw(x, gen)
 
 def record(
     f, # `f(energy, **tensors, **constants) -> tuple of tensors`
@@ -202,8 +215,9 @@ def tilt_chain(
     if rho is not None and not 0 <= rho < 1: raise ValueError(f'rho must lie in [0, 1), got {rho}')
     if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
     args = dict(z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
-    rec = on_step is None and can_record(energy, z); noise = chain_noise(energy, z, n_steps, gen, rec)[0]()
-    if rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
+    rec = on_step is None and can_record(energy, z); noise = chain_noise(randn_like, energy, z, n_steps, gen, rec)
+    if on_step is None and can_reside(energy, z, y): out,first = tilt_resident(energy, **args, noise=noise, rho=rho, drift=drift)
+    elif rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
     else: out,first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
     return out
@@ -220,6 +234,14 @@ def tilt_states(energy, z, t, m, v, s2, tau, y, context, noise, n_steps, rho, dr
         pull,sd = (1-rho)*v/tau,(v*(1-rho**2)).sqrt()
         step = lambda x, F, g, e: torch.addcmul(torch.lerp(m, x, rho).add_(shorten(pull*g, drift, sd)) if drift < math.inf else torch.lerp(m, x, rho).addcmul_(pull, g), sd, e)
     return chain_states(grad, step, z, n_steps, noise if callable(noise) else lambda i: noise[i], on_step)
+
+@torch.no_grad()
+def tilt_resident(energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw) -> tuple[Tensor,Tensor]: # `kw`: of `run_chains`
+    "`tilt_states` in one kernel, without symbols"
+    if rho is None: rows,drift = (1-.5*s2/v, .5*s2/v, .5*s2/tau, s2.sqrt()),math.inf
+    else: rows = torch.full_like(v, rho),torch.full_like(v, 1-rho),(1-rho)*v/tau,(v*(1-rho**2)).sqrt()
+    out,seen,*_ = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, torch.cat([*rows, 1/tau, v], 1), noise, drift=drift, **kw)
+    return out,first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
 def linear_chain_moments(
@@ -255,8 +277,9 @@ def mala_chain(
     if not drift > 0: raise ValueError(f'drift must be positive, got {drift}')
     args = dict(z=z, t=t, m=m, v=v, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z)
-    noise,uniform = (draw() for draw in chain_noise(energy, z, n_steps, gen, rec))
-    if rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
+    noise,uniform = (chain_noise(draw, energy, x, n_steps, gen, rec) for draw,x in ((randn_like, z), (uniform_like, z[:,0])))
+    if on_step is None and can_reside(energy, z, y): out,total,first = mala_resident(energy, **args, noise=noise, uniform=uniform, rho=rho, drift=drift)
+    elif rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
     else: out,total,first = mala_states(energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
     return out, total/max(n_steps, 1)
@@ -282,8 +305,20 @@ def mala_states(energy, z, t, m, v, tau, y, context, noise, uniform, n_steps, rh
         z,g,to,F,log_p = torch.where(row, x, z),torch.where(row, gx, g),torch.where(row, back, to),torch.where(take, Fx, F),torch.where(take, log_px, log_p)
         total = total+a
         if on_step: on_step(i, y=z, F=F, g=g, accept=a)
+    return z,total,first_lost(seen, slope)
+
+def first_lost(seen:Tensor, slope:Tensor) -> Tensor: # `F` and its summed slopes at every evaluation, and an end mark
+    "A proposal of no density (`F` is minus infinity) is only refused"
     bad = seen.isnan() | (seen == torch.inf) | (seen.isfinite() & ~slope.isfinite()); bad[0] |= ~seen[0].isfinite()
-    return z,total,bad.any(1).long().argmax()
+    return bad.any(1).long().argmax()
+
+@torch.no_grad()
+def mala_resident(energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw) -> tuple[Tensor,Tensor,Tensor]: # `kw`: of `run_chains`
+    "`mala_states` in one kernel, without symbols"
+    rows = torch.full_like(v, rho),torch.full_like(v, 1-rho),(1-rho)*v/tau,(v*(1-rho**2)).sqrt(),1/tau,v
+    out,seen,slope,total = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, torch.cat(rows, 1), noise, uniform, drift, **kw)
+    end = seen.new_zeros(1, len(z))
+    return out,total,first_lost(torch.cat([seen, end+torch.nan]), torch.cat([slope, end]))
 
 # %% ../nbs/12_langevin.ipynb #b2735bce
 def split_rhat(

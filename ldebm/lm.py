@@ -10,7 +10,7 @@ __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_senten
            'reverse_ppl', 'plot_ppl']
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
-import hashlib, itertools, json, math, multiprocessing, os, time, warnings
+import hashlib, itertools, json, math, multiprocessing, time, warnings
 from contextlib import nullcontext
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
-from .core import check_params, choose, exclusive, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state
+from .core import check_params, choose, env_flag, exclusive, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state
 from .kernels import linear, linear_cross_entropy, product
 from .text_metrics import unseen_share
 
@@ -493,7 +493,7 @@ def protocol_lms(
     def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
     lms,helpers = {},[]
     if apart and folder is None: raise ValueError('models trained in processes of their own need a folder to be fetched from')
-    if apart is None: apart = folder is not None and torch.device(device).type == 'cuda' and os.environ.get('LDEBM_SHARED_GPU') != '1' and not multiprocessing.current_process().daemon
+    if apart is None: apart = not env_flag('LDEBM_SHARED_GPU', False) and folder is not None and torch.device(device).type == 'cuda' and not multiprocessing.current_process().daemon
     if apart:
         how = dict(cfg=lm_cfg(cfg)[0], also=also, folder=folder, device=device)
         helpers = [multiprocessing.get_context('spawn').Process(target=train_lm, args=(sentences[:a], sentences[a:b]), kwargs=dict(how, seed=s), daemon=True) for s in seeds[1:]]

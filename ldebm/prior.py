@@ -6,7 +6,7 @@
 __all__ = ['Posterior', 'DiagGaussian', 'free_bits', 'Prior', 'no_symbols', 'StandardNormal', 'PriorCfg', 'DiffusionEBM',
            'published_step', 'chain_from', 'KnownPart', 'sample', 'flat_variances', 'base_kl',
            'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen', 'pair_logits',
-           'consistent_terms', 'published_terms', 'same_terms', 'can_record_terms', 'recorded_terms', 'symbol_logits',
+           'consistent_terms', 'published_terms', 'can_record_terms', 'recorded_terms', 'symbol_logits',
            'MixtureEnergy', 'log_z', 'kl', 'energy_traces', 'trace_rhat', 'plot_energy_traces', 'cluster_targets',
            'match_labels', 'balance_weights', 'published_draw']
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
+from .core import env_flag
 from .kernels import RecordedGrad, full
 from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, fast_energy
 from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
@@ -352,7 +353,8 @@ def terms(self:DiffusionEBM,
     with torch.autocast(z.device.type, enabled=False):
         q,z = DiagGaussian(full(q.mean), full(q.logvar)),full(z)
         f = published_terms if self.published else consistent_terms
-        return (recorded_terms if can_record_terms(self, z) else same_terms)(self, f, q, z, gen, labels, label_weights)
+        args = q,z,gen,labels,label_weights
+        return recorded_terms(self, f, *args) if can_record_terms(self, z) else f(self, *args)
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #dadf624d
@@ -412,8 +414,6 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
 
 # %% ../nbs/13_prior.ipynb #619b20b3
-def same_terms(self, f, *args) -> dict: return f(self, *args)
-
 def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
     "Are these terms, in training, two launches on this GPU?"
     return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and any(p.requires_grad for p in self.parameters()) and not isinstance(Pending.now, Gathered)
@@ -430,7 +430,7 @@ _terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest f
 def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
     "What `f` gives, chains and gradients included, replayed; recorded at the first call with these shapes"
     ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]; own,params = zip(*((n, p) for n,p in self.named_parameters() if p.requires_grad))
-    key = (f.__name__, self.cfg, self.energy.tau_y, labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), own, *(p.data_ptr() for p in (*self.parameters(), *self.buffers())), id(self.schedule))
+    key = (f.__name__, self.cfg, self.energy.tau_y, env_flag('LDEBM_RESIDENT', True), labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), own, *(p.data_ptr() for p in (*self.parameters(), *self.buffers())), id(self.schedule))
     kept = _terms.setdefault(self, {})
     if key not in kept:
         names,said,mine = [],[],torch.Generator(z.device) # each call lends it its own generator's state

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import Run, atomic_write, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
+from .core import Run, atomic_write, batch_sizes, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
 from .data import load_grammar
 from .energy import EnergyNet
 from .lm import LMS
@@ -317,9 +317,9 @@ class TextTask:
         index = state.get('index')
         for b in batches(self.corpus['train'], s.batch, gen=gen, bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True, index=index, start=start):
             yield b,({} if 'labels' not in state else dict(labels=state['labels'][b.index], label_weights=state.get('weights')))
-    def fixed_batches(self, split:str, size:int=0): # `size`: sentences in a batch; 0: 256, or mostly 2,048 on a GPU, which is idle over less
+    def fixed_batches(self, split:str, size:int=0): # `size`: sentences in a batch; 0: mostly as in `batch_sizes`
         "Batches of a split for evaluation; sorted by length when bucketing is on, in file order as published otherwise"
-        sp = self.corpus[split]; size = size or (2048 if self.device.type == 'cuda' and self.s.prior in ('ebm','none') else 256) # other rows are selected by terms that are means of a batch
+        sp = self.corpus[split]; size = size or batch_sizes(self.device if self.s.prior in ('ebm','none') else 'cpu')['sentences'] # other rows are selected by terms that are means of a batch
         index = sp.lengths.argsort(stable=True) if self.s.bucket else None
         for b in batches(sp, size if self.s.bucket else self.s.batch, index=index): yield b.to(self.device)
     @torch.no_grad()

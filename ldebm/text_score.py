@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import atomic_write, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state, weights_hash, write_result
+from .core import atomic_write, batch_sizes, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state, weights_hash, write_result
 from .data import load_grammar
 from .langevin import ess
 from .likelihood import NLLCfg, LogZ, Plan, Proposal, SentenceBounds, log_z_bounds, nll_importance, nll_ldebm, nll_metric, nll_svebm, top_log_z
@@ -67,11 +67,11 @@ def text_nll(
     cfg:NLLCfg=NLLCfg(),
     seed:int=0, # Of the choice of sentences and of every draw
     folder:str|Path|None=None, # Where to keep finished chunks; nowhere if `None`
-    chunk:int=0, # Sentences at a time; 0: 50, or 500 on a GPU, which is idle over less
+    chunk:int=0, # Sentences at a time; 0: as in `batch_sizes`
     fit_on:int=250, # Sentences, the first ones, that proposals are fitted to
 ) -> dict: # As `ldebm.likelihood.nll_bounds`, and `index`; each `(n,)`
     "Negative log-likelihood of sentences with the parts of its uncertainty; goes on from `folder`"
-    total = len(task.corpus[split]); n = min(n or total, total); dev = task.device; chunk = chunk or (500 if dev.type == 'cuda' else 50)
+    total = len(task.corpus[split]); n = min(n or total, total); dev = task.device; chunk = chunk or batch_sizes(dev)['likelihoods']
     order = torch.randperm(total, generator=make_gen(seed, 'likelihood order', 'cpu'))[:n]
     file = None if folder is None else Path(folder)/f'likelihood-{split}.safetensors'
     what = dict(n=n, seed=seed, chunk=chunk, fit_on=fit_on, cfg=repr(cfg), model=weights_hash(task.model))
@@ -187,7 +187,7 @@ def stage(
     if file is not None: file.parent.mkdir(parents=True, exist_ok=True); atomic_write(file, json.dumps(dict(key=key, metrics=out), indent=1))
     return out
 
-def nll_cfg(task:TextTask) -> NLLCfg: return NLLCfg(draws=task.s.nll_draws, rows=8192 if task.device.type == 'cuda' else 1024) # a GPU is idle over less
+def nll_cfg(task:TextTask) -> NLLCfg: return NLLCfg(draws=task.s.nll_draws, rows=batch_sizes(task.device)['rows'])
 
 def score(
     task:TextTask, # With the selected weights loaded

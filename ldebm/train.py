@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainCfg', 'linear_warmup', 'logistic', 'cyclical', 'Progress', 'Interrupted', 'make_optimizer', 'check_finite_terms',
            'trim_log', 'launched', 'portable', 'Peers', 'Shared', 'Sparing', 'PatientStop', 'check_saved', 'fit',
-           'load_best', 'rate_at', 'means', 'train_step', 'count_processes', 'TrainingOver', 'launch',
+           'load_best', 'rate_at', 'means', 'at_step', 'train_step', 'count_processes', 'TrainingOver', 'launch',
            'start_processes', 'run_notebook', 'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
@@ -312,6 +312,9 @@ def means(terms:dict) -> dict: # Name -> scalar, double
     if not vs[0].is_cuda or not vs[0].ndim or len({v.shape for v in vs}) > 1: return {k: v.mean().double() for k,v in terms.items()}
     return dict(zip(terms, torch.stack([v.float() for v in vs]).flatten(1).mean(1).double().unbind()))
 
+def at_step(e:FloatingPointError, where:str, at:Progress, seed:int) -> FloatingPointError: # `where`: 'at' or 'before' the step
+    return FloatingPointError(f'{e}; met {where} step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
+
 def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, seed, stop):
     "One optimiser step over this process's share `group` of the batches that have `sizes`; advances `at`. True when any process was told to stop"
     rate = rate_at(cfg, at.step)
@@ -323,16 +326,14 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
         last = i == len(group)-1
         with nullcontext() if last else acc.no_sync(model):
             try:
-                error = peers.chains.late()
-                if error is not None and peers.n == 1: raise error # several processes go through the forward pass, in which they meet, together
+                late = peers.chains.late()
+                if late is not None and peers.n == 1: raise late # several processes go through the forward pass, in which they meet, together
+                error = None if late is None else at_step(late, 'before', at, seed)
                 batch,extra = batch.to(acc.device),send_to_device(extra, acc.device, non_blocking=acc.device.type == 'cuda')
                 with acc.autocast(), peers.chains: terms = model(batch, gen, **extra)
                 if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
-            except FloatingPointError as e:
-                error = FloatingPointError(f'{e}; met at step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
-                error.__cause__ = e
+            except FloatingPointError as e: error = at_step(e, 'at', at, seed); error.__cause__ = e
             except Exception as e: error = e
-            if isinstance(error, FloatingPointError) and error.__cause__ is None: error = FloatingPointError(f'{error}; met before step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
             if last or error is not None: halt = peers.agree(error, stop.stop)
             share = len(batch)/n
             loss = sum(w*terms[k].float().mean() for k,w in weights.items() if w != 0)*share

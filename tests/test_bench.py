@@ -132,6 +132,10 @@ def test_what_is_shown_as_recorded_has_to_be(monkeypatch):
         with bench.replayed(): pass
     with bench.replayed(): assert bench.langevin.record(3) == 3
     with bench.replayed(): assert bench.priors.recorded_terms(3) == -3
+    monkeypatch.setattr(bench.langevin, "run_chains", lambda x: 2*x)
+    with pytest.raises(RuntimeError, match="nothing was one kernel"):
+        with bench.replayed(True): bench.langevin.record(3)
+    with bench.replayed(True): assert bench.langevin.run_chains(3) == 6
 
 
 def test_clock():

@@ -499,3 +499,5 @@ def test_models_in_processes_of_their_own(tmp_path, monkeypatch):
         assert a.seed == b.seed
         for x, y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y)
     with pytest.raises(ValueError, match="need a folder"): L.protocol_lms(text, text, TINY, (0, 1), None, apart=True)
+    monkeypatch.setenv("LDEBM_SHARED_GPU", "yes")
+    with pytest.raises(ValueError, match="LDEBM_SHARED_GPU must be '0' or '1', got 'yes'"): L.protocol_lms(text, text, TINY, (0, 1))

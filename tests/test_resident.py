@@ -1,0 +1,149 @@
+"The kernel for whole chains, on a processor (a fibre for every thread of a cluster) and, where there is one, on a GPU"
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ldebm.energy import EnergyNet, fast_energy
+from ldebm.langevin import mala_resident, mala_states, tilt_resident, tilt_states
+from ldebm.resident import CLUSTER, Sizes, source, why_not
+
+FIBRES = Path(__file__).with_name("fibres.cpp")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10), reason="no GPU with clusters of sixteen blocks")
+
+
+def gen(seed, device="cpu"): return torch.Generator(device).manual_seed(seed)
+
+
+def energy(sizes, context=0, steep=1., device="cpu"):
+    d, H, K, N = sizes[:4]
+    net = EnergyNet(d, K, 3, hidden=H, n_blocks=N, context_dim=context, spectral=False, init=.3, gen=gen(1)).to(device)
+    with torch.no_grad(): net.head.weight.mul_(steep)
+    return fast_energy(net)
+
+
+def problem(sizes, B, n, context=0, device="cpu"):
+    g, d = gen(2), sizes.d
+    of = lambda *shape: torch.randn(*shape, generator=g).to(device)
+    args = dict(z=of(B, d), t=(torch.arange(B) % 3).to(device), m=of(B, d), v=of(B, 1).abs()+.1, tau=of(B, 1).abs()+.3, y=None, context=of(B, context) if context else None)
+    return args, of(n, B, d), torch.rand(n, B, generator=g).to(device)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    "Starts the kernel on fibres"
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None: pytest.skip("no C++ compiler")
+    folder, built = tmp_path_factory.mktemp("fibres"), {}
+    def go(sizes, tensors, numbers, seed=0):
+        if sizes not in built:
+            there = folder/f"{len(built)}"; there.with_suffix(".cu").write_text(source(sizes, ""))
+            subprocess.run([compiler, "-O1", "-std=c++17", "-shared", "-fPIC", f'-DKERNEL_SOURCE="{there.with_suffix(".cu")}"', str(FIBRES), "-o", str(there.with_suffix(".so"))], check=True, capture_output=True)
+            built[sizes] = ctypes.CDLL(str(there.with_suffix(".so")))
+        where = (ctypes.c_void_p*len(tensors))(*(x.data_ptr() for x in tensors))
+        assert built[sizes].run(where, *numbers[:3], ctypes.c_float(numbers[3]), seed) == 0, "a wait that not everyone comes to"
+    return go
+
+
+SMALL = [Sizes(6, 24, 5, 2), Sizes(5, 36, 1, 0), Sizes(3, 40, 37, 1)] # columns of a block: 2, 3 and 3; inputs in even and odd numbers of four; one symbol, and more than threads in a warp
+
+
+@pytest.mark.parametrize("sizes", SMALL)
+@pytest.mark.parametrize("rho, drift", [(None, math.inf), (.8, math.inf), (.8, .3)])
+def test_unadjusted_chains_end_where_the_plain_ones_do(start, sizes, rho, drift):
+    e = energy(sizes); args, noise, _ = problem(sizes, 21, 4)
+    s2 = .1*args["v"] if rho is None else None
+    want, first = tilt_states(e, **args, s2=s2, noise=noise, n_steps=4, rho=rho, drift=drift)
+    got, too = tilt_resident(e, **args, s2=s2, noise=noise, rho=rho, drift=drift, start=start)
+    assert (want-args["z"]).abs().mean() > .1, "they went somewhere"
+    assert_close(got, want, rtol=1e-4, atol=1e-5); assert first == too == 5
+
+
+@pytest.mark.parametrize("sizes", SMALL)
+@pytest.mark.parametrize("drift", [math.inf, .5])
+def test_chains_with_a_metropolis_test_end_where_the_plain_ones_do(start, sizes, drift):
+    e = energy(sizes, steep=8.); args, noise, uniform = problem(sizes, 21, 6)
+    want, total, first = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=6, rho=.5, drift=drift)
+    got, share, too = mala_resident(e, **args, noise=noise, uniform=uniform, rho=.5, drift=drift, start=start)
+    assert .05 < total.mean()/6 < .95, "some proposals are refused, some are not"
+    assert_close(got, want, rtol=1e-4, atol=1e-5); assert_close(share, total, rtol=1e-3, atol=1e-4); assert first == too
+
+
+def test_a_context_is_part_of_what_stays_the_same(start):
+    e = energy(SMALL[0], context=4); args, noise, _ = problem(SMALL[0], CLUSTER, 3, context=4)
+    want, _ = tilt_states(e, **args, s2=None, noise=noise, n_steps=3, rho=.8, drift=math.inf)
+    got, _ = tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf, start=start)
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_threads_between_waits_does_not_matter(start):
+    e = energy(SMALL[0]); args, noise, uniform = problem(SMALL[0], 5, 3)
+    ends = [mala_resident(e, **args, noise=noise, uniform=uniform, rho=.5, drift=.5, start=lambda *a, seed=seed: start(*a, seed=seed))[0] for seed in range(5)]
+    assert all(torch.equal(ends[0], x) for x in ends[1:])
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_chains_of_no_update_and_of_one(start, n):
+    e = energy(SMALL[0]); args, noise, uniform = problem(SMALL[0], 3, n)
+    got, first = tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf, start=start)
+    assert_close(got, tilt_states(e, **args, s2=None, noise=noise, n_steps=n, rho=.8, drift=math.inf)[0], rtol=1e-4, atol=1e-5)
+    got, total, first = mala_resident(e, **args, noise=noise, uniform=uniform, rho=.8, drift=math.inf, start=start)
+    want, acc, _ = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=n, rho=.8, drift=math.inf)
+    assert_close(got, want, rtol=1e-4, atol=1e-5); assert_close(total, acc, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_found_at_the_same_update(start, bad):
+    e = energy(SMALL[0]); args, noise, uniform = problem(SMALL[0], 5, 4); noise[2, 3, 1] = bad
+    first = [f(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf, **kw)[1] for f, kw in ((tilt_states, dict(n_steps=4)), (tilt_resident, dict(start=start)))]
+    assert first[0] == first[1] == 3
+    first = [f(e, **args, noise=noise, uniform=uniform, rho=.8, drift=math.inf, **kw)[2] for f, kw in ((mala_states, dict(n_steps=4)), (mala_resident, dict(start=start)))]
+    assert first[0] == first[1] == 3
+
+
+def test_other_energies_and_machines_go_another_way(monkeypatch):
+    e = energy(SMALL[0]); z = torch.zeros(3, 6)
+    assert e.sizes() == SMALL[0] and why_not(e.sizes(), z) == "latents are not on a GPU"
+    e.net.groups = (2, 3)
+    assert e.sizes() is None and "not a network" in why_not(e.sizes(), z)
+    monkeypatch.setenv("LDEBM_RESIDENT", "0"); assert why_not(SMALL[0], z) == "LDEBM_RESIDENT=0"
+    monkeypatch.setenv("LDEBM_RESIDENT", "yes")
+    with pytest.raises(ValueError, match="LDEBM_RESIDENT must be"): why_not(SMALL[0], z)
+
+
+PUBLISHED = Sizes(40, 200, 20, 12)
+
+
+@on_gpu
+@pytest.mark.parametrize("B", [128, 21])
+@pytest.mark.parametrize("sizes", [PUBLISHED, *SMALL])
+def test_on_a_gpu_chains_end_where_the_plain_ones_do(sizes, B):
+    e = energy(sizes, steep=3., device="cuda"); args, noise, uniform = problem(sizes, B, 8, device="cuda")
+    assert why_not(e.sizes(), args["z"]) == ""
+    want, first = tilt_states(e, **args, s2=None, noise=noise, n_steps=8, rho=.8, drift=.5)
+    got, too = tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=.5)
+    assert_close(got, want, rtol=1e-3, atol=1e-4); assert first == too == 9
+    want, total, _ = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=8, rho=.5, drift=math.inf)
+    got, share, _ = mala_resident(e, **args, noise=noise, uniform=uniform, rho=.5, drift=math.inf)
+    same = (got-want).abs().amax(1) < 1e-3
+    assert same.float().mean() > .97, "a proposal at the edge may fall to either side, by rounding"
+    assert_close(share[same], total[same], rtol=1e-2, atol=1e-3)
+
+
+@on_gpu
+def test_on_a_gpu_a_chain_repeats_itself_and_goes_into_recordings():
+    e = energy(PUBLISHED, device="cuda"); args, noise, uniform = problem(PUBLISHED, 128, 20, device="cuda")
+    run = lambda: mala_resident(e, **args, noise=noise, uniform=uniform, rho=.8, drift=math.inf)[0]
+    want = run()
+    assert torch.equal(want, run())
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side): run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph): out = run()
+    out.zero_(); graph.replay(); torch.cuda.synchronize()
+    assert torch.equal(want, out)
