@@ -555,6 +555,7 @@ def bench_quality(opt):
     return out
 
 
+WHAT = ("chain", "step", "generate")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
@@ -595,13 +596,14 @@ def on_device(opt, n):
     corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40); V = len(corpus.vocab)
     for objective in OBJECTIVES:
         s = job(objective, opt); B = s.batch if opt.tiny else 128
+        print(f"gpu: {objective} ...", flush=True)
         prior = chain_prior(s).to(dev); z = torch.randn(B, s.d, generator=gen(1)).to(dev); t = (torch.arange(B) % s.T).to(dev)
         fast, shape = fast_energy(prior.energy), (B, s.energy_hidden, s.energy_hidden)
         energies = dict(plain=PlainEnergy(prior.energy), fast=fast, recorded=fast, resident=fast)
         stopped = why_not(fast.sizes(), z)
         if cuda and stopped: print(f"gpu: chains are not one kernel, {stopped}", flush=True)
         ways = ("plain", "fast", *(("recorded",) if cuda else ()), *(() if stopped else ("resident",)))
-        fs = {k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2))) for k in ways}
+        fs = {k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2))) for k in ways if "chain" in opt.what}
         secs = interleave(fs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), ("fp32",)))
         for k, v in secs.items():
             flop = evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
@@ -619,7 +621,7 @@ def on_device(opt, n):
                 with plain_paths() if path == "plain" else nullcontext():
                     for b in some: st[0].step(b, labels, lw, precision, g(4))
             return held(path, go)
-        fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways}
+        fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways if "step" in opt.what}
         secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev))
         for (k, q), v in secs.items():
             flop = sum(sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words))/len(bs)
@@ -631,6 +633,7 @@ def on_device(opt, n):
                 found.append(sum(w))
             return held(path, go)
         for count, rounds in ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1))[:2-opt.skip_long]:
+            if "generate" not in opt.what: break
             fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions if k != "resident" or count <= MOST and q == "fp32"}, (min(count, 256), s.hidden, V)
             for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
                 words = found[list(fs).index((k, q))]
@@ -651,6 +654,7 @@ def parse(argv):
     p.add_argument("--threads", nargs="+", type=int, default=None, help="numbers of threads to measure (default: 1, and 2 where there are two processors)")
     p.add_argument("--repeats", type=float, default=1., help="factor on the number of rounds")
     p.add_argument("--out", default=None, help="folder of the records (default: the results folder)")
+    p.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what the part gpu measures")
     p.add_argument("--skip-long", action="store_true", help="leave out the long generation")
     p.add_argument("--compile", action="store_true", help="also time torch.compile of the closed form, which needs a C++ compiler")
     p.add_argument("--tiny", action="store_true", help="sizes that only show that every part runs; needs --out")

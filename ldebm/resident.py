@@ -287,7 +287,7 @@ def n_weights(sizes:Sizes) -> int: # Length of `weights`
     return (N+2)*H*(H+1) + (d+1)*H + (H+1)*K
 
 # %% ../nbs/06_resident.ipynb #3c1fb8a4
-MOST = 1024 # Chains
+MOST = 448 # Chains: four rounds of seven clusters
 
 @functools.cache
 def has_bindings() -> bool: return importlib.util.find_spec('cuda') is not None and importlib.util.find_spec('cuda.bindings') is not None
