@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDE', 'cpu_info', 'cpu_vendor', 'has_bf16', 'has_onednn', 'matmul_backend', 'direct', 'product', 'laid_out', 'whole',
            'linear', 'borrowed', 'give_back', 'as_autocast', 'full', 'linear_cross_entropy', 'gates', 'gru_cell',
-           'gru_weights', 'gru', 'packed_gru', 'gru_ends', 'or_say_how', 'Recorded', 'RecordedGrad']
+           'gru_weights', 'gru', 'at_every_word', 'packed_gru', 'gru_ends', 'or_say_how', 'Recorded', 'RecordedGrad']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
 import contextlib, functools, itertools, os, platform
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
+from .core import to_device
 
 # %% ../nbs/05_kernels.ipynb #35e16ab9
 WIDE = 4096 # Columns from which a product goes to oneDNN under `both`
@@ -236,9 +237,27 @@ def gru(
     with torch.autocast('cpu', enabled=False):
         return _GRU.apply(linear(data, wi[:,:i], bi), h0, None if extra is None else linear(extra, wi[:,i:]), wh, bh, x.batch_sizes.tolist())
 
+class _EveryWord(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, at, steps):
+        ctx.save_for_backward(at); ctx.padded = (steps,*x.shape)
+        return x.index_select(0, at%len(x))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g): # by way of padded steps, so that sums have one order
+        at, = ctx.saved_tensors; L,B,j = ctx.padded
+        return g.new_zeros(L*B, j).index_copy_(0, at, g).view(L, B, j).sum(0), None, None
+
+def at_every_word(
+    x:Tensor, # One row a sentence, longest first, shape `(B, j)`
+    sizes:Tensor, # Words read at each step, shape `(L,)`, on the CPU
+) -> Tensor: # Shape `(N, j)`, packed
+    "The row of its sentence at every word: a handful of kernels there and back, where a slice a step would be hundreds"
+    return _EveryWord.apply(x, to_device(x.device, (torch.arange(len(x)) < sizes[:,None]).flatten().nonzero()[:,0])[0], len(sizes))
+
 def packed_gru(rnn:nn.GRU, x:PackedSequence, h0:Tensor, extra:Tensor|None=None, reverse:bool=False) -> tuple[Tensor,Tensor]:
     "The same by PyTorch's own kernels; under autocast in its precision, where PyTorch's own rule for a GPU is half precision with five bits of exponent"
-    data = x.data if extra is None else torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1); kind = h0.device.type
+    data = x.data if extra is None else torch.cat([x.data, at_every_word(extra, x.batch_sizes)], 1); kind = h0.device.type
     data,h0,*ws = as_autocast(kind, data, h0, *gru_weights(rnn, reverse))
     with torch.autocast(kind, enabled=False): out,last = torch._VF.gru(data, x.batch_sizes, h0[None], ws, True, 1, 0., torch.is_grad_enabled(), False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
     return out,last[0]

@@ -56,7 +56,7 @@ class ChainState(NamedTuple):
 class Pending:
     "Checks of chains on a GPU that are put off until their answers have arrived: within `with pending:` nobody waits for the device"
     now = None # The one whose `with` we are in
-    def __init__(self): self.todo = []
+    def __init__(self): self.todo,self.known = [],0
     def __enter__(self): self.outer,Pending.now = Pending.now,self; return self
     def __exit__(self, *args): Pending.now = self.outer
     def takes(self, first:Tensor) -> bool: return first.is_cuda
@@ -64,12 +64,13 @@ class Pending:
         host,there = torch.empty((), dtype=first.dtype, pin_memory=True),torch.cuda.Event()
         host.copy_(first, non_blocking=True); there.record(torch.cuda.current_stream(first.device))
         self.todo.append((host, there, said))
-    def settle(self):
-        "`FloatingPointError` for the first chain that was bad"
-        todo,self.todo = self.todo,[]
+    def settle(self, patient:bool=False):
+        "`FloatingPointError` for the first chain that was bad; with `patient`, of those that were there when last asked: their answers have long arrived, while the GPU may still be at later ones"
+        n = self.known if patient else len(self.todo)
+        todo,self.todo = self.todo[:n],self.todo[n:]; self.known = len(self.todo)
         for host,there,said in todo: there.synchronize(); raise_if_bad(int(host), *said)
-    def late(self) -> FloatingPointError|None: # What `settle` would raise
-        try: self.settle()
+    def late(self, patient:bool=False) -> FloatingPointError|None: # What `settle` would raise
+        try: self.settle(patient)
         except FloatingPointError as e: return e
 
 class Gathered(Pending):

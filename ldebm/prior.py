@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
-from .core import env_flag
+from .core import env_flag, to_device
 from .kernels import RecordedGrad, full
 from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, fast_energy
 from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
@@ -29,7 +29,7 @@ class Posterior:
         return type(self)(**{k: v.map(f) if isinstance(v, Posterior) else f(v) if isinstance(v, Tensor) else v for k,v in vars(self).items()})
     def __getitem__(self, i): return self.map(lambda x: x[i])
     def __len__(self) -> int: return next(len(v) for v in vars(self).values() if isinstance(v, (Tensor, Posterior)))
-    def to(self, device): return self.map(lambda x: x.to(device, non_blocking=torch.device(device).type == 'cuda'))
+    def to(self, device): return self.map(lambda x: to_device(device, x)[0])
     @staticmethod
     def cat(parts:list): # One posterior of all their sentences
         same = lambda k: [getattr(p, k) for p in parts]

@@ -19,6 +19,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from .core import to_device
 from .data import GRAMMAR_ATTRIBUTES, PTB_FILES, find_data, load_grammar_files
 
 # %% ../nbs/02_text.ipynb #3136593e
@@ -120,8 +121,8 @@ class Batch:
     def __len__(self): return len(self.ids)
     def to(self, device) -> 'Batch':
         "The same batch on `device`"
-        move = lambda t: t.to(device, non_blocking=True)
-        return Batch(move(self.ids), move(self.lengths), {k: move(v) for k,v in self.labels.items()}, move(self.index), self.host_lengths)
+        ids,lengths,index,*labels = to_device(device, self.ids, self.lengths, self.index, *self.labels.values())
+        return Batch(ids, lengths, dict(zip(self.labels, labels)), index, self.host_lengths)
 
 # %% ../nbs/02_text.ipynb #3fef17c4
 def get_batch(

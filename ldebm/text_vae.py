@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
+from .core import to_device
 from .kernels import as_autocast, full, gru, gru_ends, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
 from .prior import DiagGaussian
 
@@ -93,7 +94,8 @@ def packing(
     n,order = n.sort(descending=True, stable=True)
     on = n > torch.arange(int(n[0]))[:,None] # (L, B)
     col,at = on.nonzero(as_tuple=True); sizes = on.sum(1); start = sizes.cumsum(0)-sizes
-    return Packing(*(v.to(device, non_blocking=True) for v in (order[at], col, start[n[at]-1-col]+at)), sizes, order.to(device, non_blocking=True))
+    row,col,back,order = to_device(device, order[at], col, start[n[at]-1-col]+at, order)
+    return Packing(row, col, back, sizes, order)
 
 # %% ../nbs/20_text_vae.ipynb #9c5a31d9
 class GaussianHead(nn.Module):

@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from .core import Run, atomic_write, graceful_stop, make_gen, progress
+from .core import Run, atomic_write, graceful_stop, make_gen, progress, to_device
 from .langevin import Pending
 from accelerate import Accelerator, DistributedDataParallelKwargs, notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import send_to_device
 
 # %% ../nbs/50_train.ipynb #d13309d5
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def fit(
         def write(): run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gens if W > 1 else gens[0], progress=asdict(at), epoch_state=state, best=best,
                                    device=acc.device.type, processes=W, scaler=None if acc.scaler is None else acc.scaler.state_dict()))
         peers.first(write)
-    sparing = Sparing(.05 if acc.device.type == 'cuda' else 1.)
+    sparing = Sparing(.02 if acc.device.type == 'cuda' else 1.)
     def keep():
         if not peers.agree(flag=sparing.due()): return
         with sparing: save()
@@ -326,10 +325,10 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
         last = i == len(group)-1
         with nullcontext() if last else acc.no_sync(model):
             try:
-                late = peers.chains.late()
+                late = peers.chains.late(patient=True)
                 if late is not None and peers.n == 1: raise late # several processes go through the forward pass, in which they meet, together
                 error = None if late is None else at_step(late, 'before', at, seed)
-                batch,extra = batch.to(acc.device),send_to_device(extra, acc.device, non_blocking=acc.device.type == 'cuda')
+                batch,extra = batch.to(acc.device),dict(zip(extra, to_device(acc.device, *extra.values())))
                 with acc.autocast(), peers.chains: terms = model(batch, gen, **extra)
                 if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
             except FloatingPointError as e: error = at_step(e, 'at', at, seed); error.__cause__ = e

@@ -1,5 +1,6 @@
 // Runs the kernel of ldebm.resident on a processor: every thread of a cluster is a fibre, and between two waits fibres run in random order, so that what
 // depends on an order that nothing guarantees comes out differently from run to run.
+#include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>
@@ -12,14 +13,20 @@
 #define KERNEL static void
 struct float4 { float x, y, z, w; };
 enum Wait { NONE, WARP, BLOCK, CLUSTER, DONE };
-struct Fibre { ucontext_t context; Wait wait; };
+struct Fibre { ucontext_t context; jmp_buf at; Wait wait; bool begun; int swaps; };
 static const int BLOCKS = 16, PER = 256, ALL = BLOCKS*PER, STACK = 1 << 16;
 static Fibre fibres[ALL];
-static ucontext_t scheduler;
+static ucontext_t nowhere;
+static jmp_buf scheduler;
 static std::vector<float> shared[BLOCKS];
-static float swapped[ALL];
+static float swapped[2][ALL];
 static int now, cluster;
-static void wait(Wait w) { const int me = now; fibres[me].wait = w; swapcontext(&fibres[me].context, &scheduler); }
+static void wait(Wait w) { Fibre& f = fibres[now]; f.wait = w; if (!_setjmp(f.at)) _longjmp(scheduler, 1); }
+static void resume(Fibre& f) { // a context to begin with, jumps from then on: they leave signals alone, and are ten times as fast
+    if (_setjmp(scheduler)) return;
+    if (f.begun) _longjmp(f.at, 1);
+    f.begun = true; setcontext(&f.context);
+}
 static float* memory() { return shared[now/PER].data(); }
 static int thread() { return now%PER; }
 static int cluster_id() { return cluster; }
@@ -32,7 +39,7 @@ static void put4(float* p, int rank, float4 x) {
     if (i%4) { fprintf(stderr, "a vector that is not aligned\n"); abort(); }
     float* to = &shared[rank].at(i); to[0] = x.x; to[1] = x.y; to[2] = x.z; to[3] = x.w;
 }
-static float swap8(float x) { const int me = now; swapped[me] = x; wait(WARP); const float got = swapped[me^8]; wait(WARP); return got; }
+static float swap8(float x) { const int me = now, turn = fibres[me].swaps++ & 1; swapped[turn][me] = x; wait(WARP); return swapped[turn][me^8]; }
 using std::fmaxf; using std::fminf;
 
 #include KERNEL_SOURCE
@@ -56,12 +63,12 @@ extern "C" int run(const void** t, int B, int n, int mala, float drift, int seed
     for (cluster = 0; cluster < (B+BLOCKS-1)/BLOCKS; cluster++) {
         for (auto& s : shared) s.assign(FLOATS, NAN); // nothing may be read before it is written
         for (int i = 0; i < ALL; i++) {
-            Fibre& f = fibres[i]; f.wait = NONE; getcontext(&f.context);
+            Fibre& f = fibres[i]; f.wait = NONE; f.begun = false; f.swaps = 0; getcontext(&f.context); f.context.uc_link = &nowhere;
             f.context.uc_stack.ss_sp = &stacks[(size_t)i*STACK]; f.context.uc_stack.ss_size = STACK; makecontext(&f.context, go, 0);
         }
         while (!std::all_of(fibres, fibres+ALL, [](Fibre& f) { return f.wait == DONE; })) {
             bool moved = false; std::shuffle(order.begin(), order.end(), rng);
-            for (int i : order) if (fibres[i].wait == NONE) { now = i; moved = true; swapcontext(&scheduler, &fibres[i].context); }
+            for (int i : order) if (fibres[i].wait == NONE) { now = i; moved = true; resume(fibres[i]); }
             if (!(release(WARP, 32) | release(BLOCK, PER) | release(CLUSTER, ALL) | moved)) return 1;
         }
     }

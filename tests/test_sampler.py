@@ -608,6 +608,20 @@ def test_pending_checks_speak_when_they_are_settled():
     assert Event.waited == 2, "told once"
 
 
+def test_patient_questions_are_about_chains_of_the_step_before_last():
+    class Event:
+        def synchronize(self): pass
+    p, bad = langevin.Pending(), (torch.tensor(4), Event(), (9, "level 1", gen(3)))
+    p.todo = [(torch.tensor(10), Event(), (9, "level 0", gen(3)))]
+    assert p.late(patient=True) is None and len(p.todo) == 1, "not yet"
+    p.todo.append(bad)
+    assert p.late(patient=True) is None and p.todo == [bad], "the first was fine"
+    p.todo.append(bad)
+    assert "step 4 of 9" in str(p.late(patient=True)) and len(p.todo) == 1
+    assert "step 4 of 9" in str(p.late()), "all, at the end" 
+    assert p.late() is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
 def test_recorded_terms_on_a_gpu(objective, monkeypatch):
