@@ -60,7 +60,8 @@ def machine_name(part):
     "In the name of a record: maker and instructions of the processor, or the GPU"
     if part == "gpu": return slug(torch.cuda.get_device_name())
     maker = dict(AuthenticAMD="amd", GenuineIntel="intel").get(kernels.cpu_vendor()) or slug(platform.machine())
-    return f"{maker}-{slug(torch.backends.cpu.get_cpu_capability())}"
+    narrow = "-narrow" if kernels.has_avx512() and not kernels.has_wide_units() else ""
+    return f"{maker}-{slug(torch.backends.cpu.get_cpu_capability())}{narrow}"
 
 
 # -- counting: matrix products alone, 2 n i o for (n, i) times (i, o)
@@ -622,7 +623,10 @@ def on_device(opt, n):
                     for b in some: st[0].step(b, labels, lw, precision, g(4))
             return held(path, go)
         fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways if "step" in opt.what}
-        secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev))
+        kernels_run, run_chains = [], langevin.run_chains
+        with patch.object(langevin, "run_chains", lambda *args, **kw: kernels_run.append(1) or run_chains(*args, **kw)):
+            secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev))
+        if fs and "resident" in ways and not kernels_run: raise RuntimeError(f"a step's chains, {objective}, are not one kernel: there are too many")
         for (k, q), v in secs.items():
             flop = sum(sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words))/len(bs)
             add("step", k, q, dict(batch=s.batch, words=words, read=read, vocabulary=V), step(k, q, there[:1]), [x/len(bs) for x in v], flop, shape, objective=objective)

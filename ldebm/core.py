@@ -50,21 +50,22 @@ def pick_device(
 # %% ../nbs/00_core.ipynb #94c1f492
 def to_device(
     device, # Where to
-    *xs:Tensor|None, # Any shapes; `None` stays
+    *xs, # Tensors of any shapes; anything else stays as it is
 ) -> list: # The same there
     "Tensors on a device. What goes from the CPU to a GPU goes from pinned memory, one copy a type: neither side then waits for the other, as it may for a copy from ordinary memory"
-    if torch.device(device).type != 'cuda': return [None if x is None else x.to(device) for x in xs]
-    return together(lambda x: x.pin_memory().to(device, non_blocking=True), [x if x is None or x.is_cpu else x.to(device) for x in xs])
+    on_gpu = torch.device(device).type == 'cuda'
+    xs = [x.to(device) if isinstance(x, Tensor) and not (on_gpu and x.is_cpu) else x for x in xs]
+    return together(lambda x: x.pin_memory().to(device, non_blocking=True), xs) if on_gpu else xs
 
 def together(
     move, # `move(x)`, of a tensor on the CPU
-    xs:list, # Tensors, or `None`
+    xs:list, # Tensors, or anything else
 ) -> list:
     "Tensors that lie on the CPU, moved by one call a type; others stay"
-    xs = list(xs)
-    for kind in {x.dtype for x in xs if x is not None and x.is_cpu}:
-        at = [i for i,x in enumerate(xs) if x is not None and x.is_cpu and x.dtype == kind]
-        for i,v in zip(at, move(torch.cat([xs[i].flatten() for i in at])).split([xs[i].numel() for i in at])): xs[i] = v.view(xs[i].shape)
+    xs,here = list(xs),[i for i,x in enumerate(xs) if isinstance(x, Tensor) and x.is_cpu]
+    for kind in {xs[i].dtype for i in here}:
+        at = [i for i in here if xs[i].dtype == kind]
+        for i,v in zip(at, move(torch.cat([xs[i].flatten() for i in at])).split([xs[i].numel() for i in at])): xs[i] = v.view(xs[i].shape).data # `data`: to change one in place is nothing to the others
     return xs
 
 # %% ../nbs/00_core.ipynb #b0683111

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import _atomic, atomic_write, make_gen, progress
+from .core import _atomic, atomic_write, make_gen, progress, to_device
 from .data import cache_root, check_bytes, data_root, find_data
 
 # %% ../nbs/03_images.ipynb #afd49c0b
@@ -91,7 +91,7 @@ class ImageBatch:
     def __len__(self): return len(self.x)
     def to(self, device) -> 'ImageBatch':
         "The same batch on `device`"
-        return ImageBatch(*(t.to(device, non_blocking=True) for t in (self.x, self.labels, self.index)))
+        return ImageBatch(*to_device(device, self.x, self.labels, self.index))
 
 # %% ../nbs/03_images.ipynb #53886001
 def image_batches(

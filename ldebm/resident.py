@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLUSTER', 'THREADS', 'SHARED', 'PRELUDE', 'LAYOUT', 'LAYERS', 'CHAINS', 'MOST', 'Sizes', 'source', 'done', 'kernel',
-           'launch', 'run_chains', 'n_weights', 'has_bindings', 'why_not']
+           'launch', 'run_chains', 'n_weights', 'has_bindings', 'no_room', 'why_not']
 
 # %% ../nbs/06_resident.ipynb #cd453d5d
-import ctypes, functools, importlib.util, math
+import ctypes, functools, importlib.util, math, warnings
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -213,7 +213,7 @@ KERNEL chains(
         }
         if (take) { y = x; to = next; log_p = log_px; }
         if (i < n) {
-            e = coord && alive ? noise[(i*B+row)*D + tid] : 0.f; x = to + sd*e;
+            e = coord && alive ? noise[((long long)i*B+row)*D + tid] : 0.f; x = to + sd*e;
             if (coord) tell(z + me*D + tid, x);
             cluster_sync();
         }
@@ -293,6 +293,20 @@ MOST = 448 # Chains: four rounds of seven clusters
 @functools.cache
 def has_bindings() -> bool: return importlib.util.find_spec('cuda') is not None and importlib.util.find_spec('cuda.bindings') is not None
 
+@functools.cache
+def no_room(sizes:Sizes, device:int) -> str:
+    "What keeps the kernel from being built for this GPU, or started there, as on a part of one; empty if nothing does. Not to be asked first inside a recording"
+    try:
+        from cuda.bindings import driver
+        f,config = kernel(sizes, device),driver.CUlaunchConfig()
+        config.gridDimX,config.blockDimX,config.sharedMemBytes = CLUSTER,THREADS,sizes.shared_bytes()
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        with torch.cuda.device(device): status,clusters = driver.cuOccupancyMaxActiveClusters(f, config)
+        why = f'there is no room for a cluster of {CLUSTER} blocks' if int(status) == 0 and clusters == 0 else ''
+    except (ImportError, OSError, RuntimeError, AttributeError) as e: why = f'{type(e).__name__}: {e}'
+    if why: warnings.warn(f'chains on {torch.cuda.get_device_name(device)} are recorded, not one kernel: {why}')
+    return why
+
 def why_not(
     sizes:Sizes|None, # Shape of the network; `None`: an energy of another kind
     z:Tensor, # States, shape `(B, d)`
@@ -306,4 +320,4 @@ def why_not(
     if sizes.hidden%4 or sizes.hidden > 16*CLUSTER or sizes.d > THREADS or sizes.n_blocks > 29: return f'{sizes} is not of a shape the kernel knows'
     if torch.cuda.get_device_capability(z.device)[0] not in (9, 10): return f'{torch.cuda.get_device_name(z.device)} has no clusters of {CLUSTER} blocks'
     if sizes.shared_bytes() > SHARED: return f'{sizes.shared_bytes()} bytes of shared memory are needed, {SHARED} there'
-    return '' if has_bindings() else 'the package cuda-bindings is not installed'
+    return no_room(sizes, z.get_device()) if has_bindings() else 'the package cuda-bindings is not installed'

@@ -134,7 +134,7 @@ class Peers:
     ):
         self.rank,self.n = acc.process_index,acc.num_processes
         self.main = self.rank == 0 # Writes files; the others only train
-        self.chains = Pending() # What a step's chains on a GPU still have to say: looked at a step later
+        self.chains = Pending() # What a step's chains on a GPU still have to say: looked at two steps later
         self.group = dist.new_group(backend='gloo', timeout=timedelta(days=7)) if self.n > 1 else None # a validation may take its time; a process that dies is noticed at once
     def every(self, o) -> list: # What each process gave, by rank
         "Exchange anything that can be pickled"
@@ -232,7 +232,7 @@ def fit(
     best = saved['best'] if saved else None
     peers.first(lambda: trim_log(run, at))
     def save():
-        peers.agree(peers.chains.late())
+        peers.agree(at_step(peers.chains.late(), 'before', at, seed))
         if at.sums: check_finite_terms({k: float(v) for k,v in at.sums.items()}, at.step, at.epoch, seed)
         gens = peers.every(gen.get_state())
         def write(): run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gens if W > 1 else gens[0], progress=asdict(at), epoch_state=state, best=best,
@@ -267,7 +267,7 @@ def fit(
                 if halt and at.step < cfg.steps: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.steps}; run the same command again to continue from {run.path}')
                 if at.step >= cfg.steps: break
             if at.batch == 0: raise ValueError(f'an epoch has fewer than {group_size} batches: use more data, a smaller batch, {"fewer processes, " if W > 1 else ""}or a smaller accumulate')
-            peers.agree(peers.chains.late())
+            peers.agree(at_step(peers.chains.late(), 'before', at, seed))
             model.eval()
             val = peers.first(lambda: {k: float(v) for k,v in task.validate().items()})
             check_finite_terms(val, at.step, at.epoch, seed)
@@ -311,8 +311,8 @@ def means(terms:dict) -> dict: # Name -> scalar, double
     if not vs[0].is_cuda or not vs[0].ndim or len({v.shape for v in vs}) > 1: return {k: v.mean().double() for k,v in terms.items()}
     return dict(zip(terms, torch.stack([v.float() for v in vs]).flatten(1).mean(1).double().unbind()))
 
-def at_step(e:FloatingPointError, where:str, at:Progress, seed:int) -> FloatingPointError: # `where`: 'at' or 'before' the step
-    return FloatingPointError(f'{e}; met {where} step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
+def at_step(e:FloatingPointError|None, where:str, at:Progress, seed:int) -> FloatingPointError|None: # `where`: 'at' or 'before' the step
+    return e and FloatingPointError(f'{e}; met {where} step {at.step} (epoch {at.epoch}, seed {seed}); the last checkpoint is intact')
 
 def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, seed, stop):
     "One optimiser step over this process's share `group` of the batches that have `sizes`; advances `at`. True when any process was told to stop"
@@ -324,10 +324,9 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
     for i,(batch,extra) in enumerate(group):
         last = i == len(group)-1
         with nullcontext() if last else acc.no_sync(model):
+            error = at_step(peers.chains.late(patient=True), 'before', at, seed)
+            if error is not None and peers.n == 1: raise error # several processes go through the forward pass, in which they meet, together
             try:
-                late = peers.chains.late(patient=True)
-                if late is not None and peers.n == 1: raise late # several processes go through the forward pass, in which they meet, together
-                error = None if late is None else at_step(late, 'before', at, seed)
                 batch,extra = batch.to(acc.device),dict(zip(extra, to_device(acc.device, *extra.values())))
                 with acc.autocast(), peers.chains: terms = model(batch, gen, **extra)
                 if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')

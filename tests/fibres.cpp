@@ -1,5 +1,5 @@
-// Runs the kernel of ldebm.resident on a processor: every thread of a cluster is a fibre, and between two waits fibres run in random order, so that what
-// depends on an order that nothing guarantees comes out differently from run to run.
+// Runs the kernel of ldebm.resident on a processor: every thread of a cluster is a fibre. Between two waits fibres run in random order, and blocks lag behind
+// each other at random, so that what depends on an order that nothing guarantees comes out differently from run to run.
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -67,8 +67,9 @@ extern "C" int run(const void** t, int B, int n, int mala, float drift, int seed
             f.context.uc_stack.ss_sp = &stacks[(size_t)i*STACK]; f.context.uc_stack.ss_size = STACK; makecontext(&f.context, go, 0);
         }
         while (!std::all_of(fibres, fibres+ALL, [](Fibre& f) { return f.wait == DONE; })) {
-            bool moved = false; std::shuffle(order.begin(), order.end(), rng);
-            for (int i : order) if (fibres[i].wait == NONE) { now = i; moved = true; resume(fibres[i]); }
+            bool moved = false, held[BLOCKS]; for (bool& h : held) h = rng()%4 != 0;
+            std::shuffle(order.begin(), order.end(), rng);
+            for (int i : order) if (fibres[i].wait == NONE) { moved = true; if (!held[i/PER]) { now = i; resume(fibres[i]); } }
             if (!(release(WARP, 32) | release(BLOCK, PER) | release(CLUSTER, ALL) | moved)) return 1;
         }
     }

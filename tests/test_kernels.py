@@ -65,18 +65,19 @@ def test_library_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="without oneDNN"): kernels.matmul_backend.__wrapped__()
 
 
-@pytest.mark.parametrize("vendor,machine,there,capability,want", [
-    ("AuthenticAMD", "x86_64", True, "AVX512", "onednn"), ("AuthenticAMD", "x86_64", True, "AVX2", "both"), ("AuthenticAMD", "x86_64", True, "DEFAULT", "both"),
-    ("GenuineIntel", "x86_64", True, "AVX512", "blas"), ("", "x86_64", True, "AVX512", "blas"), ("AuthenticAMD", "aarch64", True, "DEFAULT", "blas"), ("AuthenticAMD", "x86_64", False, "AVX2", "blas")])
-def test_library_by_processor(monkeypatch, vendor, machine, there, capability, want):
+@pytest.mark.parametrize("vendor,machine,there,capability,family,want", [
+    ("AuthenticAMD", "x86_64", True, "AVX512", "26", "onednn"), ("AuthenticAMD", "x86_64", True, "AVX512", "25", "both"), ("AuthenticAMD", "x86_64", True, "AVX512", "", "onednn"), ("HygonGenuine", "x86_64", True, "AVX512", "24", "onednn"), ("AuthenticAMD", "x86_64", True, "AVX2", "25", "both"), ("AuthenticAMD", "x86_64", True, "DEFAULT", "25", "both"),
+    ("GenuineIntel", "x86_64", True, "AVX512", "6", "blas"), ("", "x86_64", True, "AVX512", "", "blas"), ("AuthenticAMD", "aarch64", True, "DEFAULT", "25", "blas"), ("AuthenticAMD", "x86_64", False, "AVX2", "25", "blas")])
+def test_library_by_processor(monkeypatch, vendor, machine, there, capability, family, want):
     monkeypatch.delenv("LDEBM_MATMUL", raising=False)
     monkeypatch.setattr(kernels, "cpu_vendor", lambda: vendor); monkeypatch.setattr(kernels, "has_onednn", lambda: there)
     monkeypatch.setattr(kernels.platform, "machine", lambda: machine); monkeypatch.setattr(kernels.torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(kernels, "cpu_info", lambda field: dict([("cpu family", family)])[field])
     assert kernels.matmul_backend.__wrapped__() == want
 
 
 def test_wide_products_alone_go_to_onednn_under_both():
-    x, small, wide = randn(3, 5, dtype=F32), randn(kernels.WIDE-1, 5, dtype=F32), randn(kernels.WIDE, 5, dtype=F32)
+    x, small, wide = randn(3, 5, dtype=F32), randn(kernels.wide_from()-1, 5, dtype=F32), randn(kernels.wide_from(), 5, dtype=F32)
     with using("both"): assert not kernels.direct(x, small) and kernels.direct(x, wide) and not kernels.direct(x.double(), wide.double())
     with using("onednn"): assert kernels.direct(x, small) and kernels.direct(x, wide)
     with using("blas"): assert not kernels.direct(x, wide)

@@ -618,15 +618,16 @@ def test_patient_questions_are_about_chains_of_the_step_before_last():
     assert p.late(patient=True) is None and p.todo == [bad], "the first was fine"
     p.todo.append(bad)
     assert "step 4 of 9" in str(p.late(patient=True)) and len(p.todo) == 1
-    assert "step 4 of 9" in str(p.late()), "all, at the end" 
+    assert "step 4 of 9" in str(p.late()), "all, at the end"
     assert p.late() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("resident", "01")
 @pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
-def test_recorded_terms_on_a_gpu(objective, monkeypatch):
+def test_recorded_terms_on_a_gpu(objective, resident, monkeypatch):
     "The same noise gives the same terms and gradients, recorded or launched singly, also where earlier steps are still remembered"
-    found = []
+    monkeypatch.setenv("LDEBM_RESIDENT", resident); found = []
     for on in "01":
         monkeypatch.setenv("LDEBM_RECORD", on)
         p, g, steps = network(objective).cuda(), torch.Generator("cuda").manual_seed(3), []
