@@ -573,13 +573,19 @@ def bench_gpu(opt):
 
 
 @contextmanager
-def replayed(resident=False):
-    "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside, or with `resident` a chain run as one kernel: what is shown as such has to be"
-    calls, ways = [], ((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms"))
+def counted_calls(*ways):
+    "Gives a list that grows by one at every call of a function inside, each named by `(module, name)`"
+    calls = []
     def counting(f): return lambda *args, **kw: calls.append(1) or f(*args, **kw)
     with ExitStack() as open_:
         for where, name in ways: open_.enter_context(patch.object(where, name, counting(getattr(where, name))))
-        yield
+        yield calls
+
+
+@contextmanager
+def replayed(resident=False):
+    "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside, or with `resident` a chain run as one kernel: what is shown as such has to be"
+    with counted_calls((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms")) as calls: yield
     if not calls: raise RuntimeError(f"LDEBM_RE{'SIDENT' if resident else 'CORD'}=1, and nothing was {'one kernel' if resident else 'recorded'}")
 
 
@@ -623,8 +629,7 @@ def on_device(opt, n):
                     for b in some: st[0].step(b, labels, lw, precision, g(4))
             return held(path, go)
         fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways if "step" in opt.what}
-        kernels_run, run_chains = [], langevin.run_chains
-        with patch.object(langevin, "run_chains", lambda *args, **kw: kernels_run.append(1) or run_chains(*args, **kw)):
+        with counted_calls((langevin, "run_chains")) as kernels_run:
             secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev))
         if fs and "resident" in ways and not kernels_run: raise RuntimeError(f"a step's chains, {objective}, are not one kernel: there are too many")
         for (k, q), v in secs.items():

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['KEPT', 'ula_step', 'preconditioned_step', 'ChainState', 'Pending', 'Gathered', 'raise_if_bad', 'stop_if_bad',
            'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'recording', 'uniform_like',
-           'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states', 'tilt_resident', 'linear_chain_moments',
-           'mala_chain', 'mala_states', 'first_lost', 'mala_resident', 'split_rhat', 'ess', 'plot_traces']
+           'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states', 'step_rows', 'tilt_resident',
+           'linear_chain_moments', 'mala_chain', 'mala_states', 'first_lost', 'mala_resident', 'split_rhat', 'ess',
+           'plot_traces']
 
 # %% ../nbs/12_langevin.ipynb #d49e8c59
 import math, weakref
@@ -236,12 +237,16 @@ def tilt_states(energy, z, t, m, v, s2, tau, y, context, noise, n_steps, rho, dr
         step = lambda x, F, g, e: torch.addcmul(torch.lerp(m, x, rho).add_(shorten(pull*g, drift, sd)) if drift < math.inf else torch.lerp(m, x, rho).addcmul_(pull, g), sd, e)
     return chain_states(grad, step, z, n_steps, noise if callable(noise) else lambda i: noise[i], on_step)
 
+def step_rows(v:Tensor, tau:Tensor, rho:float|None, s2:Tensor|None=None) -> Tensor: # Shape `(B, 6)`
+    "Coefficients of each chain's step as `ldebm.resident.run_chains` wants them: preconditioned with `rho`, unadjusted with `s2`"
+    step = (1-.5*s2/v, .5*s2/v, .5*s2/tau, s2.sqrt()) if rho is None else (torch.full_like(v, rho), torch.full_like(v, 1-rho), (1-rho)*v/tau, (v*(1-rho**2)).sqrt())
+    return torch.cat([*step, 1/tau, v], 1)
+
 @torch.no_grad()
 def tilt_resident(energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw) -> tuple[Tensor,Tensor]: # `kw`: of `run_chains`
     "`tilt_states` in one kernel, without symbols"
-    if rho is None: rows,drift = (1-.5*s2/v, .5*s2/v, .5*s2/tau, s2.sqrt()),math.inf
-    else: rows = torch.full_like(v, rho),torch.full_like(v, 1-rho),(1-rho)*v/tau,(v*(1-rho**2)).sqrt()
-    out,seen,*_ = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, torch.cat([*rows, 1/tau, v], 1), noise, drift=drift, **kw)
+    rows,drift = step_rows(v, tau, rho, s2),math.inf if rho is None else drift
+    out,seen,*_ = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, rows, noise, drift=drift, **kw)
     return out,first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
@@ -316,8 +321,7 @@ def first_lost(seen:Tensor, slope:Tensor) -> Tensor: # `F` and its summed slopes
 @torch.no_grad()
 def mala_resident(energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw) -> tuple[Tensor,Tensor,Tensor]: # `kw`: of `run_chains`
     "`mala_states` in one kernel, without symbols"
-    rows = torch.full_like(v, rho),torch.full_like(v, 1-rho),(1-rho)*v/tau,(v*(1-rho**2)).sqrt(),1/tau,v
-    out,seen,slope,total = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, torch.cat(rows, 1), noise, uniform, drift, **kw)
+    out,seen,slope,total = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, step_rows(v, tau, rho), noise, uniform, drift, **kw)
     end = seen.new_zeros(1, len(z))
     return out,total,first_lost(torch.cat([seen, end+torch.nan]), torch.cat([slope, end]))
 
