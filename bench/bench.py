@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 
 import torch  # noqa: E402
-from ldebm import core, kernels, langevin, prior as priors, text_vae  # noqa: E402
+from ldebm import core, kernels, langevin, native, prior as priors, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.core import atomic_write, check_params, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
@@ -239,12 +239,19 @@ def chain_prior(s):
 def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
 
 
+def no_native(prior, z, precision):
+    "What keeps chains from running as compiled code"
+    return native.why_not(fast_energy(prior.energy).sizes(), z, prior.cfg.n_steps, torch.bfloat16 if precision == "bf16" else None)
+
+
 def chain_paths(prior, z, t, compiled=None, half=True):
     "Each way of running the same chains: name -> (precision, function of a generator)"
     net = prior.energy
-    def run(energy, z, lib="blas"):
+    def run(energy, z, lib="blas", whole=False):   # `whole`: all updates as compiled code
         def go(g=None):
-            with using(lib): return prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
+            with using(lib), patch.dict(os.environ, LDEBM_RESIDENT=str(int(whole))), counted_calls((langevin, "run_chains")) as calls: end = prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
+            if len(calls) != whole: raise RuntimeError(f"{'no' if whole else 'a'} chain was compiled code")
+            return end
         return go
     def closed(lib, dtype=None):
         w = net.weights().detach()
@@ -255,6 +262,8 @@ def chain_paths(prior, z, t, compiled=None, half=True):
     if half:
         out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
         out["bf16"] = ("bf16", run(closed("blas", torch.bfloat16), z.bfloat16()))
+    for name, precision, energy in (("native", "fp32", fast), ("native_bf16", "bf16", MixedEnergy(fast, torch.bfloat16))):
+        if (half or precision == "fp32") and not no_native(prior, z, precision): out[name] = (precision, run(energy, z, whole=True))
     if compiled is not None:
         class Compiled:
             base, grad = fast.base, staticmethod(compiled(fast.grad))
@@ -287,7 +296,8 @@ def bench_chain(opt):
             more = dict(compile_seconds=start) if k == "compile" else {}
             out.append(entry(opt, "chain", k, n, precision, sizes, secs[k], flop, shape, end_difference=far[k], **more))
         if compiled is None: out.append(pending("chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n))
-        if "bf16" not in opt.precisions: out += [pending("chain", k, NO_BF16, threads=n) for k in ("mixed", "bf16")]
+        if "bf16" not in opt.precisions: out += [pending("chain", k, NO_BF16, threads=n) for k in ("mixed", "bf16", "native_bf16")]
+        out += [pending("chain", k, why, threads=n) for k, p in (("native", "fp32"), ("native_bf16", "bf16")) if p in opt.precisions and (why := no_native(prior, z, p))]
     return out
 
 

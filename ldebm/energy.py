@@ -9,6 +9,7 @@ __all__ = ['SpectralLinear', 'iterate_together', 'normalise_together', 'of_one_s
 
 # %% ../nbs/11_energy.ipynb #717bed7c
 import math
+from functools import cached_property
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
@@ -305,8 +306,14 @@ class FastEnergy:
     "Frozen weights of an `EnergyNet` with the input gradient in closed form"
     def __init__(self, net:EnergyNet, weights:EnergyWeights):
         self.net,self.w,self.slope,self.kept = net,weights._replace(merge_z=weights.merge_z.contiguous()),net.slope,{}
-        W = self.w.merge_z; self.rows = direct(W, W) or W.dtype in (torch.bfloat16, torch.float16) # oneDNN: activations `(B, H)`. Else `(H, B)`, and weights so that products have one factor turned: BLAS is a tenth faster
-        self.layers = [(W, b, W.T) if self.rows else (W.T.contiguous().T, None if b is None else b[:,None], W.T) for W,b in (self.w.z1, self.w.z2, (self.w.merge_z, None), self.w.head, *self.w.blocks)]
+    exact,precision = property(lambda self: self),None # See `MixedEnergy`
+    @cached_property
+    def rows(self) -> bool: # oneDNN: activations `(B, H)`. Else `(H, B)`, and weights so that products have one factor turned: BLAS is a tenth faster
+        W = self.w.merge_z
+        return direct(W, W) or W.dtype in (torch.bfloat16, torch.float16)
+    @cached_property
+    def layers(self) -> list: # `(W, b, W.T)` of each, as the library likes them
+        return [(W, b, W.T) if self.rows else (W.T.contiguous().T, None if b is None else b[:,None], W.T) for W,b in (self.w.z1, self.w.z2, (self.w.merge_z, None), self.w.head, *self.w.blocks)]
     def tensors(self) -> list: # Every weight, in a fixed order
         out = []; each(out.append, self.w)
         return out
@@ -314,7 +321,7 @@ class FastEnergy:
         "The same energy with other weights, given as `tensors()` gives them"
         todo = iter(tensors)
         return FastEnergy(self.net, each(lambda _: next(todo), self.w))
-    def sizes(self) -> Sizes|None: # `None` where `ldebm.resident` does not know the energy
+    def sizes(self) -> Sizes|None: # `None` for an energy that `ldebm.resident` and `ldebm.native` do not know
         "Shape of the network"
         return Sizes(self.net.d, len(self.w.merge_z), self.net.n_symbols, len(self.w.blocks), self.slope) if self.net.groups is None and self.net.tau_y == 1 else None
     def packed(self) -> Tensor:
@@ -366,12 +373,15 @@ class MixedEnergy:
     def __init__(self,
         fast:FastEnergy,
         dtype:torch.dtype, # Of products, such as `torch.bfloat16`
-    ): self.net,self.fast,self.dtype = fast.net,FastEnergy(fast.net, each(lambda w: w.to(dtype), fast.w)),dtype
+    ): self.net,self.exact,self.precision = fast.net,fast,dtype
+    @cached_property
+    def fast(self) -> FastEnergy: return FastEnergy(self.net, each(lambda w: w.to(self.precision), self.exact.w))
+    def sizes(self) -> Sizes|None: return self.exact.sizes()
     def tensors(self) -> list: return self.fast.tensors() # As `FastEnergy.tensors`
-    def rebuilt(self, tensors) -> 'MixedEnergy': return MixedEnergy(self.fast.rebuilt(tensors), self.dtype)
-    def base(self, t:Tensor, context:Tensor|None=None) -> Tensor: return self.fast.base(t, None if context is None else context.to(self.dtype))
+    def rebuilt(self, tensors) -> 'MixedEnergy': return MixedEnergy(self.fast.rebuilt(tensors), self.precision)
+    def base(self, t:Tensor, context:Tensor|None=None) -> Tensor: return self.fast.base(t, None if context is None else context.to(self.precision))
     def grad(self, z:Tensor, t:Tensor, y=None, context=None, base=None) -> tuple[Tensor,Tensor]: # As `FastEnergy.grad`
-        return tuple(x.to(z.dtype) for x in self.fast.grad(z.to(self.dtype), t, y, None if context is None else context.to(self.dtype), base))
+        return tuple(x.to(z.dtype) for x in self.fast.grad(z.to(self.precision), t, y, None if context is None else context.to(self.precision), base))
 
 # %% ../nbs/11_energy.ipynb #5fe02fd1
 class AutogradEnergy:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['cpu_info', 'cpu_vendor', 'has_bf16', 'has_onednn', 'matmul_backend', 'has_avx512', 'has_wide_units', 'wide_from',
            'direct', 'product', 'laid_out', 'whole', 'linear', 'borrowed', 'give_back', 'as_autocast', 'full',
-           'linear_cross_entropy', 'gates', 'gru_cell', 'gru_weights', 'gru', 'at_every_word', 'packed_gru', 'gru_ends',
-           'or_say_how', 'Recorded', 'RecordedGrad']
+           'linear_cross_entropy', 'first_largest', 'gates', 'gru_cell', 'gru_weights', 'gru', 'at_every_word',
+           'packed_gru', 'gru_ends', 'or_say_how', 'Recorded', 'RecordedGrad']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
-import contextlib, functools, itertools, os, platform
+import contextlib, functools, itertools, math, os, platform
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -173,6 +173,18 @@ def linear_cross_entropy(
     rows = rows or (256 if h.device.type == 'cpu' else 8192)
     h,w = as_autocast(h.device.type, h, w)
     with torch.autocast(h.device.type, enabled=False): return _LinearCrossEntropy.apply(h, w, target, rows)
+
+# %% ../nbs/05_kernels.ipynb #5f36ca04
+def first_largest(
+    f:Tensor, # Shape `(n, V)`
+) -> Tensor: # Shape `(n,)`, long
+    "Position of the first largest number of each row: `f.argmax(-1)`"
+    n,V = f.shape; w = math.isqrt(V)
+    if not f.is_cpu or w < 16 or n == 0: return f.argmax(-1)
+    best,rest = f[:,:V//w*w].unflatten(1, (-1, w)).amax(-1),f[:,V//w*w:]
+    if rest.shape[1]: best = torch.cat([best, rest.amax(-1, keepdim=True)], 1)
+    at = (best.argmax(-1, keepdim=True)*w + torch.arange(w)).clamp(max=V-1)
+    return at.gather(1, f.gather(1, at).argmax(-1, keepdim=True))[:,0]
 
 # %% ../nbs/05_kernels.ipynb #25ffec80
 def gates(x:Tensor, a:Tensor, rs:Tensor|None=None, new:Tensor|None=None) -> Tensor: # The proposed state, `(n, H)`, in `new`

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'ula_step', 'preconditioned_step', 'ChainState', 'Pending', 'Gathered', 'raise_if_bad', 'stop_if_bad',
-           'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'recording', 'uniform_like',
-           'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states', 'step_rows', 'tilt_resident',
-           'linear_chain_moments', 'mala_chain', 'mala_states', 'first_lost', 'mala_resident', 'split_rhat', 'ess',
-           'plot_traces']
+           'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'starter', 'all_drawn',
+           'recording', 'uniform_like', 'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states', 'step_rows',
+           'tilt_resident', 'linear_chain_moments', 'mala_chain', 'mala_states', 'first_lost', 'mala_resident',
+           'split_rhat', 'ess', 'plot_traces']
 
 # %% ../nbs/12_langevin.ipynb #d49e8c59
-import math, weakref
+import functools, math, weakref
 from typing import NamedTuple
 import torch
 from torch import Tensor
+import ldebm.native, ldebm.resident
 from .core import env_flag
 from .kernels import Recorded
-from .resident import run_chains, why_not
+from .native import launch_native
+from .resident import launch, run_chains
 from .schedule import randn_like
 
 # %% ../nbs/12_langevin.ipynb #5bd80837
@@ -144,9 +146,19 @@ def can_record(energy, z:Tensor) -> bool:
     "Can a chain of this energy be recorded here?"
     return recording(z) and hasattr(energy, 'tensors') and not isinstance(Pending.now, Gathered) # not twice
 
-def can_reside(energy, z:Tensor, y:Tensor|None) -> bool:
-    "Can all updates of a chain of this energy be one kernel here, by `ldebm.resident`?"
-    return not why_not(energy.sizes() if y is None and hasattr(energy, 'sizes') else None, z)
+def can_reside(energy, z:Tensor, y:Tensor|None, n_steps:int) -> bool:
+    "Can all updates of a chain of this energy be one call here, by `ldebm.resident` on a GPU and by `ldebm.native` on a CPU?"
+    sizes = energy.sizes() if y is None and hasattr(energy, 'sizes') else None
+    if z.is_cuda: return not ldebm.resident.why_not(None if sizes is None or energy.precision else sizes, z)
+    return not ldebm.native.why_not(sizes, z, n_steps, None if sizes is None else energy.precision)
+
+def starter(energy, z:Tensor): # See `ldebm.resident.run_chains`
+    return launch if z.is_cuda else functools.partial(launch_native, half=energy.precision is not None)
+
+def all_drawn(n_steps:int, *draws) -> tuple: # Each `(n_steps, *shape)`
+    "What functions of the update give, in the order in which a chain asks that draws as it goes; tensors as they are"
+    if not callable(draws[0]): return draws
+    return tuple(map(torch.stack, zip(*[[f(i) for f in draws] for i in range(n_steps)])))
 
 def recording(z:Tensor) -> bool:
     "Is `z` on a GPU, and recording not switched off by `LDEBM_RECORD=0`? `ValueError` for another value than 0 and 1"
@@ -218,7 +230,7 @@ def tilt_chain(
     if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
     args = dict(z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z); noise = chain_noise(randn_like, energy, z, n_steps, gen, rec)
-    if on_step is None and can_reside(energy, z, y): out,first = tilt_resident(energy, **args, noise=noise, rho=rho, drift=drift)
+    if on_step is None and can_reside(energy, z, y, n_steps): out,first = tilt_resident(energy, **args, noise=all_drawn(n_steps, noise)[0], rho=rho, drift=drift)
     elif rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
     else: out,first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
@@ -244,9 +256,9 @@ def step_rows(v:Tensor, tau:Tensor, rho:float|None, s2:Tensor|None=None) -> Tens
 
 @torch.no_grad()
 def tilt_resident(energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw) -> tuple[Tensor,Tensor]: # `kw`: of `run_chains`
-    "`tilt_states` in one kernel, without symbols"
-    rows,drift = step_rows(v, tau, rho, s2),math.inf if rho is None else drift
-    out,seen,*_ = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, rows, noise, drift=drift, **kw)
+    "`tilt_states` in one call, without symbols"
+    rows,drift,e = step_rows(v, tau, rho, s2),math.inf if rho is None else drift,energy.exact
+    out,seen,*_ = run_chains(e.sizes(), e.packed(), e.base(t, context), z, m, rows, noise, drift=drift, **{'start': starter(energy, z), **kw})
     return out,first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
@@ -284,7 +296,8 @@ def mala_chain(
     args = dict(z=z, t=t, m=m, v=v, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z)
     noise,uniform = (chain_noise(draw, energy, x, n_steps, gen, rec) for draw,x in ((randn_like, z), (uniform_like, z[:,0])))
-    if on_step is None and can_reside(energy, z, y): out,total,first = mala_resident(energy, **args, noise=noise, uniform=uniform, rho=rho, drift=drift)
+    if on_step is None and can_reside(energy, z, y, n_steps):
+        noise,uniform = all_drawn(n_steps, noise, uniform); out,total,first = mala_resident(energy, **args, noise=noise, uniform=uniform, rho=rho, drift=drift)
     elif rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
     else: out,total,first = mala_states(energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
@@ -320,8 +333,8 @@ def first_lost(seen:Tensor, slope:Tensor) -> Tensor: # `F` and its summed slopes
 
 @torch.no_grad()
 def mala_resident(energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw) -> tuple[Tensor,Tensor,Tensor]: # `kw`: of `run_chains`
-    "`mala_states` in one kernel, without symbols"
-    out,seen,slope,total = run_chains(energy.sizes(), energy.packed(), energy.base(t, context), z, m, step_rows(v, tau, rho), noise, uniform, drift, **kw)
+    "`mala_states` in one call, without symbols"
+    e = energy.exact; out,seen,slope,total = run_chains(e.sizes(), e.packed(), e.base(t, context), z, m, step_rows(v, tau, rho), noise, uniform, drift, **{'start': starter(energy, z), **kw})
     end = seen.new_zeros(1, len(z))
     return out,total,first_lost(torch.cat([seen, end+torch.nan]), torch.cat([slope, end]))
 

@@ -272,12 +272,12 @@ def run_chains(
     noise:Tensor, # Standard normal, `(n, B, d)`
     uniform:Tensor|None=None, # Uniform, `(n, B)`: with a Metropolis test
     drift:float=math.inf, # Longest drift of a step, in units of its noise
-    start=launch, # What starts the kernel
+    start=launch, # What runs them
 ) -> tuple[Tensor,Tensor,Tensor,Tensor]: # States `(B, d)`; `F` and the sum of its gradient at every evaluation, `(n, B)`, one more with a test; summed acceptance `(B,)`
-    "All updates of all chains"
-    n,B,d = noise.shape; mala = uniform is not None; H = sizes.hidden
+    "All updates of all chains, in single precision, or on a CPU in double; `ValueError` for a tensor of another kind or shape"
+    n,B,d = noise.shape; mala = uniform is not None; H = sizes.hidden; kind = torch.float64 if z.is_cpu and z.dtype == torch.float64 else torch.float32
     for name,x,shape in (('z',z,(B,d)), ('m',m,(B,d)), ('base',base,(B,H)), ('rows',rows,(B,6)), ('uniform',uniform,(n,B)), ('noise',noise,(n,B,sizes.d)), ('weights',weights,(n_weights(sizes),))):
-        if x is not None and (tuple(x.shape) != shape or x.dtype != torch.float32 or x.device != z.device): raise ValueError(f'{name} must be in single precision, on {z.device}, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
+        if x is not None and (tuple(x.shape) != shape or x.dtype != kind or x.device != z.device): raise ValueError(f'{name} must be {kind}, on {z.device}, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
     out,seen,total = torch.empty_like(z, memory_format=torch.contiguous_format),z.new_empty(n+mala, B),z.new_empty(B); slope = torch.empty_like(seen)
     start(sizes, [*(x.contiguous() for x in (weights, base, z, m, rows, noise, noise if uniform is None else uniform)), out, seen, slope, total], (B, n, int(mala), drift))
     return out,seen,slope,total

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
 from .core import to_device
-from .kernels import as_autocast, full, gru, gru_ends, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
+from .kernels import as_autocast, first_largest, full, gru, gru_ends, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
 from .prior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         dev = W.device; W,wh,wi = (laid_out(w, min(B, 256)) for w in (W, wh, wi[:,:E]))
         out = torch.zeros(B, max_len, dtype=torch.long, device=dev)
         live = torch.arange(B, device=dev)
-        word,pick = torch.full((B,), self.bos, device=dev),lambda f: f.argmax(-1) if temperature == 0 else pick_word(full(f)/temperature, top_p, gen)
+        word,pick = torch.full((B,), self.bos, device=dev),lambda f: first_largest(f) if temperature == 0 else pick_word(full(f)/temperature, top_p, gen)
         for i in range(max_len):
             h = gru_cell(product(nnf.embedding(word, words), wi, add=same), product(h, wh, bh), h)
             word = torch.cat([pick(product(c, W, b)) for c in h.split(256 if dev.type == 'cpu' else 8192)])

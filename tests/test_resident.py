@@ -10,29 +10,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm.energy import EnergyNet, fast_energy
 from ldebm.langevin import mala_resident, mala_states, tilt_resident, tilt_states
 from ldebm.resident import CLUSTER, Sizes, source, why_not
 
+from chains import PUBLISHED, SMALL, energy, problem
+
 FIBRES = Path(__file__).with_name("fibres.cpp")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10), reason="no GPU with clusters of sixteen blocks")
-
-
-def gen(seed, device="cpu"): return torch.Generator(device).manual_seed(seed)
-
-
-def energy(sizes, context=0, steep=1., device="cpu"):
-    d, H, K, N = sizes[:4]
-    net = EnergyNet(d, K, 3, hidden=H, n_blocks=N, context_dim=context, spectral=False, init=.3, gen=gen(1)).to(device)
-    with torch.no_grad(): net.head.weight.mul_(steep)
-    return fast_energy(net)
-
-
-def problem(sizes, B, n, context=0, device="cpu"):
-    g, d = gen(2), sizes.d
-    of = lambda *shape: torch.randn(*shape, generator=g).to(device)
-    args = dict(z=of(B, d), t=(torch.arange(B) % 3).to(device), m=of(B, d), v=of(B, 1).abs()+.1, tau=of(B, 1).abs()+.3, y=None, context=of(B, context) if context else None)
-    return args, of(n, B, d), torch.rand(n, B, generator=g).to(device)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +37,6 @@ def start(tmp_path_factory):
         where = (ctypes.c_void_p*len(tensors))(*(x.data_ptr() for x in tensors))
         assert built[key].run(where, *numbers[:3], ctypes.c_float(numbers[3]), seed) == 0, "a wait that not everyone comes to"
     return go
-
-
-SMALL = [Sizes(6, 24, 5, 2), Sizes(5, 36, 1, 0), Sizes(3, 40, 37, 1)] # columns of a block: 2, 3 and 3; inputs in even and odd numbers of four; one symbol, and more than threads in a warp
 
 
 @pytest.mark.parametrize("sizes", SMALL)
@@ -143,9 +124,6 @@ def test_other_energies_and_machines_go_another_way(monkeypatch):
     monkeypatch.setenv("LDEBM_RESIDENT", "0"); assert why_not(SMALL[0], z) == "LDEBM_RESIDENT=0"
     monkeypatch.setenv("LDEBM_RESIDENT", "yes")
     with pytest.raises(ValueError, match="LDEBM_RESIDENT must be"): why_not(SMALL[0], z)
-
-
-PUBLISHED = Sizes(40, 200, 20, 12)
 
 
 @on_gpu

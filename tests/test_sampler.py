@@ -499,6 +499,7 @@ def test_recording_is_refused_where_it_cannot_be(monkeypatch):
 @pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
 def test_training_and_sampling_run_on_recorded_chains(objective, bf16, monkeypatch):
     "Every chain of a training step and of a draw can be recorded, under autocast as well"
+    monkeypatch.setenv("LDEBM_RESIDENT", "0")
     monkeypatch.setattr(langevin, "can_record", lambda energy, z: hasattr(energy, "tensors"))
     monkeypatch.setattr(langevin, "Recorded", Replay)
     prior, q = network(objective), DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6))

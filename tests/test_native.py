@@ -1,0 +1,196 @@
+"Whole chains in compiled code, on a CPU"
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ldebm import langevin, native
+from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy
+from ldebm.langevin import mala_chain, mala_resident, mala_states, tilt_chain, tilt_resident, tilt_states
+from ldebm.native import FLAGS, compiled, launch_native, no_program, program, why_not
+from ldebm.prior import DiffusionEBM, PriorCfg
+from ldebm.resident import Sizes
+from ldebm.schedule import make_schedule
+from torch.testing import assert_close
+
+from chains import PUBLISHED, SMALL, energy, gen, problem
+
+ODD = [*SMALL, Sizes(1, 4, 1, 0), Sizes(256, 256, 3, 0), Sizes(2, 36, 300, 1), Sizes(17, 33, 2, 29)]
+TIGHT = {torch.float64: dict(rtol=1e-10, atol=1e-11), torch.float32: dict(rtol=2e-4, atol=2e-5)}
+
+
+def needs(dtype=torch.float32, half=False):
+    why = why_not(SMALL[0], torch.zeros(1, 6, dtype=dtype), 1, torch.bfloat16 if half else None)
+    if why: pytest.skip(why)
+
+
+def tame(e):
+    "The same energy with weights of wide layers smaller, so that rounding does not grow on the way"
+    with torch.no_grad():
+        for W, _ in (e.w.z1, e.w.z2, *e.w.blocks): W.div_(max(1., len(W)/24))
+    return type(e)(e.net, e.w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", ODD)
+@pytest.mark.parametrize("rho, drift", [(None, math.inf), (.8, math.inf), (.8, .3)])
+def test_unadjusted_chains_end_where_the_plain_ones_do(dtype, sizes, rho, drift):
+    needs(dtype); e = tame(energy(sizes, dtype=dtype)); args, noise, _ = problem(sizes, 21, 4, dtype=dtype)
+    s2 = .1*args["v"] if rho is None else None
+    want, first = tilt_states(e, **args, s2=s2, noise=noise, n_steps=4, rho=rho, drift=drift)
+    got, too = tilt_resident(e, **args, s2=s2, noise=noise, rho=rho, drift=drift)
+    assert (want-args["z"]).abs().mean() > .1, "they went somewhere"
+    assert_close(got, want, **TIGHT[dtype]); assert first == too == 5
+
+
+@pytest.mark.parametrize("sizes", SMALL)
+@pytest.mark.parametrize("drift", [math.inf, .5])
+def test_chains_with_a_metropolis_test_end_where_the_plain_ones_do(sizes, drift):
+    needs(torch.float64); e = energy(sizes, steep=8., dtype=torch.float64); args, noise, uniform = problem(sizes, 67, 6, dtype=torch.float64)
+    want, total, first = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=6, rho=.5, drift=drift)
+    got, share, too = mala_resident(e, **args, noise=noise, uniform=uniform, rho=.5, drift=drift)
+    assert .05 < total.mean()/6 < .95, "some proposals are refused, some are not"
+    assert_close(got, want, rtol=1e-10, atol=1e-11); assert_close(share, total, rtol=1e-8, atol=1e-9); assert first == too
+
+
+def test_at_published_size_in_double_precision():
+    needs(torch.float64); e = energy(PUBLISHED, dtype=torch.float64); e = tame(e); args, noise, uniform = problem(PUBLISHED, 128, 50, dtype=torch.float64)
+    want, _ = tilt_states(e, **args, s2=None, noise=noise, n_steps=50, rho=.8, drift=math.inf)
+    assert_close(tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf)[0], want, rtol=1e-10, atol=1e-11)
+
+
+def test_a_context_is_part_of_what_stays_the_same():
+    needs(); e = energy(SMALL[0], context=4); args, noise, _ = problem(SMALL[0], 16, 3, context=4)
+    want, _ = tilt_states(e, **args, s2=None, noise=noise, n_steps=3, rho=.8, drift=math.inf)
+    assert_close(tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf)[0], want, **TIGHT[torch.float32])
+    other = tilt_resident(e, **{**args, "context": args["context"]+1}, s2=None, noise=noise, rho=.8, drift=math.inf)[0]
+    assert (other-want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_chain_ends_at_the_same_number_whatever_the_threads_and_its_company(half):
+    needs(half=half); e = energy(SMALL[0], steep=4.); args, noise, uniform = problem(SMALL[0], 203, 3); n = torch.get_num_threads(); found = []
+    if half: e = MixedEnergy(e, torch.bfloat16)
+    run = lambda rows: mala_resident(e, **{k: x if x is None else x[rows] for k, x in args.items()}, noise=noise[:, rows], uniform=uniform[:, rows], rho=.8, drift=.5)[0]
+    try:
+        for k in (1, 2, 3, 7): torch.set_num_threads(k); found.append(run(slice(None)))
+    finally: torch.set_num_threads(n)
+    assert all(torch.equal(found[0], x) for x in found[1:])
+    for rows in (slice(0, 1), slice(5, 18), slice(150, 203)): assert torch.equal(run(rows), found[0][rows])
+
+
+def test_threads_of_its_own_where_pytorch_has_none_to_lend(monkeypatch):
+    needs(); e = energy(SMALL[0]); args, noise, _ = problem(SMALL[0], 40, 3); n = torch.get_num_threads()
+    run = lambda: tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf)[0]
+    try:
+        torch.set_num_threads(2); want = run()
+        monkeypatch.setattr(native, "pool", native.ctypes.c_void_p); assert torch.equal(run(), want)
+    finally: torch.set_num_threads(n)
+
+
+def test_products_in_bfloat16_are_as_near_as_bfloat16_is():
+    needs(half=True); e = tame(energy(PUBLISHED)); args, noise, _ = problem(PUBLISHED, 50, 20); half = MixedEnergy(e, torch.bfloat16)
+    go = dict(**args, s2=None, noise=noise, rho=.8, drift=math.inf)
+    exact, start = tilt_states(e, **go, n_steps=20)[0], args["z"]
+    there, here = (tilt_states(half, **go, n_steps=20)[0]-exact).norm(), (tilt_resident(half, **go)[0]-exact).norm()
+    assert 0 < here < 1.2*there, "sums and residual stream are in single precision: no worse than PyTorch's"
+    assert here < 5e-3*(exact-start).norm()
+
+
+def test_narrower_registers_give_the_same(tmp_path):
+    needs(); flags = ("-O3", "-mavx2", "-mfma", *(f for f in FLAGS if not f.startswith(("-O", "-march"))))
+    e = energy(SMALL[2]); args, noise, _ = problem(SMALL[2], 21, 4); go = dict(**args, s2=None, noise=noise, rho=.8, drift=.3)
+    narrow = program.__wrapped__(torch.float32, flags=flags, folder=tmp_path)
+    got = tilt_resident(e, **go, start=lambda *a: launch_native(*a, lib=narrow))[0]
+    assert_close(got, tilt_states(e, **go, n_steps=4)[0], **TIGHT[torch.float32])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_found_at_the_same_update(bad):
+    needs(); e = energy(SMALL[0]); args, noise, uniform = problem(SMALL[0], 5, 4); noise[2, 3, 1] = bad
+    first = [f(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf, **kw)[1] for f, kw in ((tilt_states, dict(n_steps=4)), (tilt_resident, {}))]
+    assert first[0] == first[1] == 3
+    first = [f(e, **args, noise=noise, uniform=uniform, rho=.8, drift=math.inf, **kw)[2] for f, kw in ((mala_states, dict(n_steps=4)), (mala_resident, {}))]
+    assert first[0] == first[1] == 3
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_seed_gives_the_same_numbers_either_way(dtype, n, monkeypatch):
+    needs(dtype); e = energy(SMALL[0], dtype=dtype); args, *_ = problem(SMALL[0], 13, 1, dtype=dtype); args.pop("y"), args.pop("context")
+    found, calls, run = [], [], langevin.run_chains
+    monkeypatch.setattr(langevin, "run_chains", lambda *a, **kw: calls.append(1) or run(*a, **kw))
+    for on in "01":
+        monkeypatch.setenv("LDEBM_RESIDENT", on); g = gen(3)
+        found.append((tilt_chain(e, **args, n_steps=n, rho=.8, gen=g), *mala_chain(e, **args, n_steps=n, gen=g), g.get_state()))
+    assert len(calls) == (2 if n else 0)
+    for x, y in zip(*found): assert_close(x, y, **(TIGHT[dtype] if x.is_floating_point() else dict(rtol=0, atol=0)))
+
+
+def test_samples_of_a_prior_and_its_products_in_autocast(monkeypatch):
+    needs(half=True); net = EnergyNet(6, 5, 3, hidden=24, n_blocks=2, init=.3, gen=gen(1)); kinds = []
+    monkeypatch.setattr(langevin, "launch_native", lambda *a, half, **kw: kinds.append(half) or launch_native(*a, half=half, **kw))
+    monkeypatch.setattr(FastEnergy, "grad", None)
+    for mala, half in ((True, False), (True, True), (False, False), (False, True)):
+        prior = DiffusionEBM(make_schedule("cosine", 3), net, PriorCfg(n_steps=3, mala=mala))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half): z = prior.sample(9, gen=gen(4))
+        assert z.isfinite().all() and z.dtype == torch.float32 and kinds == 3*[half and not mala]; kinds.clear()
+
+
+def test_what_goes_another_way(monkeypatch):
+    e, z = energy(SMALL[0]), torch.zeros(3, 6)
+    assert "no updates" in why_not(SMALL[0], z, 0) and "not a network" in why_not(None, z, 1) and "noise of" in why_not(SMALL[0], z, 10**9)
+    assert "bfloat16" in why_not(SMALL[0], z.bfloat16(), 1) and "float16" in why_not(SMALL[0], z, 1, torch.float16)
+    e.net.groups = (2, 3); assert e.sizes() is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"); assert "AVX2" in why_not(SMALL[0], z, 1)
+    monkeypatch.setenv("LDEBM_RESIDENT", "0"); assert why_not(SMALL[0], z, 1) == "LDEBM_RESIDENT=0"
+    monkeypatch.setenv("LDEBM_RESIDENT", "yes")
+    with pytest.raises(ValueError, match="LDEBM_RESIDENT must be"): why_not(SMALL[0], z, 1)
+
+
+def test_processors_with_tiles_of_bfloat16_keep_their_library(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512"); monkeypatch.setattr(native, "no_program", lambda *a: "asked")
+    for flags, said in (("avx512_bf16", "asked"), ("avx512_bf16 amx_bf16", "something better"), ("avx512f", "does not multiply pairs")):
+        monkeypatch.setattr(native, "cpu_info", lambda field, flags=flags: flags)
+        assert said in why_not(SMALL[0], torch.zeros(3, 6), 1, torch.bfloat16) and why_not(SMALL[0], torch.zeros(3, 6), 1) == "asked"
+
+
+@pytest.mark.parametrize("cxx, said", [("no-such-compiler", "no C\\+\\+ compiler called no-such-compiler: install"), ("false", "false does not compile it: exit status 1")])
+def test_without_a_compiler_chains_go_on_and_say_so(cxx, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", cxx); monkeypatch.setenv("LDEBM_CACHE", str(tmp_path)); monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(native, "program", program.__wrapped__); monkeypatch.setattr(native, "no_program", no_program.__wrapped__)
+    e = energy(SMALL[0]); args, *_ = problem(SMALL[0], 5, 1); args.pop("y"), args.pop("context")
+    with pytest.warns(UserWarning, match=f"product by product.*{said}.*LDEBM_RESIDENT=0"): got = tilt_chain(e, **args, n_steps=3, rho=.8, gen=gen(3))
+    monkeypatch.setenv("LDEBM_RESIDENT", "0"); assert torch.equal(got, tilt_chain(e, **args, n_steps=3, rho=.8, gen=gen(3)))
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_processes_that_compile_at_once_and_one_that_finds_it_done(tmp_path):
+    needs(); code = "import torch; from ldebm.native import program; program(torch.float32)"
+    go = lambda **env: subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "LDEBM_CACHE": str(tmp_path), **env}, stderr=subprocess.PIPE, text=True)
+    for p in [go(), go()]: assert p.wait() == 0, p.stderr.read()
+    made = [*tmp_path.rglob("*")]
+    assert [p.suffix for p in made if p.is_file()] == [".so"]
+    at = made[-1].stat().st_mtime_ns; p = go(CXX=""); assert p.wait() == 0 and made[-1].stat().st_mtime_ns == at
+
+
+def test_the_name_of_a_program_stands_for_all_that_made_it(tmp_path, monkeypatch):
+    needs(); monkeypatch.setattr(native.subprocess, "run", lambda command, **kw: (native.Path(command[-1]).write_text("made") if "-o" in command else None, subprocess.CompletedProcess(command, 0, "version 1", ""))[1])
+    first = compiled(torch.float32, folder=tmp_path); assert compiled(torch.float32, folder=tmp_path) == first and first.read_text() == "made"
+    others = [compiled(torch.float64, folder=tmp_path), compiled(torch.float32, True, folder=tmp_path), compiled(torch.float32, flags=FLAGS[1:], folder=tmp_path)]
+    monkeypatch.setattr(native, "cpu_info", lambda field: "another"); others.append(compiled(torch.float32, folder=tmp_path))
+    monkeypatch.setattr(native, "CHAINS", native.CHAINS+"// another"); others.append(compiled(torch.float32, folder=tmp_path))
+    assert len({first, *others}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, half, look", [("double", 0, "address,undefined"), ("float", 1, "thread")])
+def test_no_access_goes_astray_and_no_two_threads_meet(kind, half, look, tmp_path):
+    needs(half=bool(half)); code, made = tmp_path/"shapes.cpp", tmp_path/"shapes"
+    code.write_text(native.source()+Path(__file__).with_name("shapes.cpp").read_text())
+    got = subprocess.run([*native.compiler(), "-O1", "-march=native", "-std=c++17", "-pthread", f"-fsanitize={look}", "-fno-sanitize-recover=all", f"-DREAL={kind}", f"-DHALF={half}", str(code), "-o", str(made)], capture_output=True, text=True)
+    if got.returncode: pytest.skip(f"no such look here: {got.stderr[-300:]}")
+    got = subprocess.run([str(made)], capture_output=True, text=True); assert got.stdout == "nothing found\n" and got.returncode == 0, got.stderr[-2000:]
