@@ -241,7 +241,7 @@ def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
 
 def no_native(prior, z, precision):
     "What keeps chains from running as compiled code"
-    return native.why_not(fast_energy(prior.energy).sizes(), z, prior.cfg.n_steps, torch.bfloat16 if precision == "bf16" else None)
+    return native.why_not(fast_energy(prior.energy).sizes(), z, torch.bfloat16 if precision == "bf16" else None)
 
 
 def chain_paths(prior, z, t, compiled=None, half=True):
@@ -253,15 +253,13 @@ def chain_paths(prior, z, t, compiled=None, half=True):
             if len(calls) != whole: raise RuntimeError(f"{'no' if whole else 'a'} chain was compiled code")
             return end
         return go
-    def closed(lib, dtype=None):
-        w = net.weights().detach()
-        with using(lib): return FastEnergy(net, w if dtype is None else each(lambda x: x.to(dtype), w))   # it lays out its weights for the library
-    fast = closed("blas")
+    def closed(dtype=torch.float32): return FastEnergy(net, each(lambda x: x.to(dtype), net.weights().detach()))   # one a library: it lays out its weights for the first that multiplies
+    fast = closed()
     out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
-    if kernels.has_onednn(): out["onednn"] = ("fp32", run(closed("onednn"), z, "onednn"))
+    if kernels.has_onednn(): out["onednn"] = ("fp32", run(closed(), z, "onednn"))
     if half:
         out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
-        out["bf16"] = ("bf16", run(closed("blas", torch.bfloat16), z.bfloat16()))
+        out["bf16"] = ("bf16", run(closed(torch.bfloat16), z.bfloat16()))
     for name, precision, energy in (("native", "fp32", fast), ("native_bf16", "bf16", MixedEnergy(fast, torch.bfloat16))):
         if (half or precision == "fp32") and not no_native(prior, z, precision): out[name] = (precision, run(energy, z, whole=True))
     if compiled is not None:
@@ -715,7 +713,7 @@ def main(argv=None):
         try:
             entries = PARTS[name](here)
             prov = provenance(start)
-            prov.update(machine=machine_name(name), cpu=core._cpu_name(), torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+            prov.update(machine=machine_name(name), cpu=core._cpu_name(), torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), compiler=native.compiler_version(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
             rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
             of = f"-{entries[0]['corpus']}" if name == "quality" and opt.run else ""
             atomic_write(folder/f"bench-{name}-{prov['machine']}{of}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")

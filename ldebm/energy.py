@@ -303,7 +303,7 @@ def energy_grad(
 
 # %% ../nbs/11_energy.ipynb #4c609005
 class FastEnergy:
-    "Frozen weights of an `EnergyNet` with the input gradient in closed form"
+    "Weights of an `EnergyNet`, which must not change while they are in use, with the input gradient in closed form"
     def __init__(self, net:EnergyNet, weights:EnergyWeights):
         self.net,self.w,self.slope,self.kept = net,weights._replace(merge_z=weights.merge_z.contiguous()),net.slope,{}
     exact,precision = property(lambda self: self),None # See `MixedEnergy`
@@ -325,9 +325,12 @@ class FastEnergy:
         "Shape of the network"
         return Sizes(self.net.d, len(self.w.merge_z), self.net.n_symbols, len(self.w.blocks), self.slope) if self.net.groups is None and self.net.tau_y == 1 else None
     def packed(self) -> Tensor:
-        "Weights as `ldebm.resident.run_chains` wants them, without what `base` needs"
+        "Weights as `ldebm.resident.run_chains` wants them, without what `base` needs; on a CPU, where nothing is recorded, made once"
+        if (kept := self.kept.get('packed')) is not None: return kept
         w = self.w; hidden = (w.z2, (w.merge_z, w.merge_z.new_zeros(len(w.merge_z))), *w.blocks)
-        return torch.cat([x.flatten() for x in (*(W for W,_ in hidden), *(b for _,b in hidden), *w.z1, *w.head)])
+        out = torch.cat([x.flatten() for x in (*(W for W,_ in hidden), *(b for _,b in hidden), *w.z1, *w.head)])
+        if out.is_cpu: self.kept['packed'] = out
+        return out
     def act(self, x): return nnf.leaky_relu(x, self.slope)
     def turn(self, x:Tensor) -> Tensor: return x if self.rows else x.T
     def room(self, like:Tensor) -> list: # A matrix for each activation

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'ula_step', 'preconditioned_step', 'ChainState', 'Pending', 'Gathered', 'raise_if_bad', 'stop_if_bad',
-           'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'starter', 'all_drawn',
-           'recording', 'uniform_like', 'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states', 'step_rows',
-           'tilt_resident', 'linear_chain_moments', 'mala_chain', 'mala_states', 'first_lost', 'mala_resident',
-           'split_rhat', 'ess', 'plot_traces']
+           'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'at_once', 'stretches',
+           'earliest', 'recording', 'uniform_like', 'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states',
+           'step_rows', 'tilt_resident', 'linear_chain_moments', 'mala_chain', 'mala_states', 'first_lost',
+           'mala_resident', 'split_rhat', 'ess', 'plot_traces']
 
 # %% ../nbs/12_langevin.ipynb #d49e8c59
 import functools, math, weakref
@@ -17,7 +17,7 @@ from torch import Tensor
 import ldebm.native, ldebm.resident
 from .core import env_flag
 from .kernels import Recorded
-from .native import launch_native
+from .native import MOST_NOISE, launch_native
 from .resident import launch, run_chains
 from .schedule import randn_like
 
@@ -146,19 +146,34 @@ def can_record(energy, z:Tensor) -> bool:
     "Can a chain of this energy be recorded here?"
     return recording(z) and hasattr(energy, 'tensors') and not isinstance(Pending.now, Gathered) # not twice
 
-def can_reside(energy, z:Tensor, y:Tensor|None, n_steps:int) -> bool:
+def can_reside(energy, z:Tensor, y:Tensor|None) -> bool:
     "Can all updates of a chain of this energy be one call here, by `ldebm.resident` on a GPU and by `ldebm.native` on a CPU?"
     sizes = energy.sizes() if y is None and hasattr(energy, 'sizes') else None
     if z.is_cuda: return not ldebm.resident.why_not(None if sizes is None or energy.precision else sizes, z)
-    return not ldebm.native.why_not(sizes, z, n_steps, None if sizes is None else energy.precision)
+    return not ldebm.native.why_not(sizes, z, None if sizes is None else energy.precision)
 
-def starter(energy, z:Tensor): # See `ldebm.resident.run_chains`
-    return launch if z.is_cuda else functools.partial(launch_native, half=energy.precision is not None)
+def at_once(energy, z:Tensor, t:Tensor, m:Tensor, rows:Tensor, context:Tensor|None, *draws, start=None, **kw) -> tuple: # As `run_chains`; `start` and `kw` are for it
+    "All updates in one call, on the exact weights of `energy`"
+    e,B = energy.exact,len(z)
+    if start is None: start = launch if z.is_cuda else functools.partial(launch_native, half=energy.precision is not None, kept=e.kept.setdefault('native', {}))
+    with torch.autocast(z.device.type, enabled=False): base = e.base(t, None if context is None else context.to(z.dtype))
+    return run_chains(e.sizes(), e.packed(), base.expand(B, -1), z, m.to(z.dtype).expand_as(z), rows, *draws, start=start, **kw)
 
-def all_drawn(n_steps:int, *draws) -> tuple: # Each `(n_steps, *shape)`
-    "What functions of the update give, in the order in which a chain asks that draws as it goes; tensors as they are"
-    if not callable(draws[0]): return draws
-    return tuple(map(torch.stack, zip(*[[f(i) for f in draws] for i in range(n_steps)])))
+def stretches(n_steps:int, z:Tensor, *draws): # Pairs of the first update and tensors `(n, *shape)`
+    "What functions of the update give, in the order in which a chain asks that draws as it goes, for as many updates at a time as `MOST_NOISE` allows; tensors as they are"
+    if not callable(draws[0]): yield 0,draws; return
+    most = max(1, MOST_NOISE//max(1, z.numel()*z.element_size()))
+    for i in range(0, n_steps, most):
+        n = min(most, n_steps-i); out = None
+        for k in range(n):
+            now = [f(i+k) for f in draws]
+            if out is None: out = tuple(x.new_empty(n, *x.shape) for x in now)
+            for a,x in zip(out, now): a[k] = x
+        yield i,out
+
+def earliest(n_steps:int, found:list) -> Tensor: # `n_steps+1`: none
+    "First bad update of a chain, from triples of the first update of a stretch, how many it has, and the first bad one in it"
+    return torch.stack([torch.where(first <= n, first+i, n_steps+1) for i,n,first in found]).amin()
 
 def recording(z:Tensor) -> bool:
     "Is `z` on a GPU, and recording not switched off by `LDEBM_RECORD=0`? `ValueError` for another value than 0 and 1"
@@ -230,7 +245,10 @@ def tilt_chain(
     if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
     args = dict(z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z); noise = chain_noise(randn_like, energy, z, n_steps, gen, rec)
-    if on_step is None and can_reside(energy, z, y, n_steps): out,first = tilt_resident(energy, **args, noise=all_drawn(n_steps, noise)[0], rho=rho, drift=drift)
+    if n_steps and on_step is None and can_reside(energy, z, y):
+        out,found = z,[]
+        for i,(e,) in stretches(n_steps, z, noise): out,bad = tilt_resident(energy, **{**args, 'z': out}, noise=e, rho=rho, drift=drift); found.append((i, len(e), bad))
+        first = earliest(n_steps, found)
     elif rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
     else: out,first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
@@ -249,16 +267,16 @@ def tilt_states(energy, z, t, m, v, s2, tau, y, context, noise, n_steps, rho, dr
         step = lambda x, F, g, e: torch.addcmul(torch.lerp(m, x, rho).add_(shorten(pull*g, drift, sd)) if drift < math.inf else torch.lerp(m, x, rho).addcmul_(pull, g), sd, e)
     return chain_states(grad, step, z, n_steps, noise if callable(noise) else lambda i: noise[i], on_step)
 
-def step_rows(v:Tensor, tau:Tensor, rho:float|None, s2:Tensor|None=None) -> Tensor: # Shape `(B, 6)`
+def step_rows(z:Tensor, v:Tensor, tau:Tensor, rho:float|None, s2:Tensor|None=None) -> Tensor: # Shape `(B, 6)`
     "Coefficients of each chain's step as `ldebm.resident.run_chains` wants them: preconditioned with `rho`, unadjusted with `s2`"
+    v,tau,s2 = (None if x is None else x.to(z.dtype).expand(len(z), 1) for x in (v, tau, s2))
     step = (1-.5*s2/v, .5*s2/v, .5*s2/tau, s2.sqrt()) if rho is None else (torch.full_like(v, rho), torch.full_like(v, 1-rho), (1-rho)*v/tau, (v*(1-rho**2)).sqrt())
     return torch.cat([*step, 1/tau, v], 1)
 
 @torch.no_grad()
 def tilt_resident(energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw) -> tuple[Tensor,Tensor]: # `kw`: of `run_chains`
     "`tilt_states` in one call, without symbols"
-    rows,drift,e = step_rows(v, tau, rho, s2),math.inf if rho is None else drift,energy.exact
-    out,seen,*_ = run_chains(e.sizes(), e.packed(), e.base(t, context), z, m, rows, noise, drift=drift, **{'start': starter(energy, z), **kw})
+    out,seen,*_ = at_once(energy, z, t, m, step_rows(z, v, tau, rho, s2), context, noise, drift=math.inf if rho is None else drift, **kw)
     return out,first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
@@ -296,8 +314,10 @@ def mala_chain(
     args = dict(z=z, t=t, m=m, v=v, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z)
     noise,uniform = (chain_noise(draw, energy, x, n_steps, gen, rec) for draw,x in ((randn_like, z), (uniform_like, z[:,0])))
-    if on_step is None and can_reside(energy, z, y, n_steps):
-        noise,uniform = all_drawn(n_steps, noise, uniform); out,total,first = mala_resident(energy, **args, noise=noise, uniform=uniform, rho=rho, drift=drift)
+    if n_steps and on_step is None and can_reside(energy, z, y):
+        out,total,found = z,0.,[]
+        for i,(e,u) in stretches(n_steps, z, noise, uniform): out,share,bad = mala_resident(energy, **{**args, 'z': out}, noise=e, uniform=u, rho=rho, drift=drift); total = total+share; found.append((i, len(e), bad))
+        first = earliest(n_steps, found)
     elif rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
     else: out,total,first = mala_states(energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
@@ -334,7 +354,7 @@ def first_lost(seen:Tensor, slope:Tensor) -> Tensor: # `F` and its summed slopes
 @torch.no_grad()
 def mala_resident(energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw) -> tuple[Tensor,Tensor,Tensor]: # `kw`: of `run_chains`
     "`mala_states` in one call, without symbols"
-    e = energy.exact; out,seen,slope,total = run_chains(e.sizes(), e.packed(), e.base(t, context), z, m, step_rows(v, tau, rho), noise, uniform, drift, **{'start': starter(energy, z), **kw})
+    out,seen,slope,total = at_once(energy, z, t, m, step_rows(z, v, tau, rho), context, noise, uniform, drift=drift, **kw)
     end = seen.new_zeros(1, len(z))
     return out,total,first_lost(torch.cat([seen, end+torch.nan]), torch.cat([slope, end]))
 

@@ -9,7 +9,7 @@ static real* some(size_t n) { // exactly as large as promised
 int main() {
     for (int seed = 0; seed < 20; seed++) {
         srand(seed);
-        const int d = 1+rand()%50, H = 1+rand()%70, K = 1+rand()%40, N = rand()%5, B = 1+rand()%200, n = rand()%4, mala = rand()%2, threads = 1+rand()%3, L = N+2;
+        const int d = 1+rand()%50, H = 1+rand()%70, K = 1+rand()%40, N = rand()%5, B = seed%5 ? rand()%201 : 0, n = rand()%4, mala = rand()%2, threads = 1+rand()%3, L = N+2;
         real *w = some((size_t)L*H*(H+1) + (d+1)*H + (H+1)*K), *base = some((size_t)B*H), *start = some(B*d), *means = some(B*d), *rows = some(6*B), *noise = some((size_t)n*B*d), *uniform = some(n*B);
         real *out = some(B*d), *seen = some((n+mala)*B), *slope = some((n+mala)*B), *accepted = some(B);
         const long bytes = packed_bytes(d, H, K, N); char* packed = (char*)aligned_alloc(64, (bytes+63)/64*64);
