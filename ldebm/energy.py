@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from .kernels import direct, linear, product
+from .native import gradient_native, why_not
 from .resident import Sizes
 
 # %% ../nbs/11_energy.ipynb #edd66e5f
@@ -331,6 +332,8 @@ class FastEnergy:
         out = torch.cat([x.flatten() for x in (*(W for W,_ in hidden), *(b for _,b in hidden), *w.z1, *w.head)])
         if out.is_cpu: self.kept['packed'] = out
         return out
+    def compiled(self, z:Tensor, y:Tensor|None) -> bool: # See `ldebm.native`
+        return z.is_cpu and z.dtype == self.w.merge_z.dtype and (y is None or y.dtype == torch.long) and not why_not(self.sizes(), z)
     def act(self, x): return nnf.leaky_relu(x, self.slope)
     def turn(self, x:Tensor) -> Tensor: return x if self.rows else x.T
     def room(self, like:Tensor) -> list: # A matrix for each activation
@@ -359,6 +362,7 @@ class FastEnergy:
         base:Tensor|None=None, # From `base(t, context)`, to be reused along a chain
     ) -> tuple[Tensor,Tensor]: # `F` `(B,)` and its gradient `(B, d)`
         "`F` and its input gradient"
+        if self.compiled(z, y): return gradient_native(self.sizes(), self.packed(), (self.base(t, context) if base is None else base).expand(len(z), -1), z, None if y is None else y.expand(len(z)), self.kept.setdefault('native', {}))
         rooms,turn,aten,(up,onto,down),(first,second,merge,head,*blocks) = self.room(z),self.turn,torch.ops.aten,self.products(),self.layers
         def act(h, i): return aten.leaky_relu.out(h, self.slope, out=rooms[i])
         def back(g, i): return aten.leaky_relu_backward.grad_input(g, rooms[i], self.slope, True, grad_input=rooms[i]) # what the activation gave has the sign of its argument

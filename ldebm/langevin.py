@@ -148,16 +148,16 @@ def can_record(energy, z:Tensor) -> bool:
 
 def can_reside(energy, z:Tensor, y:Tensor|None) -> bool:
     "Can all updates of a chain of this energy be one call here, by `ldebm.resident` on a GPU and by `ldebm.native` on a CPU?"
-    sizes = energy.sizes() if y is None and hasattr(energy, 'sizes') else None
+    sizes = energy.sizes() if hasattr(energy, 'sizes') and (y is None or y.dtype == torch.long and z.is_cpu) else None
     if z.is_cuda: return not ldebm.resident.why_not(None if sizes is None or energy.precision else sizes, z)
     return not ldebm.native.why_not(sizes, z, None if sizes is None else energy.precision)
 
-def at_once(energy, z:Tensor, t:Tensor, m:Tensor, rows:Tensor, context:Tensor|None, *draws, start=None, **kw) -> tuple: # As `run_chains`; `start` and `kw` are for it
+def at_once(energy, z:Tensor, t:Tensor, m:Tensor, rows:Tensor, y:Tensor|None, context:Tensor|None, *draws, start=None, **kw) -> tuple: # As `run_chains`; `start` and `kw` are for it
     "All updates in one call, on the exact weights of `energy`"
     e,B = energy.exact,len(z)
     if start is None: start = launch if z.is_cuda else functools.partial(launch_native, half=energy.precision is not None, kept=e.kept.setdefault('native', {}))
     with torch.autocast(z.device.type, enabled=False): base = e.base(t, None if context is None else context.to(z.dtype))
-    return run_chains(e.sizes(), e.packed(), base.expand(B, -1), z, m.to(z.dtype).expand_as(z), rows, *draws, start=start, **kw)
+    return run_chains(e.sizes(), e.packed(), base.expand(B, -1), z, m.to(z.dtype).expand_as(z), rows, *draws, symbols=None if y is None else y.expand(B), start=start, **kw)
 
 def stretches(n_steps:int, z:Tensor, *draws): # Pairs of the first update and tensors `(n, *shape)`
     "What functions of the update give, in the order in which a chain asks that draws as it goes, for as many updates at a time as `MOST_NOISE` allows; tensors as they are"
@@ -275,8 +275,8 @@ def step_rows(z:Tensor, v:Tensor, tau:Tensor, rho:float|None, s2:Tensor|None=Non
 
 @torch.no_grad()
 def tilt_resident(energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw) -> tuple[Tensor,Tensor]: # `kw`: of `run_chains`
-    "`tilt_states` in one call, without symbols"
-    out,seen,*_ = at_once(energy, z, t, m, step_rows(z, v, tau, rho, s2), context, noise, drift=math.inf if rho is None else drift, **kw)
+    "`tilt_states` in one call"
+    out,seen,*_ = at_once(energy, z, t, m, step_rows(z, v, tau, rho, s2), y, context, noise, drift=math.inf if rho is None else drift, **kw)
     return out,first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
@@ -353,8 +353,8 @@ def first_lost(seen:Tensor, slope:Tensor) -> Tensor: # `F` and its summed slopes
 
 @torch.no_grad()
 def mala_resident(energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw) -> tuple[Tensor,Tensor,Tensor]: # `kw`: of `run_chains`
-    "`mala_states` in one call, without symbols"
-    out,seen,slope,total = at_once(energy, z, t, m, step_rows(z, v, tau, rho), context, noise, uniform, drift=drift, **kw)
+    "`mala_states` in one call"
+    out,seen,slope,total = at_once(energy, z, t, m, step_rows(z, v, tau, rho), y, context, noise, uniform, drift=drift, **kw)
     end = seen.new_zeros(1, len(z))
     return out,total,first_lost(torch.cat([seen, end+torch.nan]), torch.cat([slope, end]))
 

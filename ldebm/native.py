@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGISTERS', 'PRODUCTS', 'NETWORK', 'CHAINS', 'FLAGS', 'KINDS', 'MOST_NOISE', 'compiler', 'compiler_version', 'source',
-           'compiled', 'program', 'pool', 'launch_native', 'multiplies_pairs', 'no_program', 'why_not']
+           'compiled', 'program', 'pool', 'launch_native', 'pointer', 'laid_out', 'call', 'gradient_native',
+           'multiplies_pairs', 'no_program', 'why_not']
 
 # %% ../nbs/07_native.ipynb #6ee82adb
 import ctypes, functools, hashlib, os, platform, shlex, shutil, subprocess, tempfile, warnings
@@ -14,7 +15,7 @@ from torch import Tensor
 from .core import env_flag
 from .data import cache_root
 from .kernels import cpu_info
-from .resident import Sizes
+from .resident import Sizes, check_symbols
 
 # %% ../nbs/07_native.ipynb #41ea1903
 REGISTERS = r'''
@@ -146,7 +147,7 @@ struct Slab { // chains that are carried together, and what their network needs
         s = room.take<item>(n*net.KS); z = room.take<item>(n*net.DS); h = room.take<real>(n*net.HS); sum = room.take<real>(n*net.HS); base = room.take<real>(n*net.HS);
         dz = room.take<real>(n*net.DS); logit = room.take<real>(n*net.KS); F = room.take<real>(n);
     }
-    void grad(int R) { // of R chains: F, and dz, its gradient at z
+    void grad(int R, const int64_t* symbols) { // of R chains: F, or the logit of a symbol, and dz, its gradient at z
         const int L = net.L, HS = net.HS, KS = net.KS, DS = net.DS, K = net.K; const long M = net.mid.size();
         auto act = [&](int l) { return a + (size_t)l*most*HS; };
         auto up = [&](int l, const item* x, int stride, const Map& map, const item* w, auto more) { // bias of layer l, the rest of its argument, and its activation
@@ -159,6 +160,7 @@ struct Slab { // chains that are carried together, and what their network needs
         net.head.run(w+net.at_head, act(L), HS, R, [&](int r, int o, V y) { at(logit + r*KS + o) = y + at(b + (L+1)*HS + o); });
         for (int r = 0; r < R; r++) {
             real *f = logit + r*KS, top = f[0], norm = 0, all = 0;
+            if (symbols) { F[r] = f[symbols[r]]; for (int j = 0; j < K; j++) s[r*KS+j] = narrow(j == symbols[r]); continue; }
             for (int j = 0; j < K; j++) { top = f[j] > top ? f[j] : top; all += f[j]; }
             for (int j = 0; j < K; j++) norm += f[j] = std::exp(f[j]-top);
             F[r] = all == all ? top + std::log(norm) : all; // a comparison passes NaN over
@@ -194,28 +196,53 @@ extern "C" void pack(int d, int hidden, int n_symbols, int n_blocks, int threads
     } });
 }
 
-extern "C" int chains(int d, int hidden, int n_symbols, int n_blocks, double leak, int B, int n, int mala, double drift, int threads, Parallel parallel, const char* packed,
-                       const real* base, const real* start, const real* means, const real* rows, const real* noise, const real* uniform, real* out, real* seen, real* slope, real* accepted) {
+struct Shares { // of B chains: slabs of about the same size, as many for each thread
+    int B, threads, slabs;
+    Shares(int B, int most) : B(B), threads(std::max(1, std::min(most, (B+MR-1)/MR))), slabs(((B+SLAB-1)/SLAB+threads-1)/threads*threads) {}
+    int most() const { return (B+slabs-1)/slabs; }
+    int rows(int k) const { return B/slabs + (k < B%slabs); }
+    long first(int k) const { return (long)k*(B/slabs) + std::min(k, B%slabs); }
+};
+
+template<class T> static void widen(T* to, int stride, const T* from, int width, int rows) { for (int r = 0; r < rows; r++) std::copy(from+(long)r*width, from+(long)(r+1)*width, to+(long)r*stride); }
+
+extern "C" int gradient(int d, int hidden, int n_symbols, int n_blocks, double leak, int B, int threads, Parallel parallel, const char* packed,
+                        const real* base, const real* at_z, const int64_t* symbols, real* F, real* dz) {
     if (B < 1) return 0;
-    const Net net(d, hidden, n_symbols, n_blocks, leak); const int D = net.D, H = net.H, DS = net.DS, HS = net.HS;
-    threads = std::max(1, std::min(threads, (B+MR-1)/MR));
-    const int slabs = ((B+SLAB-1)/SLAB+threads-1)/threads*threads, most = (B+slabs-1)/slabs; // as many for each thread
-    std::vector<std::unique_ptr<Slab>> own; std::vector<std::unique_ptr<Room>> more; // of each thread
-    try { for (int i = 0; i < threads; i++) { own.emplace_back(new Slab(net, packed, most)); more.emplace_back(new Room((size_t)most*(5*DS+2)*sizeof(real) + 8*64)); } } catch (const std::bad_alloc&) { return 1; }
+    const Net net(d, hidden, n_symbols, n_blocks, leak); const int D = net.D, DS = net.DS; const Shares shares(B, threads);
+    std::vector<std::unique_ptr<Slab>> own; std::vector<std::unique_ptr<Room>> more;
+    try { for (int i = 0; i < shares.threads; i++) { own.emplace_back(new Slab(net, packed, shares.most())); more.emplace_back(new Room((size_t)shares.most()*DS*sizeof(real) + 64)); } } catch (const std::bad_alloc&) { return 1; }
     std::atomic<int> next{0}, at_work{0};
-    on_threads(threads, parallel, [&] {
+    on_threads(shares.threads, parallel, [&] {
+        const int me = at_work++; Slab& slab = *own[me]; real* x = more[me]->take<real>(shares.most()*DS);
+        for (int k; (k = next++) < shares.slabs;) {
+            const int R = shares.rows(k); const long r0 = shares.first(k);
+            widen(slab.base, net.HS, base+r0*net.H, net.H, R); widen(x, DS, at_z+r0*D, D, R);
+            for (int j = 0; j < R*DS; j += LANES) put(slab.z+j, at(x+j));
+            slab.grad(R, symbols ? symbols+r0 : nullptr);
+            for (int r = 0; r < R; r++) { F[r0+r] = slab.F[r]; std::copy(slab.dz+r*DS, slab.dz+r*DS+D, dz+(r0+r)*D); }
+        }
+    });
+    return 0;
+}
+
+extern "C" int chains(int d, int hidden, int n_symbols, int n_blocks, double leak, int B, int n, int mala, double drift, int threads, Parallel parallel, const char* packed,
+                       const real* base, const real* start, const real* means, const real* rows, const real* noise, const real* uniform, const int64_t* symbols, real* out, real* seen, real* slope, real* accepted) {
+    if (B < 1) return 0;
+    const Net net(d, hidden, n_symbols, n_blocks, leak); const int D = net.D, DS = net.DS; const Shares shares(B, threads); const int most = shares.most();
+    std::vector<std::unique_ptr<Slab>> own; std::vector<std::unique_ptr<Room>> more; // of each thread
+    try { for (int i = 0; i < shares.threads; i++) { own.emplace_back(new Slab(net, packed, most)); more.emplace_back(new Room((size_t)most*(5*DS+2)*sizeof(real) + 8*64)); } } catch (const std::bad_alloc&) { return 1; }
+    std::atomic<int> next{0}, at_work{0};
+    on_threads(shares.threads, parallel, [&] {
         const int me = at_work++; Slab& slab = *own[me]; Room& room = *more[me];
         real *x = room.take<real>(most*DS), *y = room.take<real>(most*DS), *to = room.take<real>(most*DS), *m = room.take<real>(most*DS), *e = room.take<real>(most*DS), *log_p = room.take<real>(most), *sum_a = room.take<real>(most);
-        for (int k; (k = next++) < slabs;) {
-            const int R = B/slabs + (k < B%slabs); const long r0 = (long)k*(B/slabs) + std::min(k, B%slabs);
-            for (int r = 0; r < R; r++) {
-                std::copy(base+(r0+r)*H, base+(r0+r+1)*H, slab.base+r*HS); std::copy(start+(r0+r)*D, start+(r0+r+1)*D, x+r*DS); std::copy(means+(r0+r)*D, means+(r0+r+1)*D, m+r*DS);
-                sum_a[r] = 0;
-            }
+        for (int k; (k = next++) < shares.slabs;) {
+            const int R = shares.rows(k); const long r0 = shares.first(k);
+            widen(slab.base, net.HS, base+r0*net.H, net.H, R); widen(x, DS, start+r0*D, D, R); widen(m, DS, means+r0*D, D, R); std::fill(sum_a, sum_a+R, 0);
             for (real* rows : {x, y, to, e}) for (int r = 0; r < R; r++) std::fill(rows+r*DS+D, rows+(r+1)*DS, 0); // a chain that is lost leaves nothing to the next
             for (int i = 0; i < n+mala; i++) {
                 for (int j = 0; j < R*DS; j += LANES) put(slab.z+j, at(x+j));
-                slab.grad(R);
+                slab.grad(R, symbols ? symbols+r0 : nullptr);
                 for (int r = 0; r < R; r++) {
                     const real *c = rows + 6*(r0+r), keep = c[0], toward = c[1], pull = c[2], sd = c[3], beta = c[4], var = c[5], *g = slab.dz+r*DS;
                     real *xr = x+r*DS, *yr = y+r*DS, *tr = to+r*DS, *er = e+r*DS; const real* mr = m+r*DS;
@@ -288,8 +315,8 @@ def compiled(
 def program(dtype:torch.dtype, half:bool=False, **kw) -> ctypes.CDLL: # `kw`: of `compiled`
     "The program, loaded"
     path = compiled(dtype, half, **kw)
-    try: lib = ctypes.CDLL(str(path)); lib.packed_bytes.restype = ctypes.c_long; lib.chains.restype = ctypes.c_int
-    except (OSError, AttributeError) as e: path.unlink(); raise RuntimeError(f'{path} cannot be loaded, and is deleted: {e}') from e
+    try: lib = ctypes.CDLL(str(path)); lib.packed_bytes.restype = ctypes.c_long; lib.chains, lib.gradient # there
+    except (OSError, AttributeError) as e: path.unlink(missing_ok=True); raise RuntimeError(f'{path} cannot be loaded, and is deleted: {e}') from e
     return lib
 
 # %% ../nbs/07_native.ipynb #38467d4b
@@ -303,18 +330,44 @@ def launch_native(
     sizes:Sizes, # Shape of the network
     tensors:list, # See `ldebm.resident.run_chains`
     numbers:tuple, # B, n, mala, drift
+    symbols:Tensor|None=None, # Symbols asked for, shape `(B,)`, long
     half:bool=False, # With products in bfloat16
     kept:dict|None=None, # Keeps weights as they are laid out, for further chains of the same energy
     lib:ctypes.CDLL|None=None, # From `program`
 ):
     "Run chains on as many threads as PyTorch uses; `MemoryError` where there is no room"
     weights,*rest = tensors; lib = program(weights.dtype, half) if lib is None else lib
-    shape,threads = sizes[:4],(torch.get_num_threads(), pool()); B,n,mala,drift = numbers
-    pointer,kept = lambda x: ctypes.c_void_p(x.data_ptr()),{} if kept is None else kept
+    B,n,mala,drift = numbers; rest.insert(6, symbols)
+    call(lib.chains, sizes, (B, n, mala, ctypes.c_double(drift)), laid_out(lib, sizes, weights, half, kept), rest)
+
+def pointer(x:Tensor|None) -> ctypes.c_void_p: return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+def laid_out(lib:ctypes.CDLL, sizes:Sizes, weights:Tensor, half:bool, kept:dict|None) -> Tensor: # Bytes
+    "Weights as the program reads them"
+    kept = {} if kept is None else kept
     if half not in kept:
-        room = torch.empty(lib.packed_bytes(*shape)+64, dtype=torch.uint8); room = room[-room.data_ptr()%64:]
-        lib.pack(*shape, *threads, pointer(weights), pointer(room)); kept[half] = room
-    if lib.chains(*shape, ctypes.c_double(sizes.slope), B, n, mala, ctypes.c_double(drift), *threads, pointer(kept[half]), *map(pointer, rest)): raise MemoryError(f'no room for {B} chains on a network of shape {sizes}')
+        room = torch.empty(lib.packed_bytes(*sizes[:4])+64, dtype=torch.uint8); room = room[-room.data_ptr()%64:]
+        lib.pack(*sizes[:4], torch.get_num_threads(), pool(), pointer(weights), pointer(room)); kept[half] = room
+    return kept[half]
+
+def call(f, sizes:Sizes, numbers:tuple, packed:Tensor, tensors:list):
+    if f(*sizes[:4], ctypes.c_double(sizes.slope), *numbers, torch.get_num_threads(), pool(), pointer(packed), *map(pointer, tensors)): raise MemoryError(f'no room for {numbers[0]} chains on a network of shape {sizes}')
+
+def gradient_native(
+    sizes:Sizes, # Shape of the network
+    weights:Tensor, # As `FastEnergy.packed`
+    base:Tensor, # As `FastEnergy.base`, shape `(B, H)`
+    z:Tensor, # Latents, shape `(B, d)`
+    symbols:Tensor|None=None, # Symbols asked for, shape `(B,)`, long
+    kept:dict|None=None, # As in `launch_native`
+) -> tuple[Tensor,Tensor]: # `F`, shape `(B,)`, and its gradient, `(B, d)`
+    "One evaluation, as chains make them; `ValueError` for a tensor of another kind or shape than the network has"
+    B = len(z)
+    for name,x,shape in (('z',z,(B,sizes.d)), ('base',base,(B,sizes.hidden))):
+        if tuple(x.shape) != shape or x.dtype != weights.dtype or not x.is_cpu: raise ValueError(f'{name} must be {weights.dtype}, on the CPU, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
+    F,g = z.new_empty(B),torch.empty_like(z, memory_format=torch.contiguous_format); lib = program(z.dtype)
+    call(lib.gradient, sizes, (B,), laid_out(lib, sizes, weights, False, kept), [base.contiguous(), z.contiguous(), check_symbols(symbols, sizes, z), F, g])
+    return F,g
 
 # %% ../nbs/07_native.ipynb #c0735f02
 MOST_NOISE = 2**26 # Bytes
@@ -341,7 +394,7 @@ def why_not(
     "What keeps whole chains from running here as compiled code"
     if not env_flag('LDEBM_RESIDENT', True): return 'LDEBM_RESIDENT=0'
     if not len(z): return 'no chains'
-    if sizes is None: return 'not a network the program knows, or with symbols given'
+    if sizes is None: return 'not a network the program knows, or with sets of symbols given'
     if not z.is_cpu: return 'latents are not on a CPU'
     if z.dtype not in KINDS or precision not in (None, torch.bfloat16) or precision and z.dtype != torch.float32: return f'latents are {z.dtype}, products {precision or z.dtype}'
     if torch.backends.cpu.get_cpu_capability() not in ('AVX2','AVX512'): return 'the processor has no AVX2, or is of another family'

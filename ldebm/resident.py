@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLUSTER', 'THREADS', 'SHARED', 'PRELUDE', 'LAYOUT', 'LAYERS', 'CHAINS', 'MOST', 'Sizes', 'source', 'done', 'kernel',
-           'launch', 'run_chains', 'n_weights', 'has_bindings', 'no_room', 'why_not']
+           'launch', 'run_chains', 'check_symbols', 'n_weights', 'has_bindings', 'no_room', 'why_not']
 
 # %% ../nbs/06_resident.ipynb #cd453d5d
 import ctypes, functools, importlib.util, math, warnings
@@ -272,6 +272,7 @@ def run_chains(
     noise:Tensor, # Standard normal, `(n, B, d)`
     uniform:Tensor|None=None, # Uniform, `(n, B)`: with a Metropolis test
     drift:float=math.inf, # Longest drift of a step, in units of its noise
+    symbols:Tensor|None=None, # Symbols asked for, `(B,)`, long: `ldebm.native` alone knows them
     start=launch, # What runs them
 ) -> tuple[Tensor,Tensor,Tensor,Tensor]: # States `(B, d)`; `F` and the sum of its gradient at every evaluation, `(n, B)`, one more with a test; summed acceptance `(B,)`
     "All updates of all chains, in single precision, or on a CPU in double; `ValueError` for a tensor of another kind or shape"
@@ -279,8 +280,18 @@ def run_chains(
     for name,x,shape in (('z',z,(B,d)), ('m',m,(B,d)), ('base',base,(B,H)), ('rows',rows,(B,6)), ('uniform',uniform,(n,B)), ('noise',noise,(n,B,sizes.d)), ('weights',weights,(n_weights(sizes),))):
         if x is not None and (tuple(x.shape) != shape or x.dtype != kind or x.device != z.device): raise ValueError(f'{name} must be {kind}, on {z.device}, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
     out,seen,total = torch.empty_like(z, memory_format=torch.contiguous_format),z.new_empty(n+mala, B),z.new_empty(B); slope = torch.empty_like(seen)
-    start(sizes, [*(x.contiguous() for x in (weights, base, z, m, rows, noise, noise if uniform is None else uniform)), out, seen, slope, total], (B, n, int(mala), drift))
+    asked = {} if symbols is None else dict(symbols=check_symbols(symbols, sizes, z))
+    start(sizes, [*(x.contiguous() for x in (weights, base, z, m, rows, noise, noise if uniform is None else uniform)), out, seen, slope, total], (B, n, int(mala), drift), **asked)
     return out,seen,slope,total
+
+def check_symbols(
+    y:Tensor|None, # Symbols, shape `(B,)`, long
+    sizes:Sizes, z:Tensor,
+) -> Tensor|None:
+    "The same side by side in memory; `ValueError` for symbols that do not exist, and for other tensors: an address is all that is handed on"
+    if y is None: return None
+    if tuple(y.shape) != z.shape[:1] or y.dtype != torch.long or y.device != z.device or len(y) and not 0 <= int(y.min()) <= int(y.max()) < sizes.n_symbols: raise ValueError(f'symbols must be torch.int64, on {z.device}, of shape {(len(z),)}, from 0 to {sizes.n_symbols-1}; got {y.dtype}, {y.device}, {tuple(y.shape)}')
+    return y.contiguous()
 
 def n_weights(sizes:Sizes) -> int: # Length of `weights`
     "Weights and biases of a network of this shape, without what makes the level's share"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ldebm import langevin, native
-from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy
+from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, energy_grad
 from ldebm.langevin import mala_chain, mala_resident, mala_states, tilt_chain, tilt_resident, tilt_states
 from ldebm.native import FLAGS, compiled, launch_native, no_program, program, why_not
 from ldebm.prior import DiffusionEBM, PriorCfg
@@ -266,3 +266,35 @@ def test_weights_are_laid_out_once_for_an_energy(monkeypatch):
     e, other = energy(SMALL[0]), energy(SMALL[0], steep=3.); args, noise, _ = problem(SMALL[0], 5, 2); run = lambda e: tilt_resident(e, **args, s2=None, noise=noise, rho=.8, drift=math.inf)[0]
     a, b, c = run(e), run(e), run(other)
     assert torch.equal(a, b) and not torch.equal(a, c) and len(packed) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_symbols_that_are_asked_for(dtype, monkeypatch):
+    needs(dtype); calls, run = [], langevin.run_chains
+    monkeypatch.setattr(langevin, "run_chains", lambda *a, **kw: calls.append(1) or run(*a, **kw))
+    for sizes in SMALL:
+        e = energy(sizes, steep=4., dtype=dtype); args, *_ = problem(sizes, 71, 1, dtype=dtype); args.pop("context"); args["y"] = torch.arange(71) % sizes.n_symbols
+        want, got = both(lambda: (tilt_chain(e, **args, n_steps=4, rho=.8, gen=gen(3)), *mala_chain(e, **args, n_steps=4, gen=gen(3))), monkeypatch)
+        for a, b in zip(want, got): assert_close(a, b, **TIGHT[dtype])
+        if sizes.n_symbols > 1: assert (tilt_chain(e, **{**args, "y": args["y"].flip(0)}, n_steps=4, rho=.8, gen=gen(3))-got[0]).abs().max() > 1e-3
+    n = len(calls); assert n == 3*2+2
+    tilt_chain(e, **{**args, "y": torch.ones(71, sizes.n_symbols, dtype=torch.bool)}, n_steps=4, rho=.8, gen=gen(3)); assert len(calls) == n, "sets of symbols go another way"
+    for wrong in (args["y"][:5], args["y"]+1000, -1-args["y"]):
+        with pytest.raises((ValueError, RuntimeError), match="symbols must be|expand"): tilt_chain(e, **{**args, "y": wrong}, n_steps=4, rho=.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", ODD)
+def test_one_gradient_is_that_of_autograd(dtype, sizes, monkeypatch):
+    needs(dtype); e = tame(energy(sizes, context=3, dtype=dtype)); args, *_ = problem(sizes, 70, 1, context=3, dtype=dtype); calls = []
+    monkeypatch.setattr("ldebm.energy.gradient_native", lambda *a: calls.append(1) or native.gradient_native(*a))
+    with torch.no_grad():   # `tame` changed what the fast energy holds: the network's own weights, or copies of them
+        for mine, theirs in zip((e.w.z1, e.w.z2, *e.w.blocks), (e.net.z1, e.net.z2, *e.net.blocks)): theirs.weight.copy_(mine[0])
+    for y in (None, torch.arange(70) % sizes.n_symbols):
+        want = energy_grad(lambda z, t, y, context: e.net(z, t, y, context), args["z"], args["t"], y, args["context"])
+        got = e.grad(args["z"], args["t"], y, args["context"]), e.grad(args["z"], args["t"], y, base=e.base(args["t"], args["context"])), e.grad(args["z"].T.contiguous().T, args["t"], y, args["context"])
+        for F, g in got: assert_close(F, want[0], **TIGHT[dtype]); assert_close(g, want[1], **TIGHT[dtype])
+    assert len(calls) == 6 and e.grad(args["z"][:0], args["t"][:0], context=args["context"][:0])[1].shape == (0, sizes.d)
+    for wrong, said in ((dict(y=torch.full((70,), sizes.n_symbols)), "symbols must be"), (dict(z=args["z"][:, :-1]), "z must be"), (dict(base=args["z"].new_zeros(70, 1)), "base must be")):
+        with pytest.raises(ValueError, match=said): e.grad(**{**dict(z=args["z"], t=args["t"], context=args["context"]), **wrong})
+    monkeypatch.setenv("LDEBM_RESIDENT", "0"); e.grad(args["z"], args["t"], context=args["context"]); assert len(calls) == 9
