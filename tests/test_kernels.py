@@ -4,16 +4,18 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
-from ldebm import energy, kernels
+from ldebm import energy, kernels, native
 from ldebm.core import Run
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
+from ldebm.resident import Sizes
 from ldebm.text import batches, load_corpus
 from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
 from ldebm.text_vae import packing
@@ -27,6 +29,8 @@ from plain import PlainEnergy, plain_gru, plain_logits, plain_loss, plain_paths,
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 # Both libraries; on a PyTorch without oneDNN its cases are skipped, and counted by pytest
 BACKENDS = ["blas", *(pytest.param(k, marks=pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")) for k in ("onednn", "both"))]
+WAYS = [*BACKENDS, "compiled"] # Of an energy
+SIZES = Sizes(40, 200, 20, 12)
 # Largest relative error. Double precision: rounding alone. Single: sums of a few hundred terms. bfloat16 keeps eight
 # bits, 2^-9 a rounding: a result a handful of roundings deep is right to one or two in a hundred, a gradient to a few
 TOL = {F64: 1e-12, F32: 3e-6, BF16: 3e-2}
@@ -37,7 +41,11 @@ pytestmark = pytest.mark.usefixtures("in_test")
 
 def gen(seed): return torch.Generator().manual_seed(seed)
 def randn(*size, dtype=F64, seed=0): return torch.randn(*size, generator=gen(seed), dtype=F64).to(dtype)
-def using(backend): return patch.object(kernels, "matmul_backend", lambda: backend)
+@contextmanager
+def using(backend):
+    "Products by this library; or `compiled`: energies as compiled code, where the machine has what it takes"
+    if backend == "compiled" and (why := native.why_not(SIZES, torch.zeros(1, SIZES.d))): pytest.skip(why)
+    with patch.dict(os.environ, LDEBM_RESIDENT=str(int(backend == "compiled"))), nullcontext() if backend == "compiled" else patch.object(kernels, "matmul_backend", lambda: backend): yield
 
 
 def error(got, want):
@@ -368,7 +376,7 @@ CASES = dict(free={}, symbol=dict(ask="symbol"), groups=dict(groups=(8, 12)), ma
              context_symbol=dict(context_dim=9, ask="symbol"), unnormalised=dict(spectral=False), published=dict(init=.1), free_head=dict(free_head=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_energy_gradient(backend, dtype, case):
@@ -438,7 +446,7 @@ def run_chain(kind, energy, dtype, net):
         return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("kind,dtype", [("unadjusted", F64), ("preconditioned", F64), ("short drifts", F64), ("mala", F64), ("unadjusted", F32), ("preconditioned", F32), ("short drifts", F32)])
 def test_chain_ends_at_the_same_point(backend, kind, dtype):
     "No MALA in single precision: one acceptance within rounding of its draw, and a chain goes elsewhere"
@@ -469,9 +477,10 @@ def train(folder, objective, seed=0, settings=SMALL, steps=20, dtype=F64, log_ev
 
 
 @pytest.mark.parametrize("objective,extra", [("consistent", ""), ("consistent", " enc_share=.5 reference=flat mala=False"), ("published", ""), ("published", " packed=True bucket=True")])
-def test_training_equals_plain_training(tmp_path, objective, extra):
+@pytest.mark.parametrize("backend", ["blas", "compiled"])
+def test_training_equals_plain_training(tmp_path, objective, extra, backend):
     "Twenty steps in double precision: terms, norms of gradients, cluster labels and parameters"
-    task, lines, seen, valid = train(tmp_path/"fast", objective, settings=SMALL+extra)
+    with using(backend): task, lines, seen, valid = train(tmp_path/"fast", objective, settings=SMALL+extra)
     with plain_paths(): other, plain, plainly, invalid = train(tmp_path/"plain", objective, settings=SMALL+extra)
     assert len(lines) == 20 and {"nll", "ebm", "cls", "sym", "mi", "kl_base"} <= set(lines[-1])
     assert seen[0] is not None and torch.equal(seen[0]["labels"], plainly[0]["labels"])
