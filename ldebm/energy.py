@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as nnf
 from .kernels import direct, linear, product
 from .native import gradient_native, why_not
@@ -333,14 +334,14 @@ class FastEnergy:
         if out.is_cpu: self.kept['packed'] = out
         return out
     def compiled(self, z:Tensor, y:Tensor|None) -> bool: # See `ldebm.native`
-        return z.is_cpu and z.dtype == self.w.merge_z.dtype and (y is None or y.dtype == torch.long) and not why_not(self.sizes(), z)
+        return z.is_cpu and z.dtype == self.w.merge_z.dtype and (y is None or y.dtype == torch.long) and unpack_dual(z).tangent is None and not why_not(self.sizes(), z)
     def act(self, x): return nnf.leaky_relu(x, self.slope)
     def turn(self, x:Tensor) -> Tensor: return x if self.rows else x.T
     def room(self, like:Tensor) -> list: # A matrix for each activation
         "The same memory at every update of a chain"
         key,H = (len(like), like.dtype, like.device),len(self.w.merge_z)
-        if key not in self.kept: self.kept = {key: list(like.new_empty(3+len(self.w.blocks), *((len(like), H) if self.rows else (H, len(like)))))}
-        return self.kept[key]
+        if self.kept.get('room', (None,))[0] != key: self.kept['room'] = key,list(like.new_empty(3+len(self.w.blocks), *((len(like), H) if self.rows else (H, len(like)))))
+        return self.kept['room'][1]
     def products(self) -> tuple: # `up(x, layer)`, `onto(h, x, layer)`, which may overwrite `h`, and `down(g, layer)`
         "Through a layer, through it and added to `h`, and back, `layer` from `layers`"
         if self.rows: return lambda x, l: product(x, *l[:2]), lambda h, x, l: product(x, *l[:2], add=h), lambda g, l: product(g, l[2])
@@ -352,7 +353,7 @@ class FastEnergy:
         if self.net.context_dim:
             if context is None: raise ValueError(f'this energy was built with context_dim={self.net.context_dim}: pass context')
             h = product(self.act(product(self.act(product(context, *self.w.context[0])), *self.w.context[1])), self.w.merge_c, add=h)
-        return self.turn(self.turn(h).contiguous())
+        return h if self.compiled(self.w.level, None) else self.turn(self.turn(h).contiguous())
     @torch.no_grad()
     def grad(self,
         z:Tensor, # Latents, shape `(B, d)`
@@ -362,7 +363,9 @@ class FastEnergy:
         base:Tensor|None=None, # From `base(t, context)`, to be reused along a chain
     ) -> tuple[Tensor,Tensor]: # `F` `(B,)` and its gradient `(B, d)`
         "`F` and its input gradient"
-        if self.compiled(z, y): return gradient_native(self.sizes(), self.packed(), (self.base(t, context) if base is None else base).expand(len(z), -1), z, None if y is None else y.expand(len(z)), self.kept.setdefault('native', {}))
+        if self.compiled(z, y):
+            with torch.autocast('cpu', enabled=False): base = self.base(t, context) if base is None else base
+            return gradient_native(self.sizes(), self.packed(), base.expand(len(z), -1), z, None if y is None else y.expand(len(z)), self.kept.setdefault('native', {}))
         rooms,turn,aten,(up,onto,down),(first,second,merge,head,*blocks) = self.room(z),self.turn,torch.ops.aten,self.products(),self.layers
         def act(h, i): return aten.leaky_relu.out(h, self.slope, out=rooms[i])
         def back(g, i): return aten.leaky_relu_backward.grad_input(g, rooms[i], self.slope, True, grad_input=rooms[i]) # what the activation gave has the sign of its argument

@@ -15,7 +15,7 @@ from torch import Tensor
 from .core import env_flag
 from .data import cache_root
 from .kernels import cpu_info
-from .resident import Sizes, check_symbols
+from .resident import Sizes, check_symbols, n_weights, own
 
 # %% ../nbs/07_native.ipynb #41ea1903
 REGISTERS = r'''
@@ -363,10 +363,10 @@ def gradient_native(
 ) -> tuple[Tensor,Tensor]: # `F`, shape `(B,)`, and its gradient, `(B, d)`
     "One evaluation, as chains make them; `ValueError` for a tensor of another kind or shape than the network has"
     B = len(z)
-    for name,x,shape in (('z',z,(B,sizes.d)), ('base',base,(B,sizes.hidden))):
-        if tuple(x.shape) != shape or x.dtype != weights.dtype or not x.is_cpu: raise ValueError(f'{name} must be {weights.dtype}, on the CPU, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
+    for name,x,shape in (('z',z,(B,sizes.d)), ('base',base,(B,sizes.hidden)), ('weights',weights,(n_weights(sizes),))):
+        if tuple(x.shape) != shape or x.dtype != z.dtype or not x.is_cpu: raise ValueError(f'{name} must be {z.dtype}, on the CPU, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
     F,g = z.new_empty(B),torch.empty_like(z, memory_format=torch.contiguous_format); lib = program(z.dtype)
-    call(lib.gradient, sizes, (B,), laid_out(lib, sizes, weights, False, kept), [base.contiguous(), z.contiguous(), check_symbols(symbols, sizes, z), F, g])
+    call(lib.gradient, sizes, (B,), laid_out(lib, sizes, own(weights), False, kept), [own(base), own(z), check_symbols(symbols, sizes, z), F, g])
     return F,g
 
 # %% ../nbs/07_native.ipynb #c0735f02
@@ -383,7 +383,7 @@ def no_program(dtype:torch.dtype, half:bool) -> str: # Empty if nothing does
     "What keeps the program from being built here"
     try: program(dtype, half); return ''
     except (OSError, RuntimeError) as e: why = str(e)
-    warnings.warn(f'chains go product by product, which is slower: {why} (LDEBM_RESIDENT=0 in the environment says that this is meant)')
+    warnings.warn(f'chains and gradients of energies go product by product, which is slower: {why} (LDEBM_RESIDENT=0 in the environment says that this is meant)')
     return why
 
 def why_not(
@@ -391,7 +391,7 @@ def why_not(
     z:Tensor, # States, shape `(B, d)`
     precision:torch.dtype|None=None, # Of products; `None`: that of `z`
 ) -> str: # Empty if nothing is in the way
-    "What keeps whole chains from running here as compiled code"
+    "What keeps chains and gradients from running here as compiled code"
     if not env_flag('LDEBM_RESIDENT', True): return 'LDEBM_RESIDENT=0'
     if not len(z): return 'no chains'
     if sizes is None: return 'not a network the program knows, or with sets of symbols given'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLUSTER', 'THREADS', 'SHARED', 'PRELUDE', 'LAYOUT', 'LAYERS', 'CHAINS', 'MOST', 'Sizes', 'source', 'done', 'kernel',
-           'launch', 'run_chains', 'check_symbols', 'n_weights', 'has_bindings', 'no_room', 'why_not']
+           'launch', 'run_chains', 'own', 'check_symbols', 'n_weights', 'has_bindings', 'no_room', 'why_not']
 
 # %% ../nbs/06_resident.ipynb #cd453d5d
 import ctypes, functools, importlib.util, math, warnings
@@ -281,8 +281,10 @@ def run_chains(
         if x is not None and (tuple(x.shape) != shape or x.dtype != kind or x.device != z.device): raise ValueError(f'{name} must be {kind}, on {z.device}, of shape {shape}; got {x.dtype}, {x.device}, {tuple(x.shape)}')
     out,seen,total = torch.empty_like(z, memory_format=torch.contiguous_format),z.new_empty(n+mala, B),z.new_empty(B); slope = torch.empty_like(seen)
     asked = {} if symbols is None else dict(symbols=check_symbols(symbols, sizes, z))
-    start(sizes, [*(x.contiguous() for x in (weights, base, z, m, rows, noise, noise if uniform is None else uniform)), out, seen, slope, total], (B, n, int(mala), drift), **asked)
+    start(sizes, [*(own(x) for x in (weights, base, z, m, rows, noise, noise if uniform is None else uniform)), out, seen, slope, total], (B, n, int(mala), drift), **asked)
     return out,seen,slope,total
+
+def own(x:Tensor) -> Tensor: return x.contiguous().resolve_neg() # An address says nothing of strides, or of a sign to be turned
 
 def check_symbols(
     y:Tensor|None, # Symbols, shape `(B,)`, long
@@ -290,8 +292,8 @@ def check_symbols(
 ) -> Tensor|None:
     "The same side by side in memory; `ValueError` for symbols that do not exist, and for other tensors: an address is all that is handed on"
     if y is None: return None
-    if tuple(y.shape) != z.shape[:1] or y.dtype != torch.long or y.device != z.device or len(y) and not 0 <= int(y.min()) <= int(y.max()) < sizes.n_symbols: raise ValueError(f'symbols must be torch.int64, on {z.device}, of shape {(len(z),)}, from 0 to {sizes.n_symbols-1}; got {y.dtype}, {y.device}, {tuple(y.shape)}')
-    return y.contiguous()
+    if tuple(y.shape) != z.shape[:1] or y.dtype != torch.long or y.device != z.device or len(y) and not 0 <= int(y.min()) <= int(y.max()) < sizes.n_symbols: raise ValueError(f'symbols must be torch.int64, on {z.device}, of shape {(len(z),)}, from 0 to {sizes.n_symbols-1}; got {y.dtype}, {y.device}, {tuple(y.shape)}{f", from {y.min()} to {y.max()}" if len(y) else ""}')
+    return own(y)
 
 def n_weights(sizes:Sizes) -> int: # Length of `weights`
     "Weights and biases of a network of this shape, without what makes the level's share"

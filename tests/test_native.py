@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from ldebm import langevin, native
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, energy_grad
 from ldebm.langevin import mala_chain, mala_resident, mala_states, tilt_chain, tilt_resident, tilt_states
@@ -256,6 +257,8 @@ def test_a_long_chain_goes_in_stretches(most, monkeypatch):
     bad, draw = iter([0, 0, 0, 0, math.nan, *9*[0]]), langevin.randn_like
     monkeypatch.setattr(langevin, "randn_like", lambda x, g: draw(x, g)+next(bad))
     with pytest.raises(FloatingPointError, match="at Langevin step 5 of 7"): tilt_chain(e, **args, n_steps=7, rho=.8, gen=gen(3))
+    bad = iter([0, 0, 0, 0, math.nan, *9*[0]])
+    with pytest.raises(FloatingPointError, match="at Langevin step 5 of 7"): mala_chain(e, **args, n_steps=7, gen=gen(3))
 
 
 def test_weights_are_laid_out_once_for_an_energy(monkeypatch):
@@ -281,6 +284,14 @@ def test_symbols_that_are_asked_for(dtype, monkeypatch):
     tilt_chain(e, **{**args, "y": torch.ones(71, sizes.n_symbols, dtype=torch.bool)}, n_steps=4, rho=.8, gen=gen(3)); assert len(calls) == n, "sets of symbols go another way"
     for wrong in (args["y"][:5], args["y"]+1000, -1-args["y"]):
         with pytest.raises((ValueError, RuntimeError), match="symbols must be|expand"): tilt_chain(e, **{**args, "y": wrong}, n_steps=4, rho=.8)
+    with pytest.raises(ValueError, match="from 0 to 36; got torch.int64, cpu, .71,., from 1000 to 1036"): tilt_chain(e, **{**args, "y": args["y"]+1000}, n_steps=4, rho=.8)
+
+
+def test_symbols_with_products_in_bfloat16():
+    needs(half=True); e = tame(energy(PUBLISHED)); args, noise, _ = problem(PUBLISHED, 50, 20); half = MixedEnergy(e, torch.bfloat16)
+    go = dict(**{**args, "y": torch.arange(50) % 20}, s2=None, noise=noise, rho=.8, drift=math.inf); exact = tilt_states(e, **go, n_steps=20)[0]
+    there, here, without = ((x-exact).norm() for x in (tilt_states(half, **go, n_steps=20)[0], tilt_resident(half, **go)[0], tilt_resident(half, **{**go, "y": None})[0]))
+    assert 0 < here < 1.2*there and here < .1*without
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -298,3 +309,25 @@ def test_one_gradient_is_that_of_autograd(dtype, sizes, monkeypatch):
     for wrong, said in ((dict(y=torch.full((70,), sizes.n_symbols)), "symbols must be"), (dict(z=args["z"][:, :-1]), "z must be"), (dict(base=args["z"].new_zeros(70, 1)), "base must be")):
         with pytest.raises(ValueError, match=said): e.grad(**{**dict(z=args["z"], t=args["t"], context=args["context"]), **wrong})
     monkeypatch.setenv("LDEBM_RESIDENT", "0"); e.grad(args["z"], args["t"], context=args["context"]); assert len(calls) == 9
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_one_gradient_of_unusual_tensors(monkeypatch):
+    needs(half=True); e = energy(SMALL[0], context=4); args, *_ = problem(SMALL[0], 9, 1, context=4); z, t, c = args["z"], args["t"], args["context"]
+    F, g = e.grad(z, t, context=c)
+    for x in (torch._neg_view(-z), torch.stack([z, z], 2)[:, :, 0]):
+        for a, b in zip(e.grad(x, t, context=c), (F, g)): assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(e.grad(z, t, context=c)[1], g)
+    with fwAD.dual_level(), pytest.raises(NotImplementedError, match="forward AD"): e.grad(fwAD.make_dual(z, torch.ones_like(z)), t, context=c)
+    base, weights = e.base(t, c), e.packed()
+    for wrong in (weights[:-1], weights.double(), weights[None]):
+        with pytest.raises(ValueError, match="weights must be"): native.gradient_native(e.sizes(), wrong, base, z)
+    assert torch.equal(native.gradient_native(e.sizes(), torch.stack([weights, weights], 1)[:, 0], base, z)[1], g)
+    monkeypatch.setattr("ldebm.energy.gradient_native", None); assert MixedEnergy(e, torch.bfloat16).grad(z, t, context=c)[1].isfinite().all(), "in half precision product by product"
+
+
+def test_rooms_and_weights_are_kept_apart():
+    needs(); e = energy(SMALL[0]); z, t = torch.zeros(3, 6), torch.zeros(3, dtype=torch.long); some = torch.ones(3, 5, dtype=torch.bool)
+    e.grad(z, t); packed = e.kept["native"][False]; e.grad(z, t, some); room = e.kept["room"][1]; e.grad(z, t); e.grad(z, t, some)
+    assert e.kept["native"][False] is packed and e.kept["room"][1] is room
+    e.grad(z[:2], t[:2], some[:2]); assert e.kept["room"][1] is not room
