@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PTB_FILES', 'TOPICS', 'GRAMMAR_ATTRIBUTES', 'TIMES', 'AUX', 'BE', 'GRAMMAR_SPLITS', 'GRAMMAR_FILES', 'ARMS', 'RADIAL',
-           'TANGENTIAL', 'RATE', 'TOYS', 'cache_root', 'data_root', 'checksum', 'check_bytes', 'fetch', 'find_data',
-           'Seq', 'Alt', 'Slot', 'seq', 'opt', 'words', 'derivations', 'merge_arcs', 'compile_rule', 'Grammar', 'pick',
-           'Topic', 'grammar_prior', 'subject', 'grammar_rule', 'load_grammar', 'plot_reading', 'plot_corpus',
-           'grammar_texts', 'write_grammar', 'load_grammar_files', 'grid16', 'gaussians16', 'gaussians16_log_density',
-           'pinwheel', 'bisect', 'pinwheel_log_density', 'Toy', 'plot_density']
+           'TANGENTIAL', 'RATE', 'TOYS', 'data_root', 'checksum', 'check_bytes', 'fetch', 'find_data', 'Seq', 'Alt',
+           'Slot', 'seq', 'opt', 'words', 'derivations', 'merge_arcs', 'compile_rule', 'Grammar', 'pick', 'Topic',
+           'grammar_prior', 'subject', 'grammar_rule', 'load_grammar', 'plot_reading', 'plot_corpus', 'grammar_texts',
+           'write_grammar', 'load_grammar_files', 'grid16', 'gaussians16', 'gaussians16_log_density', 'pinwheel',
+           'bisect', 'pinwheel_log_density', 'Toy', 'plot_density']
 
 # %% ../nbs/01_data.ipynb #d788ecb4
 import hashlib, math, os, urllib.request
@@ -23,12 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 import ldebm
-from .core import atomic_write
-
-# %% ../nbs/01_data.ipynb #c9eed5a7
-def cache_root() -> Path: # Where downloads are kept
-    "`$LDEBM_CACHE`, or `~/.cache/ldebm`"
-    return Path(os.environ.get('LDEBM_CACHE') or Path.home()/'.cache'/'ldebm').expanduser()
+from .core import atomic_write, cache_root
 
 # %% ../nbs/01_data.ipynb #548ffb1f
 def data_root() -> list[Path]: # Folders searched, in order

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import _atomic, atomic_write, make_gen, progress, to_device
-from .data import cache_root, check_bytes, data_root, find_data
+from .core import _atomic, atomic_write, cache_root, make_gen, progress, to_device
+from .data import check_bytes, data_root, find_data
 
 # %% ../nbs/03_images.ipynb #afd49c0b
 @dataclass(frozen=True, eq=False)

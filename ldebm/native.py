@@ -12,8 +12,7 @@ import ctypes, functools, hashlib, os, platform, shlex, shutil, subprocess, temp
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import env_flag
-from .data import cache_root
+from .core import cache_root, env_flag
 from .kernels import cpu_info
 from .resident import Sizes, check_symbols, n_weights, own
 
