@@ -13,14 +13,13 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -42,6 +41,7 @@ from ldebm.text_job import TextJob, TextSettings, TextTask, build_model, fit_ene
 from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
 from ldebm.train import fit, make_optimizer  # noqa: E402
+from chains import counted_calls  # noqa: E402
 from plain import PlainEnergy, plain_paths  # noqa: E402
 from torch.nn import functional as nnf  # noqa: E402
 
@@ -279,8 +279,7 @@ def bench_chain(opt):
     with patch.object(langevin, "randn_like", same): end = twice.chain_from(z.double(), t, gen=gen(2))
     moved = (end-z.double()).norm()
     sizes = dict(batch=B, d=s.d, hidden=s.energy_hidden, blocks=s.n_blocks, symbols=s.n_symbols, steps=s.langevin_steps, levels=s.T)
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    compiled = torch.compile if opt.compile and compiler else None
+    compiled = torch.compile if opt.compile and native.compiler_version() else None
     for n in opt.threads:
         with threads(n):
             if compiled: torch._dynamo.reset()
@@ -578,16 +577,6 @@ def launches(f):
 def bench_gpu(opt):
     "Chain, training step and generation on a GPU: launch by launch, and with recorded chains; every time ends when the GPU has ended"
     with threads(opt.threads[0]): return on_device(opt, opt.threads[0])
-
-
-@contextmanager
-def counted_calls(*ways):
-    "Gives a list that grows by one at every call of a function inside, each named by `(module, name)`"
-    calls = []
-    def counting(f): return lambda *args, **kw: calls.append(1) or f(*args, **kw)
-    with ExitStack() as open_:
-        for where, name in ways: open_.enter_context(patch.object(where, name, counting(getattr(where, name))))
-        yield calls
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'ula_step', 'preconditioned_step', 'ChainState', 'Pending', 'Gathered', 'raise_if_bad', 'stop_if_bad',
            'Levels', 'chain_states', 'first_bad', 'chain', 'can_record', 'can_reside', 'at_once', 'stretches',
-           'earliest', 'recording', 'uniform_like', 'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states',
+           'by_stretches', 'recording', 'uniform_like', 'chain_noise', 'record', 'shorten', 'tilt_chain', 'tilt_states',
            'step_rows', 'tilt_resident', 'linear_chain_moments', 'mala_chain', 'mala_states', 'first_lost',
            'mala_resident', 'split_rhat', 'ess', 'plot_traces']
 
@@ -171,9 +171,16 @@ def stretches(n_steps:int, z:Tensor, *draws): # Pairs of the first update and te
             for a,x in zip(out, now): a[k] = x
         yield i,out
 
-def earliest(n_steps:int, found:list) -> Tensor: # `n_steps+1`: none
-    "First bad update of a chain, from triples of the first update of a stretch, how many it has, and the first bad one in it"
-    return torch.stack([torch.where(first <= n, first+i, n_steps+1) for i,n,first in found]).amin()
+def by_stretches(
+    run, # `run(z, *noise) -> (states, first bad update)`, or with summed acceptances in between
+    n_steps:int, z:Tensor, *draws, # Of `stretches`
+) -> tuple: # As `run`
+    "A chain, one stretch after the other"
+    shares,found = [],[]
+    for i,noise in stretches(n_steps, z, *draws):
+        z,*share,first = run(z, *noise); n = len(noise[0])
+        shares.append(share); found.append(torch.where(first <= n, first+i, n_steps+1))
+    return z,*map(sum, zip(*shares)),torch.stack(found).amin()
 
 def recording(z:Tensor) -> bool:
     "Is `z` on a GPU, and recording not switched off by `LDEBM_RECORD=0`? `ValueError` for another value than 0 and 1"
@@ -246,9 +253,7 @@ def tilt_chain(
     args = dict(z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
     rec = on_step is None and can_record(energy, z); noise = chain_noise(randn_like, energy, z, n_steps, gen, rec)
     if n_steps and on_step is None and can_reside(energy, z, y):
-        out,found = z,[]
-        for i,(e,) in stretches(n_steps, z, noise): out,bad = tilt_resident(energy, **{**args, 'z': out}, noise=e, rho=rho, drift=drift); found.append((i, len(e), bad))
-        first = earliest(n_steps, found)
+        out,first = by_stretches(lambda z, e: tilt_resident(energy, **{**args, 'z': z}, noise=e, rho=rho, drift=drift), n_steps, z, noise)
     elif rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
     else: out,first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
@@ -315,9 +320,7 @@ def mala_chain(
     rec = on_step is None and can_record(energy, z)
     noise,uniform = (chain_noise(draw, energy, x, n_steps, gen, rec) for draw,x in ((randn_like, z), (uniform_like, z[:,0])))
     if n_steps and on_step is None and can_reside(energy, z, y):
-        out,total,found = z,0.,[]
-        for i,(e,u) in stretches(n_steps, z, noise, uniform): out,share,bad = mala_resident(energy, **{**args, 'z': out}, noise=e, uniform=u, rho=rho, drift=drift); total = total+share; found.append((i, len(e), bad))
-        first = earliest(n_steps, found)
+        out,total,first = by_stretches(lambda z, e, u: mala_resident(energy, **{**args, 'z': z}, noise=e, uniform=u, rho=rho, drift=drift), n_steps, z, noise, uniform)
     elif rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
     else: out,total,first = mala_states(energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)

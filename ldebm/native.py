@@ -124,7 +124,8 @@ struct Net {
 
 struct Room { // zeros, aligned
     std::unique_ptr<char[]> all; char* next;
-    Room(size_t n) : all(new char[n+64]()) { next = (char*)(((uintptr_t)all.get()+63)/64*64); }
+    Room(size_t n) : all(new char[n+64]()) { afresh(); }
+    void afresh() { next = (char*)(((uintptr_t)all.get()+63)/64*64); }
     template<class T> T* take(size_t n) { T* p = (T*)next; next += (n*sizeof(T)+63)/64*64; return p; }
 };
 
@@ -203,73 +204,70 @@ struct Shares { // of B chains: slabs of about the same size, as many for each t
     long first(int k) const { return (long)k*(B/slabs) + std::min(k, B%slabs); }
 };
 
+// work(slab, room, chains, first of them) for every slab: 0, or 1 where there is no room
+template<class F> static int over_slabs(const Net& net, const char* packed, const Shares& shares, size_t bytes, Parallel parallel, F work) {
+    std::vector<std::unique_ptr<Slab>> own; std::vector<std::unique_ptr<Room>> more; // of each thread
+    try { for (int i = 0; i < shares.threads; i++) { own.emplace_back(new Slab(net, packed, shares.most())); more.emplace_back(new Room(bytes)); } } catch (const std::bad_alloc&) { return 1; }
+    std::atomic<int> next{0}, at_work{0};
+    on_threads(shares.threads, parallel, [&] {
+        const int me = at_work++;
+        for (int k; (k = next++) < shares.slabs;) { more[me]->afresh(); work(*own[me], *more[me], shares.rows(k), shares.first(k)); }
+    });
+    return 0;
+}
+
 template<class T> static void widen(T* to, int stride, const T* from, int width, int rows) { for (int r = 0; r < rows; r++) std::copy(from+(long)r*width, from+(long)(r+1)*width, to+(long)r*stride); }
 
 extern "C" int gradient(int d, int hidden, int n_symbols, int n_blocks, double leak, int B, int threads, Parallel parallel, const char* packed,
                         const real* base, const real* at_z, const int64_t* symbols, real* F, real* dz) {
     if (B < 1) return 0;
-    const Net net(d, hidden, n_symbols, n_blocks, leak); const int D = net.D, DS = net.DS; const Shares shares(B, threads);
-    std::vector<std::unique_ptr<Slab>> own; std::vector<std::unique_ptr<Room>> more;
-    try { for (int i = 0; i < shares.threads; i++) { own.emplace_back(new Slab(net, packed, shares.most())); more.emplace_back(new Room((size_t)shares.most()*DS*sizeof(real) + 64)); } } catch (const std::bad_alloc&) { return 1; }
-    std::atomic<int> next{0}, at_work{0};
-    on_threads(shares.threads, parallel, [&] {
-        const int me = at_work++; Slab& slab = *own[me]; real* x = more[me]->take<real>(shares.most()*DS);
-        for (int k; (k = next++) < shares.slabs;) {
-            const int R = shares.rows(k); const long r0 = shares.first(k);
-            widen(slab.base, net.HS, base+r0*net.H, net.H, R); widen(x, DS, at_z+r0*D, D, R);
-            for (int j = 0; j < R*DS; j += LANES) put(slab.z+j, at(x+j));
-            slab.grad(R, symbols ? symbols+r0 : nullptr);
-            for (int r = 0; r < R; r++) { F[r0+r] = slab.F[r]; std::copy(slab.dz+r*DS, slab.dz+r*DS+D, dz+(r0+r)*D); }
-        }
+    const Net net(d, hidden, n_symbols, n_blocks, leak); const int D = net.D, DS = net.DS; const Shares shares(B, threads); const int most = shares.most();
+    return over_slabs(net, packed, shares, (size_t)most*DS*sizeof(real) + 64, parallel, [&](Slab& slab, Room& room, int R, long r0) {
+        real* x = room.take<real>(most*DS);
+        widen(slab.base, net.HS, base+r0*net.H, net.H, R); widen(x, DS, at_z+r0*D, D, R);
+        for (int j = 0; j < R*DS; j += LANES) put(slab.z+j, at(x+j));
+        slab.grad(R, symbols ? symbols+r0 : nullptr);
+        for (int r = 0; r < R; r++) { F[r0+r] = slab.F[r]; std::copy(slab.dz+r*DS, slab.dz+r*DS+D, dz+(r0+r)*D); }
     });
-    return 0;
 }
 
 extern "C" int chains(int d, int hidden, int n_symbols, int n_blocks, double leak, int B, int n, int mala, double drift, int threads, Parallel parallel, const char* packed,
                        const real* base, const real* start, const real* means, const real* rows, const real* noise, const real* uniform, const int64_t* symbols, real* out, real* seen, real* slope, real* accepted) {
     if (B < 1) return 0;
     const Net net(d, hidden, n_symbols, n_blocks, leak); const int D = net.D, DS = net.DS; const Shares shares(B, threads); const int most = shares.most();
-    std::vector<std::unique_ptr<Slab>> own; std::vector<std::unique_ptr<Room>> more; // of each thread
-    try { for (int i = 0; i < shares.threads; i++) { own.emplace_back(new Slab(net, packed, most)); more.emplace_back(new Room((size_t)most*(5*DS+2)*sizeof(real) + 8*64)); } } catch (const std::bad_alloc&) { return 1; }
-    std::atomic<int> next{0}, at_work{0};
-    on_threads(shares.threads, parallel, [&] {
-        const int me = at_work++; Slab& slab = *own[me]; Room& room = *more[me];
+    return over_slabs(net, packed, shares, (size_t)most*(5*DS+2)*sizeof(real) + 8*64, parallel, [&](Slab& slab, Room& room, int R, long r0) {
         real *x = room.take<real>(most*DS), *y = room.take<real>(most*DS), *to = room.take<real>(most*DS), *m = room.take<real>(most*DS), *e = room.take<real>(most*DS), *log_p = room.take<real>(most), *sum_a = room.take<real>(most);
-        for (int k; (k = next++) < shares.slabs;) {
-            const int R = shares.rows(k); const long r0 = shares.first(k);
-            widen(slab.base, net.HS, base+r0*net.H, net.H, R); widen(x, DS, start+r0*D, D, R); widen(m, DS, means+r0*D, D, R); std::fill(sum_a, sum_a+R, 0);
-            for (real* rows : {x, y, to, e}) for (int r = 0; r < R; r++) std::fill(rows+r*DS+D, rows+(r+1)*DS, 0); // a chain that is lost leaves nothing to the next
-            for (int i = 0; i < n+mala; i++) {
-                for (int j = 0; j < R*DS; j += LANES) put(slab.z+j, at(x+j));
-                slab.grad(R, symbols ? symbols+r0 : nullptr);
-                for (int r = 0; r < R; r++) {
-                    const real *c = rows + 6*(r0+r), keep = c[0], toward = c[1], pull = c[2], sd = c[3], beta = c[4], var = c[5], *g = slab.dz+r*DS;
-                    real *xr = x+r*DS, *yr = y+r*DS, *tr = to+r*DS, *er = e+r*DS; const real* mr = m+r*DS;
-                    V steep{}, length{}, away{}, behind{}, chance{};
-                    for (int j = 0; j < DS; j += LANES) { const V move = pull*at(g+j), off = at(xr+j)-at(mr+j); steep += at(g+j); length += move*move; away += off*off; }
-                    real push = pull;
-                    if (drift < 1e30) push *= std::min((real)1, (real)drift*std::sqrt((real)D)*sd/std::max(std::sqrt(total(length)), (real)1e-30));
-                    seen[(long)i*B+r0+r] = slab.F[r]; slope[(long)i*B+r0+r] = total(steep);
-                    const real log_px = slab.F[r]*beta - total(away)/(2*var);
-                    auto ahead = [&](int j) { return keep*at(xr+j) + toward*at(mr+j) + push*at(g+j); };
-                    bool take = true;
-                    if (mala && i) {
-                        for (int j = 0; j < DS; j += LANES) { const V off = at(yr+j)-ahead(j); behind += off*off; chance += at(er+j)*at(er+j); }
-                        const real log_a = log_px - log_p[r] - total(behind)/(2*sd*sd) + total(chance)/2, accept = log_a == log_a ? std::exp(std::min(log_a, (real)0)) : 0;
-                        sum_a[r] += accept; take = uniform[(long)(i-1)*B+r0+r] < accept;
-                    }
-                    if (take) { for (int j = 0; j < DS; j += LANES) { at(tr+j) = ahead(j); at(yr+j) = at(xr+j); } log_p[r] = log_px; }
-                    if (i < n) {
-                        const real* now = noise + ((long)i*B+r0+r)*D; std::copy(now, now+D, er);
-                        for (int j = 0; j < DS; j += LANES) at(xr+j) = at(tr+j) + sd*at(er+j);
-                    }
+        widen(slab.base, net.HS, base+r0*net.H, net.H, R); widen(x, DS, start+r0*D, D, R); widen(m, DS, means+r0*D, D, R); std::fill(sum_a, sum_a+R, 0);
+        for (real* rows : {x, y, to, e}) for (int r = 0; r < R; r++) std::fill(rows+r*DS+D, rows+(r+1)*DS, 0); // a chain that is lost leaves nothing to the next
+        for (int i = 0; i < n+mala; i++) {
+            for (int j = 0; j < R*DS; j += LANES) put(slab.z+j, at(x+j));
+            slab.grad(R, symbols ? symbols+r0 : nullptr);
+            for (int r = 0; r < R; r++) {
+                const real *c = rows + 6*(r0+r), keep = c[0], toward = c[1], pull = c[2], sd = c[3], beta = c[4], var = c[5], *g = slab.dz+r*DS;
+                real *xr = x+r*DS, *yr = y+r*DS, *tr = to+r*DS, *er = e+r*DS; const real* mr = m+r*DS;
+                V steep{}, length{}, away{}, behind{}, chance{};
+                for (int j = 0; j < DS; j += LANES) { const V move = pull*at(g+j), off = at(xr+j)-at(mr+j); steep += at(g+j); length += move*move; away += off*off; }
+                real push = pull;
+                if (drift < 1e30) push *= std::min((real)1, (real)drift*std::sqrt((real)D)*sd/std::max(std::sqrt(total(length)), (real)1e-30));
+                seen[(long)i*B+r0+r] = slab.F[r]; slope[(long)i*B+r0+r] = total(steep);
+                const real log_px = slab.F[r]*beta - total(away)/(2*var);
+                auto ahead = [&](int j) { return keep*at(xr+j) + toward*at(mr+j) + push*at(g+j); };
+                bool take = true;
+                if (mala && i) {
+                    for (int j = 0; j < DS; j += LANES) { const V off = at(yr+j)-ahead(j); behind += off*off; chance += at(er+j)*at(er+j); }
+                    const real log_a = log_px - log_p[r] - total(behind)/(2*sd*sd) + total(chance)/2, accept = log_a == log_a ? std::exp(std::min(log_a, (real)0)) : 0;
+                    sum_a[r] += accept; take = uniform[(long)(i-1)*B+r0+r] < accept;
+                }
+                if (take) { for (int j = 0; j < DS; j += LANES) { at(tr+j) = ahead(j); at(yr+j) = at(xr+j); } log_p[r] = log_px; }
+                if (i < n) {
+                    const real* now = noise + ((long)i*B+r0+r)*D; std::copy(now, now+D, er);
+                    for (int j = 0; j < DS; j += LANES) at(xr+j) = at(tr+j) + sd*at(er+j);
                 }
             }
-            const real* end = mala ? y : x;
-            for (int r = 0; r < R; r++) { std::copy(end+r*DS, end+r*DS+D, out+(r0+r)*D); accepted[r0+r] = sum_a[r]; }
         }
+        const real* end = mala ? y : x;
+        for (int r = 0; r < R; r++) { std::copy(end+r*DS, end+r*DS+D, out+(r0+r)*D); accepted[r0+r] = sum_a[r]; }
     });
-    return 0;
 }
 '''
 

@@ -1,10 +1,23 @@
-"Chains of small networks, for tests of what runs them"
+"Chains of small networks, for tests of what runs them, and a count of what was called"
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
 import torch
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.resident import Sizes
 
 SMALL = [Sizes(6, 24, 5, 2), Sizes(5, 36, 1, 0), Sizes(3, 40, 37, 1)]  # columns of a block of the kernel for GPUs: 2, 3 and 3; inputs in even and odd numbers of four; one symbol, and more than threads in a warp
 PUBLISHED = Sizes(40, 200, 20, 12)
+
+
+@contextmanager
+def counted_calls(*ways):
+    "Gives a list that grows by one at every call of a function inside, each named by `(module, name)`"
+    calls = []
+    def counting(f): return lambda *args, **kw: calls.append(1) or f(*args, **kw)
+    with ExitStack() as open_:
+        for where, name in ways: open_.enter_context(patch.object(where, name, counting(getattr(where, name))))
+        yield calls
 
 
 def gen(seed, device="cpu"): return torch.Generator(device).manual_seed(seed)

@@ -15,7 +15,6 @@ from ldebm.core import Run
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
-from ldebm.resident import Sizes
 from ldebm.text import batches, load_corpus
 from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
 from ldebm.text_vae import packing
@@ -24,13 +23,13 @@ from torch import nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from chains import PUBLISHED, counted_calls
 from plain import PlainEnergy, plain_gru, plain_logits, plain_loss, plain_paths, plain_product
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 # Both libraries; on a PyTorch without oneDNN its cases are skipped, and counted by pytest
 BACKENDS = ["blas", *(pytest.param(k, marks=pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")) for k in ("onednn", "both"))]
 WAYS = [*BACKENDS, "compiled"] # Of an energy
-SIZES = Sizes(40, 200, 20, 12)
 # Largest relative error. Double precision: rounding alone. Single: sums of a few hundred terms. bfloat16 keeps eight
 # bits, 2^-9 a rounding: a result a handful of roundings deep is right to one or two in a hundred, a gradient to a few
 TOL = {F64: 1e-12, F32: 3e-6, BF16: 3e-2}
@@ -45,11 +44,9 @@ def randn(*size, dtype=F64, seed=0): return torch.randn(*size, generator=gen(see
 def using(backend, dtype=F32, known=True):
     "Products by this library; or `compiled`: energies as compiled code, where the machine has what it takes, and where the energy is `known` nothing else"
     one = backend == "compiled"
-    if one and (why := native.why_not(SIZES, torch.zeros(1, SIZES.d, dtype=dtype))): pytest.skip(why)
-    calls = []
-    def counting(f): return lambda *args, **kw: calls.append(1) or f(*args, **kw)
+    if one and (why := native.why_not(PUBLISHED, torch.zeros(1, PUBLISHED.d, dtype=dtype))): pytest.skip(why)
     with patch.dict(os.environ, LDEBM_RESIDENT=str(int(one))), nullcontext() if one else patch.object(kernels, "matmul_backend", lambda: backend), \
-         patch.object(energy, "gradient_native", counting(energy.gradient_native)), patch.object(langevin, "run_chains", counting(langevin.run_chains)): yield
+         counted_calls((energy, "gradient_native"), (langevin, "run_chains")) as calls: yield
     assert bool(calls) == (one and known)
 
 

@@ -17,7 +17,7 @@ from ldebm.resident import Sizes
 from ldebm.schedule import make_schedule
 from torch.testing import assert_close
 
-from chains import PUBLISHED, SMALL, energy, gen, problem
+from chains import PUBLISHED, SMALL, counted_calls, energy, gen, problem
 
 ODD = [*SMALL, Sizes(1, 4, 1, 0), Sizes(256, 256, 3, 0), Sizes(2, 36, 300, 1), Sizes(17, 33, 2, 29)]
 TIGHT = {torch.float64: dict(rtol=1e-10, atol=1e-11), torch.float32: dict(rtol=2e-4, atol=2e-5)}
@@ -127,11 +127,9 @@ def test_what_is_not_finite_is_found_at_the_same_update(bad):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_seed_gives_the_same_numbers_either_way(dtype, n, monkeypatch):
     needs(dtype); e = energy(SMALL[0], dtype=dtype); args, *_ = problem(SMALL[0], 13, 1, dtype=dtype); args.pop("y"), args.pop("context")
-    found, calls, run = [], [], langevin.run_chains
-    monkeypatch.setattr(langevin, "run_chains", lambda *a, **kw: calls.append(1) or run(*a, **kw))
-    for on in "01":
-        monkeypatch.setenv("LDEBM_RESIDENT", on); g = gen(3)
-        found.append((tilt_chain(e, **args, n_steps=n, rho=.8, gen=g), *mala_chain(e, **args, n_steps=n, gen=g), g.get_state()))
+    def run():
+        g = gen(3); return tilt_chain(e, **args, n_steps=n, rho=.8, gen=g), *mala_chain(e, **args, n_steps=n, gen=g), g.get_state()
+    with counted_calls((langevin, "run_chains")) as calls: found = both(run, monkeypatch)
     assert len(calls) == (2 if n else 0), "compiled code where there is an update, nothing of it with LDEBM_RESIDENT=0"
     for x, y in zip(*found): assert_close(x, y, **(TIGHT[dtype] if x.is_floating_point() else dict(rtol=0, atol=0)))
 
@@ -273,15 +271,15 @@ def test_weights_are_laid_out_once_for_an_energy(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_symbols_that_are_asked_for(dtype, monkeypatch):
-    needs(dtype); calls, run = [], langevin.run_chains
-    monkeypatch.setattr(langevin, "run_chains", lambda *a, **kw: calls.append(1) or run(*a, **kw))
-    for sizes in SMALL:
-        e = energy(sizes, steep=4., dtype=dtype); args, *_ = problem(sizes, 71, 1, dtype=dtype); args.pop("context"); args["y"] = torch.arange(71) % sizes.n_symbols
-        want, got = both(lambda: (tilt_chain(e, **args, n_steps=4, rho=.8, gen=gen(3)), *mala_chain(e, **args, n_steps=4, gen=gen(3))), monkeypatch)
-        for a, b in zip(want, got): assert_close(a, b, **TIGHT[dtype])
-        if sizes.n_symbols > 1: assert (tilt_chain(e, **{**args, "y": args["y"].flip(0)}, n_steps=4, rho=.8, gen=gen(3))-got[0]).abs().max() > 1e-3
-    n = len(calls); assert n == 3*2+2
-    tilt_chain(e, **{**args, "y": torch.ones(71, sizes.n_symbols, dtype=torch.bool)}, n_steps=4, rho=.8, gen=gen(3)); assert len(calls) == n, "sets of symbols go another way"
+    needs(dtype)
+    with counted_calls((langevin, "run_chains")) as calls:
+        for sizes in SMALL:
+            e = energy(sizes, steep=4., dtype=dtype); args, *_ = problem(sizes, 71, 1, dtype=dtype); args.pop("context"); args["y"] = torch.arange(71) % sizes.n_symbols
+            want, got = both(lambda: (tilt_chain(e, **args, n_steps=4, rho=.8, gen=gen(3)), *mala_chain(e, **args, n_steps=4, gen=gen(3))), monkeypatch)
+            for a, b in zip(want, got): assert_close(a, b, **TIGHT[dtype])
+            if sizes.n_symbols > 1: assert (tilt_chain(e, **{**args, "y": args["y"].flip(0)}, n_steps=4, rho=.8, gen=gen(3))-got[0]).abs().max() > 1e-3
+        n = len(calls); assert n == 3*2+2
+        tilt_chain(e, **{**args, "y": torch.ones(71, sizes.n_symbols, dtype=torch.bool)}, n_steps=4, rho=.8, gen=gen(3)); assert len(calls) == n, "sets of symbols go another way"
     for wrong in (args["y"][:5], args["y"]+1000, -1-args["y"]):
         with pytest.raises((ValueError, RuntimeError), match="symbols must be|expand"): tilt_chain(e, **{**args, "y": wrong}, n_steps=4, rho=.8)
     with pytest.raises(ValueError, match="from 0 to 36; got torch.int64, cpu, .71,., from 1000 to 1036"): tilt_chain(e, **{**args, "y": args["y"]+1000}, n_steps=4, rho=.8)

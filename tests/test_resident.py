@@ -1,7 +1,6 @@
 "The kernel for whole chains, on a processor (a fibre for every thread of a cluster) and, where there is one, on a GPU"
 import ctypes
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from ldebm.langevin import mala_resident, mala_states, tilt_resident, tilt_states
+from ldebm.native import compiler, compiler_version
 from ldebm.resident import CLUSTER, Sizes, source, why_not
 
 from chains import PUBLISHED, SMALL, energy, problem
@@ -22,8 +22,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_devi
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     "Starts the kernel on fibres"
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None or sys.platform != "linux": pytest.skip("no C++ compiler, or no ucontext")
+    if not compiler_version() or sys.platform != "linux": pytest.skip("no C++ compiler, or no ucontext")
     folder, built = tmp_path_factory.mktemp("fibres"), {}
     def go(sizes, tensors, numbers, seed=0, instead=None):   # `instead`: a part of the source, and what to put there
         key = sizes, instead
@@ -31,7 +30,7 @@ def start(tmp_path_factory):
             there, code = folder/f"{len(built)}", source(sizes, "")
             if instead: assert code.count(instead[0]) == 1; code = code.replace(*instead)
             there.with_suffix(".cu").write_text(code)
-            got = subprocess.run([compiler, "-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-shared", "-fPIC", f'-DKERNEL_SOURCE="{there.with_suffix(".cu")}"', str(FIBRES), "-o", str(there.with_suffix(".so"))], capture_output=True, text=True)
+            got = subprocess.run([*compiler(), "-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-shared", "-fPIC", f'-DKERNEL_SOURCE="{there.with_suffix(".cu")}"', str(FIBRES), "-o", str(there.with_suffix(".so"))], capture_output=True, text=True)
             assert got.returncode == 0, got.stderr
             built[key] = ctypes.CDLL(str(there.with_suffix(".so")))
         where = (ctypes.c_void_p*len(tensors))(*(x.data_ptr() for x in tensors))
