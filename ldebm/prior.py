@@ -561,6 +561,7 @@ def cluster_targets(
     n_init:int=1, # Restarts of k-means without previous labels
     gen:torch.Generator|None=None, # Seeds k-means; on the CPU
     previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
+    starts:Tensor|None=None, # `K` different points, shape `(K,)`: k-means starts from where they now are, once, and takes all its iterations
 ) -> Tensor: # Labels, shape `(N,)`, long
     "PCA whitening, unit sphere, k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
@@ -573,8 +574,9 @@ def cluster_targets(
     seed,init = int(torch.randint(2**31-1, (), generator=gen)),'k-means++'
     if previous is not None and len(previous.unique()) == K:
         n_init,init = 1,torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
+    if starts is not None: n_init,init = 1,x[starts.cpu().numpy()]
     with threadpool_limits(1): # sums over several threads differ in their last bits
-        labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, random_state=seed).fit_predict(x)).long()
+        labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, tol=1e-4 if starts is None else 0., random_state=seed).fit_predict(x)).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)
 
 # %% ../nbs/13_prior.ipynb #bfd0d55d

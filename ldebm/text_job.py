@@ -307,7 +307,8 @@ class TextTask:
         means = self.encode('train').mean
         if not released(self.s) and self.model.bow is not None: means = by_words(means, self.model.bow.weight)
         if released(self.s):
-            labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen)
+            starts = torch.randperm(len(means), generator=make_gen(self.seed, 'k-means'))[:K] # the same sentences in every epoch
+            labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen, starts=starts)
             return dict(labels=labels, index=published_draw(labels, gen))
         labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen, previous=old, n_init=5)
         return dict(labels=labels, weights=balance_weights(labels, K))
