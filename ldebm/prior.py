@@ -161,6 +161,16 @@ class DiffusionEBM(nn.Module):
     def n_symbols(self) -> int: return self.energy.n_symbols
     @property
     def published(self) -> bool: return self.cfg.objective == 'published'
+    def before_step(self):
+        "Once per optimiser step: refresh the spectral norms"
+        self.energy.power_iterate(self.power_iterations)
+    @property
+    def power_iterations(self) -> int:
+        "Of every weight in an optimiser step: one, or with the constants of released code as many as its forward passes in a step, each of which makes one"
+        K,c = self.cfg.n_steps,self.cfg
+        if not self.published: return 1
+        if c.reference == 'flat': return 2*K+8 # two chains; both ends of each; what the encoder sees at two levels; bottleneck and clusters
+        return K+2 if c.weighting == 'likelihood' else 1 # one chain and its ends
     def temperature(self, t:Tensor, like:Tensor) -> Tensor: # Shape `(B,)`
         "What divides `F` at level `t`: the log density is `F/temperature` and the level's Gaussian"
         return published_step(self.schedule, t, self.cfg.b2, like)[:,0] if self.published else torch.full_like(like[:,0], self.cfg.tau)
