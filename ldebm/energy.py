@@ -189,6 +189,7 @@ class GuidedEnergy(Energy):
         self.d,self.n_levels,self.n_symbols,self.groups,self.tau_y = energy.d,energy.n_levels,energy.n_symbols,energy.groups,energy.tau_y
     def power_iterate(self, n=1): self.energy.power_iterate(n)
     def weights(self): return self.energy.weights()
+    def free(self, logits, y=None): return self.energy.free(logits, y)
     def logits(self, z, t, context=None, weights=None): return self.energy.logits(z, t, context, weights)
     def fast(self, weights=None):
         w = self.weights() if weights is None else weights

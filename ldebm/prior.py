@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Posterior', 'DiagGaussian', 'free_bits', 'Prior', 'no_symbols', 'StandardNormal', 'PriorCfg', 'DiffusionEBM',
            'published_step', 'chain_from', 'KnownPart', 'sample', 'flat_variances', 'base_kl',
-           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen', 'pair_logits',
+           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen_free', 'pair_logits',
            'consistent_terms', 'published_terms', 'can_record_terms', 'recorded_terms', 'symbol_logits',
            'MixtureEnergy', 'log_z', 'kl', 'energy_traces', 'trace_rhat', 'plot_energy_traces', 'cluster_targets',
            'match_labels', 'balance_weights', 'published_draw']
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
 from .core import env_flag, to_device
 from .kernels import RecordedGrad, full
-from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, fast_energy
+from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
 from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
 from .stats import effective, log_mean_exp
 
@@ -368,7 +368,19 @@ def terms(self:DiffusionEBM,
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #dadf624d
-def frozen(w): return None if w is None else w.detach()
+class _With(nn.Module):
+    "A function of a module as a module, whose parameters can be replaced for a call"
+    def __init__(self, module, f):
+        super().__init__()
+        self.module,self.f = module,f
+    def forward(self, *args): return self.f(self.module, *args)
+
+def frozen_free(energy, z:Tensor, t:Tensor, weights=None) -> Tensor: # `F`, shape `(B,)`
+    "`F` whose gradient reaches latents alone: every parameter of the energy is held, whether its `weights()` prepare all of them, some or none"
+    w = weights.detach() if hasattr(weights, 'detach') else each(Tensor.detach, weights)
+    f = _With(energy, lambda e: e.free(e.logits(z, t, weights=w)))
+    held = {'.'.join((k, n)): p.detach() for k,m in f.named_modules() for n,p in m.named_parameters(recurse=False, remove_duplicate=False)} # each place once, also of modules and parameters that are shared
+    return torch.func.functional_call(f, held, (), tie_weights=False)
 
 def pair_logits(self:DiffusionEBM, pos, neg, clean, t, w): # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)
     "One pass of the energy over everything a step compares"
@@ -396,8 +408,8 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
     out = dict(kl=free_bits(kl, c.floor, c.clamp), kl_base=kl.sum(-1).detach(), ebm=by_sample((e.free(fn)-e.free(fp))/c.tau*factor))
     if c.encoder:
         neg_at = m+(neg-m).detach() # the chain's end, carried along with its Gaussian
-        ep,en = e.logits(torch.cat([pos, neg_at]), torch.cat([t, t]), weights=frozen(w)).chunk(2)
-        out['ebm_enc'] = by_sample((e.free(en)-e.free(ep))/c.tau*factor)
+        Fp,Fn = frozen_free(e, torch.cat([pos, neg_at]), torch.cat([t, t]), w).chunk(2)
+        out['ebm_enc'] = by_sample((Fn-Fp)/c.tau*factor)
     if seen and c.n_steps: out['accept'] = seen[0].view(-1,B).mean(0)
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
 
@@ -417,7 +429,7 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
     fp,fn,f0 = self.pair_logits(pos, neg, z0, t, w)
     weight = (s.sigma[1].item()/s.at('sigma', t+1, z))[:,0] if c.weighting == 'drl' else 1/published_step(s, t, c.b2, z)[:,0]
     out = dict(ebm=(weight*(e.free(fn)-e.free(fp))).view(-1,B).sum(0), kl_base=q.kl_standard().sum(-1).detach())
-    if c.encoder: out['ebm_enc'] = (weight*-e.free(e.logits(pos, t, weights=frozen(w)))).view(-1,B).sum(0)
+    if c.encoder: out['ebm_enc'] = (weight*-frozen_free(e, pos, t, w)).view(-1,B).sum(0)
     if flat:
         h = -.5*(1+q.logvar)
         out.update(entropy=(h*(h > c.floor)).sum(-1), gauss=weight[-B:]*.5*(zt[-B:]**2).sum(-1))
@@ -427,13 +439,6 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
 def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
     "Are these terms, in training, two launches on this GPU?"
     return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and any(p.requires_grad for p in self.parameters()) and not isinstance(Pending.now, Gathered)
-
-class _With(nn.Module):
-    "A function of a prior as a module, whose parameters can be replaced for a call"
-    def __init__(self, prior, f):
-        super().__init__()
-        self.prior,self.f = prior,f
-    def forward(self, *args): return self.f(self.prior, *args)
 
 _terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest few
 
@@ -446,7 +451,7 @@ def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weig
         names,said,mine = [],[],torch.Generator(z.device) # each call lends it its own generator's state
         def run(mean, logvar, z, *rest):
             rest = list(rest); lab = None if labels is None else rest.pop(0); lw = None if label_weights is None else rest.pop(0)
-            with Gathered() as seen: out = torch.func.functional_call(_With(self, f), {f'prior.{n}': p for n,p in zip(own, rest)}, (DiagGaussian(mean, logvar), z, mine, lab, lw))
+            with Gathered() as seen: out = torch.func.functional_call(_With(self, f), {f'module.{n}': p for n,p in zip(own, rest)}, (DiagGaussian(mean, logvar), z, mine, lab, lw))
             names[:],said[:] = out,[o for _,o in seen.todo]
             return torch.stack(list(out.values())),[first for first,_ in seen.todo]
         while len(kept) >= KEPT: kept.pop(next(iter(kept)))
