@@ -355,3 +355,28 @@ def test_nll_published_reads_every_sentence_alone(corpus, row):
         with pytest.raises(Enough): text_score.score(t, TextJob(objective="published", row=row, settings=scored), [], None)
     alone = [x.shape[1] for x in seen if len(x) == 1]
     assert alone == corpus["test"].lengths[index].tolist()
+
+
+# -- the bound, whose log Z the released code leaves out
+
+def test_kl_is_that_of_normalised_levels():
+    "Quadratic energies, whose log Z is known: along one path, with its sign"
+    T, d, n, B = 3, 2, 20_000, 6
+    g = gen(3)
+    A = torch.stack([torch.diag(.2+torch.rand(d, generator=g, dtype=F64)) for _ in range(T)])
+    e = energy.QuadraticEnergy(A, torch.randn(T, d, generator=g, dtype=F64))
+    p = DiffusionEBM(consistent_schedule(T), e, PriorCfg())
+    q = DiagGaussian(torch.randn(B, d, generator=g, dtype=F64), torch.full((B, d), -2., dtype=F64))
+    z = q.rsample(g)
+    zs = schedule.diffuse_path(p.schedule, z, gen(4))
+    with patch.object(prior, "diffuse_path", lambda *args: zs), torch.no_grad():
+        got, worth = p.kl(q, z, gen(5), n=n)
+        want = q.kl_standard().sum(-1)
+        for k in range(T):
+            t = torch.full((B,), k)
+            m, v = p.tilt(zs[k+1], t)
+            log_z = e.tilt(m, float(v[0]), k)[2]
+            assert log_z.abs().max() > .05
+            want = want-e(zs[k], t)+log_z
+    assert worth.min() > n/20
+    assert_close(got, want, rtol=0, atol=.05)
