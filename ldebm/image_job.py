@@ -226,7 +226,7 @@ class PriorModel(nn.Module):
         self.nets = prior.energy.nets if isinstance(prior, DiffusionEBM) else prior.net
     def groups(self): return dict(main=list(self.generator.parameters()) if self.joint else [], ebm=list(self.nets.parameters()))
     def before_step(self):
-        if isinstance(self.prior, DiffusionEBM): self.prior.energy.power_iterate()
+        if isinstance(self.prior, DiffusionEBM): self.prior.before_step()
         else: self.prior.before_step()
         if self.average is not None: self.average.update(self.nets)
     def learned(self):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from .energy import Energy, each, energy_grad, level_table
+from .energy import MANY, Energy, each, energy_grad, level_table, squared_iterations
 from .generator import Generator
 from .prior import DiffusionEBM
 from .schedule import diffuse
@@ -41,6 +41,12 @@ class Stack(nn.Module):
             v = nnf.normalize(torch.einsum('goi,go->gi', W, u), dim=-1, eps=1e-12)
             u = nnf.normalize(torch.einsum('goi,gi->go', W, v), dim=-1, eps=1e-12)
         self.u.copy_(u); self.v.copy_(v)
+    @torch.no_grad()
+    def iterate_squared(self, n:int):
+        "`power_iterate` by many iterations, of which all but the last are squared"
+        if not self.norm: return
+        W = self.weight.flatten(2)
+        self.u.copy_(squared_iterations(W@W.mT, self.u, n-1)); self.power_iterate()
     def normalised(self) -> Tensor: # Shape `(G, out, in, ...)`, gradient reaches the raw weights
         "The weights in use"
         if not self.norm: return self.weight
@@ -178,7 +184,7 @@ class LayerNets(nn.Module):
     def power_iterate(self, n:int=1):
         "Refresh every spectral norm; call once per optimiser step"
         for m in self.modules():
-            if isinstance(m, Stack): m.power_iterate(n)
+            if isinstance(m, Stack): m.iterate_squared(n) if n > MANY else m.power_iterate(n)
     def weights(self) -> list:
         "Weights of every group as used in one step"
         return [n.weights() for n in self.nets]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Posterior', 'DiagGaussian', 'free_bits', 'Prior', 'no_symbols', 'StandardNormal', 'PriorCfg', 'DiffusionEBM',
            'published_step', 'chain_from', 'KnownPart', 'sample', 'flat_variances', 'base_kl',
-           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen', 'pair_logits',
+           'mutual_information_terms', 'stratified_levels', 'symbol_terms', 'terms', 'frozen_free', 'pair_logits',
            'consistent_terms', 'published_terms', 'can_record_terms', 'recorded_terms', 'symbol_logits',
            'MixtureEnergy', 'log_z', 'kl', 'energy_traces', 'trace_rhat', 'plot_energy_traces', 'cluster_targets',
            'match_labels', 'balance_weights', 'published_draw']
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
 from .core import env_flag, to_device
 from .kernels import RecordedGrad, full
-from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, fast_energy
+from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
 from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
 from .stats import effective, log_mean_exp
 
@@ -161,6 +161,16 @@ class DiffusionEBM(nn.Module):
     def n_symbols(self) -> int: return self.energy.n_symbols
     @property
     def published(self) -> bool: return self.cfg.objective == 'published'
+    def before_step(self):
+        "Once per optimiser step: refresh the spectral norms"
+        self.energy.power_iterate(self.power_iterations)
+    @property
+    def power_iterations(self) -> int:
+        "Of every weight in an optimiser step: one, or with the constants of released code as many as its forward passes in a step, each of which makes one"
+        K,c = self.cfg.n_steps,self.cfg
+        if not self.published: return 1
+        if c.reference == 'flat': return 2*K+8 # two chains; both ends of each; what the encoder sees at two levels; bottleneck and clusters
+        return K+2 if c.weighting == 'likelihood' else 1 # one chain and its ends
     def temperature(self, t:Tensor, like:Tensor) -> Tensor: # Shape `(B,)`
         "What divides `F` at level `t`: the log density is `F/temperature` and the level's Gaussian"
         return published_step(self.schedule, t, self.cfg.b2, like)[:,0] if self.published else torch.full_like(like[:,0], self.cfg.tau)
@@ -358,7 +368,19 @@ def terms(self:DiffusionEBM,
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #dadf624d
-def frozen(w): return None if w is None else w.detach()
+class _With(nn.Module):
+    "A function of a module as a module, whose parameters can be replaced for a call"
+    def __init__(self, module, f):
+        super().__init__()
+        self.module,self.f = module,f
+    def forward(self, *args): return self.f(self.module, *args)
+
+def frozen_free(energy, z:Tensor, t:Tensor, weights=None) -> Tensor: # `F`, shape `(B,)`
+    "`F` whose gradient reaches latents alone: every parameter of the energy is held, whether its `weights()` prepare all of them, some or none"
+    w = weights.detach() if hasattr(weights, 'detach') else each(Tensor.detach, weights)
+    f = _With(energy, lambda e: e.free(e.logits(z, t, weights=w)))
+    held = {'.'.join((k, n)): p.detach() for k,m in f.named_modules() for n,p in m.named_parameters(recurse=False, remove_duplicate=False)} # each place once, also of modules and parameters that are shared
+    return torch.func.functional_call(f, held, (), tie_weights=False)
 
 def pair_logits(self:DiffusionEBM, pos, neg, clean, t, w): # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)
     "One pass of the energy over everything a step compares"
@@ -386,8 +408,8 @@ def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weigh
     out = dict(kl=free_bits(kl, c.floor, c.clamp), kl_base=kl.sum(-1).detach(), ebm=by_sample((e.free(fn)-e.free(fp))/c.tau*factor))
     if c.encoder:
         neg_at = m+(neg-m).detach() # the chain's end, carried along with its Gaussian
-        ep,en = e.logits(torch.cat([pos, neg_at]), torch.cat([t, t]), weights=frozen(w)).chunk(2)
-        out['ebm_enc'] = by_sample((e.free(en)-e.free(ep))/c.tau*factor)
+        Fp,Fn = frozen_free(e, torch.cat([pos, neg_at]), torch.cat([t, t]), w).chunk(2)
+        out['ebm_enc'] = by_sample((Fn-Fp)/c.tau*factor)
     if seen and c.n_steps: out['accept'] = seen[0].view(-1,B).mean(0)
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
 
@@ -407,7 +429,7 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
     fp,fn,f0 = self.pair_logits(pos, neg, z0, t, w)
     weight = (s.sigma[1].item()/s.at('sigma', t+1, z))[:,0] if c.weighting == 'drl' else 1/published_step(s, t, c.b2, z)[:,0]
     out = dict(ebm=(weight*(e.free(fn)-e.free(fp))).view(-1,B).sum(0), kl_base=q.kl_standard().sum(-1).detach())
-    if c.encoder: out['ebm_enc'] = (weight*-e.free(e.logits(pos, t, weights=frozen(w)))).view(-1,B).sum(0)
+    if c.encoder: out['ebm_enc'] = (weight*-frozen_free(e, pos, t, w)).view(-1,B).sum(0)
     if flat:
         h = -.5*(1+q.logvar)
         out.update(entropy=(h*(h > c.floor)).sum(-1), gauss=weight[-B:]*.5*(zt[-B:]**2).sum(-1))
@@ -417,13 +439,6 @@ def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weight
 def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
     "Are these terms, in training, two launches on this GPU?"
     return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and any(p.requires_grad for p in self.parameters()) and not isinstance(Pending.now, Gathered)
-
-class _With(nn.Module):
-    "A function of a prior as a module, whose parameters can be replaced for a call"
-    def __init__(self, prior, f):
-        super().__init__()
-        self.prior,self.f = prior,f
-    def forward(self, *args): return self.f(self.prior, *args)
 
 _terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest few
 
@@ -436,7 +451,7 @@ def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weig
         names,said,mine = [],[],torch.Generator(z.device) # each call lends it its own generator's state
         def run(mean, logvar, z, *rest):
             rest = list(rest); lab = None if labels is None else rest.pop(0); lw = None if label_weights is None else rest.pop(0)
-            with Gathered() as seen: out = torch.func.functional_call(_With(self, f), {f'prior.{n}': p for n,p in zip(own, rest)}, (DiagGaussian(mean, logvar), z, mine, lab, lw))
+            with Gathered() as seen: out = torch.func.functional_call(_With(self, f), {f'module.{n}': p for n,p in zip(own, rest)}, (DiagGaussian(mean, logvar), z, mine, lab, lw))
             names[:],said[:] = out,[o for _,o in seen.todo]
             return torch.stack(list(out.values())),[first for first,_ in seen.todo]
         while len(kept) >= KEPT: kept.pop(next(iter(kept)))
@@ -561,6 +576,7 @@ def cluster_targets(
     n_init:int=1, # Restarts of k-means without previous labels
     gen:torch.Generator|None=None, # Seeds k-means; on the CPU
     previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
+    starts:Tensor|None=None, # `K` different points, shape `(K,)`: k-means starts from where they now are, once, and takes all its iterations
 ) -> Tensor: # Labels, shape `(N,)`, long
     "PCA whitening, unit sphere, k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
@@ -573,8 +589,9 @@ def cluster_targets(
     seed,init = int(torch.randint(2**31-1, (), generator=gen)),'k-means++'
     if previous is not None and len(previous.unique()) == K:
         n_init,init = 1,torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
+    if starts is not None: n_init,init = 1,x[starts.cpu().numpy()]
     with threadpool_limits(1): # sums over several threads differ in their last bits
-        labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, random_state=seed).fit_predict(x)).long()
+        labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, tol=1e-4 if starts is None else 0., random_state=seed).fit_predict(x)).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)
 
 # %% ../nbs/13_prior.ipynb #bfd0d55d

@@ -64,7 +64,7 @@ class TextSettings:
     dropout:float=.3 # On decoder inputs and outputs
     word_dropout:float=0. # Share of its input words the decoder does not see in training
     packed:bool=True # Encoder stops at the end of each sentence
-    bucket:bool=True # Batches of similar length; otherwise all padded to `max_len`
+    bucket:bool=True # Batches of similar length; otherwise of any, which `published` LDEBM pads to the longest training sentence
     max_len:int=40 # Longest sentence with its two tags
     vocab_size:int=10_000 # Words kept, tags included
     schedule:str='consistent' # Noise levels
@@ -307,15 +307,16 @@ class TextTask:
         means = self.encode('train').mean
         if not released(self.s) and self.model.bow is not None: means = by_words(means, self.model.bow.weight)
         if released(self.s):
-            labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen)
+            starts = torch.randperm(len(means), generator=make_gen(self.seed, 'k-means'))[:K] # the same sentences in every epoch
+            labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen, starts=starts)
             return dict(labels=labels, index=published_draw(labels, gen))
         labels = cluster_targets(means, K, dims=self.s.cluster_dims, gen=gen, previous=old, n_init=5)
         return dict(labels=labels, weights=balance_weights(labels, K))
     def batches(self, state, gen, start=0):
         "`(batch, extra)` of one epoch"
-        s,state = self.s,state or {}
-        index = state.get('index')
-        for b in batches(self.corpus['train'], s.batch, gen=gen, bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True, index=index, start=start):
+        s,state,train = self.s,state or {},self.corpus['train']
+        index,width = state.get('index'),int(train.lengths.max()) if released(s) else None
+        for b in batches(train, s.batch, gen=gen, bucket=s.bucket, pad_to=width, drop_last=True, index=index, start=start):
             yield b,({} if 'labels' not in state else dict(labels=state['labels'][b.index], label_weights=state.get('weights')))
     def fixed_batches(self, split:str, size:int=0): # `size`: sentences in a batch; 0: mostly as in `batch_sizes`
         "Batches of a split for evaluation; sorted by length when bucketing is on, in file order as published otherwise"
@@ -367,7 +368,7 @@ class EnergyModel(nn.Module):
         self.prior = prior
     def forward(self, q:DiagGaussian, gen=None, labels=None) -> dict: # Named terms, each `(B,)`
         return self.prior.terms(q, q.rsample(gen), gen, labels)
-    def before_step(self): self.prior.energy.power_iterate()
+    def before_step(self): self.prior.before_step()
     def groups(self) -> dict: return dict(main=[], ebm=list(self.prior.parameters()))
 
 class EnergyTask:

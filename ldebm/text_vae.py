@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         top_p:float=1., # Nucleus: smallest set of words with this probability (Holtzman et al. 2020)
         gen:torch.Generator|None=None, # Source of randomness when temperature > 0
     ) -> Tensor: # Word ids without `<s>`, ending in `</s>` where it came, padded with 0: `(B, <=max_len)`
-        "Decode sentences; finished ones leave the batch. Under autocast states and products are in its precision"
+        "Decode sentences, which `</s>` ends, or padding; finished ones leave the batch. Under autocast states and products are in its precision"
         if temperature < 0 or not 0 < top_p <= 1: raise ValueError(f'temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}')
         B,table,(W,b) = n if z is None else len(z),self.embed.weight,self.output()
         words,each,h,wi,wh,bi,bh,b = as_autocast(table.device.type, table, self.part(z, 'step'), self.first(z, B), *gru_weights(self.rnn), b)
@@ -219,9 +219,9 @@ def pick_word(
 def cut_after(
     ids:Tensor, # Word ids, shape `(B, L)`
     eos:int, # End mark
-) -> Tensor: # The same with everything after the first `eos` set to 0, and empty columns dropped
-    "Blank what follows the end mark"
-    after = (ids == eos).cumsum(1)-(ids == eos).long() > 0
+) -> Tensor: # The same with everything after the first `eos` or 0 set to 0, and empty columns dropped
+    "Blank what follows the end: the end mark, or padding, which a model may generate"
+    end = (ids == eos) | (ids == 0); after = end.cumsum(1)-end.long() > 0
     ids = ids.masked_fill(after, 0)
     used = (ids != 0).any(0).nonzero()
     return ids[:,:int(used[-1])+1 if len(used) else 1]
@@ -284,7 +284,8 @@ class TextModel(nn.Module):
         return q.rsample(gen) if self.cfg.noise else q.mode
     def before_step(self):
         "Once per optimiser step: refresh the spectral norms of an energy"
-        if hasattr(self.prior, 'energy'): self.prior.energy.power_iterate()
+        if hasattr(self.prior, 'before_step'): self.prior.before_step()
+        elif hasattr(self.prior, 'energy'): self.prior.energy.power_iterate()
     def groups(self) -> dict: # Parameters of the two optimiser groups
         "`main`: encoder, decoder and a prior without energies; `ebm`: a prior with energies"
         own = lambda n: n.startswith('prior.') and hasattr(self.prior, 'energy')
