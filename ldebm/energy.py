@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as nnf
-from .kernels import direct, linear, product
+from .kernels import direct, linear, product, rows
 from .native import gradient_native, why_not
 from .resident import Sizes
 
@@ -300,7 +300,7 @@ class EnergyNet(Energy):
         "Symbol logits `f(z, t)`"
         w = self.weights() if weights is None else weights
         act = lambda x: nnf.leaky_relu(x, self.slope)
-        h = linear(act(linear(act(linear(z, *w.z1)), *w.z2)), w.merge_z) + w.level[t]
+        h = linear(act(linear(act(linear(z, *w.z1)), *w.z2)), w.merge_z) + rows(w.level, t)
         if self.context_dim:
             if context is None: raise ValueError(f'this energy was built with context_dim={self.context_dim}: pass context of shape (B, {self.context_dim})')
             h = h + linear(act(linear(act(linear(context, *w.context[0])), *w.context[1])), w.merge_c)

@@ -33,7 +33,7 @@ from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, o
 from .prior import DiffusionEBM, PriorCfg
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior
-from .train import TrainCfg, fit, linear_warmup
+from .train import TrainCfg, fit, linear_warmup, one_process
 
 # %% ../nbs/62_image_job.ipynb #9f767bf2
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ def open_job(
     job:ImageJob, # Parameters
 ) -> ImagePlace:
     "Resolve settings, load the pictures, check the names of records, open the run's folder; nothing is written there if any of it fails"
-    s,device = resolve(job),pick_device(job.device)
+    s,device = resolve(job),pick_device(job.device); one_process('a job of pictures')
     if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
     images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad)
     if s.levels: images = {k: fewer_levels(v, s.levels) for k,v in images.items()}

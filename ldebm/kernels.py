@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cpu_info', 'cpu_vendor', 'has_bf16', 'has_onednn', 'matmul_backend', 'has_avx512', 'has_wide_units', 'wide_from',
            'direct', 'product', 'laid_out', 'whole', 'linear', 'borrowed', 'give_back', 'as_autocast', 'full',
-           'linear_cross_entropy', 'first_largest', 'gates', 'gru_cell', 'gru_weights', 'gru', 'at_every_word',
+           'linear_cross_entropy', 'first_largest', 'rows', 'gates', 'gru_cell', 'gru_weights', 'gru', 'at_every_word',
            'packed_gru', 'gru_ends', 'or_say_how', 'Recorded', 'RecordedGrad']
 
 # %% ../nbs/05_kernels.ipynb #26866a58
@@ -185,6 +185,15 @@ def first_largest(
     if rest.shape[1]: best = torch.cat([best, rest.amax(-1, keepdim=True)], 1)
     at = (best.argmax(-1, keepdim=True)*w + torch.arange(w)).clamp(max=V-1)
     return at.gather(1, f.gather(1, at).argmax(-1, keepdim=True))[:,0]
+
+# %% ../nbs/05_kernels.ipynb #e93b5f06
+def rows(
+    x:Tensor, # Shape `(n, ...)`
+    i:Tensor, # Which of them, shape `(m,)`, long, not negative
+) -> Tensor: # Shape `(m, ...)`
+    "`x[i]`, for indices that repeat themselves: on a CPU, too, its gradient is a sum in one order"
+    if not x.is_cpu: return x[i]
+    return nnf.embedding(i, x.reshape(len(x), -1)).view(len(i), *x.shape[1:])
 
 # %% ../nbs/05_kernels.ipynb #25ffec80
 def gates(x:Tensor, a:Tensor, rs:Tensor|None=None, new:Tensor|None=None) -> Tensor: # The proposed state, `(n, H)`, in `new`

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
 from .core import env_flag, to_device
-from .kernels import RecordedGrad, full
+from .kernels import RecordedGrad, full, rows
 from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
 from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
 from .stats import effective, log_mean_exp
@@ -27,7 +27,7 @@ class Posterior:
     "What an encoder says of `B` sentences: `rsample`, `log_prob`, `mode`; `q[i]` are some of them"
     def map(self, f): # A posterior whose tensors are `f` of these
         return type(self)(**{k: v.map(f) if isinstance(v, Posterior) else f(v) if isinstance(v, Tensor) else v for k,v in vars(self).items()})
-    def __getitem__(self, i): return self.map(lambda x: x[i])
+    def __getitem__(self, i): return self.map(lambda x: rows(x, i) if isinstance(i, Tensor) and i.dtype == torch.long else x[i])
     def __len__(self) -> int: return next(len(v) for v in vars(self).values() if isinstance(v, (Tensor, Posterior)))
     def to(self, device): return self.map(lambda x: to_device(device, x)[0])
     @staticmethod

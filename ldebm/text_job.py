@@ -378,7 +378,7 @@ class EnergyTask:
         task:TextTask, # With the selected weights loaded
         checks:int=4, # Validations
     ):
-        s = task.s; self.s,self.seed,self.processes,self.checks = s,task.seed,task.processes,checks
+        s = task.s; self.s,self.seed,self.checks = s,task.seed,checks
         self.data = {k: task.encode(k) for k in ('train','valid')}
         self.model,self.labels = EnergyModel(task.model.prior),None
         if s.n_symbols > 1 and s.w_cls > 0:
@@ -391,7 +391,7 @@ class EnergyTask:
     def batches(self, state, gen, start=0):
         "Random batches up to the next check"
         q = self.data['train']; B = min(self.s.energy_batch, len(q))
-        for k in range(math.ceil(self.s.energy_steps/self.checks)*self.processes):
+        for k in range(math.ceil(self.s.energy_steps/self.checks)):
             i = torch.randint(len(q), (B,), generator=gen)
             if k >= start: yield q[i],({} if self.labels is None else dict(labels=self.labels[i]))
     @torch.no_grad()
@@ -415,7 +415,7 @@ def fit_energies(
     if not has_energy_stage(s): return 0.
     part = Run(run.path/'energies', run.settings)
     cfg = TrainCfg(steps=s.energy_steps, lr_ebm=s.energy_lr, clip_ebm=5., warmup=min(100, s.energy_steps), warmdown=.5, checkpoint_every=s.checkpoint_every)
-    return launch(EnergyTask(task), part, cfg, seed, device, on_epoch, processes=launched()).seconds # started by `processes`, it is one process that goes on
+    return launch(EnergyTask(task), part, cfg, seed, device, on_epoch, processes=launched(), alone=True).seconds # started by `processes`, it is one process that goes on; under a launcher it is the first
 
 # %% ../nbs/60_text_job.ipynb #01a1642b
 def corpus_name(job:TextJob) -> str:
@@ -450,7 +450,7 @@ def open_job(
     settings = record_settings(job, s)
     result_path(**record_name(job), settings=settings if job.results else None, results_dir=job.results or '') # the name must be one, and free
     set_threads(job.threads or None); keep_memory()
-    task = TextTask(corpus, s, job.seed, job.processes)
+    task = TextTask(corpus, s, job.seed, job.processes); task.threads = job.threads
     run = Run(job_folder(job), settings, resume=job.resume)
     return run,task,device
 

@@ -23,7 +23,7 @@ from .langevin import split_rhat
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
 from .schedule import consistent_schedule, diffuse
 from .stats import mmd
-from .train import TrainCfg, fit
+from .train import TrainCfg, fit, one_process
 
 # %% ../nbs/61_toy_job.ipynb #9bd54abe
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def row_settings(s:ToySettings, density:str, row:str) -> dict:
 
 def open_job(job:ToyJob) -> ToyPlace:
     "Resolve, check the names of records, open the run's folder; nothing is written if any of it fails"
-    s,device = resolve(job),pick_device(job.device)
+    s,device = resolve(job),pick_device(job.device); one_process('a job of the plane')
     if job.results:
         for d in densities(job):
             for row in ROWS: result_path(**record_name(job, d, row), settings=row_settings(s, d, row), results_dir=job.results)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TrainCfg', 'linear_warmup', 'logistic', 'cyclical', 'Progress', 'Interrupted', 'make_optimizer', 'check_finite_terms',
            'trim_log', 'launched', 'portable', 'Peers', 'Shared', 'Sparing', 'PatientStop', 'check_saved', 'fit',
-           'load_best', 'rate_at', 'means', 'at_step', 'train_step', 'count_processes', 'TrainingOver', 'launch',
-           'start_processes', 'run_notebook', 'plot_curves']
+           'load_best', 'rate_at', 'means', 'at_step', 'train_step', 'count_processes', 'TrainingOver', 'one_process',
+           'first_trains', 'share_of_threads', 'launch', 'start_processes', 'run_notebook', 'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
 import gc, io, json, logging, math, multiprocessing, os, signal, socket, sys, tempfile, threading, time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -131,8 +131,9 @@ class Peers:
     "The processes of one `fit`, and what they agree on; a single one agrees with itself"
     def __init__(self,
         acc:Accelerator, # Knows how many there are
+        alone:bool=False, # This one trains by itself
     ):
-        self.rank,self.n = acc.process_index,acc.num_processes
+        self.rank,self.n = (0,1) if alone else (acc.process_index,acc.num_processes)
         self.main = self.rank == 0 # Writes files; the others only train
         self.chains = Pending() # What a step's chains on a GPU still have to say: looked at two steps later
         self.group = dist.new_group(backend='gloo', timeout=timedelta(days=7)) if self.n > 1 else None # a validation may take its time; a process that dies is noticed at once
@@ -209,6 +210,7 @@ def fit(
     seed:int, # Of this run: data order, noise, chains, dropout
     device:torch.device|str='cpu', # Where to train
     on_epoch=None, # Called as `on_epoch(line)` with each epoch's log line, in the main process
+    alone:bool=False, # Train in this process by itself, whatever a launcher has started
 ) -> Progress: # Where the run ended; the selected model's weights are loaded into `task.model`
     "Train, validate every epoch, keep the best model; continues from the run's checkpoint if there is one. Raises `Interrupted` after saving when signalled. In each of several launched processes, it trains with the others"
     device = torch.device(device)
@@ -219,9 +221,10 @@ def fit(
                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     if acc.device.type != device.type: raise ValueError(f'asked for {device}, but Accelerate already runs on {acc.device} in this process: start a new one')
     if acc.num_processes != launched(): raise ValueError(f'{launched()} processes were launched, but Accelerate already runs in {acc.num_processes} here: start new ones')
-    peers = Peers(acc); W,group_size = peers.n,cfg.accumulate*peers.n
+    peers = Peers(acc, alone); W,group_size = peers.n,cfg.accumulate*peers.n
     opt = make_optimizer(task.model, cfg)
-    model,opt = acc.prepare(task.model if W == 1 else Shared(task.model), opt)
+    if alone: model,opt = acc.prepare_model(task.model, evaluation_mode=True),acc.prepare_optimizer(opt) # `evaluation_mode`: the only way to keep it from the other processes
+    else: model,opt = acc.prepare(task.model if W == 1 else Shared(task.model), opt)
     task.processes = W
     plain,gen,at,state = acc.unwrap_model(model) if W == 1 else task.model,make_gen(seed, 'train', *[peers.rank][:peers.rank], device=acc.device),Progress(),None
     if (saved := peers.first(lambda: run.load(device='cpu'))) is not None:
@@ -376,16 +379,47 @@ def count_processes(
 class TrainingOver(Exception):
     "Ends the notebook of a process that only helped to train"
 
+def one_process(what:str): # Named in the error
+    "`ValueError` where a launcher has started several processes, each of which would do all of the work"
+    if launched() > 1: raise ValueError(f'{launched()} processes were launched, and {what} trains in one: start it without a launcher')
+
+def first_trains(
+    task, run:Run, cfg:TrainCfg, seed:int, device:torch.device, on_epoch=None, # As for `fit`
+) -> Progress: # In every process
+    "`fit` in the first of the processes that a launcher started; the others wait for it and take what it learned"
+    peers = Peers(Accelerator(cpu=device.type == 'cpu'))
+    def work(): # an interruption is no error, and is told to the others all the same
+        try: end = fit(task, run, cfg, seed, device, on_epoch, alone=True)
+        except Interrupted as e: return e,None
+        return end,{k: v.cpu() for k,v in task.model.state_dict().items()}
+    end,learned = peers.first(work)
+    if isinstance(end, Interrupted): raise end
+    task.model.to(device).load_state_dict(learned); task.model.eval()
+    return end
+
+@contextmanager
+def share_of_threads(
+    threads:int, # Those of all processes together; 0: each keeps what its launcher gave it
+):
+    "In one of several launched processes, as many CPU threads as `start_processes` would give it"
+    was = torch.get_num_threads()
+    if threads and launched() > 1: torch.set_num_threads(max(1, threads//launched()))
+    try: yield
+    finally: torch.set_num_threads(was)
+
 def launch(
     task, run:Run, cfg:TrainCfg, seed:int, device:torch.device|str='cpu', # As for `fit`
     on_epoch=None, # Called in the main process of those that train: it may print, and changes nothing here
     processes:int=1, # How many train
     more:bool=False, # Another stage follows, with the same processes where a launcher started them
+    alone:bool=False, # One process trains, also where a launcher started several
 ) -> Progress: # Where the run ended; the selected model's weights are in `task.model`, on `device`
     "`fit` in `processes` processes of this machine; with one, or in a process that a launcher started, `fit` itself"
     device,n = torch.device(device),count_processes(processes, device)
     if n == 1 or launched() > 1:
-        end = fit(task, run, cfg, seed, device, on_epoch)
+        if alone and launched() > 1: end = first_trains(task, run, cfg, seed, device, on_epoch)
+        else:
+            with share_of_threads(getattr(task, 'threads', 0)): end = fit(task, run, cfg, seed, device, on_epoch)
         if os.environ.get('LDEBM_HELPER') and not more: raise TrainingOver(f'process {os.environ["RANK"]} has done its part')
         return end
     task.processes = n
