@@ -36,7 +36,7 @@ from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
-from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
+from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
 from ldebm.text_job import TextJob, TextSettings, TextTask, build_model, fit_energies, load_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
 from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
@@ -346,8 +346,7 @@ def all_terms(task):
 
 def fixed_batches(task, n):
     "Batches spread over the lengths that training meets, from the middle of each of `n` equal parts"
-    s, split = task.s, task.corpus["train"]
-    found = list(batches(split, s.batch, gen=gen(3), bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True))
+    found = [b for b, _ in task.batches(None, gen(3))]
     found.sort(key=lambda b: int(b.lengths.sum()))
     return [found[(2*k+1)*len(found)//(2*n)] for k in range(n)]
 
