@@ -31,12 +31,12 @@ import torch  # noqa: E402
 from ldebm import core, kernels, langevin, native, prior as priors, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.core import atomic_write, check_params, keep_memory, progress, provenance, results_root  # noqa: E402
-from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
+from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
-from ldebm.text import Batch, Vocab, batches, load_corpus  # noqa: E402
+from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
 from ldebm.text_job import TextJob, TextSettings, TextTask, build_model, fit_energies, load_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
 from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
@@ -84,6 +84,14 @@ def flop_energy_step(B, n, s, objective, plain=False):
     return (rows+again)*forward, rows*(2*forward-t1) + again*(both-forward)
 
 
+def flop_norms(s):
+    "Spectral norms of one training step where power iterations are squared: `W W'` of each layer, its powers, and their products with a vector. Few iterations are no matrix products"
+    n, H, K, G = chain_prior(s).power_iterations-1, s.energy_hidden, s.n_symbols, 5+s.n_blocks
+    if n < MANY: return 0
+    powers = lambda o: 2*o**3*(n.bit_length()-1) + 2*o*o*n.bit_count()
+    return 2*H*H*(s.d+H*G) + 2*K*K*H + G*powers(H) + powers(K)
+
+
 def flop_encoder(words, B, s):
     "Two directions, three gates, input and state; mean and log variance. Forward"
     return 2*words*2*3*s.hidden*(s.embed+s.hidden) + 2*B*2*(2*s.hidden*s.d)
@@ -103,6 +111,7 @@ def flop_step(B, read, words, V, s, objective, plain=False):
     n = 2*B if s.reference == "flat" and objective == "published" and s.T > 1 else B
     enc, dec = flop_encoder(read, B, s), flop_decoder(words, B, V, s, plain)
     energy, back = flop_energy_step(B, n, s, objective, plain)
+    energy += flop_norms(s)
     return dict(encoder=enc, decoder=dec, chains=evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=plain), energy=energy, backward=back+2*(enc+dec))
 
 
@@ -346,8 +355,7 @@ def all_terms(task):
 
 def fixed_batches(task, n):
     "Batches spread over the lengths that training meets, from the middle of each of `n` equal parts"
-    s, split = task.s, task.corpus["train"]
-    found = list(batches(split, s.batch, gen=gen(3), bucket=s.bucket, pad_to=None if s.bucket else s.max_len, drop_last=True))
+    found = [b for b, _ in task.batches(None, gen(3))]
     found.sort(key=lambda b: int(b.lengths.sum()))
     return [found[(2*k+1)*len(found)//(2*n)] for k in range(n)]
 
