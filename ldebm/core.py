@@ -34,12 +34,13 @@ def make_gen(
 
 # %% ../nbs/00_core.ipynb #440e2c30
 def pick_device(
-    name:str='auto', # `'auto'`, `'cpu'`, `'cuda'`, `'cuda:1'` or `'mps'`
+    name:str|torch.device='auto', # `'auto'`, `'cpu'`, `'cuda'`, `'cuda:1'` or `'mps'`
 ) -> torch.device: # A device that exists here
     "The device called `name`; `'auto'` takes CUDA, then MPS, then the CPU. `ValueError` when unknown or not available"
+    name = str(name)
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == 'auto': name = 'cuda' if has_cuda else 'mps' if has_mps else 'cpu'
-    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', str(name)):
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
         raise ValueError(f"unknown device {name!r}: use 'auto', 'cpu', 'cuda', 'cuda:1', ... or 'mps'")
     dev = torch.device(name)
     if dev.type == 'cuda' and (not has_cuda or (dev.index or 0) >= torch.cuda.device_count()):
@@ -348,6 +349,7 @@ def load_tensors(
     device='cpu', # Where to put the tensors
 ) -> tuple[dict[str,Tensor],dict]: # The tensors and `meta`
     "Read what `save_tensors` wrote; `ValueError` when the file is truncated or something else"
+    device = pick_device(device)
     if not Path(path).is_file(): raise FileNotFoundError(f'no tensors at {path}')
     try:
         with safetensors.safe_open(str(path), framework='pt', device='cpu') as f:

@@ -437,7 +437,7 @@ class QuadraticEnergy(Energy):
         super().__init__()
         self.A,self.c,self.n_levels,self.d = nn.Parameter(A),nn.Parameter(c),len(A),A.shape[-1]
     def logits(self, z, t, context=None, weights=None):
-        x = z-self.c[t]; y = torch.empty_like(x)
+        x = z-rows(self.c, t); y = torch.empty_like(x)
         for k in t.unique().tolist(): y = torch.where((t == k)[:,None], x@self.A[k], y)
         return -.5*(x*y).sum(-1, keepdim=True)
     def tilt(self,

@@ -75,7 +75,7 @@ class ImageSettings:
     gen_batch:int=128 # Pictures a step
     gen_lr:float=2e-3 # Adam's rate, falling linearly to zero over the second half
     gen_ema:float=.99 # Decay of the averaged weights; 0 for none
-    gen_clip:float=200. # Gradient norm
+    gen_clip:float=200. # Gradient norm; 0: any
     tune:str='2 4 6 8' # KL weights tried for the best Gaussian prior
     T:int=3 # Diffusion levels
     schedule:str='consistent' # Noise levels
@@ -99,7 +99,7 @@ class ImageSettings:
     beta1:float=.9 # Adam's first decay
     decay:float=0. # L2 weight decay
     ema:float=.99 # Decay of the averaged energies; 0 for none
-    clip:float=10. # Gradient norm
+    clip:float=10. # Gradient norm; 0: any, as `published`
     warmup:int=50 # Steps over which the rate rises
     warmdown:float=.5 # Last share of the steps over which it falls to zero
     rate_decay:float=1. # Factor on the rate every 1,000 steps
@@ -133,7 +133,7 @@ PRESETS = {
 OBJECTIVES = dict(
     consistent=dict(),
     robust=dict(schedule='published', T=3, langevin_steps=15, contexts=False, spectral=True, free_head=False, b2=2e-4, weighting='drl', lr=1e-3, ema=.99, tau_y=.1, w_cls=.04),
-    published=dict(schedule='published', T=3, langevin_steps=50, contexts=False, spectral=True, free_head=False, b2=3e-5, weighting='likelihood', lr=4e-5, beta1=.99, decay=3e-5, ema=0., warmup=0, warmdown=0., rate_decay=.9, tau_y=.1, w_cls=.04))
+    published=dict(schedule='published', T=3, langevin_steps=50, contexts=False, spectral=True, free_head=False, b2=3e-5, weighting='likelihood', lr=4e-5, beta1=.99, decay=3e-5, ema=0., clip=0., warmup=0, warmdown=0., rate_decay=.9, tau_y=.1, w_cls=.04))
 ROWS = {
     'gaussian': 'Gaussian prior, same generator', 'gaussian-tuned': 'Gaussian prior, generator tuned for it', 'ldebm': 'diffusion EBM', 'ldebm-coupled': 'diffusion EBM, coupled to symbols',
     'ldebm-joint': 'diffusion EBM, fine-tuned with its generator', 'joint-ebm': 'EBM without diffusion', 'ddpm': 'DDPM'}
@@ -716,6 +716,7 @@ def load_prior(
     device='cpu',
 ) -> tuple: # Generator and prior, in evaluation mode
     "Read what `save_prior` wrote; `ValueError` when it is something else"
+    device = pick_device(device)
     tensors,meta = load_tensors(path, device)
     if 'row' not in meta or 'generator' not in meta: raise ValueError(f'{path} holds no image prior: it wants the model.safetensors of a row of an image job')
     s = check_params(ImageSettings, meta['settings'])

@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .core import load_tensors, metric, save_tensors
+from .core import load_tensors, metric, pick_device, save_tensors
 from .images import Images, ImageBatch, image_batches
 from .stats import share_metric
 
@@ -144,6 +144,7 @@ def save_classifier(path, net:Classifier, **meta): # Path written
 
 def load_classifier(path, device='cpu') -> Classifier:
     "Read what `save_classifier` wrote, in evaluation mode; `ValueError` when it is something else"
+    device = pick_device(device)
     tensors,meta = load_tensors(path, device)
     if 'classifier' not in meta: raise ValueError(f'{path} holds no classifier')
     net = Classifier(**meta['classifier']).to(device)

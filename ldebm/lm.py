@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
-from .core import check_params, choose, env_flag, exclusive, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state
+from .core import check_params, choose, env_flag, exclusive, load_tensors, make_gen, metric, pack_state, pick_device, progress, save_tensors, unpack_state
 from .kernels import linear, linear_cross_entropy, product
 from .text_metrics import unseen_share
 
@@ -328,7 +328,7 @@ def save_lm(
                                                weights=lm.state_dict(), training=state)))
 
 def _read_lm(path, device='cpu') -> tuple[LM,dict|None]:
-    d = unpack_state(*load_tensors(path))
+    device,d = pick_device(device),unpack_state(*load_tensors(path))
     lm = LM(d['words'], d['cuts'], check_params(LMCfg, d['cfg']), torch.Generator())
     lm.load_state_dict(d['weights']); lm.history,lm.seed = d['history'],d['seed']
     return lm.to(device).eval(),d['training']
@@ -395,7 +395,7 @@ def train_lm(
     wait:bool=True, # For another process that trains this very model in `folder`; otherwise `BlockingIOError`
 ) -> LM: # The pass with the lowest validation loss, in evaluation mode; its `history` has one line a pass
     "Train a language model, or fetch it if `folder` has this very one; continues a run that was killed"
-    cfg = lm_cfg(cfg)[0]
+    cfg,device = lm_cfg(cfg)[0],pick_device(device)
     for text,what in ((train,'train'), (valid,'valid')): check_sentences(text, what)
     words,freq = lm_words(train, valid, also)
     ids = {w: i for i,w in enumerate(words)}
@@ -489,7 +489,7 @@ def protocol_lms(
     apart:bool|None=None, # Train all but the first in processes of their own, which needs a folder; by default where there is one, and a GPU, which one model leaves mostly idle, unless others share it (`LDEBM_SHARED_GPU=1`, which sweeps set)
 ) -> tuple[list[LM],str]: # Models; what they are, for the estimator
     "The language models of a text"
-    a,b = protocol(len(sentences))
+    (a,b),device = protocol(len(sentences)),pick_device(device)
     def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
     lms,helpers = {},[]
     if apart and folder is None: raise ValueError('models trained in processes of their own need a folder to be fetched from')

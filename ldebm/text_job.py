@@ -525,6 +525,7 @@ def load_model(
     device='cpu', # Where to put it
 ): # `(TextModel, Vocab)`, in eval mode
     "A trained text model; `FileNotFoundError` naming the missing file"
+    device = pick_device(device)
     path = Path(folder)/'config.json'
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist: {folder} is not the folder of a finished run')
     if (own := Path(folder)/'own.py').exists(): load_own(str(own))

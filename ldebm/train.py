@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from .core import Run, atomic_write, graceful_stop, make_gen, progress, to_device
+from .core import Run, atomic_write, graceful_stop, make_gen, pick_device, progress, to_device
 from .langevin import Pending
 from accelerate import Accelerator, DistributedDataParallelKwargs, notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
@@ -30,8 +30,8 @@ class TrainCfg:
     lr:float=1e-3 # Adam's rate for encoder and decoder
     lr_ebm:float=1e-4 # Adam's rate for the energy
     decay_ebm:float=0. # L2 weight decay of the energy
-    clip:float=.5 # Largest gradient norm of encoder and decoder
-    clip_ebm:float=10. # Largest gradient norm of the energy
+    clip:float=.5 # Largest gradient norm of encoder and decoder; 0: any
+    clip_ebm:float=10. # Largest gradient norm of the energy; 0: any
     warmup:int=0 # Steps over which both rates rise linearly
     warmdown:float=0. # Last share of the steps over which both rates fall linearly to zero
     rate_decay:float=1. # Factor on both rates every 1,000 steps
@@ -43,8 +43,10 @@ class TrainCfg:
     def __post_init__(self):
         for k in ('steps','accumulate','log_every','checkpoint_every'):
             if getattr(self, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
-        for k in ('lr','lr_ebm','clip','clip_ebm'):
+        for k in ('lr','lr_ebm'):
             if not getattr(self, k) > 0: raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
+        for k in ('clip','clip_ebm'):
+            if not getattr(self, k) >= 0: raise ValueError(f'{k} must be positive, or 0 for gradients of any norm, got {getattr(self, k)}')
         if self.mixed_precision not in ('no','bf16','fp16'): raise ValueError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
         if self.warmup < 0 or not 0 < self.rate_decay <= 1 or not 0 <= self.beta1 < 1: raise ValueError(f'warmup must not be negative, rate_decay lie in (0, 1], beta1 in [0, 1); got {self.warmup}, {self.rate_decay}, {self.beta1}')
         if not 0 <= self.warmdown <= 1: raise ValueError(f'warmdown must lie in [0, 1], got {self.warmdown}')
@@ -213,7 +215,7 @@ def fit(
     alone:bool=False, # Train in this process by itself, whatever a launcher has started
 ) -> Progress: # Where the run ended; the selected model's weights are loaded into `task.model`
     "Train, validate every epoch, keep the best model; continues from the run's checkpoint if there is one. Raises `Interrupted` after saving when signalled. In each of several launched processes, it trains with the others"
-    device = torch.device(device)
+    device = pick_device(device)
     if launched() > 1: count_processes(launched(), device)
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     AcceleratorState._reset_state(reset_partial_state=False) # a second `fit` in one process may want another precision
@@ -345,7 +347,7 @@ def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, 
         sums = torch.stack(list(seen.values())); dist.all_reduce(sums)
         seen = dict(zip(seen, sums.unbind()))
     for g in opt.param_groups:
-        norm = acc.clip_grad_norm_(g['params'], g['clip']).double()
+        norm = acc.clip_grad_norm_(g['params'], g['clip'] or math.inf).double()
         seen[f'norm_{g["name"]}'] = norm if acc.scaler is None else norm.nan_to_num(0., 0., 0.) # in `fp16` a step that overflows is skipped, not an error
     if acc.device.type == 'cpu':
         seen = {k: float(v) for k,v in seen.items()}
@@ -415,7 +417,7 @@ def launch(
     alone:bool=False, # One process trains, also where a launcher started several
 ) -> Progress: # Where the run ended; the selected model's weights are in `task.model`, on `device`
     "`fit` in `processes` processes of this machine; with one, or in a process that a launcher started, `fit` itself"
-    device,n = torch.device(device),count_processes(processes, device)
+    device,n = pick_device(device),count_processes(processes, device)
     if n == 1 or launched() > 1:
         if alone and launched() > 1: end = first_trains(task, run, cfg, seed, device, on_epoch)
         else:

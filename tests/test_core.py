@@ -149,6 +149,27 @@ def test_unknown_devices(name):
     with pytest.raises(ValueError, match="unknown device"): pick_device(name)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_public_function_says_which_devices_there_are(tmp_path):
+    "Not torch's own assertion, and before any work: what takes a device and reads, trains or measures"
+    from ldebm import image_job, image_metrics, lm, text_job, train
+    words = [["a", "b"]]*300
+    run = Run(tmp_path/"run", {})
+    before = sorted(p.name for p in run.path.iterdir())
+    save_tensors(tmp_path/"x", {"a": torch.zeros(2)})
+    run.save({"a": torch.zeros(2)}, "state")
+    (tmp_path/"config.json").write_text("{}")
+    class Task: model = torch.nn.Linear(1, 1)
+    calls = dict(load_tensors=lambda d: load_tensors(tmp_path/"x", d), run_load=lambda d: run.load("state", d), load_model=lambda d: text_job.load_model(tmp_path, d), load_prior=lambda d: image_job.load_prior(tmp_path/"x", d),
+                 load_classifier=lambda d: image_metrics.load_classifier(tmp_path/"x", d), load_lm=lambda d: lm.load_lm(tmp_path/"x", d), train_lm=lambda d: lm.train_lm(words, words, "quick", device=d),
+                 rppl_floor=lambda d: lm.rppl_floor(words, words, "quick", device=d), reverse_ppl=lambda d: lm.reverse_ppl(words, words, cfg="quick", device=d), fit=lambda d: train.fit(Task(), run, train.TrainCfg(), 0, d), launch=lambda d: train.launch(Task(), run, train.TrainCfg(), 0, d))
+    for name, call in calls.items():
+        for device, says in (("cuda", "device 'cuda' is not available: PyTorch sees 0 CUDA devices; use 'auto' or 'cpu'"), (torch.device("cuda:1"), "device 'cuda:1' is not available"), ("gpu", "unknown device 'gpu'")):
+            with pytest.raises(ValueError, match=says): call(device)
+    assert sorted(p.name for p in run.path.iterdir()) == sorted([*before, "state.safetensors"])
+    assert torch.equal(load_tensors(tmp_path/"x", "auto")[0]["a"], torch.zeros(2))
+
+
 # --- files
 
 WRITER = """

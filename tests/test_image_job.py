@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from ldebm import image_job as ij
-from ldebm.core import check_result, make_gen, notebook_params
+from ldebm import train
+from ldebm.core import check_result, load_tensors, make_gen, notebook_params
 from ldebm.generator import Generator, GeneratorCfg, multiply_adds
 from ldebm.image_job import ImageJob, ImageSettings, StageTask
 from ldebm.image_metrics import ClassifierTask
@@ -278,7 +279,7 @@ BAD = [
     (dict(settings="tune='a'"), "tune='a' must be numbers"), (dict(settings="labelled=1.5"), r"labelled must lie in \[0, 1\], got 1.5"), (dict(settings="rho=1."), r"rho must lie in \[0, 1\)"),
     (dict(settings="joint_rho=1.5"), r"rho must lie in \[0, 1\), got 1.5"), (dict(settings="ema=1."), r"ema must lie in \[0, 1\)"), (dict(settings="gen_ema=-.1"), r"gen_ema must lie in"), (dict(settings="tau_y=0."), "tau_y and joint_lr must be positive"),
     (dict(settings="energy_hidden=0"), "energy_hidden must be at least 1"), (dict(settings="w_cls=-1."), "w_cls must be at least 0"), (dict(settings="lr=0."), "lr must be positive"), (dict(settings="gen_lr=-1."), "lr must be positive"),
-    (dict(settings="clip=0."), "clip must be positive"), (dict(settings="score_levels=1"), "n_levels must be at least 2, got 1"), (dict(settings="clf_preset=huge"), "unknown classifier 'huge'"),
+    (dict(settings="clip=-1."), "clip must be positive, or 0 for gradients of any norm, got -1"), (dict(settings="score_levels=1"), "n_levels must be at least 2, got 1"), (dict(settings="clf_preset=huge"), "unknown classifier 'huge'"),
     (dict(settings="likelihood=poisson"), "likelihood must be"), (dict(settings="sigma=0."), "sigma must be positive"), (dict(settings="langevin_steps=0"), "langevin_steps must be at least 1"), (dict(settings="checks=0"), "checks must be at least 1"),
     (dict(settings="size=16"), "digits has pictures of 8 pixels a side, not 16"), (dict(settings="levels=300"), "300 cannot be made of them"), (dict(settings="weighting=none", objective="robust"), "weighting must be one of"),
     (dict(attributes="table.csv"), "digits has its own labels; attributes_csv is for pictures in files"), (dict(device="tpu"), "unknown device 'tpu'"), (dict(on_bad="ignore"), "on_bad must be 'error' or 'skip'"), (dict(variant="a b"), "variant"),
@@ -441,6 +442,29 @@ def test_what_is_no_model(whole, tmp_path):
     path = ij.save_prior(whole("place"), "ldebm", whole("generator")[0], whole("ldebm")[0])
     (tmp_path/"cut.safetensors").write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="cut.safetensors"): ij.load_prior(tmp_path/"cut.safetensors")
+
+
+@pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
+def test_gradients_that_the_optimiser_sees(objective, tmp_path, monkeypatch):
+    "`published` clips nothing, as the released code: Adam's first moment after one step is (1 - beta1) times the gradient of the summed terms, however large; the others keep the norm at 10"
+    p = ij.open_job(job(tmp_path/"run", "steps=1 gen_steps=3 checks=1 joint_steps=0 warmup=0", objective=objective, rows="ldebm"))
+    g, found, clip = ij.train_generator(p)[0], {}, train.Accelerator.clip_grad_norm_
+    def look(self, params, most, *args):
+        params = list(params)
+        for q in params: q.grad.mul_(1e5)
+        found["raw"] = torch.cat([q.grad.flatten() for q in params]).double()
+        norm = clip(self, params, most, *args)
+        found["seen"] = torch.cat([q.grad.flatten() for q in params]).double()
+        return norm
+    monkeypatch.setattr(train.Accelerator, "clip_grad_norm_", look)
+    _, _, log = ij.train_prior(p, "ldebm", g)
+    assert found["raw"].norm() > 100 and [o["norm_ebm"] for o in log if o["kind"] == "train"] == pytest.approx([found["raw"].norm().item()], rel=1e-4)
+    if objective == "published": assert torch.equal(found["seen"], found["raw"])
+    else: assert found["seen"].norm().item() == pytest.approx(10, rel=1e-4)
+    state = p.run.path/"ldebm"/"checkpoint.safetensors"
+    moments = torch.cat([v.flatten() for k, v in load_tensors(state)[0].items() if ".optimizer." in k and k.endswith("exp_avg")]).double()
+    wd = p.s.decay   # torch's L2 decay joins the gradient
+    assert (moments.norm()/found["seen"].norm()).item() == pytest.approx(1-p.s.beta1, rel=1e-2 if wd else 1e-4)
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))

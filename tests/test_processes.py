@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldebm import train
+from ldebm import image_job, toy_job, train
 from ldebm.core import Average, Run, load_results, load_tensors, make_gen, save_tensors
 from ldebm.data import load_grammar_files
 from ldebm.energy import SpectralLinear
@@ -325,6 +325,53 @@ def test_a_notebook_under_a_launcher(tmp_path, own):
     cells = [c for c in json.loads((out/"train_ptb.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     assert all(c["execution_count"] for c in cells if "".join(c["source"]).strip()) and not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
     assert sorted(p.name for p in tmp_path.glob("*") if p.suffix == ".ipynb") == [] and not list(tmp_path.glob("*/copy.ipynb"))
+
+
+WAYS = f"""
+import os, sys
+from ldebm.core import save_tensors
+from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
+from ldebm.train import launch
+run, task, device = open_job(TextJob(corpus=sys.argv[2], steps=6, settings="{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32", threads=2, processes=2, device="cpu", out=sys.argv[1]))
+launch(task, run, train_cfg(task.s), 0, device, processes=2, more=has_energy_stage(task.s))
+took = fit_energies(task, run, 0, device)
+import torch
+save_tensors(sys.argv[1]+"/learned-"+os.environ.get("RANK", "0"), dict(task.model.state_dict(), threads=torch.tensor(torch.get_num_threads())), dict(took=took, training=task.model.training))
+"""
+
+
+@pytest.mark.slow
+def test_every_way_to_start_gives_one_run(tmp_path, own):
+    "Forked by `processes`, by torchrun, by Accelerate: equal bits of text model and energies in every process, the same checkpoints, and two threads divided while both train"
+    (tmp_path/"job.py").write_text(WAYS)
+    python = [sys.executable, "-m"]
+    ways = dict(processes=[sys.executable], torchrun=[*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+                accelerate=[*python, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"])
+    for name, way in ways.items():
+        res = subprocess.run([*way, str(tmp_path/"job.py"), str(tmp_path/name), own], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)
+        assert res.returncode == 0, f"{name}: {res.stderr[-2000:]}"
+    want, meta = load_tensors(tmp_path/"processes"/"learned-0")
+    assert want["threads"] == 2
+    for name in ("torchrun", "accelerate"):
+        for rank in (0, 1):
+            got, said = load_tensors(tmp_path/name/f"learned-{rank}")
+            assert_same_state(got, want, f"{name}, process {rank}")
+            assert said["took"] > 0 and not said["training"]
+        for part in ("", "energies"):
+            a, b = (Run(tmp_path/n/part, json.loads((tmp_path/n/part/"settings.json").read_text())) for n in (name, "processes"))
+            assert same_log(a) == same_log(b)
+            a, b = a.load(), b.load()
+            assert a.pop("progress") | {"seconds": 0} == b.pop("progress") | {"seconds": 0}
+            assert_same_state(a, b, f"{name} {part}")
+
+
+@pytest.mark.parametrize("open_it", [lambda out: image_job.open_job(image_job.ImageJob(device="cpu", out=out)), lambda out: toy_job.open_job(toy_job.ToyJob(out=out)), lambda out: open_job(TextJob(device="cpu", out=out))],
+                         ids=["pictures", "plane", "text, processes=1"])
+def test_jobs_of_one_process_refuse_a_launcher(open_it, tmp_path, monkeypatch):
+    "Each of two would train with half of the steps, and both would write"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched.*without a launcher"): open_it(str(tmp_path/"run"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("argv,world,wrong", [([], 2, "usage: accelerate launch"), (["a.ipynb", "-p"], 2, "usage"), (["train_ptb.ipynb", "out.ipynb"], 1, "a single process was launched: use papermill itself"),
