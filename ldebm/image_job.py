@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'MIRRORED', 'MEASURING', 'SHOWN', 'ImageJob',
-           'ImageSettings', 'parse_layers', 'numbers', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
-           'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'data_name',
-           'generator_cfg', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
+           'ImageSettings', 'parse_layers', 'numbers', 'known_set', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
+           'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'generator_cfg',
+           'corpus_name', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
            'labelled_images', 'train_classifier', 'n_values', 'layered_prior', 'build_prior', 'hide_labels',
            'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all',
            'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health',
@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import (Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
+from .core import (JOB_SETTINGS, Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, own_name, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
 from .generator import Generator, GeneratorCfg, GeneratorModel
 from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
                                  make_classifier, predict, save_classifier, spread_ratio)
-from .images import Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
+from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
 from .energy import GuidedEnergy
 from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
@@ -156,8 +156,13 @@ def numbers(text:str, name:str) -> tuple:
     except ValueError: raise ValueError(f'{name}={text!r} must be numbers separated by spaces') from None
 
 # %% ../nbs/62_image_job.ipynb #23207fbc
+def known_set(dataset:str) -> str: # As in `IMAGE_SETS` where it is one of them
+    "A data set's name as it is spelt here, however `load_images` lets it be written; a path as it is"
+    return {k.replace('-', '_'): k for k in IMAGE_SETS}.get(dataset.lower().replace('-', '_'), dataset)
+
 def preset_of(dataset:str, preset:str) -> dict:
     "Settings of a preset; `ValueError` naming what there is for this data set"
+    dataset = known_set(dataset)
     name = dataset if any(d == dataset for d,_ in PRESETS) else '*'
     if (name, preset) not in PRESETS: raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {", ".join(p for d,p in PRESETS if d == name)}')
     return PRESETS[name, preset]
@@ -301,16 +306,17 @@ class ImagePlace:
     cfg:GeneratorCfg # The generator's sizes
     data:str # Fingerprint of the pictures and their labels
 
-def data_name(images:Images) -> str:
-    "Name of a data set in records"
-    return re.sub(r'[^A-Za-z0-9_.]+', '-', images.name)
-
 def generator_cfg(s:ImageSettings, images:Images) -> GeneratorCfg: # Sizes of the generator for these pictures
     return GeneratorCfg(shape=tuple(images.shape), **parse_layers(s.layers), enc_blocks=s.enc_blocks, likelihood=s.likelihood, levels=images.levels, mixtures=s.mixtures, sigma=s.sigma)
 
+def corpus_name(p:ImagePlace) -> str:
+    "Name of the pictures in records: that of a set found by name, or in the official archive, whose checksum is known; else `ldebm.core.own_name` of the path"
+    found = p.job.dataset in IMAGE_SETS or Path(p.job.dataset).name == CIFAR10_ARCHIVE
+    return p.images['train'].name if found else own_name(p.job.dataset)
+
 def record_name(p:ImagePlace, row:str) -> dict:
     "What identifies a record"
-    return dict(row=row, corpus=data_name(p.images['train']), preset=p.job.preset, objective=p.job.objective, seed=p.job.seed, variant=p.job.variant)
+    return dict(row=row, corpus=corpus_name(p), preset=p.job.preset, objective=p.job.objective, seed=p.job.seed, variant=p.job.variant)
 
 BUILT_IN = ('digits','shapes','cifar10') # Data sets whose name says what they hold
 
@@ -323,13 +329,15 @@ def data_hash(images:dict) -> str: # 12 hexadecimal digits
     return h.hexdigest()[:12]
 
 def record_settings(p:ImagePlace, row:str) -> dict:
-    "Settings of a record: names, every number, and what the pictures are (a fingerprint of them, where a user's folder may change)"
-    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if p.job.dataset in BUILT_IN else dict(data=p.data)))
+    "Settings of a record: names, every number, and what the pictures are (a fingerprint of them, where the name does not say it)"
+    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if corpus_name(p) in BUILT_IN else dict(data=p.data)))
+JOB_SETTINGS.append(ImageSettings)
 
 def open_job(
     job:ImageJob, # Parameters
 ) -> ImagePlace:
     "Resolve settings, load the pictures, check the names of records, open the run's folder; nothing is written there if any of it fails"
+    job = replace(job, dataset=known_set(job.dataset))
     s,device = resolve(job),pick_device(job.device)
     if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
     images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad)
@@ -350,8 +358,8 @@ def open_job(
     p = ImagePlace(None, job, s, device, images, cfg, data_hash(images))
     for r in ('gaussian', *job.rows.split()): result_path(**record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or '')
     set_threads(job.threads or None); keep_memory()
-    name = f'runs/{data_name(train)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
-    settings = dict(dataset=data_name(train), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
+    name = f'runs/{corpus_name(p)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
+    settings = dict(dataset=corpus_name(p), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)
     return replace(p, run=Run(out, settings, resume=job.resume))
 

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ANNEAL', 'EBM_ONLY', 'LATENT_ONLY', 'BUILT_
            'has_energy_stage', 'fit_energies', 'corpus_name', 'job_name', 'job_folder', 'record_name',
            'record_settings', 'open_job', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line',
            'sentence_table', 'samples_by_symbol', 'scores', 'metrics_table', 'plot_latents', 'save_figure', 'spread',
-           'row_name', 'records_of', 'not_valid', 'run_table']
+           'scored', 'runs_of', 'not_valid', 'run_table']
 
 # %% ../nbs/60_text_job.ipynb #4768ad78
 import hashlib, importlib.util, json, math, re, statistics, sys, time
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import Run, atomic_write, batch_sizes, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick, pick_device, progress, provenance, result_path, save_tensors, set_threads, write_result
+from .core import JOB_SETTINGS, Run, atomic_write, batch_sizes, check_params, choose, data_of, group_records, keep_memory, load_tensors, make_gen, metric, own_name, parse_settings, pick, pick_device, progress, provenance, result_path, row_name, save_tensors, set_threads, write_result
 from .data import load_grammar
 from .energy import EnergyNet
 from .lm import LMS
@@ -418,13 +418,11 @@ def fit_energies(
 
 # %% ../nbs/60_text_job.ipynb #01a1642b
 def corpus_name(job:TextJob) -> str:
-    "Name of the corpus in records: the stem of a user's file, marked as a file if it is called like one of ours"
-    if job.corpus in CORPORA: return job.corpus
-    stem = re.sub(r'[^A-Za-z0-9_.]+', '-', Path(job.corpus).stem)
-    return f'file-{stem}' if stem in CORPORA else stem
+    "Name of the corpus in records: one of `CORPORA`, or `ldebm.core.own_name` of a user's file"
+    return job.corpus if job.corpus in CORPORA else own_name(job.corpus)
 def job_name(job:TextJob) -> str:
     "Name of a run, and of its record"
-    return f'{job.row}{"+"+job.variant if job.variant else ""}-{corpus_name(job)}-{job.preset}-{job.objective}-s{job.seed}'
+    return result_path(**record_name(job), results_dir='').stem
 def job_folder(job:TextJob) -> Path: return Path(job.out or f'runs/{job_name(job)}')
 def record_name(job:TextJob) -> dict: return dict(row=job.row, corpus=corpus_name(job), preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant)
 def record_settings(job:TextJob, s:TextSettings) -> dict:
@@ -435,6 +433,7 @@ def record_settings(job:TextJob, s:TextSettings) -> dict:
     if job.module: extra['module_sha256'] = load_own(job.module)
     return dict(record_name(job), **{k: v for k,v in asdict(s).items() if k not in SCORING and not (k in ZOO and (k in unused(s) or v == getattr(TextSettings, k)))}, **extra)
 SCORING = ('nll_draws','nll_sentences','importance_draws','lm','lm_seeds') # Settings of the scoring alone: a run can be scored again with others, and its record is then replaced
+JOB_SETTINGS.append(TextSettings)
 
 # %% ../nbs/60_text_job.ipynb #48588470
 def open_job(
@@ -629,15 +628,28 @@ def spread(values:list, digits:int=2) -> str:
     return m if len(values) == 1 else f'{m} ± {statistics.stdev(values):.{digits}f}'
 
 # %% ../nbs/60_text_job.ipynb #31e1b7b0
-def row_name(r:dict) -> str: return '+'.join(x for x in (r['row'], r.get('variant')) if x) # `row` or `row+variant` of a record
+def scored(r:dict) -> dict: # Name in `TextSettings` -> value, `None` where there is no such metric
+    "How a text record was scored, as its metrics say it"
+    nll, lm, samples = (r['metrics'].get(k) or {} for k in ('nll_valid','rppl','wkl'))
+    draws = re.search(r'; (\d+) draws', nll.get('estimator', ''))
+    model = re.search(r'language model `(\w+)`', lm.get('estimator', ''))
+    said = dict(nll_sentences=nll.get('n'), nll_draws=draws and int(draws[1]), importance_draws=None, lm=model and model[1],
+                lm_seeds=model and len(re.findall(r'\d+: [\d.]+', lm['estimator'])))
+    return dict(said, n_samples=samples['n']) if samples.get('n') is not None else said
 
-def records_of(
+def runs_of(
     records:list, # From `ldebm.core.load_results`
-    corpus:str, preset:str, objective:str, # Wanted
-    row:str='', # `row` or `row+variant`; empty: every row, without variants
-) -> list:
-    "Records of one corpus, preset and objective"
-    return [r for r in records if (r['corpus'],r['preset'],r['objective']) == (corpus,preset,objective) and (row_name(r) == row if row else not r.get('variant'))]
+    corpus:str, preset:str, # Wanted
+    rows:list, # `(row, objective)` pairs; a variant is `row+variant`
+    data:dict|None=None, # Fingerprints of the data wanted, as from `ldebm.core.data_of`; those of most of these records if `None`
+) -> dict: # Row and objective -> groups as from `group_records`, told from the row's first group on that data
+    "Runs of some rows, those on the table's data first"
+    rows = [tuple(o) for o in rows]
+    here = [r for r in records if (r['corpus'],r['preset']) == (corpus,preset) and (row_name(r),r['objective']) in rows]
+    if data is None:
+        found = [data_of(r['settings']) for r in here]
+        data = max(found, key=found.count, default={})
+    return {o: group_records([r for r in here if (row_name(r),r['objective']) == o], scored, data) for o in rows}
 
 def not_valid(metrics:dict) -> bool: return 'NOT valid' in metrics.get('nll_valid', {}).get('estimator', '') # Whether a record's likelihood is disclaimed by its own bounds
 DAGGER = '\n\n† not valid: upper and lower bound of $\\log Z$ are further apart than 0.1 nat at some level.'
@@ -648,22 +660,26 @@ def run_table(
     preset:str, # Preset shown
     rows:list, # `(row, objective)` pairs, or `(row, objective, title)`; a variant is `row+variant`
     metrics:dict, # Metric -> digits
-    paper:dict|None=None, # Row -> its published figures by metric
+    paper:dict|None=None, # Row -> its published figures, as from `ldebm.table.quoted`
     intervals:bool=False, # Show the 95 % interval where there is one run
+    data:dict|None=None, # Data of the table, as in `runs_of`
 ) -> str: # Markdown
     "Runs as rows, metrics as columns, mean ± standard deviation over seeds, run time and machine; † marks likelihoods that are not valid"
     out = ['| system | objective | source | '+' | '.join(metrics)+' | seeds | minutes | on |', '|---|---|---|'+'---|'*(len(metrics)+3)]
+    runs = runs_of(records, corpus, preset, [o[:2] for o in rows], data)
     for row,objective,*title in rows:
         name = title[0] if title else row
         if paper and row in paper and objective == 'published':
-            cells = ['–' if paper[row].get(k) is None else f'{paper[row][k]:g}' for k in metrics]
-            out.append(f'| {name} | published | paper | '+' | '.join(cells)+' | | | |')
-        found = records_of(records, corpus, preset, objective, row)
-        cells,flawed = [],any(not_valid(r['metrics']) for r in found)
-        for k,digits in metrics.items():
-            ms = [r['metrics'][k] for r in found if k in r['metrics']]; v = [m['value'] for m in ms]
-            bar = f' ({ms[0]["interval"][0]:.{digits}f} to {ms[0]["interval"][1]:.{digits}f})' if intervals and len(ms) == 1 and ms[0]['interval'] else ''
-            cells.append((spread([x for x in v if x is not None], digits) if v or not found else '–')+('†' if flawed and v and k in ('nll_valid','exact_gap') else '')+bar)
-        where = sorted({f"{r['provenance']['device']}, {r['provenance']['threads']} threads" for r in found})
-        out.append(f'| {name} | {objective} | ours, `{preset}` | '+' | '.join(cells)+f" | {len(found)} | {spread([r['provenance']['minutes'] for r in found], 1) if found else ''} | {'; '.join(where)} |")
+            said = paper[row]; sd = said.get('sd', {})
+            cells = ['–' if said.get(k) is None else f'{said[k]:g}'+(f' ± {sd[k]:g}' if k in sd else '') for k in metrics]
+            seeds = f" {said['seeds']}" if 'seeds' in said else ''
+            out.append(f"| {name} | published | {said.get('by', 'paper')} | "+' | '.join(cells)+f' |{seeds} | | |')
+        for differs,found in runs[row,objective] or [('', [])]:
+            cells,flawed = [],any(not_valid(r['metrics']) for r in found)
+            for k,digits in metrics.items():
+                ms = [r['metrics'][k] for r in found if k in r['metrics']]; v = [m['value'] for m in ms]
+                bar = f' ({ms[0]["interval"][0]:.{digits}f} to {ms[0]["interval"][1]:.{digits}f})' if intervals and len(ms) == 1 and ms[0]['interval'] else ''
+                cells.append((spread([x for x in v if x is not None], digits) if v or not found else '–')+('†' if flawed and v and k in ('nll_valid','exact_gap') else '')+bar)
+            where = sorted({f"{r['provenance']['device']}, {r['provenance']['threads']} threads" for r in found})
+            out.append(f'| {name}{f" ({differs})" if differs else ""} | {objective} | ours, `{preset}` | '+' | '.join(cells)+f" | {len(found)} | {spread([r['provenance']['minutes'] for r in found], 1) if found else ''} | {'; '.join(where)} |")
     return '\n'.join(out)+(DAGGER if any('†' in line for line in out) else '')
