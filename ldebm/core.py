@@ -537,15 +537,15 @@ class Run:
         self.hash = settings_hash(run_identity(self.settings))
         if self.path.exists() and not self.path.is_dir(): raise ValueError(f'{self.path} is a file; a run needs a folder')
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._hold()
+        self.leads = not _helper() # Otherwise it reads, and another process of this training writes
+        self._lock = self._hold() if self.leads else None
         try: self._open(resume)
         except BaseException:
             self._lock = None
             raise
 
     def _hold(self) -> _FolderLock|None:
-        "The lock; none in a process that only helps, nor where nothing can be written"
-        if _helper(): return None
+        "The lock; none where nothing can be written"
         try: return _hold(self.path)
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return None
@@ -553,11 +553,11 @@ class Run:
 
     def _open(self, resume:bool):
         "Compare settings, and tidy up"
+        if not self.leads: return
         old = self._stored()
         if old is not None and settings_hash(run_identity(old)) != self.hash:
             raise ValueError(f'{self.path} holds a run with other settings ({_differences(run_identity(old), run_identity(self.settings))}); '
                              'choose another folder, or delete this one')
-        if _helper(): return
         for p in self.path.glob('.*.tmp'):   # left by a process that was killed while writing
             if time.time() - p.stat().st_mtime > 60: p.unlink(missing_ok=True)
         if not resume:
