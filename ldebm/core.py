@@ -433,9 +433,9 @@ def _started(pid:int) -> float|None: # Seconds since the epoch; `None` if there 
         return None if p.status() == psutil.STATUS_ZOMBIE else p.create_time()
     except psutil.NoSuchProcess: return None
 
-def _locks_reach_others(folder) -> bool:
+def _locks_reach_others(folder, table=Path('/proc/self/mountinfo')) -> bool:
     "Whether other machines see a lock in this folder: mounts of NFS and Lustre can say that they do not"
-    table,dev = Path('/proc/self/mountinfo'),os.stat(folder).st_dev
+    dev = os.stat(folder).st_dev
     if not table.exists(): return True
     at = f'{os.major(dev)}:{os.minor(dev)}'
     mine = [line for line in table.read_text().splitlines() if line.split()[2] == at]
@@ -481,6 +481,7 @@ class _FolderLock:
             if not new and not locks: self.file.unlink(); return {} # stale: then the first to make it anew has it
             me = dict(host=platform.node(), pid=os.getpid(), started=_started(os.getpid()))
             os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, json.dumps(me).encode())
             self.fd,fd = fd,None
         finally:

@@ -54,7 +54,7 @@ class TrainCfg:
             choose('setting to change', name, CHANGEABLE)
             before = replace(self, changes=self.changes[:i]).at(step)
             if not 0 <= step <= before.steps or i and step < self.changes[i-1][0]: raise ValueError(f'changes: {name}={value} at step {step}: steps must rise, from 0 to the last, which is {before.steps} there')
-            if replace(before, **{name: value}).steps <= step: raise ValueError(f'changes: at step {step} there must be more steps than that, got {before.steps if name != "steps" else value}')
+            if self.at(step).steps <= step: raise ValueError(f'changes: at step {step} there must be more steps than that, got steps={self.at(step).steps}')
     def at(self, step:float):
         "The settings in force at a step"
         return replace(self, changes=(), **{name: value for at,name,value in self.changes if at <= step})
@@ -152,7 +152,7 @@ def way_out(
     if not run.file('checkpoint.safetensors').exists(): return f'there is no checkpoint yet: {anew}'
     step = run.load()['progress']['step']
     found = f'the last checkpoint is intact (step {step})'
-    if not rates: return f'{found}, but of weights that led here: {anew}'
+    if not rates or step >= cfg.total: return f'{found}, but of weights that led here: {anew}'
     lower = ','.join(f'{step}:{k}={getattr(cfg.at(step), field)/10:.2g}' for k,field in rates.items())
     return f'{found}: to go on from it under a tenth of the rates, put changes={lower} into the settings, behind a comma where there are changes already; or {anew}'
 
