@@ -191,11 +191,11 @@ def resolve(
     for _,k,_ in parse_changes(s.changes, names, check=True):
         if k in unused(s) or k in ENERGY_CHANGES and not has_energy_stage(s): raise ValueError(f'changes: {k} would have no effect on row {job.row!r} with objective {job.objective!r}')
     train_cfg(s); text_cfg(s)
-    if has_energy_stage(s): energy_cfg(s)
     if s.prior == 'ebm': prior_cfg(s); make_schedule(s.schedule, s.T)
     for k in ('enc_share','cls_start'):
         if not 0 <= getattr(s, k) <= 1: raise ValueError(f'{k} must lie in [0, 1], got {getattr(s, k)}')
     if s.energy_steps and (s.energy_batch < 2 or not s.energy_lr > 0): raise ValueError(f'energy_batch must be at least 2 and energy_lr positive, got {s.energy_batch} and {s.energy_lr}')
+    if has_energy_stage(s): energy_cfg(s)
     for k in ('energy_init','w_bow','energy_steps'):
         if getattr(s, k) < 0: raise ValueError(f'{k} must not be negative, got {getattr(s, k)}')
     if idle := [k for k in parse_settings(TextSettings, job.settings) if k in unused(s)]:

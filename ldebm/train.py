@@ -52,7 +52,7 @@ class TrainCfg:
         if not 0 <= self.warmdown <= 1: raise ValueError(f'warmdown must lie in [0, 1], got {self.warmdown}')
         for i,(step,name,value) in enumerate(self.changes):
             choose('setting to change', name, CHANGEABLE)
-            before = replace(self, changes=self.changes[:i]).at(step)
+            before = replace(self, changes=tuple(o for o in self.changes[:i] if o[0] < step)).at(step)
             if not 0 <= step <= before.steps or i and step < self.changes[i-1][0]: raise ValueError(f'changes: {name}={value} at step {step}: steps must rise, from 0 to the last, which is {before.steps} there')
             if self.at(step).steps <= step: raise ValueError(f'changes: at step {step} there must be more steps than that, got steps={self.at(step).steps}')
     def at(self, step:float):
