@@ -434,9 +434,9 @@ def _started(pid:int) -> float|None: # Seconds since the epoch; `None` if there 
         return None if p.status() == psutil.STATUS_ZOMBIE else p.create_time()
     except psutil.NoSuchProcess: return None
 
-def _locks_reach_others(folder) -> bool:
+def _locks_reach_others(folder, table=Path('/proc/self/mountinfo')) -> bool:
     "Whether other machines see a lock in this folder: mounts of NFS and Lustre can say that they do not"
-    table,dev = Path('/proc/self/mountinfo'),os.stat(folder).st_dev
+    dev = os.stat(folder).st_dev
     if not table.exists(): return True
     at = f'{os.major(dev)}:{os.minor(dev)}'
     mine = [line for line in table.read_text().splitlines() if line.split()[2] == at]
@@ -482,6 +482,7 @@ class _FolderLock:
             if not new and not locks: self.file.unlink(); return {} # stale: then the first to make it anew has it
             me = dict(host=platform.node(), pid=os.getpid(), started=_started(os.getpid()))
             os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, json.dumps(me).encode())
             self.fd,fd = fd,None
         finally:
@@ -538,15 +539,15 @@ class Run:
         self.hash = settings_hash(run_identity(self.settings))
         if self.path.exists() and not self.path.is_dir(): raise ValueError(f'{self.path} is a file; a run needs a folder')
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._hold()
+        self.leads = not _helper() # Otherwise it reads, and another process of this training writes
+        self._lock = self._hold() if self.leads else None
         try: self._open(resume)
         except BaseException:
             self._lock = None
             raise
 
     def _hold(self) -> _FolderLock|None:
-        "The lock; none in a process that only helps, nor where nothing can be written"
-        if _helper(): return None
+        "The lock; none where nothing can be written"
         try: return _hold(self.path)
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return None
@@ -554,11 +555,11 @@ class Run:
 
     def _open(self, resume:bool):
         "Compare settings, and tidy up"
+        if not self.leads: return
         old = self._stored()
         if old is not None and settings_hash(run_identity(old)) != self.hash:
             raise ValueError(f'{self.path} holds a run with other settings ({_differences(run_identity(old), run_identity(self.settings))}); '
                              'choose another folder, or delete this one')
-        if _helper(): return
         for p in self.path.glob('.*.tmp'):   # left by a process that was killed while writing
             if time.time() - p.stat().st_mtime > 60: p.unlink(missing_ok=True)
         if not resume:

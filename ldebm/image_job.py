@@ -7,17 +7,17 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'M
            'ImageSettings', 'parse_layers', 'numbers', 'known_set', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
            'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'generator_cfg',
            'corpus_name', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
-           'labelled_images', 'train_classifier', 'n_values', 'layered_prior', 'build_prior', 'hide_labels',
-           'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all',
-           'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health',
-           'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'request_metrics', 'control_table',
-           'add_one_by_one', 'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish', 'save_prior',
-           'load_prior', 'Done', 'measure', 'run_row', 'run_joint', 'add_metrics', 'tune_gaussian', 'rows_table',
-           'gaussian_metrics', 'plot_triple', 'plot_rows', 'plot_levels_of', 'plot_hierarchy', 'outliers', 'ood',
-           'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
+           'labelled_images', 'classifier_folder', 'train_classifier', 'n_values', 'layered_prior', 'build_prior',
+           'hide_labels', 'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference',
+           'encode_all', 'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest',
+           'chain_health', 'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'request_metrics',
+           'control_table', 'add_one_by_one', 'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish',
+           'save_prior', 'load_prior', 'Done', 'measure', 'run_row', 'run_joint', 'add_metrics', 'tune_gaussian',
+           'rows_table', 'gaussian_metrics', 'plot_triple', 'plot_rows', 'plot_levels_of', 'plot_hierarchy', 'outliers',
+           'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
 
 # %% ../nbs/62_image_job.ipynb #5b6ddd28
-import copy, hashlib, math, os, re, shutil, tempfile, time
+import copy, hashlib, json, math, os, re, shutil, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -275,9 +275,10 @@ class StageTask:
         weigh, # `weigh(step, steps) -> weights of the terms`
         steps:int, batch:int, checks:int, seed:int,
         prepare=None, # Changes a training batch, `prepare(ImageBatch) -> ImageBatch`
+        rate:str='lr', # Setting that is the learning rate
     ):
         if len(images['train']) < 2: raise ValueError(f'{images["train"].name} has {len(images["train"])} training picture(s), at least 2 are needed')
-        self.images,self.model,self.weigh,self.steps,self.batch,self.checks,self.seed,self.prepare = images,model,weigh,steps,batch,checks,seed,prepare
+        self.images,self.model,self.weigh,self.steps,self.batch,self.checks,self.seed,self.prepare,self.rate = images,model,weigh,steps,batch,checks,seed,prepare,rate
     def weights(self, step, steps): return self.weigh(step, steps)
     def start_epoch(self, epoch, state, gen): return None
     def batches(self, state, gen, start=0):
@@ -378,7 +379,7 @@ def train_generator(
     s,name = p.s,'generator' if w_kl is None else f'generator-kl{w_kl:g}'
     w = s.w_kl if w_kl is None else w_kl
     model = GeneratorModel(Generator(p.cfg, make_gen(p.job.seed, 'generator')), numbers(s.floors, 'floors') if w_kl is None else (), s.gen_ema)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=w*linear_warmup(step/steps, s.kl_warmup, .01)), s.gen_steps, s.gen_batch, s.checks, p.job.seed)
+    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=w*linear_warmup(step/steps, s.kl_warmup, .01)), s.gen_steps, s.gen_batch, s.checks, p.job.seed, rate='gen_lr')
     run = stage(p, name, w_kl=w, **{k: v for k,v in asdict(s).items() if k in GENERATOR_SETTINGS})
     end = fit(task, run, generator_cfg_train(s), p.job.seed, p.device, on_epoch=on_epoch)
     return model.learned().eval().requires_grad_(False),end,run.log_lines()
@@ -395,6 +396,13 @@ def labelled_images(images:dict) -> dict: # What the classifier learns
 
 MIRRORED = ('cifar10','celeba','lsun_church') # Data sets whose labels survive a mirror: a user's may say left and right
 
+def classifier_folder(p:ImagePlace) -> str:
+    "`classifier`, or a folder of its own where that holds another: a run may be measured again, by another classifier"
+    s,kept = p.s,p.run.file('classifier')/'settings.json'
+    if not p.job.resume or not kept.exists(): return 'classifier'
+    old = json.loads(kept.read_text())
+    return 'classifier' if (old['preset'],old['steps']) == (s.clf_preset,s.clf_steps) else f'classifier-{s.clf_preset}-{s.clf_steps}'
+
 def train_classifier(
     p:ImagePlace,
 ) -> tuple: # The network in whose features distances are measured, and its test accuracy, a metric for each attribute
@@ -403,7 +411,7 @@ def train_classifier(
     net = make_classifier(images['train'], s.clf_preset, make_gen(0, 'classifier'))
     aug = {k: v for k,v in AUGMENTS[s.clf_preset].items() if k != 'flip' or (p.job.dataset in MIRRORED and 'turn' not in images['train'].attributes)}
     task = ClassifierTask(images, net, min(128, len(images['train'])), **aug)
-    run = stage(p, 'classifier', preset=s.clf_preset, steps=s.clf_steps, limit=s.limit)
+    run = stage(p, classifier_folder(p), preset=s.clf_preset, steps=s.clf_steps, limit=s.limit)
     fit(task, run, TrainCfg(steps=s.clf_steps, lr=3e-3, warmdown=1., clip=10., checkpoint_every=max(20, s.clf_steps//4)), 0, p.device)
     save_classifier(p.run.file('classifier.safetensors'), net)
     return net.eval(),accuracy(net, images['test'])
@@ -479,7 +487,7 @@ def fine_tune(
     new = DiffusionEBM(prior.schedule, LayeredEnergy(g, nets, e.n_levels, e.groups or (e.n_symbols,), e.tau_y), replace(prior.cfg, encoder=True))
     model = PriorModel(g, new, Average(nets, s.ema) if s.ema else None, row == 'ldebm-coupled', joint=True)
     weigh = prior_weights(p, row)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
+    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None, 'lr or joint_lr')
     run = prior_stage(p, f'{row}-joint', generator)
     cfg = replace(prior_cfg_train(s, s.joint_steps), lr=s.joint_lr, clip=s.gen_clip)
     end = fit(task, run, cfg, p.job.seed, p.device, on_epoch=on_epoch)

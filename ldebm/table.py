@@ -15,8 +15,8 @@ import torch
 from .core import choose, data_of, load_results, parse_settings, result_path, row_name
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
 from .text import CORPORA, load_corpus
-from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, resolve, run_table, runs_of, unused
-from .text_score import copy_record, scoring, tuning_jobs
+from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, resolve, run_table, runs_of, scoring, unused
+from .text_score import copy_record, tuning_jobs
 from .zoo import ROWS, TABLE
 
 # %% ../nbs/64_table.ipynb #42421841
@@ -43,7 +43,7 @@ def sweep_job(
     s = resolve(job); there = lambda p: str(Path(p).expanduser().absolute()) if p else ''
     job = replace(job, corpus=job.corpus if job.corpus in CORPORA else there(job.corpus), out=there(job.out), results=there(job.results), module=there(job.module))
     return SweepJob(job_name(job), str(notebook), job.out, vars(job), memory_gb=MEMORY_GB[job.preset]*(NO_LATENT if s.prior == 'none' else 1), gpus=gpu,
-                    cost=COST.get(s.prior, 2.)*s.steps*s.hidden, key=dict(record_settings(job, s), scoring=scoring(job)))
+                    cost=COST.get(s.prior, 2.)*s.steps*s.hidden, key=dict(record_settings(job, s), scoring=scoring(s)))
 
 def settings_for(
     row:str, objective:str, preset:str, # As in `TextJob`

@@ -129,7 +129,7 @@ class ToyModel(nn.Module):
 # %% ../nbs/61_toy_job.ipynb #54379990
 class ToyTask:
     "One density and one model, as `ldebm.train.fit` wants them; every batch is a fresh draw"
-    select = None
+    select,rate = None,'lr of `ToySettings`'
     def __init__(self,
         density:str, # Name in `TOYS`
         s:ToySettings, # Settings

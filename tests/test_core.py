@@ -292,7 +292,7 @@ def test_starting_over_removes_only_what_the_run_wrote(tmp_path):
     run.file("result.json").write_text("{}")
     run.file("notes.txt").write_text("mine")
     run = Run(tmp_path/"r", {"lr": 0.1}, resume=False)
-    assert sorted(p.name for p in run.path.iterdir()) == ["notes.txt", "settings.json"] and run.load() is None and run.log_lines() == []
+    assert sorted(p.name for p in run.path.iterdir() if p.name != ".run.lock") == ["notes.txt", "settings.json"] and run.load() is None and run.log_lines() == []
 
 
 def test_a_folder_with_an_output_notebook_can_become_a_run(tmp_path):
