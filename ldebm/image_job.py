@@ -4,29 +4,29 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'MIRRORED', 'MEASURING', 'SHOWN', 'ImageJob',
-           'ImageSettings', 'parse_layers', 'numbers', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
-           'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'data_name',
-           'generator_cfg', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
-           'labelled_images', 'train_classifier', 'n_values', 'layered_prior', 'build_prior', 'hide_labels',
-           'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all',
-           'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'chain_health',
-           'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'request_metrics', 'control_table',
-           'add_one_by_one', 'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish', 'save_prior',
-           'load_prior', 'Done', 'measure', 'run_row', 'run_joint', 'add_metrics', 'tune_gaussian', 'rows_table',
-           'gaussian_metrics', 'plot_triple', 'plot_rows', 'plot_levels_of', 'plot_hierarchy', 'outliers', 'ood',
-           'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
+           'ImageSettings', 'parse_layers', 'numbers', 'known_set', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
+           'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'generator_cfg',
+           'corpus_name', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
+           'labelled_images', 'classifier_folder', 'train_classifier', 'n_values', 'layered_prior', 'build_prior',
+           'hide_labels', 'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference',
+           'encode_all', 'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest',
+           'chain_health', 'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'request_metrics',
+           'control_table', 'add_one_by_one', 'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish',
+           'save_prior', 'load_prior', 'Done', 'measure', 'run_row', 'run_joint', 'add_metrics', 'tune_gaussian',
+           'rows_table', 'gaussian_metrics', 'plot_triple', 'plot_rows', 'plot_levels_of', 'plot_hierarchy', 'outliers',
+           'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
 
 # %% ../nbs/62_image_job.ipynb #5b6ddd28
-import copy, hashlib, math, os, re, shutil, tempfile, time
+import copy, hashlib, json, math, os, re, shutil, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import (Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
+from .core import (JOB_SETTINGS, Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, own_name, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
 from .generator import Generator, GeneratorCfg, GeneratorModel
 from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
                                  make_classifier, predict, save_classifier, spread_ratio)
-from .images import Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
+from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
 from .energy import GuidedEnergy
 from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
@@ -156,8 +156,13 @@ def numbers(text:str, name:str) -> tuple:
     except ValueError: raise ValueError(f'{name}={text!r} must be numbers separated by spaces') from None
 
 # %% ../nbs/62_image_job.ipynb #23207fbc
+def known_set(dataset:str) -> str: # As in `IMAGE_SETS` where it is one of them
+    "A data set's name as it is spelt here, however `load_images` lets it be written; a path as it is"
+    return {k.replace('-', '_'): k for k in IMAGE_SETS}.get(dataset.lower().replace('-', '_'), dataset)
+
 def preset_of(dataset:str, preset:str) -> dict:
     "Settings of a preset; `ValueError` naming what there is for this data set"
+    dataset = known_set(dataset)
     name = dataset if any(d == dataset for d,_ in PRESETS) else '*'
     if (name, preset) not in PRESETS: raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {", ".join(p for d,p in PRESETS if d == name)}')
     return PRESETS[name, preset]
@@ -270,9 +275,10 @@ class StageTask:
         weigh, # `weigh(step, steps) -> weights of the terms`
         steps:int, batch:int, checks:int, seed:int,
         prepare=None, # Changes a training batch, `prepare(ImageBatch) -> ImageBatch`
+        rate:str='lr', # Setting that is the learning rate
     ):
         if len(images['train']) < 2: raise ValueError(f'{images["train"].name} has {len(images["train"])} training picture(s), at least 2 are needed')
-        self.images,self.model,self.weigh,self.steps,self.batch,self.checks,self.seed,self.prepare = images,model,weigh,steps,batch,checks,seed,prepare
+        self.images,self.model,self.weigh,self.steps,self.batch,self.checks,self.seed,self.prepare,self.rate = images,model,weigh,steps,batch,checks,seed,prepare,rate
     def weights(self, step, steps): return self.weigh(step, steps)
     def start_epoch(self, epoch, state, gen): return None
     def batches(self, state, gen, start=0):
@@ -301,16 +307,17 @@ class ImagePlace:
     cfg:GeneratorCfg # The generator's sizes
     data:str # Fingerprint of the pictures and their labels
 
-def data_name(images:Images) -> str:
-    "Name of a data set in records"
-    return re.sub(r'[^A-Za-z0-9_.]+', '-', images.name)
-
 def generator_cfg(s:ImageSettings, images:Images) -> GeneratorCfg: # Sizes of the generator for these pictures
     return GeneratorCfg(shape=tuple(images.shape), **parse_layers(s.layers), enc_blocks=s.enc_blocks, likelihood=s.likelihood, levels=images.levels, mixtures=s.mixtures, sigma=s.sigma)
 
+def corpus_name(p:ImagePlace) -> str:
+    "Name of the pictures in records: that of a set found by name, or in the official archive, whose checksum is known; else `ldebm.core.own_name` of the path"
+    found = p.job.dataset in IMAGE_SETS or Path(p.job.dataset).name == CIFAR10_ARCHIVE
+    return p.images['train'].name if found else own_name(p.job.dataset)
+
 def record_name(p:ImagePlace, row:str) -> dict:
     "What identifies a record"
-    return dict(row=row, corpus=data_name(p.images['train']), preset=p.job.preset, objective=p.job.objective, seed=p.job.seed, variant=p.job.variant)
+    return dict(row=row, corpus=corpus_name(p), preset=p.job.preset, objective=p.job.objective, seed=p.job.seed, variant=p.job.variant)
 
 BUILT_IN = ('digits','shapes','cifar10') # Data sets whose name says what they hold
 
@@ -323,13 +330,15 @@ def data_hash(images:dict) -> str: # 12 hexadecimal digits
     return h.hexdigest()[:12]
 
 def record_settings(p:ImagePlace, row:str) -> dict:
-    "Settings of a record: names, every number, and what the pictures are (a fingerprint of them, where a user's folder may change)"
-    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if p.job.dataset in BUILT_IN else dict(data=p.data)))
+    "Settings of a record: names, every number, and what the pictures are (a fingerprint of them, where the name does not say it)"
+    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if corpus_name(p) in BUILT_IN else dict(data=p.data)))
+JOB_SETTINGS.append(ImageSettings)
 
 def open_job(
     job:ImageJob, # Parameters
 ) -> ImagePlace:
     "Resolve settings, load the pictures, check the names of records, open the run's folder; nothing is written there if any of it fails"
+    job = replace(job, dataset=known_set(job.dataset))
     s,device = resolve(job),pick_device(job.device); one_process('a job of pictures')
     if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
     images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad)
@@ -350,8 +359,8 @@ def open_job(
     p = ImagePlace(None, job, s, device, images, cfg, data_hash(images))
     for r in ('gaussian', *job.rows.split()): result_path(**record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or '')
     set_threads(job.threads or None); keep_memory()
-    name = f'runs/{data_name(train)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
-    settings = dict(dataset=data_name(train), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
+    name = f'runs/{corpus_name(p)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
+    settings = dict(dataset=corpus_name(p), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)
     return replace(p, run=Run(out, settings, resume=job.resume))
 
@@ -370,7 +379,7 @@ def train_generator(
     s,name = p.s,'generator' if w_kl is None else f'generator-kl{w_kl:g}'
     w = s.w_kl if w_kl is None else w_kl
     model = GeneratorModel(Generator(p.cfg, make_gen(p.job.seed, 'generator')), numbers(s.floors, 'floors') if w_kl is None else (), s.gen_ema)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=w*linear_warmup(step/steps, s.kl_warmup, .01)), s.gen_steps, s.gen_batch, s.checks, p.job.seed)
+    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=w*linear_warmup(step/steps, s.kl_warmup, .01)), s.gen_steps, s.gen_batch, s.checks, p.job.seed, rate='gen_lr')
     run = stage(p, name, w_kl=w, **{k: v for k,v in asdict(s).items() if k in GENERATOR_SETTINGS})
     end = fit(task, run, generator_cfg_train(s), p.job.seed, p.device, on_epoch=on_epoch)
     return model.learned().eval().requires_grad_(False),end,run.log_lines()
@@ -387,6 +396,13 @@ def labelled_images(images:dict) -> dict: # What the classifier learns
 
 MIRRORED = ('cifar10','celeba','lsun_church') # Data sets whose labels survive a mirror: a user's may say left and right
 
+def classifier_folder(p:ImagePlace) -> str:
+    "`classifier`, or a folder of its own where that holds another: a run may be measured again, by another classifier"
+    s,kept = p.s,p.run.file('classifier')/'settings.json'
+    if not p.job.resume or not kept.exists(): return 'classifier'
+    old = json.loads(kept.read_text())
+    return 'classifier' if (old['preset'],old['steps']) == (s.clf_preset,s.clf_steps) else f'classifier-{s.clf_preset}-{s.clf_steps}'
+
 def train_classifier(
     p:ImagePlace,
 ) -> tuple: # The network in whose features distances are measured, and its test accuracy, a metric for each attribute
@@ -395,7 +411,7 @@ def train_classifier(
     net = make_classifier(images['train'], s.clf_preset, make_gen(0, 'classifier'))
     aug = {k: v for k,v in AUGMENTS[s.clf_preset].items() if k != 'flip' or (p.job.dataset in MIRRORED and 'turn' not in images['train'].attributes)}
     task = ClassifierTask(images, net, min(128, len(images['train'])), **aug)
-    run = stage(p, 'classifier', preset=s.clf_preset, steps=s.clf_steps, limit=s.limit)
+    run = stage(p, classifier_folder(p), preset=s.clf_preset, steps=s.clf_steps, limit=s.limit)
     fit(task, run, TrainCfg(steps=s.clf_steps, lr=3e-3, warmdown=1., clip=10., checkpoint_every=max(20, s.clf_steps//4)), 0, p.device)
     save_classifier(p.run.file('classifier.safetensors'), net)
     return net.eval(),accuracy(net, images['test'])
@@ -471,7 +487,7 @@ def fine_tune(
     new = DiffusionEBM(prior.schedule, LayeredEnergy(g, nets, e.n_levels, e.groups or (e.n_symbols,), e.tau_y), replace(prior.cfg, encoder=True))
     model = PriorModel(g, new, Average(nets, s.ema) if s.ema else None, row == 'ldebm-coupled', joint=True)
     weigh = prior_weights(p, row)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
+    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None, 'lr or joint_lr')
     run = prior_stage(p, f'{row}-joint', generator)
     cfg = replace(prior_cfg_train(s, s.joint_steps), lr=s.joint_lr, clip=s.gen_clip)
     end = fit(task, run, cfg, p.job.seed, p.device, on_epoch=on_epoch)

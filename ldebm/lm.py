@@ -369,7 +369,7 @@ def _pass(lm, opt, text, epoch, seed, bar) -> float: # Mean nats a word, under d
         opt.step()
         total += loss.detach()*n_read; n += n_read
         bar.update(n_read*text.shape[1])
-    if not math.isfinite(total := float(total)): raise FloatingPointError(f'the language model diverged in pass {epoch+1} (seed {seed}): lower `lr`, now {c.lr}')
+    if not math.isfinite(total := float(total)): raise FloatingPointError(f'the language model diverged in pass {epoch+1} (seed {seed}): give an LMCfg with a lower `lr`, now {c.lr}; in a job, choose another language model by the setting `lm`')
     return total/n
 
 # %% ../nbs/43_lm.ipynb #d77f2a69

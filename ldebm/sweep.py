@@ -218,6 +218,7 @@ def run_one(
                 error,trace = explain(e)
                 log.write(f'{trace}\n--- {"stopped" if stopped.is_set() else "failed"}, {now()}\n')
                 minutes = (time.monotonic()-start)/60
+                if getattr(e, 'ename', '') == 'FolderInUse': return outcome(job, 'busy', minutes, error)
                 return outcome(job, 'stopped', minutes) if stopped.is_set() else write_failure(job, error, trace, minutes)
             minutes = (time.monotonic()-start)/60
             log.write(f'--- done, {now()}\n')

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'NO_LATENT', 'GPU_SHARE', 'SETTINGS', 'COST', 'SHOWN', 'MAIN', 'zoo_notebook', 'sweep_job',
-           'settings_for', 'table_jobs', 'run_jobs', 'tune_jobs', 'outcome', 'main', 'zoo_table', 'family_means',
-           'plot_rates']
+           'settings_for', 'table_jobs', 'run_jobs', 'tune_jobs', 'outcome', 'main', 'quoted', 'zoo_table',
+           'family_means', 'plot_rates']
 
 # %% ../nbs/64_table.ipynb #6973d833
-import argparse, math, os, shlex, sys
+import argparse, json, math, os, shlex, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from .core import choose, load_results, parse_settings, result_path
+from .core import choose, data_of, load_results, parse_settings, result_path, row_name
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
 from .text import CORPORA, load_corpus
-from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, records_of, resolve, row_name, run_table, unused
-from .text_score import copy_record, scoring, tuning_jobs
+from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, resolve, run_table, runs_of, scoring, unused
+from .text_score import copy_record, tuning_jobs
 from .zoo import ROWS, TABLE
 
 # %% ../nbs/64_table.ipynb #42421841
@@ -43,7 +43,7 @@ def sweep_job(
     s = resolve(job); there = lambda p: str(Path(p).expanduser().absolute()) if p else ''
     job = replace(job, corpus=job.corpus if job.corpus in CORPORA else there(job.corpus), out=there(job.out), results=there(job.results), module=there(job.module))
     return SweepJob(job_name(job), str(notebook), job.out, vars(job), memory_gb=MEMORY_GB[job.preset]*(NO_LATENT if s.prior == 'none' else 1), gpus=gpu,
-                    cost=COST.get(s.prior, 2.)*s.steps*s.hidden, key=dict(record_settings(job, s), scoring=scoring(job)))
+                    cost=COST.get(s.prior, 2.)*s.steps*s.hidden, key=dict(record_settings(job, s), scoring=scoring(s)))
 
 def settings_for(
     row:str, objective:str, preset:str, # As in `TextJob`
@@ -111,10 +111,13 @@ def outcome(
     jobs:list, # `TextJob`s with a folder of records
 ) -> str: # Markdown
     "The main metrics of these jobs' rows, one table a corpus and preset; *pending* where no record is"
-    records,out = load_results(jobs[0].results),{}
-    for j in jobs: what = record_name(j); out.setdefault((what['corpus'], j.preset), {})[row_name(what), j.objective] = ROWS[j.row].title+(f', {j.variant}' if j.variant else '')
+    records,out,data = load_results(jobs[0].results),{},{}
+    for j in jobs:
+        what = record_name(j); at = what['corpus'],j.preset
+        out.setdefault(at, {})[row_name(what), j.objective] = ROWS[j.row].title+(f', {j.variant}' if j.variant else '')
+        if at not in data: data[at] = data_of(record_settings(j, resolve(j)))
     have = {k for r in records for k in r['metrics'] if (r['corpus'],r['preset']) in out}
-    return '\n\n'.join(f'**{c}, {p}**\n\n'+run_table(records, c, p, [(*k, title) for k,title in rows.items()], {k: d for k,d in MAIN.items() if k in have}) for (c,p),rows in out.items())
+    return '\n\n'.join(f'**{c}, {p}**\n\n'+run_table(records, c, p, [(*k, title) for k,title in rows.items()], {k: d for k,d in MAIN.items() if k in have}, data=data[c,p]) for (c,p),rows in out.items())
 
 def main(argv:list|None=None) -> int: # Exit status: 0 when every run is done
     "`python -m ldebm.table`"
@@ -153,11 +156,19 @@ def main(argv:list|None=None) -> int: # Exit status: 0 when every run is done
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
 
 # %% ../nbs/64_table.ipynb #596361fe
+def quoted(
+    path, # File such as `data/published/ptb.json`
+) -> dict: # Row -> its figures by metric; `by` says whose they are
+    "Figures that others published; an NLL stands in the column of the estimator it was made with"
+    said = json.loads(Path(path).read_text())
+    column = lambda row: 'nll_published' if ROWS[row].settings.get('prior', 'ebm') == 'ebm' else 'nll_valid'
+    return {o['row']: {'by': said.get('by', 'paper'), **o, **({column(o['row']): o['nll']} if 'nll' in o else {})} for o in said['rows']}
+
 def zoo_table(
     records:list, # From `ldebm.core.load_results`
     corpus:str, preset:str, objective:str, # Shown
     metrics:dict, # Metric -> digits
-    paper:dict|None=None, # Row -> its published figures by metric
+    paper:dict|None=None, # Row -> its published figures, as from `quoted`
     rows:tuple=SHOWN,
 ) -> str: # Markdown
     "The rows of the table with some metrics; a row of your own under its name, if the file that makes it was not loaded"
@@ -168,8 +179,10 @@ def family_means(
     records:list, corpus:str, preset:str, objective:str,
     metrics:dict, # Metric -> digits
 ) -> str: # Markdown
-    "Mean over rows and seeds of each family, in the order of the table; rows that have been run are named"
-    found = records_of(records, corpus, preset, objective)
+    "Mean over rows and seeds of each family, in the order of the table; rows that have been run are named, runs of other settings or data left out and named below"
+    runs = runs_of(records, corpus, preset, [(r, objective) for r in TABLE])
+    found = [r for groups in runs.values() for differs,same in groups for r in same if not differs]
+    others = [f'{ROWS[row].title} ({differs})' for (row,_),groups in runs.items() for differs,_ in groups if differs]
     families = list(dict.fromkeys(ROWS[r].family for r in TABLE)); out = ['| family | rows | '+' | '.join(metrics)+' |', '|---|---|'+'---|'*len(metrics)]
     for f in families:
         rows,cells = [r for r in TABLE if ROWS[r].family == f],[]; run = [r for r in rows if any(x['row'] == r for x in found)]
@@ -177,7 +190,7 @@ def family_means(
             v = [r['metrics'][k]['value'] for r in found if r['row'] in rows and k in r['metrics'] and r['metrics'][k]['value'] is not None]
             cells.append(f'{sum(v)/len(v):.{digits}f}' if v else '–')
         out.append(f'| {f} | {", ".join(ROWS[r].title for r in run) or "none"}{f" (of {len(rows)})" if len(run) < len(rows) else ""} | '+' | '.join(cells)+' |')
-    return '\n'.join(out)
+    return '\n'.join(out)+(f'\n\nNot in it: {"; ".join(others)}.' if others else '')
 
 # %% ../nbs/64_table.ipynb #d730bce3
 def plot_rates(
@@ -186,14 +199,16 @@ def plot_rates(
     colour:str='rppl', # Metric of the colour
     ax=None,
 ):
-    "Rate against distortion, every run a dot, coloured by a metric; lines of equal bound"
+    "Rate against distortion, every run a dot but those of other settings or data than the row's, coloured by a metric; lines of equal bound"
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
     from matplotlib.text import Text
     from matplotlib.ticker import MaxNLocator
     from matplotlib.transforms import Bbox
     ax = ax or plt.subplots(figsize=(8, 5), dpi=80, layout='constrained')[1]
-    pts = [(r, *(r['metrics'][k]['value'] for k in ('kl','recon_nll',colour))) for r in records_of(records, corpus, preset, objective) if r['row'] in (ROWS if rows is None else rows)
+    runs = runs_of(records, corpus, preset, [(r, objective) for r in (ROWS if rows is None else rows)])
+    shown = {id(r) for groups in runs.values() for differs,same in groups if not differs for r in same}
+    pts = [(r, *(r['metrics'][k]['value'] for k in ('kl','recon_nll',colour))) for r in records if id(r) in shown
            and all(k in r['metrics'] and r['metrics'][k]['value'] is not None for k in ('kl','recon_nll',colour))]
     if not pts: ax.set_title('pending'); return ax
     _,x,y,c = zip(*pts); marks = dict(zip(dict.fromkeys(o.family for o in ROWS.values()), 'os^vDP*Xp'))

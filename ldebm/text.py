@@ -19,7 +19,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from .core import to_device
+from .core import DATA_SETS, own_name, to_device
 from .data import GRAMMAR_ATTRIBUTES, PTB_FILES, find_data, load_grammar_files
 
 # %% ../nbs/02_text.ipynb #3136593e
@@ -309,7 +309,8 @@ def load_file_corpus(
     "A file as a corpus: shuffled, 5 % for validation, 5 % for test, the rest for training. `ValueError` for fewer than 20 sentences"
     data = file_sentences(path, seed)
     vocab = build_vocab(data['train'], vocab_size)
-    return Corpus(Path(path).name, vocab, {k: make_split(vocab, s, max_len) for k,s in data.items()})
+    name = Path(path).name if Path(path).name not in DATA_SETS else own_name(path) # a corpus called `grammar` is scored by the grammar
+    return Corpus(name, vocab, {k: make_split(vocab, s, max_len) for k,s in data.items()})
 
 # %% ../nbs/02_text.ipynb #dbf112e8
 CORPORA = {'grammar': load_grammar_corpus, 'ptb': load_ptb_corpus, 'dailydialog': load_dailydialog_corpus}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TUNING', 'frozen_weights', 'sentence_log_lik', 'text_nll', 'exact_gap', 'sampler_evidence', 'trace_evidence',
-           'plot_evidence', 'stage', 'nll_cfg', 'score', 'run_job', 'copy_record', 'scoring', 'tuning_jobs']
+           'plot_evidence', 'stage', 'nll_cfg', 'score', 'run_job', 'copy_record', 'is_scored', 'tuning_jobs']
 
 # %% ../nbs/63_text_score.ipynb #ba97b381
 import contextlib, json, time
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import atomic_write, batch_sizes, load_tensors, make_gen, metric, pack_state, progress, save_tensors, unpack_state, weights_hash, write_result
+from .core import Run, atomic_write, batch_sizes, load_tensors, make_gen, metric, pack_state, progress, run_identity, save_tensors, unpack_state, weights_hash, write_result
 from .data import load_grammar
 from .langevin import ess
 from .likelihood import NLLCfg, LogZ, Plan, Proposal, SentenceBounds, log_z_bounds, nll_importance, nll_ldebm, nll_metric, nll_svebm, top_log_z
@@ -23,7 +23,7 @@ from .stats import mean_interval, regression_mean, two_sample_auroc
 from .text import get_batch, split_sentences
 from .text_metrics import prior_hole
 from .zoo import has_codes
-from .text_job import SCORING, TextJob, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, job_folder, open_job, record_name, released, resolve, train_cfg
+from .text_job import TextJob, TextSettings, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, job_folder, open_job, record_name, released, scoring, train_cfg
 from .train import launch
 
 # %% ../nbs/63_text_score.ipynb #61150b3c
@@ -254,20 +254,23 @@ def run_job(
 ) -> dict: # The record
     "Train, evaluate, score and record one job; a record that the run's folder has is returned at once, and copied to `job.results`"
     run,task,place = open_job(job)
-    if (run.path/'result.json').exists() and (run.path/'scored.json').exists() and json.loads((run.path/'scored.json').read_text()) == scoring(job):
-        return copy_record(job)
+    if is_scored(run, task.s): return copy_record(job)
     end = launch(task, run, train_cfg(task.s), job.seed, place, on_epoch=on_epoch, processes=job.processes, more=has_energy_stage(task.s)); extra = fit_energies(task, run, job.seed, place, on_epoch); started = time.time()
     metrics,found = evaluate(task, job.seed, job.split)
     metrics.update(score(task, job, found['samples'], run.path))
     finish(run, task, job, metrics, found, end.seconds+extra+time.time()-started, end.samples/end.seconds)
-    atomic_write(run.path/'scored.json', json.dumps(scoring(job)))
+    atomic_write(run.path/'scored.json', json.dumps(scoring(task.s)))
     return json.loads((run.path/'result.json').read_text())
 def copy_record(job:TextJob) -> dict: # The record
     "Put the record of a finished run where `job.results` says"
     folder = job_folder(job); rec = json.loads((folder/'result.json').read_text())
     if job.results: write_result(folder, **record_name(job), **{k: rec[k] for k in ('metrics','settings','provenance')}, results_dir=job.results)
     return rec
-def scoring(job:TextJob) -> dict: return {k: getattr(resolve(job), k) for k in SCORING}
+def is_scored(run:Run, s:TextSettings) -> bool:
+    "Does the folder hold the record of this very run, scored as is asked?"
+    if not (run.file('result.json').exists() and run.file('scored.json').exists()): return False
+    of = json.loads(run.file('result.json').read_text())['settings']
+    return run_identity(of, changes=True) == run_identity(run.settings, changes=True) and {**of, **json.loads(run.file('scored.json').read_text())}.items() >= scoring(s).items()
 
 # %% ../nbs/63_text_score.ipynb #dfbed619
 _rate = 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5' # The released learning rates are made for sixty epochs

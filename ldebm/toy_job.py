@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import Average, Run, choose, keep_memory, make_gen, metric, pick_device, progress, provenance, result_path, set_threads, write_result
+from .core import JOB_SETTINGS, Average, Run, choose, keep_memory, make_gen, metric, pick_device, progress, provenance, result_path, set_threads, write_result
 from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
 from .langevin import split_rhat
@@ -129,7 +129,7 @@ class ToyModel(nn.Module):
 # %% ../nbs/61_toy_job.ipynb #54379990
 class ToyTask:
     "One density and one model, as `ldebm.train.fit` wants them; every batch is a fresh draw"
-    select = None
+    select,rate = None,'lr of `ToySettings`'
     def __init__(self,
         density:str, # Name in `TOYS`
         s:ToySettings, # Settings
@@ -255,6 +255,8 @@ class ToyPlace:
     job:ToyJob # Parameters
     s:ToySettings # Settings
     device:torch.device # Where to train
+
+JOB_SETTINGS.append(ToySettings)
 
 def record_name(job:ToyJob, density:str, row:str) -> dict:
     "What identifies a record"

@@ -16,8 +16,9 @@ import torch
 from torch.testing import assert_close
 
 from ldebm import core
-from ldebm.core import (Run, atomic_write, check_params, graceful_stop, load_results, load_tensors, make_gen, metric, notebook_params,
-                        pack_state, pick_device, progress, provenance, result_path, results_table, save_tensors, settings_hash,
+from ldebm.core import (DATA_SETS, Run, atomic_write, check_params, data_of, graceful_stop, group_records, identity, load_results,
+                        load_tensors, make_gen, metric, notebook_params, own_name,
+                        pack_state, pick_device, progress, provenance, result_path, row_name, save_tensors, settings_hash,
                         unpack_state, weights_hash, write_result)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,7 +313,7 @@ def test_starting_over_removes_only_what_the_run_wrote(tmp_path):
     run.file("result.json").write_text("{}")
     run.file("notes.txt").write_text("mine")
     run = Run(tmp_path/"r", {"lr": 0.1}, resume=False)
-    assert sorted(p.name for p in run.path.iterdir()) == ["notes.txt", "settings.json"] and run.load() is None and run.log_lines() == []
+    assert sorted(p.name for p in run.path.iterdir() if p.name != ".run.lock") == ["notes.txt", "settings.json"] and run.load() is None and run.log_lines() == []
 
 
 def test_a_folder_with_an_output_notebook_can_become_a_run(tmp_path):
@@ -477,8 +478,7 @@ def test_records(tmp_path):
     assert json.loads(run.file("result.json").read_text())["settings"] == {"lr": 0.3}   # the work is not lost
     q = write_result(run, **record(settings={"lr": 0.3}, variant="gc"), results_dir=results)
     assert q.name == "ldebm+gc-grammar-quick-consistent-s0.json"
-    table = results_table(load_results(results), ["ldebm", "ldebm+gc", "vae"], ["wkl", "bleu"])
-    assert table.splitlines()[2:] == ["| ldebm | 0.70 | pending |", "| ldebm+gc | 0.50 | pending |", "| vae | pending | pending |"]
+    assert {row_name(r): r["metrics"]["wkl"]["value"] for r in load_results(results)} == {"ldebm": 0.7, "ldebm+gc": 0.5}
 
 
 def test_name_is_checked_before_the_work(tmp_path):
@@ -487,6 +487,112 @@ def test_name_is_checked_before_the_work(tmp_path):
     write_result(Run(tmp_path/"r", {}), **record(), results_dir=tmp_path)
     with pytest.raises(ValueError, match="lr: 0.1 -> 1"): result_path(**about, settings={"lr": 1}, results_dir=tmp_path)
     with pytest.raises(ValueError, match="'corpus'"): result_path(**{**about, "corpus": "../x"}, results_dir=tmp_path)
+
+
+def test_what_the_message_about_a_taken_name_advises(tmp_path):
+    "Each of the three remedies, and that settings which change nothing are no other run"
+    about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
+    old = write_result(Run(tmp_path/"r", {}), **record(), results_dir=tmp_path)
+    ask = lambda **more: result_path(**{**about, "settings": {"lr": 1}, "results_dir": tmp_path, **more})
+    with pytest.raises(ValueError, match=r"`variant` name .*another folder of records.*move the old record away"): ask()
+    assert ask(variant="fast") != old and ask(results_dir=tmp_path/"elsewhere").name == old.name
+    assert ask(settings={"lr": 0.1, "checkpoint_every": 7}) == old
+    old.rename(tmp_path/"kept.bak")
+    assert ask() == old
+
+
+# -- what a row of a table is
+
+def runs(*settings, **more):
+    "Records of as many seeds, in the order of their ends"
+    return [record(seed=i, settings={**s, "seed": i}, provenance={**provenance(None), "finished": f"2026-01-01T00:00:{i:02}"}, **{"variant": "", **more}) for i, s in enumerate(settings)]
+
+
+def groups(records, **kw): return [(how, [r["seed"] for r in rs]) for how, rs in group_records(records, **kw)]
+
+
+BASE = dict(lr=.1, d=32)
+
+@pytest.mark.parametrize("other, how", [
+    (dict(BASE, d=4), "d=4"), (dict(BASE, d=4, lr=.2), "d=4, lr=0.2"), (dict(BASE, packed=False), "packed=False"), (dict(lr=.1), "no d"),
+    (dict(BASE, corpus_sha256="f"*64), "other data: ffffffff"), (dict(BASE, data="0123456789ab"), "other data: 01234567"),
+    (dict(BASE, module_sha256="e"*64), "other module: eeeeeeee"), (dict(BASE, d=32.5), "d=32.5"), (dict(BASE, lr=None), "lr=None"),
+    (dict(BASE, terms="a|b"), r"terms=a\|b"), (dict(BASE, d=4, corpus_sha256="ab"), "other data: ab, d=4"),
+])
+def test_what_differs_gets_a_row_of_its_own(other, how):
+    assert groups(runs(BASE, BASE, other)) == [("", [0, 1]), (how, [2])]
+    assert groups(runs(other, BASE, BASE)) == [("", [1, 2]), (how, [0])], "the order of records says nothing"
+
+
+@pytest.mark.parametrize("change", [dict(preset="paper"), dict(objective="published"), dict(corpus="ptb"), dict(variant="x"), dict(row="vae")])
+def test_names_are_part_of_what_was_run(change):
+    one, other = runs(BASE, BASE)
+    (first, a), (second, b) = groups([one, {**other, **change}])
+    assert (a, b, first) == ([0], [1], "") and second == "=".join(*change.items())
+
+
+def test_what_is_one_run_stays_one_row():
+    assert groups(runs(BASE, dict(BASE, checkpoint_every=5), dict(reversed(BASE.items())))) == [("", [0, 1, 2])]
+    assert group_records([]) == []
+
+
+def test_many_differences_are_counted_and_told_apart():
+    far = [dict(BASE, **{f"k{i}": j for i in range(9)}) for j in (1, 2)]
+    (_, first), (a, _), (b, _) = groups(runs(BASE, BASE, *far))
+    assert first == [0, 1] and a.startswith("k0=1, k1=1, k2=1, k3=1, and 5 more, ") and b.startswith("k0=2, ") and a.split()[-1] != b.split()[-1]
+
+
+def test_a_seed_counts_once():
+    "A run that was made again: its last record stands, wherever it lies"
+    old, new = runs(BASE, BASE)
+    new = {**new, "seed": 0}
+    assert [rs for _, rs in group_records([new, old])] == [[new]] and [rs for _, rs in group_records([old, new])] == [[new]]
+
+
+def test_a_record_from_before_a_setting_has_its_default(monkeypatch):
+    @dataclass
+    class Old: lr: float = .5; d: int = 8; rho: float = .9
+    @dataclass
+    class Other: steps: int = 1; lr: float = 3.
+    monkeypatch.setattr(core, "JOB_SETTINGS", [Other, Old])
+    assert identity(dict(d=4, lr=.1, seed=3)) == dict(d=4, lr=.1, rho=.9) and identity(dict(steps=3, seed=0)) == dict(steps=3, lr=3.)
+    assert groups(runs(BASE, dict(BASE, rho=.9), dict(BASE, rho=.8))) == [("", [0, 1]), ("rho=0.8", [2])]
+
+
+def test_a_table_is_about_one_data_set():
+    "Where a row has no run on the table's data, none of its rows goes without saying so"
+    mine, yours = (dict(BASE, corpus_sha256=s) for s in ("mine", "yours"))
+    assert data_of(mine) == dict(corpus_sha256="mine") and data_of(dict(BASE, module_sha256="m")) == {}
+    assert groups(runs(mine, yours, yours), data=data_of(mine)) == [("", [0]), ("other data: yours", [1, 2])]
+    assert groups(runs(yours, yours), data=data_of(mine)) == [("other data: yours", [0, 1])]
+    assert groups(runs(yours), data={}) == [("other data: yours", [0])] and groups(runs(BASE), data=data_of(mine)) == [("other data: not said", [0])]
+    assert groups(runs(BASE, BASE), also=lambda r: dict(n=r["seed"])) == [("", [0]), ("n=1", [1])]
+
+
+@pytest.mark.parametrize("path", [
+    "grammar.txt", "./ptb/", "PTB", "x/Digits", "digits.zip", "CIFAR10", "cifar-10", "cifar_10.ZIP", "a/CelebA", "LSUN-Church", "lsun.church", "ｐｔｂ.txt",
+    "ptb\u200b.txt", "\u00a0shapes", "gaussians 16", "Pinwheel", "ﬁle/ptb", "..ptb", "daily dialog.txt", "cifar10–jpeg",
+])
+def test_user_data_never_takes_the_name_of_a_data_set(path):
+    got = own_name(path)
+    assert got not in DATA_SETS and got.casefold() not in DATA_SETS
+    write = dict(row="vae", preset="quick", objective="consistent", seed=0, results_dir="x")
+    assert result_path(**write, corpus=got).name == f"vae-{got}-quick-consistent-s0.json", "it is a name for files"
+
+
+def test_names_of_user_data():
+    assert [own_name(o) for o in ("my lines.txt", "a/b/corpus.v2.txt", "cifar10.v2", "few.zip", "news.de", "news.en")] == ["my-lines", "corpus.v2", "cifar10.v2", "few", "news.de", "news.en"]
+    lost = [own_name(o) for o in ("小说.txt", "对话.txt", "été.txt", "ôtô.txt", "☃", "пtb", "рtb")]
+    assert len({*lost}) == len(lost) and own_name("小说.txt") == own_name("b/小说.txt") == own_name("小说")
+    assert own_name("e\u0301te\u0301") == own_name("été"), "one name, composed or not"
+    assert own_name(".") == own_name(Path.cwd()) and own_name("x/../y") == "y"
+
+
+def test_every_data_set_is_known():
+    from ldebm.data import TOYS
+    from ldebm.images import IMAGE_SETS
+    from ldebm.text import CORPORA
+    assert {*CORPORA, *IMAGE_SETS, *TOYS} <= {*DATA_SETS}
 
 
 def test_bad_files_among_records_are_named(tmp_path):

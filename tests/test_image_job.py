@@ -7,6 +7,7 @@ import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,13 +348,32 @@ def test_a_corrupt_picture_in_a_zip(tmp_path):
     with pytest.raises(BadImage, match=r"mine.zip: corrupt picture b/017.png .*on_bad='skip'"): ij.open_job(job(tmp_path/"run", **kw))
     assert not (tmp_path/"run").exists()
     with pytest.warns(UserWarning, match="left out 1 corrupt picture: b/017.png"): p = ij.open_job(job(tmp_path/"run", on_bad="skip", **kw))
-    assert sum(map(len, p.images.values())) == 119 and p.run.path.exists() and ij.data_name(p.images["train"]) == "mine"
+    assert sum(map(len, p.images.values())) == 119 and p.run.path.exists() and ij.corpus_name(p) == "mine"
     (tmp_path/"broken.zip").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match="broken.zip is not a zip, or is cut short"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"broken.zip")}))
     with pytest.raises(FileNotFoundError, match="none.zip"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"none.zip")}))
     whole = dict(kw, dataset=pictures(tmp_path/"whole.zip"), settings=SMALL+" size=24 layers='6x1x8x0'")
     with pytest.raises(ValueError, match="energies need maps whose side is a power of two, got 6"): ij.open_job(job(tmp_path/"other", **whole))
     assert not (tmp_path/"other").exists()
+
+
+def test_a_folder_or_zip_is_never_filed_under_the_name_of_a_set(tmp_path):
+    "Nor are two that differ filed as one; a set's own name may be written in other ways"
+    def opened(path, **kw): return ij.open_job(job(tmp_path/f"out{path.parent.name}{path.name}", dataset=str(path), preset="small", settings=SMALL, **kw))
+    named = {}
+    for name in ("digits.zip", "CIFAR-10.zip", "few.v2.zip"):
+        for where in ("a", "b"):
+            (tmp_path/where).mkdir(exist_ok=True)
+            p = opened(Path(pictures(tmp_path/where/name, n=120 if where == "a" else 124)))
+            named[where, name] = ij.record_name(p, "ldebm")["corpus"], ij.record_settings(p, "ldebm")["data"]
+            assert p.run.settings["dataset"] == named[where, name][0]
+    assert [named["a", o][0] for o in ("digits.zip", "CIFAR-10.zip", "few.v2.zip")] == ["file-digits", "file-CIFAR-10", "few.v2"]
+    for name in ("digits.zip", "few.v2.zip"): assert named["a", name][0] == named["b", name][0] and named["a", name][1] != named["b", name][1]
+    place = lambda dataset, name: ij.ImagePlace(None, ImageJob(dataset=dataset), ImageSettings(), None, dict(train=SimpleNamespace(name=name)), None, "")
+    assert ij.corpus_name(place("x/cifar-10-batches-bin", "cifar10")) == "cifar-10-batches-bin", "files in that format may hold anything"
+    assert ij.corpus_name(place("x/cifar-10-binary.tar.gz", "cifar10")) == "cifar10" and ij.corpus_name(place("cifar10", "cifar10-jpeg")) == "cifar10-jpeg"
+    a, b = (ij.open_job(job(tmp_path/name, dataset=name)) for name in ("digits", "Digits"))
+    assert ij.record_name(a, "ldebm") == ij.record_name(b, "ldebm") and ij.record_settings(a, "ldebm") == ij.record_settings(b, "ldebm") and "data" not in ij.record_settings(a, "ldebm")
 
 
 def test_pictures_without_labels(tmp_path):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from ldebm.core import check_result, load_results, load_tensors
 from ldebm.data import load_grammar_files
-from ldebm.text import batches, load_corpus
+from ldebm.text import CORPORA, batches, load_corpus
 from ldebm.prior import DiagGaussian
-from ldebm.text_job import TextJob, TextTask, evaluate, finish, fit_energies, load_model, open_job, plot_latents, resolve, samples_by_symbol, scores, train_cfg
+from ldebm.text_job import TextJob, TextTask, corpus_name, evaluate, finish, fit_energies, job_name, load_model, open_job, plot_latents, record_settings, resolve, samples_by_symbol, scores, train_cfg
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 
@@ -177,6 +177,17 @@ def test_smallest_corpus(tmp_path, sentences):
     import matplotlib.pyplot as plt
     plt.close("all")
     assert len(interpolate(task.model, next(iter(batches(task.corpus["test"], 2))), 4)) == 4
+
+
+def test_a_file_is_never_taken_for_a_corpus_of_that_name(tmp_path, sentences, monkeypatch):
+    "Not in records, and not by what scores samples of the grammar with the grammar"
+    monkeypatch.chdir(tmp_path)
+    names = {"grammar": "file-grammar", "PTB": "file-PTB", "ptb.txt": "file-ptb", "digits.txt": "file-digits", "dailydialog.v2": "dailydialog.v2"}
+    for name in names: Path(name).write_text("\n".join(sentences[:40])+"\n")
+    got = {o: (corpus_name(TextJob(corpus=f"./{o}")), load_corpus(f"./{o}").name) for o in names}
+    assert {o: a for o, (a, _) in got.items()} == names and got["grammar"][1] == "file-grammar" and not {b for _, b in got.values()} & {*CORPORA}
+    job = tiny(tmp_path, corpus="./grammar")
+    assert job_name(job) == "ldebm-file-grammar-quick-consistent-s0" and "corpus_sha256" in record_settings(job, resolve(job))
 
 
 @pytest.mark.data

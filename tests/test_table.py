@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ldebm import table as T
-from ldebm.core import load_results, metric
+from ldebm.core import data_of, group_records, load_results, metric
+from ldebm import image_job, toy_job
 from ldebm.text import CORPORA
-from ldebm.text_job import TextJob, job_name, record_settings, resolve
+from ldebm.text_job import TextJob, TextSettings, corpus_name, job_name, record_settings, resolve, run_table, runs_of, scored
 from ldebm.text_score import TUNING
 from ldebm.zoo import ROWS, TABLE, Row
 
@@ -84,6 +85,119 @@ def test_rows_and_families_without_records():
     out = T.family_means([rec], "grammar", "quick", rec["objective"], dict(bleu=1))
     assert "| VAE | VAE (of 4) | " in out and "| autoencoder | none (of 2) | – |" in out
     assert "| strange | consistent | " in T.zoo_table([{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), rows=("strange",))
+
+
+# -- a row is what was run
+
+@pytest.mark.parametrize("folder", ["results", "results/tuning"])
+def test_records_of_this_repository_are_one_row_each(folder):
+    "By name and by what was run they fall into the same groups, each with every seed; and what they say of their scoring is read"
+    known = load_results(PLACE/folder)
+    names = {}
+    for r in known: names.setdefault(tuple(r[k] for k in ("row", "variant", "corpus", "preset", "objective")), []).append(r)
+    for name, rs in names.items():
+        (how, same), = group_records(rs, scored)
+        assert how == "" and [r["seed"] for r in same] == sorted({r["seed"] for r in rs}) and len(same) == len(rs), name
+    for r in known:
+        if r["corpus"] != "grammar": continue
+        said = scored(r)
+        assert (said["lm"], said["lm_seeds"], said["n_samples"]) == ("quick", 2, 2000) and said["nll_sentences"] == (None if "nll_valid" not in r["metrics"] else 200 if r["settings"].get("split") else 2000)
+        assert (said["nll_draws"] is None) == (r["row"] in ("ae", "dae", "rnn-lm")) and said["nll_draws"] in (None, 64, 100), r["row"]
+
+
+def test_a_setting_that_records_lack_does_nothing_at_its_default(monkeypatch):
+    "Else a run of today would stand beside those of yesterday as another"
+    monkeypatch.delenv("IN_TEST", raising=False)
+    old = {r["row"]: r for r in load_results(PLACE/"results") if r["corpus"] == "grammar" and r["preset"] == "quick" and not r["variant"] and r["objective"] == "consistent"}
+    for row, r in old.items():
+        if row not in ROWS: continue
+        job = TextJob(row=row, seed=r["seed"])
+        today = dict(r, settings=record_settings(job, resolve(job)))
+        (how, _), = group_records([r, {**today, "seed": r["seed"]+1}], scored)
+        assert how == "", (row, how)
+    for r in load_results(PLACE/"results"):
+        if "shape" not in r["settings"] or r["variant"]: continue
+        job = image_job.ImageJob(dataset="cifar10" if r["corpus"].startswith("cifar10") else r["corpus"], preset=r["preset"], objective=r["objective"], rows="ldebm")
+        today = dict(r, seed=-1, settings={**vars(image_job.resolve(job)), **r["settings"]}) # presets may change since, as long as what is new is not in them
+        (how, _), = group_records([r, today])
+        assert how == "", (r["row"], r["corpus"], how)
+
+
+def made(seed=0, row="vae", value=1., corpus="mine", preset="small", estimator="", n=None, metrics=None, **settings):
+    return dict(row=row, variant="", corpus=corpus, preset=preset, objective="consistent", seed=seed, settings={"row": row, **settings},
+                metrics=metrics or dict(kl=metric(value, n=n, estimator=estimator)), provenance=dict(device="cpu", threads=1, minutes=1., finished=f"{seed}"))
+
+
+def rows_of(table): return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:] if line.startswith("|")]
+
+
+@pytest.mark.parametrize("row, usual, other, how", [
+    ("vae", dict(d=32), dict(d=4), "d=4"), ("vae", dict(split="valid"), dict(), "no split"), ("vae", dict(processes=2), dict(), "no processes"),
+    ("ldebm", dict(layers="1x4x8x0", shape=[3, 8, 8]), dict(layers="1x4x8x0", shape=[3, 16, 16]), "shape=[3, 16, 16]"),
+    ("ldebm-coupled", dict(data="aaaa", energy_hidden=8), dict(data="bbbb", energy_hidden=8), "other data: bbbb"),
+    ("toy-ebm-long", dict(density="pinwheel", sample_steps=10), dict(density="pinwheel", sample_steps=20), "sample_steps=20"),
+    ("strange", dict(module_sha256="aaaa"), dict(module_sha256="bbbb"), "other module: bbbb"),
+])
+def test_no_table_mixes_runs(row, usual, other, how):
+    "Text, pictures, plane, rows of one's own"
+    rs = [made(0, row, 1., **usual), made(1, row, 3., **usual), made(2, row, 9., **other)]
+    for table in (run_table(rs, "mine", "small", [(row, "consistent")], dict(kl=1)), T.zoo_table(rs, "mine", "small", "consistent", dict(kl=1), rows=(row,))):
+        name = ROWS[row].title if row in ROWS and table is not None and f"| {ROWS[row].title} |" in table else row
+        assert rows_of(table) == [name, f"{name} ({how})"]
+        assert "| 2.0 ± 1.4 | 2 |" in table and "| 9.0 | 1 |" in table
+
+
+@pytest.mark.parametrize("key, first, second", [("bleu", (10., "x"), None), ("nll_valid", (2000, "nats; 64 draws"), (200, "nats; 64 draws")), ("nll_valid", (200, "nats; 64 draws"), (200, "nats; 32 draws")),
+                                                ("rppl", (9, "language model `quick`; by seed 0: 9.26, 1: 9.16"), (9, "language model `quick`; by seed 0: 9.26")),
+                                                ("rppl", (9, "language model `quick`; by seed 0: 9.26"), (9, "language model `small`; by seed 0: 9.26")), ("wkl", (2000, "x"), (500, "x"))])
+def test_runs_that_were_scored_otherwise(key, first, second):
+    rs = [made(i, metrics={key: metric(1., n=int(n), estimator=e)}, prior="normal", embed=8, hidden=8, d=4) for i, (n, e) in enumerate([first, second or first])]
+    assert len(rows_of(run_table(rs, "mine", "small", [("vae", "consistent")], {key: 1}))) == (1 if second is None else 2)
+
+
+def test_one_table_is_about_one_file():
+    "Two files of one name: what ran on the other says so in every row, the means and the picture leave it out"
+    metrics = lambda v: {k: metric(v) for k in ("kl", "recon_nll", "rppl")}
+    here = dict(corpus_sha256="aaaa")
+    rs = [*(made(k, metrics=metrics(1.), **here) for k in (0, 1)), made(0, "ldebm", metrics=metrics(2.), **here), *(made(k, "dgm-vae", metrics=metrics(50.), corpus_sha256="bbbb") for k in (0, 1)), made(2, d=4, metrics=metrics(70.), **here)]
+    table = T.zoo_table(rs, "mine", "small", "consistent", dict(kl=0), rows=("vae", "dgm-vae", "ldebm"))
+    assert rows_of(table) == ["VAE", "VAE (d=4)", "DGM-VAE (other data: bbbb)", "LDEBM"]
+    means = T.family_means(rs, "mine", "small", "consistent", dict(kl=0))
+    assert "| 1 |" in means and "50" not in means and "70" not in means and means.endswith("Not in it: VAE (d=4); DGM-VAE (other data: bbbb).")
+    ax = T.plot_rates(rs, "mine", "small")
+    assert sum(len(o.get_offsets()) for o in ax.collections if hasattr(o, "get_offsets") and o.get_array() is not None and o.axes is ax) == 3
+    there = runs_of(rs, "mine", "small", [("vae", "consistent")], dict(corpus_sha256="bbbb"))
+    assert [how for how, _ in there["vae", "consistent"]] == ["other data: aaaa", "other data: aaaa, d=4"]
+
+
+def test_what_a_command_has_run_is_the_table_it_shows(corpus, tmp_path):
+    "More runs on another file of that name do not take its place"
+    job = T.table_jobs(corpus=str(corpus), seeds=(0,), rows=("vae",), settings="steps=6", out=str(tmp_path/"runs"), results=str(tmp_path/"results"))[0]
+    mine = record_settings(job, resolve(job))
+    (tmp_path/"results").mkdir()
+    for seed, settings, bleu in ((0, mine, 5.), (1, dict(mine, corpus_sha256="b"*64), 7.), (2, dict(mine, corpus_sha256="b"*64), 7.)):
+        rec = dict(made(seed, corpus=corpus_name(job), preset="quick", metrics=dict(bleu=metric(bleu))), settings=settings)
+        rec["provenance"].update(commit="", versions={}, peak_memory_mb=1.)
+        (tmp_path/"results"/f"{seed}.json").write_text(json.dumps(rec))
+    shown = T.outcome([job])
+    assert rows_of(shown.split("\n\n", 1)[1]) == ["VAE", "VAE (other data: bbbbbbbb)"] and "| 5.0 | 1 |" in shown and data_of(mine)["corpus_sha256"] in str(mine)
+
+
+def test_figures_of_others_stand_beside_ours():
+    "The released code on the grammar, with its spread and seeds; the paper's, whose NLL is in the column of its estimator"
+    grammar, ptb = (T.quoted(PLACE/"data"/"published"/f"{k}.json") for k in ("grammar", "ptb"))
+    table = run_table([], "grammar", "quick", [("ldebm", "published"), ("ldebm", "consistent")], dict(grammatical=3, bleu=1, mi=2, rppl=1), grammar)
+    assert "| ldebm | published | released code | 0.216 | 10.1 ± 1.3 | 1.36 ± 0.04 | – | 3 | | |" in table and table.count("released code") == 1
+    assert {r for r, o in ptb.items() if o.get("nll_published") is not None} == {"svebm", "svebm-ib", "ldebm-no-gc", "ldebm"} and ptb["vae"]["nll_valid"] == ptb["vae"]["nll"]
+    assert "| ldebm | published | paper |" in run_table([], "ptb", "paper", [("ldebm", "published")], dict(nll_published=2), ptb)
+
+
+def test_settings_of_every_job_are_known():
+    from ldebm.core import JOB_SETTINGS
+    assert {TextSettings, image_job.ImageSettings, toy_job.ToySettings} <= {*JOB_SETTINGS}
+    for r in load_results(PLACE/"results"):
+        cls = max(JOB_SETTINGS, key=lambda c: len(r["settings"].keys() & c.__dataclass_fields__.keys()))
+        assert cls is (toy_job.ToySettings if r["row"].startswith("toy") else image_job.ImageSettings if "shape" in r["settings"] else TextSettings)
 
 
 def test_scores_are_part_of_what_a_job_is():
