@@ -586,7 +586,7 @@ def finish(
     if 'reconstructions' in artefacts:
         atomic_write(run.file('reconstructions.txt'), ''.join(f'{" ".join(a)}\n{" ".join(b)}\n\n' for a,b in artefacts['reconstructions']))
     save_model(run, task, job.module)
-    return write_result(run, **record_name(job), metrics=metrics, settings=run.settings, provenance=provenance(time.time()-seconds, throughput), results_dir=job.results or False)
+    return write_result(run, **record_name(job), metrics=metrics, settings=run.settings, provenance=dict(provenance(time.time()-seconds, throughput), data=task.corpus.fingerprint), results_dir=job.results or False)
 
 # %% ../nbs/60_text_job.ipynb #d62eb321
 def epoch_line(o:dict) -> str:
