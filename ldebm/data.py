@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PTB_FILES', 'TOPICS', 'GRAMMAR_ATTRIBUTES', 'TIMES', 'AUX', 'BE', 'GRAMMAR_SPLITS', 'GRAMMAR_FILES', 'ARMS', 'RADIAL',
-           'TANGENTIAL', 'RATE', 'TOYS', 'data_root', 'checksum', 'check_bytes', 'fetch', 'find_data', 'Seq', 'Alt',
-           'Slot', 'seq', 'opt', 'words', 'derivations', 'merge_arcs', 'compile_rule', 'Grammar', 'pick', 'Topic',
-           'grammar_prior', 'subject', 'grammar_rule', 'load_grammar', 'plot_reading', 'plot_corpus', 'grammar_texts',
-           'write_grammar', 'load_grammar_files', 'grid16', 'gaussians16', 'gaussians16_log_density', 'pinwheel',
-           'bisect', 'pinwheel_log_density', 'Toy', 'plot_density']
+           'TANGENTIAL', 'RATE', 'TOYS', 'data_root', 'checksum', 'check_bytes', 'fetch', 'find_data', 'read_data',
+           'Seq', 'Alt', 'Slot', 'seq', 'opt', 'words', 'derivations', 'merge_arcs', 'compile_rule', 'Grammar', 'pick',
+           'Topic', 'grammar_prior', 'subject', 'grammar_rule', 'load_grammar', 'plot_reading', 'plot_corpus',
+           'grammar_texts', 'write_grammar', 'load_grammar_files', 'grid16', 'gaussians16', 'gaussians16_log_density',
+           'pinwheel', 'bisect', 'pinwheel_log_density', 'Toy', 'plot_density']
 
 # %% ../nbs/01_data.ipynb #d788ecb4
 import hashlib, math, os, urllib.request
@@ -75,18 +75,33 @@ def find_data(
     hint:str='', # How to get the data by hand, for the error message
 ) -> Path: # Folder that holds all `files`, each checked
     "First folder that holds the data set `name`. `FileNotFoundError` if there is none, `ValueError` if a checksum differs"
-    looked = []
+    return _find(name, files, url, download, hint, all_of=False)[0]
+
+def read_data(
+    name:str, # Folder of the data set
+    files:dict[str,str|None], # Relative file name -> checksum, or `None` for any content
+    **how, # As in `find_data`
+) -> dict[str,bytes]: # Relative file name -> content
+    "Content of the files of `find_data`: each is read once, so that what was checked is what is used"
+    return _find(name, files, how.get('url'), how.get('download'), how.get('hint', ''), all_of=True)[1]
+
+def _find(name, files, url, download, hint, all_of:bool) -> tuple[Path,dict]:
+    "The folder, and what was read to check it; with `all_of` also the files that have no checksum"
+    looked,content = [],{}
+    def read(folder):
+        for f,want in files.items():
+            if all_of or want: content[f] = (folder/f).read_bytes()
+            if want: check_bytes(content[f], want, str(folder/f))
+        return folder,content
     for root in data_root():
         missing = [f for f in files if not (root/name/f).is_file()]
-        if not missing:
-            for f,want in files.items(): check_bytes((root/name/f).read_bytes() if want else b'', want, str(root/name/f))
-            return root/name
+        if not missing: return read(root/name)
         looked.append(f'{root/name}: ' + ('no such folder' if not (root/name).is_dir() else f'without {", ".join(missing)}'))
     urls = {} if url is None else url if isinstance(url, dict) else {f: f'{url.rstrip("/")}/{f}' for f in files}
     if download is None: download = os.environ.get('LDEBM_DOWNLOAD')=='1'
     if download and urls:
         for f,want in files.items(): fetch(urls[f], cache_root()/name/f, want)
-        return cache_root()/name
+        return read(cache_root()/name)
     get = 'set LDEBM_DOWNLOAD=1 to download it, or ' if urls else ''
     raise FileNotFoundError(f'data set {name!r} not found. Looked in:\n  ' + '\n  '.join(looked)
         + f'\nTo get it: {get}put {", ".join(files)} into one of these folders, or name their parent in LDEBM_DATA.'
@@ -479,9 +494,7 @@ GRAMMAR_FILES = {
 # %% ../nbs/01_data.ipynb #0f6d5681
 def load_grammar_files() -> dict[str,tuple[list[list[str]],dict[str,Tensor]]]: # Split -> sentences, and attribute -> indices `(n,)`
     "The embedded corpus, from `data/grammar` or made on the spot. `ValueError` if the files were altered"
-    try:
-        folder = find_data('grammar', GRAMMAR_FILES)
-        texts = {f: (folder/f).read_text(encoding='utf-8') for f in GRAMMAR_FILES}
+    try: texts = {f: o.decode() for f,o in read_data('grammar', GRAMMAR_FILES).items()}
     except FileNotFoundError: texts = grammar_texts()
     out = {}
     for split in GRAMMAR_SPLITS:

@@ -6,7 +6,7 @@
 __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_sentences', 'lm_words', 'as_stream', 'side_by_side',
            'lstm', 'own_lstm', 'cut_points', 'parts_nll', 'mask', 'locked', 'drop_weights', 'LM', 'activity',
            'segments', 'stalled', 'read_text', 'lm_nll', 'save_lm', 'load_lm', 'lm_key', 'make_lm_optimizer',
-           'averaged', 'train_lm', 'nats_interval', 'protocol', 'protocol_lms', 'rppl_floor', 'forward_ppl',
+           'averaged', 'train_lm', 'nats_interval', 'protocol', 'lm_lacks', 'protocol_lms', 'rppl_floor', 'forward_ppl',
            'reverse_ppl', 'plot_ppl']
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
@@ -472,6 +472,17 @@ def protocol(
     if n < 100: raise ValueError(f'{n} sentences are too few to train a language model: generate at least 100, better {N_TRAIN+N_VALID:,}')
     if n >= N_TRAIN+N_VALID//2: return N_TRAIN,min(n, N_TRAIN+N_VALID)
     return n*N_TRAIN//(N_TRAIN+N_VALID),n
+
+def lm_lacks(
+    sentences:list[list[str]], # Generated or real
+    cfg:LMCfg|str, # Settings
+    what:str='sentences', # Their name
+) -> str: # Reason; empty if they will do
+    "Why no language model can be trained on these sentences"
+    n,cfg = len(sentences),lm_cfg(cfg)[0]
+    if n < 100: return f'{n} {what} are fewer than the 100 that a language model needs'
+    words = sum(len(x)+1 for x in sentences[:protocol(n)[0]])
+    return '' if words >= 5*cfg.batch else f'{words} words of {what} are fewer than the {5*cfg.batch} that a language model with {cfg.batch} streams needs'
 
 def _check(cfg, seeds, **texts):
     "Errors before any work"

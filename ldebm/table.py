@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from .core import choose, data_of, load_results, parse_settings, result_path, row_name
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
-from .text import CORPORA, load_corpus
-from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_name, load_own, record_name, record_settings, resolve, run_table, runs_of, scoring, unused
+from .text import CORPORA, keep_source, load_corpus
+from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_folder, job_name, load_own, record_name, record_settings, resolve, run_table, runs_of, scoring, unused
 from .text_score import copy_record, tuning_jobs
 from .zoo import ROWS, TABLE
 
@@ -84,13 +84,15 @@ def run_jobs(
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() and not remote and how.get('gpus') != 0 else 'cpu'
         if remote: print("at a scheduler, runs use CPUs unless device is 'cuda' (--device cuda)", flush=True)
-    notebook,todo,seen = zoo_notebook(),[],{}
+    notebook,todo,seen,kept = zoo_notebook(),[],{},{}
     for j in jobs:
         s = resolve(j)
-        if (what := (j.corpus, s.max_len, s.vocab_size)) not in seen: seen[what] = load_corpus(j.corpus, max_len=s.max_len, vocab_size=s.vocab_size)
-        check_corpus(seen[what], s)
-        if j.results: result_path(**record_name(j), settings=record_settings(j, s), results_dir=j.results)
-        todo.append(sweep_job(replace(j, threads=how.get('threads', 1), device=device), notebook, (gpu_share or GPU_SHARE[j.preset]) if device == 'cuda' else 0.))
+        here = kept.get(j.corpus, j.corpus)
+        if (what := (j.corpus, s.max_len, s.vocab_size)) not in seen: seen[what] = load_corpus(here, max_len=s.max_len, vocab_size=s.vocab_size)
+        c = seen[what]; check_corpus(c, s)
+        if j.results: result_path(**record_name(j), settings=record_settings(j, s, c), results_dir=j.results)
+        if c.source: here = kept[j.corpus] = str(keep_source(c, job_folder(j).parent/'corpora'/c.sha256[:16]/Path(j.corpus).name).absolute()) # all runs read what was read here
+        todo.append(sweep_job(replace(j, corpus=here, threads=how.get('threads', 1), device=device), notebook, (gpu_share or GPU_SHARE[j.preset]) if device == 'cuda' else 0.))
     got = sweep(todo, **how)
     for j in jobs:
         if got[job_name(j)]['state'] == 'skipped': copy_record(j) # also where the folder of records is another, or the record was deleted

@@ -16,14 +16,14 @@ from .core import Run, atomic_write, batch_sizes, load_tensors, make_gen, metric
 from .data import load_grammar
 from .langevin import ess
 from .likelihood import NLLCfg, LogZ, Plan, Proposal, SentenceBounds, log_z_bounds, nll_importance, nll_ldebm, nll_metric, nll_svebm, top_log_z
-from .lm import reverse_ppl
+from .lm import lm_lacks, reverse_ppl
 from .prior import DiagGaussian, trace_rhat
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean, two_sample_auroc
-from .text import get_batch, split_sentences
+from .text import get_batch
 from .text_metrics import prior_hole
 from .zoo import has_codes
-from .text_job import TextJob, TextSettings, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, job_folder, open_job, record_name, released, scoring, train_cfg
+from .text_job import TextJob, TextSettings, TextTask, evaluate, finish, fit_energies, has_bound, has_energy_stage, job_folder, lacking, left_out, open_job, record_name, released, scoring, train_cfg
 from .train import launch
 
 # %% ../nbs/63_text_score.ipynb #61150b3c
@@ -74,7 +74,7 @@ def text_nll(
     total = len(task.corpus[split]); n = min(n or total, total); dev = task.device; chunk = chunk or batch_sizes(dev)['likelihoods']
     order = torch.randperm(total, generator=make_gen(seed, 'likelihood order', 'cpu'))[:n]
     file = None if folder is None else Path(folder)/f'likelihood-{split}.safetensors'
-    what = dict(n=n, seed=seed, chunk=chunk, fit_on=fit_on, cfg=repr(cfg), model=weights_hash(task.model))
+    what = dict(n=n, seed=seed, chunk=chunk, fit_on=fit_on, cfg=repr(cfg), model=weights_hash(task.model), data=task.corpus.fingerprint)
     if has_codes(task.s): what['draws'] = task.s.importance_draws
     done,plans = [],{}
     if file is not None and file.exists():
@@ -199,7 +199,7 @@ def score(
 ) -> dict: # Metrics
     "The expensive metrics of one text model"
     s,m,c,seed,split = task.s,task.model.eval(),task.corpus,job.seed,split or job.split; place = lms if lms is not None else None if folder is None else Path(folder).parent/'lm'; folder = None if folder is None else Path(folder)/'score'
-    out,key = {},dict(model=weights_hash(m), seed=seed, split=split); noise = lambda stage, device=task.device: make_gen(seed, 'score', stage, device=device) # each stage has its own, so that one that was kept changes no other
+    lacks = lacking(c, s, split); out,key = {k: left_out(v) for k,v in lacks.items() if k == 'exact_gap'},dict(model=weights_hash(m), seed=seed, split=split, data=c.fingerprint); noise = lambda stage, device=task.device: make_gen(seed, 'score', stage, device=device) # each stage has its own, so that one that was kept changes no other
     sentences = c[split].sentences()
     if s.prior != 'none' and has_bound(s) and s.nll_draws:
         n = min(s.nll_sentences or len(sentences), len(sentences))
@@ -208,7 +208,7 @@ def score(
             if n < len(sentences):
                 terms = task.likelihood_terms(split, noise('terms')); cheap = next(terms[k] for k in ('neg_elbo','base_bound') if k in terms)
             got = nll_metric(parts, f'; {s.importance_draws if has_codes(s) else s.nll_draws} draws', None if cheap is None else (cheap[parts['index']], cheap))
-            if c.name == 'grammar': got['exact_gap'] = exact_gap(parts['nll'], [sentences[i] for i in parts['index'].tolist()], load_grammar().log_prob)
+            if c.name == 'grammar' and 'exact_gap' not in lacks: got['exact_gap'] = exact_gap(parts['nll'], [sentences[i] for i in parts['index'].tolist()], load_grammar().log_prob)
             if job.objective == 'published' and s.prior == 'ebm': got['nll_published'] = published(parts['index'][:200], cheap)
             if released(s): got['nll_gap_sampled'] = sampled_gap(parts['index'][:32])
             return got
@@ -229,22 +229,23 @@ def score(
             mean,half = regression_mean(v, *((v, v) if cheap is None else (cheap[index], cheap)))
             return metric(mean, (mean-half, mean+half), len(v), f'as the released code estimates it, 5 x 100 draws: not a likelihood{"" if cheap is None else "; by regression, as nll_valid"}')
         out.update(stage(folder, f'likelihood-{split}', dict(**key, n=n, of=len(sentences), cfg=repr(nll_cfg(task)), **(dict(draws=s.importance_draws) if has_codes(s) else {})), likelihood))
-    elif s.prior == 'none' and c.name == 'grammar':
+    elif s.prior == 'none' and c.name == 'grammar' and 'exact_gap' not in lacks:
         out['exact_gap'] = exact_gap(task.likelihood_terms(split, noise('terms'))['nll'], sentences, load_grammar().log_prob)
     if s.prior != 'none':
         def hole():
             q = task.encode(split); k = min(2000, len(q)); cpu = noise('hole', 'cpu')
-            if k < 20: return dict(prior_hole_auroc=metric(None, n=k, estimator=f'not computed: a classifier needs 20 sentences, and there are {k}'))
+            if 'prior_hole_auroc' in lacks: return dict(prior_hole_auroc=left_out(lacks['prior_hole_auroc'], k))
             z = task.draw(q, cpu)
             return prior_hole(m.prior.sample(k, gen=noise('hole prior')), z, cpu)
         out.update(stage(folder, 'prior-hole', key, hole))
     if s.prior == 'ebm': out.update(stage(folder, 'sampler', key, lambda: sampler_evidence(m.prior, noise('sampler'), cpu_gen=noise('folds', 'cpu'))))
     if s.lm:
-        whole = split_sentences(job.corpus, vocab=c.vocab) # none cut, in the words the model knows
-        few = next((f'{len(x)} {what}' for x,what in ((samples, 'samples'), (whole['train'], 'training sentences')) if len(x) < 100), '')
-        if few: out['rppl'] = metric(None, n=len(samples), estimator=f'not computed: {few} are fewer than the 100 that a language model needs')
-        else: out.update(stage(folder, 'reverse-perplexity', dict(**key, lm=s.lm, seeds=s.lm_seeds, n=len(samples)),
-                               lambda: reverse_ppl(samples, whole[split], whole['train'], s.lm, seeds=tuple(range(s.lm_seeds)), folder=place, own=folder, device=task.device)))
+        few = lm_lacks(samples, s.lm, 'samples') or lacks.get('rppl')
+        def perplexity():
+            try: return reverse_ppl(samples, c.whole(split), c.whole('train'), s.lm, seeds=tuple(range(s.lm_seeds)), folder=place, own=folder, device=task.device) # sentences none cut, in the words the model knows
+            except FloatingPointError as e: return dict(rppl=left_out(str(e), len(samples))) # a language model that diverges leaves the rest of the record whole
+        if few: out['rppl'] = left_out(few, len(samples))
+        else: out.update(stage(folder, 'reverse-perplexity', dict(**key, lm=s.lm, seeds=s.lm_seeds, n=len(samples)), perplexity))
     return out
 
 # %% ../nbs/63_text_score.ipynb #db88791b

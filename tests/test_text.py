@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from ldebm.data import load_grammar, load_grammar_files
-from ldebm.text import DD_LABELS, Vocab, batches, build_vocab, get_batch, load_corpus, make_split, n_batches
+from ldebm.text import DD_LABELS, Vocab, batches, build_vocab, get_batch, load_corpus, make_split, n_batches, parse_sentences
 
 
 def gen(seed): return torch.Generator().manual_seed(seed)
@@ -140,6 +140,67 @@ def test_own_file(tmp_path):
     assert a["train"].sentences() == [s.split() for s in lines if s.split()[1] in a.vocab.stoi]       # file order, and only its own words
     assert all(s[1] == "<unk>" for s in a["test"].sentences())
     assert len(load_corpus(path, vocab_size=6).vocab) == 8
+
+
+# -- special words and what cannot be seen
+
+@pytest.mark.parametrize("text,want,said", [
+    ("<s> a b </s>\n<s> c </s>\n", [["a", "b"], ["c"]], "4 begin and end tags dropped"),
+    ("a b <eos>\nc <EOS>\n", [["a", "b"], ["c"]], "2 begin and end tags dropped"),
+    ("<bos> a </s> <pad> <pad>\n<s> </s>\n", [["a"]], "4 begin and end tags dropped; 2 <pad> dropped; 1 lines of nothing else skipped"),
+    ("a <unk> <UNK>\nunk\n", [["a", "<unk>", "<unk>"], ["unk"]], "2 <unk> read as the unknown word"),
+    ("\ufeffa b\n\ufeffc\n", [["a", "b"], ["c"]], "1 invisible characters dropped"),
+    ("a\u00adb \x01\nc\x7f d\u200e\n", [["ab"], ["c", "d"]], "4 invisible characters dropped"),
+    ("a\u00a0b\u200bc\u2028d\x85e\n", [["a", "b", "c", "d", "e"]], ""),
+    ("a b\r\nc\rd\n", [["a", "b"], ["c"], ["d"]], ""),
+    ("\u0645\u06cc\u200c\u062e a\u200d \u200d \u2764\ufe0f\n", [["\u0645\u06cc\u200c\u062e", "a\u200d", "\u2764\ufe0f"]], "1 invisible words dropped")])
+def test_what_is_no_word(text, want, said):
+    got, notes = parse_sentences(text.encode(), "mine.txt")
+    assert got == want and "; ".join(notes) == said
+
+
+@pytest.mark.parametrize("line,word", [("a <eos> b", "<eos>"), ("a <s>", "<s>"), ("</s> a", "</s>"), ("<pad> a", "<pad>"), ("a <PAD> b", "<pad>"), ("a <bos> b <eos>", "<bos>")])
+def test_an_end_in_the_middle(line, word):
+    with pytest.raises(ValueError, match=f"mine.txt: sentence 2 has the word '{word}' in the middle .line 3., which is reserved: begin a new line there"):
+        parse_sentences(f"x y\n\n{line}\n".encode(), "mine.txt")
+
+
+@pytest.mark.parametrize("code", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings(code):
+    with pytest.raises(ValueError, match="not UTF-8|binary"): parse_sentences("a b\n".encode(code), "mine.txt")
+
+
+def test_rare_special_words_keep_their_place():
+    many = [[f"w{i}" for i in range(9)]]*5
+    v = build_vocab([*many, ["<unk>"]], size=6)
+    assert v.itos == ["<pad>", "<s>", "</s>", "w0", "w1", "w2", "<unk>"] and len(v) == 7
+    v = build_vocab([["x"]*9+["y"]*9+["z"]*9+["u"]*9+["<unk>"]], size=4)    # the tags too are rarer than every word
+    assert v.itos == ["<pad>", "x", "<unk>", "<s>", "</s>"]
+    assert build_vocab([["x"]*9+["y"]*9+["z"]*9+["u"]*9], size=4).itos == ["<pad>", "<unk>", "x", "y", "<s>", "</s>"]
+    assert build_vocab([*many, ["<unk>"]*9], size=6).itos == ["<pad>", "<unk>", "<s>", "</s>", "w0", "w1", "w2"]    # as published where it is frequent
+
+
+def test_one_unknown_word_in_a_large_vocabulary(tmp_path):
+    (tmp_path/"mine.txt").write_text("".join(f"w{i} w{i+1} w{i} w{i+1}\n" for i in range(100))+"one <unk> more\n")
+    c = load_corpus(str(tmp_path/"mine.txt"), vocab_size=50)
+    assert len(c.vocab) == 51 and c.vocab.itos[-1] == "<unk>" and "1 <unk> read as the unknown word" in c.notes
+    assert "Reading it: 1 &lt;unk> read" in c._repr_markdown_()
+
+
+def test_a_file_is_never_taken_for_a_corpus_of_ours(tmp_path):
+    (tmp_path/"grammar").write_text("a b c\n"*40)
+    assert load_corpus(str(tmp_path/"grammar")).name == "file-grammar"
+
+
+def test_a_fingerprint_is_of_all_that_is_read(tmp_path):
+    path = tmp_path/"mine.txt"
+    path.write_text("".join(f"a b c d{i%7} e f\n" for i in range(60)))
+    a, b = load_corpus(path, max_len=5), load_corpus(path, max_len=5)
+    cut = load_corpus(path, max_len=6)
+    path.write_text(path.read_text().replace("e f", "f e"))       # beyond max_len
+    c = load_corpus(path, max_len=5)
+    assert a.fingerprint == b.fingerprint and all(torch.equal(a[k].flat, c[k].flat) for k in a.splits)
+    assert len({a.fingerprint, cut.fingerprint, c.fingerprint}) == 3 and a.sha256 != c.sha256 and a.altered("train") == 54
 
 
 # -- batches
