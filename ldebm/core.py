@@ -10,7 +10,7 @@ __all__ = ['BATCH', 'make_gen', 'pick_device', 'to_device', 'together', 'batch_s
            'results_root', 'result_path', 'write_result', 'load_results', 'results_table']
 
 # %% ../nbs/00_core.ipynb #38db3bd6
-import collections, contextlib, copy, ctypes, dataclasses, difflib, hashlib, importlib.metadata, inspect, json, math, numbers
+import ast, collections, contextlib, copy, ctypes, dataclasses, difflib, hashlib, importlib.metadata, inspect, json, math, numbers
 import os, platform, re, shlex, signal, statistics, subprocess, sys, threading, time, types, typing, warnings
 from datetime import datetime, timezone
 from pathlib import Path
@@ -230,15 +230,40 @@ def _is_param(k, v) -> bool:
     return not (k.startswith('_') or k in _IPYTHON_NAMES or inspect.ismodule(v) or callable(v) or typing.get_origin(v) is not None
                 or type(v).__module__ == '__future__')
 
+def _plain_names(source:str) -> tuple[set,bool]: # Names, and whether the cell does nothing else
+    "Names that a cell sets to plain values; papermill writes `float('nan')` for one"
+    try: body = ast.parse(source).body
+    except SyntaxError: return set(),False
+    names,rest = set(),False
+    for n in body:
+        to = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) and n.value else []
+        plain = all(isinstance(t, ast.Name) for t in to) and all(v.id == 'float' for v in ast.walk(getattr(n, 'value', n)) if isinstance(v, ast.Name))
+        if to and plain: names |= {t.id for t in to}
+        else: rest = True
+    return names,bool(names) and not rest
+
+def _parameter_names(fields, cells:list) -> set: # Empty when there is no parameters cell
+    "Names set by the last parameters cell that was run and by the cells of plain values right behind it"
+    names = set()
+    for source in reversed(cells):
+        new,only = _plain_names(source)
+        whole = 2*len(new & set(fields)) >= len(fields) # the parameters cell itself, whatever else it does
+        if only or whole: names |= new
+        elif names & set(fields): break
+        else: names = set()
+        if whole: break
+    return names if names & set(fields) else set()
+
 def notebook_params(
     cls, # A dataclass of settings
-    namespace:dict, # `globals()` of the notebook, right after its parameters cell
+    namespace:dict, # `globals()` of the notebook
 ): # Instance of `cls`
     "Settings from a notebook's parameters; `ValueError` for a name `cls` does not know and for a field without a value"
-    values = {k: v for k,v in namespace.items() if _is_param(k, v)}
-    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values]
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    names = _parameter_names(fields, namespace.get('In') or [])
+    values = {k: v for k,v in namespace.items() if (k in names or k in fields if names else _is_param(k, v))}
     cfg = check_params(cls, values)
-    if missing: raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
+    if missing := [k for k in fields if k not in values]: raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
     return cfg
 
 # %% ../nbs/00_core.ipynb #b19dbd35
