@@ -85,6 +85,7 @@ $(foreach v,$(filter LDEBM_%,$(TYPED)),$(eval export $(v)))
 path    = $(subst <path>,,$(subst <path>-,./-,$(subst <path>~/,$(value HOME)/,<path>$(1))))
 
 # -- Environment
+# A script by its file: the first line of one holds no path with a space and a dollar
 TOOL = python "$$(command -v $(1) || echo $(1))"
 ifeq ($(NO_VENV),)
 ENV := $(call path,$(VENV))
@@ -103,7 +104,7 @@ THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null ||
 export OMP_NUM_THREADS ?= $(THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
-PAPERMILL = $(call TOOL,papermill) --cwd . --kernel python3 --log-output --no-progress-bar
+PAPERMILL = python -m ldebm.sweep --cwd . --kernel python3 --log-output --no-progress-bar
 
 
 help: ## Show this list
@@ -114,7 +115,9 @@ help: ## Show this list
 
 venv: $(READY) ## Make .venv from the lock file of this Python
 
-# A checkout that cannot be written is found through a .pth file, for pip would write into it
+# `pip install -e .` writes into the checkout, and takes a dollar in its path for a variable: a .pth file and the metadata do the same
+POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("purelib"); open(lib + "/ldebm.pth", "w").write(os.getcwd()); \
+  sys.exit(subprocess.call([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", lib]))
 .environment:
 	@env=$(call q,$(ENV)); log="$$env/install.log"; \
 	if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(CHECK)' 2>/dev/null; then \
@@ -125,9 +128,7 @@ venv: $(READY) ## Make .venv from the lock file of this Python
 	echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $$env with $$($(PYTHON) --version): once, a few minutes"; \
 	$(PYTHON) -m venv -- "$$env" || { echo "$$env cannot be made: name another folder, make VENV=/path/to/folder ..., or with NO_VENV=1 use the environment that is active" >&2; exit 1; }; \
 	rm -f -- "$$env"/.installed-*; \
-	if { python -m pip install -q $(PIP_ARGS) -r $(LOCK) && \
-	  if [ -w . ]; then python -m pip install -q --no-deps --no-build-isolation -e .; else python -c 'import os, sysconfig; open(sysconfig.get_path("purelib") + "/ldebm.pth", "w").write(os.getcwd())'; fi \
-	  && python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
+	if { python -m pip install -q $(PIP_ARGS) -r $(LOCK) && python -c '$(POINT)' && python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
 	then touch -- $(call q,$(STAMP)); echo "Ready: $$env"; \
 	else tail -n 15 -- "$$log" >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
 
@@ -155,7 +156,7 @@ endef
 
 TRAIN := $(call folder,$(ROW)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))
 train: $(READY) ## Train on text and write a run folder
-	$(call execute,train_ptb,$(TRAIN),-r corpus $(call q,$(CORPUS)) -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) -r row $(call q,$(ROW)) -r settings $(call q,$(SETTINGS)))
+	$(call execute,train_ptb,$(TRAIN),-r corpus $(call q,$(call path,$(CORPUS))) -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) -r row $(call q,$(ROW)) -r settings $(call q,$(SETTINGS)))
 	@echo; python -c 'import sys; from ldebm.text_job import scores; print(scores(sys.argv[1]))' $(call q,$(TRAIN))
 	$(call finish,$(TRAIN))
 
@@ -172,7 +173,7 @@ digits: $(READY) ## Hierarchical prior on 8x8 digits: generator, energies, sampl
 	$(call finish,$(call pictures,digits))
 
 images: $(READY) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_church or a folder or zip
-	$(call execute,train_images,$(call pictures,$(call stem,$(DATASET))),-r dataset $(call q,$(DATASET)) $(PICTURES))
+	$(call execute,train_images,$(call pictures,$(call stem,$(DATASET))),-r dataset $(call q,$(call path,$(DATASET))) $(PICTURES))
 	$(call finish,$(call pictures,$(call stem,$(DATASET))))
 
 # Processes that share the tests, each of which takes about a gigabyte
@@ -184,7 +185,7 @@ test: $(READY) ## Run every notebook, then the tests
 	@echo "Tests:"
 	@OMP_NUM_THREADS=1 python -m pytest -q $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
 
-TABLE = python -m ldebm.table --corpus=$(call q,$(CORPUS)) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
+TABLE = python -m ldebm.table --corpus=$(call q,$(call path,$(CORPUS))) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
 table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
 	@$(TABLE) --objective=$(call q,$(OBJECTIVE)) --seeds $(call each,$(call seeds,0 1 2)) $(call ask,ROW,--rows $(call each,$(ROW))) $(TABLE_ARGS)
 

@@ -258,11 +258,11 @@ def notebook_params(
     cls, # A dataclass of settings
     namespace:dict, # `globals()` of the notebook
 ): # Instance of `cls`
-    "Settings from a notebook's parameters; `ValueError` for a name `cls` does not know and for a field without a value"
+    "Settings from a notebook's parameters, a `~` in front written out; `ValueError` for a name `cls` does not know and for a field without a value"
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     names = _parameter_names(fields, namespace.get('In') or [])
     values = {k: v for k,v in namespace.items() if (k in names or k in fields if names else _is_param(k, v))}
-    cfg = check_params(cls, values)
+    cfg = check_params(cls, {k: os.path.expanduser(v) if isinstance(v, str) else v for k,v in values.items()})
     if missing := [k for k in fields if k not in values]: raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
     return cfg
 
@@ -674,7 +674,7 @@ def check_result(
 # %% ../nbs/00_core.ipynb #d01fd812
 def results_root() -> Path: # Folder of records
     "`$LDEBM_RESULTS`, else `results` beside the nearest settings.ini above the working folder, else `results` in it"
-    if os.environ.get('LDEBM_RESULTS'): return Path(os.environ['LDEBM_RESULTS'])
+    if os.environ.get('LDEBM_RESULTS'): return Path(os.environ['LDEBM_RESULTS']).expanduser()
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p/'settings.ini').is_file()), here)/'results'
 
