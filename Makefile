@@ -206,7 +206,7 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 	@$(call TOOL,jupyter) lab --notebook-dir=nbs
 
 lint: $(READY) ## Undefined names and unused imports in the package
-	@ruff check --select F821,F401 ldebm
+	@ruff check --no-cache --select F821,F401 ldebm
 
 prepare: $(READY) ## Export the package, clean the notebooks, render the README
 	@$(call TOOL,nbdev_export)
