@@ -74,7 +74,8 @@ q       = '$(subst ','\'',$(1))'
 ifeq ($(MAKELEVEL),0)
 $(foreach v,$(filter-out $(LISTED) $(UNLISTED),$(TYPED)),$(error there is no variable $(v): $(shell $(or $(PYTHON),python3) -c '$(NEAR)' $(call q,$(v)) $(LISTED))))
 endif
-$(foreach v,$(LOST),$(error `make $(GOALS)` cannot use $(v), which is for $(strip $(foreach t,$(RUNS) test docs-serve,$(if $(filter $(v),$(TAKES.$(t))),$(t))))$(if $(TAKES.$(firstword $(GOALS))),; it takes $(TAKES.$(firstword $(GOALS))))))
+USERS   = $(strip $(foreach t,$(RUNS) test docs-serve,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
+$(if $(LOST),$(error `make $(GOALS)` cannot use$(foreach v,$(sort $(LOST)), $(v) (which is for $(call USERS,$(v))))$(if $(TAKES.$(firstword $(GOALS))),; it takes $(TAKES.$(firstword $(GOALS))))))
 $(foreach p,NAME-RUN SEED-SEEDS,$(if $(filter 2,$(words $(filter $(subst -, ,$(p)),$(GIVEN)))),$(error give one of $(subst -, and ,$(p)), not both)))
 
 # What is given is taken as it stands: a dollar is a dollar (on the command line two are one, as make has it)
