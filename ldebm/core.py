@@ -254,15 +254,17 @@ def _plain_names(source:str) -> tuple[set,bool]: # Names, and whether the cell d
 
 def _parameter_names(fields, cells:list) -> set: # Empty when there is no parameters cell
     "Names set by the last parameters cell that was run and by the cells of plain values right behind it"
-    names = set()
+    names,behind = set(),set()
     for source in reversed(cells):
         new,only = _plain_names(source)
         whole = 2*len(new & set(fields)) >= len(fields) # the parameters cell itself, whatever else it does
-        if only or whole: names |= new
-        elif names & set(fields): break
-        else: names = set()
+        if only or whole:
+            behind |= new
+            if new & set(fields): names,behind = names|behind,set() # cells in front of the first that sets a parameter are something else
+        elif names: break
+        else: behind = set()
         if whole: break
-    return names if names & set(fields) else set()
+    return names
 
 def notebook_params(
     cls, # A dataclass of settings
