@@ -1,31 +1,56 @@
-# make            lists the targets
+# make            lists the targets, what each takes, and what that means
 # make train      sets up .venv from the lock file, then trains on the embedded corpus
-# Everything below can be overridden: make train CORPUS=ptb PRESET=small SEED=1 ARGS='-p steps 500'
+# make train CORPUS=ptb PRESET=small SEED=1 ARGS='-p steps 500'     with variables; one that a target cannot use is an error
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
+#: CORPUS       text: grammar (which is here), ptb, dailydialog, or a file with one sentence a line
+#: DATASET      pictures: shapes (which need no data), cifar10, celeba, lsun_church, or a folder or zip; all but shapes with PRESET=small or paper
+#: PRESET       quick, small or paper; toy2d: small or quick
+#: OBJECTIVE    consistent or published; digits, images: robust as well
+#: ROW          the system, such as vae; digits, images, table: several, such as "ldebm ddpm"
+#: SEED         the seed, 0
+#: SEEDS        several of them: "0 1 2", which table takes by itself
+#: SETTINGS     any other settings, such as "d=32 w_kl=.5"
+#: NAME         name of the folder under runs/
+#: RUN          the folder itself: of the run; of table and tune, of all their runs
+#: ARGS         further parameters of the notebook, such as "-p steps 500"
+#: TABLE_ARGS   further options of python -m ldebm.table, such as "--workers 2 --retry"
+#: BENCH_ARGS   options of bench/bench.py, such as "--only chain step"
+#: NBDEV_ARGS   options of nbdev_test, such as "--path nbs/00_core.ipynb"
+#: PYTEST_ARGS  options of pytest
+#: PORT         port of the site, 8000
+#: VENV         folder of the environment, .venv
+#: NO_VENV      1: the environment that is active instead
+#: PYTHON       the Python that makes the environment
+#: PIP_ARGS     options of pip
 CORPUS    ?= grammar
+DATASET   ?= shapes
 PRESET    ?= quick
-SEED      ?= 0
 OBJECTIVE ?= consistent
 ROW       ?= ldebm
-ARGS      ?=
+SEED      ?= 0
 PORT      ?= 8000
 VENV      ?= .venv
-# NO_VENV=1 uses the environment that is active instead of making one
-NO_VENV   ?=
-# Extra arguments for pip, nbdev_test and pytest
-PIP_ARGS    ?=
-NBDEV_ARGS  ?=
-PYTEST_ARGS ?=
-# Settings of train, table and tune, seeds of table (the others take SEED), and options of `python -m ldebm.table`, such as '--rows vae dgm-vae --workers 2 --retry'
-SEEDS      ?= 0 1 2
-SETTINGS   ?=
-TABLE_ARGS ?=
-# Options of bench, such as '--only chain step' or '--threads 1'
-BENCH_ARGS  ?=
+# Not from the environment, where WSL keeps the name of the machine
+NAME       =
+
+TAKES.train      := CORPUS PRESET OBJECTIVE ROW SEED SETTINGS NAME RUN ARGS
+TAKES.toy2d      := PRESET SEED NAME RUN ARGS
+TAKES.digits     := PRESET OBJECTIVE ROW SEED SETTINGS NAME RUN ARGS
+TAKES.images     := DATASET $(TAKES.digits)
+TAKES.table      := CORPUS PRESET OBJECTIVE ROW SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
+TAKES.tune       := CORPUS PRESET SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
+TAKES.bench      := BENCH_ARGS
+TAKES.test       := NBDEV_ARGS PYTEST_ARGS
+TAKES.docs-serve := PORT
+ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
+# Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
+UNLISTED := PAPERMILL THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
+
+.PHONY: help venv train toy2d digits images test table tune bench docs docs-serve lab lint prepare clean distclean .environment
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -34,119 +59,159 @@ PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
   if $$p -c '$(CHECK)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 endif
 
+# -- What was given, and whether it is of use
+RUNS   := train toy2d digits images table tune bench
+JOB    := $(sort $(foreach t,$(RUNS),$(TAKES.$(t))))
+LISTED := $(JOB) $(TAKES.test) $(TAKES.docs-serve) $(ALL_TAKE)
+from    = $(filter $(1),$(firstword $(origin $(2))))
+TYPED  := $(foreach v,$(.VARIABLES),$(if $(call from,command,$(v)),$(v)))
+GIVEN  := $(foreach v,$(JOB) VENV,$(if $(call from,command environment,$(v)),$(if $(value $(v)),$(v))))
+GOALS  := $(or $(MAKECMDGOALS),help)
+LOST   := $(filter-out $(ALL_TAKE) $(foreach g,$(GOALS),$(TAKES.$(g))),$(filter $(LISTED),$(TYPED)) $(if $(filter $(RUNS),$(GOALS)),$(GIVEN)))
+NEAR   := import sys, difflib; o = difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1); \
+  print("did you mean " + o[0] + "?" if o else "what is meant for the environment stands before `make`")
+q       = '$(subst ','\'',$(1))'
+ifeq ($(MAKELEVEL),0)
+$(foreach v,$(filter-out $(LISTED) $(UNLISTED),$(TYPED)),$(error there is no variable $(v): $(shell $(or $(PYTHON),python3) -c '$(NEAR)' $(call q,$(v)) $(LISTED))))
+endif
+USERS   = $(strip $(foreach t,$(RUNS) test docs-serve,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
+$(if $(LOST),$(error `make $(GOALS)` cannot use$(foreach v,$(sort $(LOST)), $(v) (which is for $(call USERS,$(v))))$(if $(TAKES.$(firstword $(GOALS))),; it takes $(TAKES.$(firstword $(GOALS))))))
+$(foreach p,NAME-RUN SEED-SEEDS,$(if $(filter 2,$(words $(filter $(subst -, ,$(p)),$(GIVEN)))),$(error give one of $(subst -, and ,$(p)), not both)))
+
+# What is given is taken as it stands: a dollar is a dollar (on the command line two are one, as make has it)
+plain   = $(if $(call from,command,$(1)),$(subst $$$$,$$,$(value $(1))),$(value $(1)))
+$(foreach v,$(GIVEN) $(filter LDEBM_%,$(TYPED)),$(eval override $(v) := $$(call plain,$(v))))
+$(foreach v,$(filter LDEBM_%,$(TYPED)),$(eval export $(v)))
+# A path as a shell would take it, and never an option
+path    = $(subst <path>,,$(subst <path>-,./-,$(subst <path>~/,$(value HOME)/,<path>$(1))))
+
+# -- Environment
+# A script by its file: the first line of one holds no path with a space and a dollar
+TOOL = python "$$(command -v $(1) || echo $(1))"
 ifeq ($(NO_VENV),)
-BIN := $(abspath $(VENV))/bin/
+ENV := $(call path,$(VENV))
+BIN := $(if $(filter /%,$(firstword $(ENV))),,$(CURDIR)/)$(ENV)/bin
 TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 LOCK := requirements/lock-$(TAG).txt
 HASH := $(shell cat $(LOCK) settings.ini setup.py 2>/dev/null | cksum | cut -d' ' -f1)
-STAMP := $(VENV)/.installed-$(HASH)
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+STAMP := $(ENV)/.installed-$(HASH)
+READY := $(shell [ -f $(call q,$(STAMP)) ] || echo .environment)
+export PATH := $(BIN):$(value PATH)
 export PYTHONNOUSERSITE := 1
 export JUPYTER_PREFER_ENV_PATH := 1
-else
-STAMP :=
 endif
 
 THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 export OMP_NUM_THREADS ?= $(THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+PAPERMILL = python -m ldebm.sweep --cwd . --kernel python3 --log-output --no-progress-bar
 
-DATASET   ?= shapes
-# The last part of a path without its ending, with dashes for spaces
-EMPTY :=
-stem = $(basename $(notdir $(subst $(EMPTY) $(EMPTY),-,$(1))))
-IMAGE_RUN ?= runs/$(call stem,$(DATASET))-$(PRESET)-s$(SEED)
-NAME ?= $(ROW)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED)
-RUN  ?= runs/$(NAME)
-PAPERMILL = papermill --cwd . --kernel python3 --log-output --no-progress-bar
-
-.PHONY: help venv train toy2d digits images test table tune bench docs docs-serve lab lint prepare clean distclean
 
 help: ## Show this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
-	@echo "  CORPUS=$(CORPUS) PRESET=$(PRESET) SEED=$(SEED) OBJECTIVE=$(OBJECTIVE) ROW=$(ROW) SETTINGS='d=32 w_kl=.5' ARGS='-p name value': settings of train (SEED, ARGS also of toy2d, digits, images)"
+	@takes() { $(foreach t,$(RUNS) test docs-serve,[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
+	grep -hE '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do \
+	  printf '  make %-11s %s\n' "$$t" "$$d"; [ -z "$$(takes $$t)" ] || printf '       %-11s   %s\n' '' "$$(takes $$t)"; done
+	@echo; sed -n 's/^#:/ /p' $(firstword $(MAKEFILE_LIST))
 
-venv: $(STAMP) ## Make .venv from the lock file of this Python
+venv: $(READY) ## Make .venv from the lock file of this Python
 
-ifeq ($(NO_VENV),)
-$(STAMP):
-	@if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(CHECK)' 2>/dev/null; then \
-	  echo "No usable Python $(PYTHON): ldebm needs Python 3.10, 3.11 or 3.12 with venv. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
-	@if [ ! -f $(LOCK) ]; then echo "$(LOCK) is missing: this checkout has no lock file for that Python" >&2; exit 1; fi
-	@if [ -f $(VENV)/pyvenv.cfg ] && ! $(VENV)/bin/python -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$(TAG)')" 2>/dev/null; then \
-	  echo "$(VENV) is of another Python version: making it anew"; rm -rf $(VENV); fi
-	@echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $(VENV) with $$($(PYTHON) --version): once, a few minutes"
-	@$(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.installed-*
-	@log=$(VENV)/install.log; : > $$log; \
-	if { $(BIN)python -m pip install -q $(PIP_ARGS) -r $(LOCK) && $(BIN)python -m pip install -q --no-deps --no-build-isolation -e . \
-	  && $(BIN)python -m ipykernel install --sys-prefix --name python3; } >> $$log 2>&1; \
-	then touch $@; echo "Ready: $(VENV)"; \
-	else tail -n 15 $$log >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
-endif
+# `pip install -e .` writes into the checkout, and takes a dollar in its path for a variable: a .pth file and the metadata do the same
+POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("purelib"); open(lib + "/ldebm.pth", "w").write(os.getcwd()); \
+  sys.exit(subprocess.call([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", lib]))
+.environment:
+	@env=$(call q,$(ENV)); log="$$env/install.log"; \
+	if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(CHECK)' 2>/dev/null; then \
+	  echo "No usable Python $(PYTHON): ldebm needs Python 3.10, 3.11 or 3.12 with venv. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	if [ ! -f $(LOCK) ]; then echo "$(LOCK) is missing: this checkout has no lock file for that Python" >&2; exit 1; fi; \
+	if [ -f "$$env/pyvenv.cfg" ] && ! "$$env/bin/python" -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$(TAG)')" 2>/dev/null; then \
+	  echo "$$env is of another Python version: making it anew"; rm -rf -- "$$env"; fi; \
+	echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $$env with $$($(PYTHON) --version): once, a few minutes"; \
+	$(PYTHON) -m venv -- "$$env" || { echo "$$env cannot be made: name another folder, make VENV=/path/to/folder ..., or with NO_VENV=1 use the environment that is active" >&2; exit 1; }; \
+	rm -f -- "$$env"/.installed-*; \
+	if { python -m pip install -q $(PIP_ARGS) -r $(LOCK) && python -c '$(POINT)' && python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
+	then touch -- $(call q,$(STAMP)); echo "Ready: $$env"; \
+	else tail -n 15 -- "$$log" >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
 
-# $(call execute,notebook,folder,parameters): the executed notebook appears once it is whole, so that a call that is refused leaves a finished one alone
+# -- Runs
+# The last part of a path without its ending, with dashes for spaces
+EMPTY :=
+stem   = $(basename $(notdir $(patsubst %/,%,$(subst $(EMPTY) $(EMPTY),-,$(1)))))
+each   = $(foreach w,$(1),$(call q,$(w)))
+ask    = $(if $(filter $(1),$(GIVEN)),$(2))
+folder = $(call path,$(or $(RUN),runs/$(or $(NAME),$(1))))
+seeds  = $(or $(call ask,SEEDS,$(SEEDS)),$(call ask,SEED,$(SEED)),$(1))
+
+# $(call execute,notebook,folder,parameters): the executed notebook appears once it is whole, so that a call that is refused leaves a finished one alone, and that of another process as well
 define execute
-@mkdir -p "$(2)"; now="$(2)/$(1).running.ipynb"; \
-if $(PAPERMILL) nbs/$(1).ipynb "$$now" $(3); then mv "$$now" "$(2)/$(1).ipynb"; rm -f "$(2)/$(1).stopped.ipynb"; \
-else [ ! -f "$$now" ] || mv "$$now" "$(2)/$(1).stopped.ipynb"; \
-  echo "The run stopped; $(2)/$(1).stopped.ipynb shows where." >&2; \
-  [ -z "$$(find "$(2)" -name checkpoint.safetensors -print -quit)" ] || echo "What had been trained there is kept: the command that trained it goes on from its checkpoint." >&2; exit 1; fi
+@run=$(call q,$(2)); now="$$run/$(1).running.$$$$.ipynb"; \
+mkdir -p "$$run" && [ -w "$$run" ] || { echo "$$run cannot be written: name another folder with RUN" >&2; exit 1; }; \
+for old in "$$run/$(1)".running.*.ipynb; do pid=$${old##*running.}; kill -0 "$${pid%.ipynb}" 2>/dev/null || rm -f "$$old"; done; \
+if $(PAPERMILL) nbs/$(1).ipynb "$$now" -r out "$$run" $(3) $(ARGS); then mv "$$now" "$$run/$(1).ipynb"; rm -f "$$run/$(1).stopped.ipynb"; \
+else [ ! -f "$$now" ] || { mv "$$now" "$$run/$(1).stopped.ipynb"; echo "The run stopped; $$run/$(1).stopped.ipynb shows where." >&2; }; \
+  [ -z "$$(find "$$run" -name checkpoint.safetensors -print -quit)" ] || echo "What had been trained there is kept: the command that trained it goes on from its checkpoint." >&2; exit 1; fi
+endef
+define finish
+@echo; echo "Done. Everything is in" $(call q,$(1)):; ls $(call q,$(1))
 endef
 
-train: $(STAMP) ## Train on text and write a run folder
-	$(call execute,train_ptb,$(RUN),-r corpus "$(CORPUS)" -r preset $(PRESET) -p seed $(SEED) -r objective $(OBJECTIVE) -r row $(ROW) -r out "$(RUN)" $(if $(SETTINGS),-r settings "$(SETTINGS)") $(ARGS))
-	@echo; RUN="$(RUN)" python -c 'import os; from ldebm.text_job import scores; print(scores(os.environ["RUN"]))'
-	@echo; echo "Done. Everything is in $(RUN):"; ls "$(RUN)"
+TRAIN := $(call folder,$(ROW)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))
+train: $(READY) ## Train on text and write a run folder
+	$(call execute,train_ptb,$(TRAIN),-r corpus $(call q,$(call path,$(CORPUS))) -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) -r row $(call q,$(ROW)) -r settings $(call q,$(SETTINGS)))
+	@echo; python -c 'import sys; from ldebm.text_job import scores; print(scores(sys.argv[1]))' $(call q,$(TRAIN))
+	$(call finish,$(TRAIN))
 
-toy2d: $(STAMP) ## Two-dimensional densities: the method beside its ancestors
-	$(call execute,train_toy2d,runs/toy2d-s$(SEED),-p seed $(SEED) -r out runs/toy2d-s$(SEED) $(ARGS))
-	@echo; echo "Done. Everything is in runs/toy2d-s$(SEED):"; ls runs/toy2d-s$(SEED)
+TOY := $(call folder,toy2d$(call ask,PRESET,-$(PRESET))-s$(SEED))
+toy2d: $(READY) ## Two-dimensional densities: the method beside its ancestors
+	$(call execute,train_toy2d,$(TOY),-p seed $(call q,$(SEED)) $(call ask,PRESET,-r preset $(call q,$(PRESET))))
+	$(call finish,$(TOY))
 
-digits: $(STAMP) ## Hierarchical prior on 8x8 digits: generator, energies, samples, outliers, control
-	$(call execute,train_digits,runs/digits-s$(SEED),-p seed $(SEED) -r out runs/digits-s$(SEED) $(ARGS))
-	@echo; echo "Done. Everything is in runs/digits-s$(SEED):"; ls runs/digits-s$(SEED)
+PICTURES = -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) $(call ask,ROW,-r rows $(call q,$(ROW))) -r settings $(call q,$(SETTINGS))
+pictures = $(call folder,$(1)-$(PRESET)-$(OBJECTIVE)-s$(SEED))
 
-# DATASET=shapes needs no data; cifar10, celeba, lsun_church or a path need theirs, and PRESET=small or paper
-images: $(STAMP) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_church or a folder or zip
-	$(call execute,train_images,$(IMAGE_RUN),-r dataset "$(DATASET)" -r preset $(PRESET) -p seed $(SEED) -r out "$(IMAGE_RUN)" $(ARGS))
-	@echo; echo "Done. Everything is in $(IMAGE_RUN):"; ls "$(IMAGE_RUN)"
+digits: $(READY) ## Hierarchical prior on 8x8 digits: generator, energies, samples, outliers, control
+	$(call execute,train_digits,$(call pictures,digits),$(PICTURES))
+	$(call finish,$(call pictures,digits))
+
+images: $(READY) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_church or a folder or zip
+	$(call execute,train_images,$(call pictures,$(call stem,$(DATASET))),-r dataset $(call q,$(call path,$(DATASET))) $(PICTURES))
+	$(call finish,$(call pictures,$(call stem,$(DATASET))))
 
 # Processes that share the tests, each of which takes about a gigabyte
 WORKERS := $(shell [ $(THREADS) -lt 8 ] && echo $(THREADS) || echo 8)
 
-test: $(STAMP) ## Run every notebook, then the tests
+test: $(READY) ## Run every notebook, then the tests
 	@echo "Notebooks:"
-	@OMP_NUM_THREADS=1 nbdev_test --n_workers $(THREADS) $(if $(LDEBM_DATA),--flags data) $(NBDEV_ARGS)
+	@OMP_NUM_THREADS=1 $(call TOOL,nbdev_test) --n_workers $(THREADS) $(if $(value LDEBM_DATA),--flags data) $(NBDEV_ARGS)
 	@echo "Tests:"
 	@OMP_NUM_THREADS=1 python -m pytest -q $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
 
-table: $(STAMP) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
-	@python -m ldebm.table --corpus "$(CORPUS)" --preset $(PRESET) --objective $(OBJECTIVE) --seeds $(SEEDS) --settings "$(SETTINGS)" $(TABLE_ARGS)
+TABLE = python -m ldebm.table --corpus=$(call q,$(call path,$(CORPUS))) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
+table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
+	@$(TABLE) --objective=$(call q,$(OBJECTIVE)) --seeds $(call each,$(call seeds,0 1 2)) $(call ask,ROW,--rows $(call each,$(ROW))) $(TABLE_ARGS)
 
-tune: $(STAMP) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
-	@python -m ldebm.table --tune --corpus "$(CORPUS)" --preset $(PRESET) --seeds $(SEED) --settings "$(SETTINGS)" $(TABLE_ARGS)
+tune: $(READY) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
+	@$(TABLE) --tune --seeds $(call each,$(call seeds,0)) $(TABLE_ARGS)
 
-bench: $(STAMP) ## Measure chains, training steps, samples and memory into results/bench-*.json (with a GPU, that as well)
+bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench-*.json (with a GPU, that as well)
 	@python bench/bench.py $(BENCH_ARGS)
 
-docs: $(STAMP) ## Build the documentation site into docs/_build/html
+docs: $(READY) ## Build the documentation site into docs/_build/html
 	@python -c 'from ldebm.docs import build; print("Site:", build())'
 
 docs-serve: docs ## Build the site and serve it on this machine
 	@echo "http://127.0.0.1:$(PORT)  (Ctrl-C ends)"
 	@python -m http.server $(PORT) --bind 127.0.0.1 --directory docs/_build/html
 
-lab: $(STAMP) ## Open the notebooks in JupyterLab
-	@jupyter lab --notebook-dir=nbs
+lab: $(READY) ## Open the notebooks in JupyterLab
+	@$(call TOOL,jupyter) lab --notebook-dir=nbs
 
-lint: $(STAMP) ## Undefined names and unused imports in the package
-	@ruff check --select F821,F401 ldebm
+lint: $(READY) ## Undefined names and unused imports in the package
+	@ruff check --no-cache --select F821,F401 ldebm
 
-prepare: $(STAMP) ## Export the package, clean the notebooks, render the README
-	@nbdev_export
-	@nbdev_clean
+prepare: $(READY) ## Export the package, clean the notebooks, render the README
+	@$(call TOOL,nbdev_export)
+	@$(call TOOL,nbdev_clean)
 	@python -c 'from ldebm.docs import write_readme; print(write_readme())'
 
 clean: ## Remove caches and the built site (runs and .venv stay)
@@ -155,4 +220,4 @@ clean: ## Remove caches and the built site (runs and .venv stay)
 	@find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	@if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
+	@env=$(call q,$(call path,$(VENV))); if [ -f "$$env/pyvenv.cfg" ]; then rm -rf -- "$$env"; fi

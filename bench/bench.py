@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 import torch  # noqa: E402
 from ldebm import core, kernels, langevin, native, prior as priors, text_vae  # noqa: E402
 from ldebm.data import load_grammar  # noqa: E402
-from ldebm.core import atomic_write, check_params, keep_memory, progress, provenance, results_root  # noqa: E402
+from ldebm.core import atomic_write, check_params, check_writable, keep_memory, progress, provenance, results_root  # noqa: E402
 from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.resident import MOST, why_not  # noqa: E402
@@ -698,6 +698,8 @@ def main(argv=None):
 
     keep_memory()   # as every job does
     folder, failed = Path(opt.out) if opt.out else results_root(), []
+    try: check_writable(folder, "name another folder with --out")
+    except PermissionError as e: raise SystemExit(str(e)) from None
     folder.mkdir(parents=True, exist_ok=True)
     for name in opt.only:
         if name == "gpu" and not torch.cuda.is_available():

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'OPERATIONAL', 'SCORING', 'DATA_SETS', 'JOB_SETTINGS', 'make_gen', 'pick_device', 'to_device', 'together',
-           'batch_sizes', 'env_flag', 'cache_root', 'set_threads', 'keep_memory', 'progress', 'check_params',
-           'notebook_params', 'choose', 'parse_settings', 'pick', 'settings_hash', 'weights_hash', 'atomic_write',
-           'exclusive', 'save_tensors', 'load_tensors', 'pack_state', 'unpack_state', 'run_identity', 'FolderInUse',
-           'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric', 'own_name', 'check_result',
-           'identity', 'results_root', 'row_name', 'result_path', 'write_result', 'load_results', 'data_of',
-           'group_records']
+           'batch_sizes', 'env_flag', 'cache_root', 'check_writable', 'set_threads', 'keep_memory', 'progress',
+           'check_params', 'notebook_params', 'choose', 'parse_settings', 'pick', 'settings_hash', 'weights_hash',
+           'atomic_write', 'exclusive', 'save_tensors', 'load_tensors', 'pack_state', 'unpack_state', 'run_identity',
+           'FolderInUse', 'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric', 'own_name',
+           'check_result', 'identity', 'results_root', 'row_name', 'result_path', 'write_result', 'load_results',
+           'data_of', 'group_records']
 
 # %% ../nbs/00_core.ipynb #38db3bd6
-import collections, contextlib, copy, ctypes, dataclasses, difflib, errno, hashlib, importlib.metadata, inspect, json, math, numbers
+import ast, collections, contextlib, copy, ctypes, dataclasses, difflib, errno, hashlib, importlib.metadata, inspect, json, math, numbers
 import os, platform, re, shlex, signal, subprocess, sys, threading, time, types, typing, unicodedata, warnings, weakref
 from datetime import datetime, timezone
 from pathlib import Path
@@ -93,6 +93,16 @@ def env_flag(
 def cache_root() -> Path: # Where downloads and compiled programs are kept
     "`$LDEBM_CACHE`, or `~/.cache/ldebm`"
     return Path(os.environ.get('LDEBM_CACHE') or Path.home()/'.cache'/'ldebm').expanduser()
+
+# %% ../nbs/00_core.ipynb #e83b5f14
+def check_writable(
+    folder:str|Path, # Exists or is to be made
+    remedy:str, # What to do otherwise, as an imperative
+):
+    "`PermissionError` with the remedy when nothing can be written to a folder, or when it cannot be made"
+    at = Path(folder).absolute()
+    there = next(p for p in (at, *at.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK|os.X_OK): raise PermissionError(f'{folder} cannot be written: {remedy}')
 
 # %% ../nbs/00_core.ipynb #d8c07305
 def set_threads(
@@ -233,15 +243,42 @@ def _is_param(k, v) -> bool:
     return not (k.startswith('_') or k in _IPYTHON_NAMES or inspect.ismodule(v) or callable(v) or typing.get_origin(v) is not None
                 or type(v).__module__ == '__future__')
 
+def _plain_names(source:str) -> tuple[set,bool]: # Names, and whether the cell does nothing else
+    "Names that a cell sets to plain values; papermill writes `float('nan')` for one"
+    try: body = ast.parse(source).body
+    except SyntaxError: return set(),False
+    names,rest = set(),False
+    for n in body:
+        to = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) and n.value else []
+        plain = all(isinstance(t, ast.Name) for t in to) and all(v.id == 'float' for v in ast.walk(getattr(n, 'value', n)) if isinstance(v, ast.Name))
+        if to and plain: names |= {t.id for t in to}
+        else: rest = True
+    return names,bool(names) and not rest
+
+def _parameter_names(fields, cells:list) -> set: # Empty when there is no parameters cell
+    "Names set by the last parameters cell that was run and by the cells of plain values right behind it"
+    names,behind = set(),set()
+    for source in reversed(cells):
+        new,only = _plain_names(source)
+        whole = 2*len(new & set(fields)) >= len(fields) # the parameters cell itself, whatever else it does
+        if only or whole:
+            behind |= new
+            if new & set(fields): names,behind = names|behind,set() # cells in front of the first that sets a parameter are something else
+        elif names: break
+        else: behind = set()
+        if whole: break
+    return names
+
 def notebook_params(
     cls, # A dataclass of settings
-    namespace:dict, # `globals()` of the notebook, right after its parameters cell
+    namespace:dict, # `globals()` of the notebook
 ): # Instance of `cls`
-    "Settings from a notebook's parameters; `ValueError` for a name `cls` does not know and for a field without a value"
-    values = {k: v for k,v in namespace.items() if _is_param(k, v)}
-    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values]
-    cfg = check_params(cls, values)
-    if missing: raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
+    "Settings from a notebook's parameters, a `~` in front written out; `ValueError` for a name `cls` does not know and for a field without a value"
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    names = _parameter_names(fields, namespace.get('In') or [])
+    values = {k: v for k,v in namespace.items() if (k in names or k in fields if names else _is_param(k, v))}
+    cfg = check_params(cls, {k: os.path.expanduser(v) if isinstance(v, str) else v for k,v in values.items()})
+    if missing := [k for k in fields if k not in values]: raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
     return cfg
 
 # %% ../nbs/00_core.ipynb #b19dbd35
@@ -821,7 +858,7 @@ def identity(
 # %% ../nbs/00_core.ipynb #d01fd812
 def results_root() -> Path: # Folder of records
     "`$LDEBM_RESULTS`, else `results` beside the nearest settings.ini above the working folder, else `results` in it"
-    if os.environ.get('LDEBM_RESULTS'): return Path(os.environ['LDEBM_RESULTS'])
+    if os.environ.get('LDEBM_RESULTS'): return Path(os.environ['LDEBM_RESULTS']).expanduser()
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p/'settings.ini').is_file()), here)/'results'
 

@@ -8,7 +8,7 @@ __all__ = ['SECTIONS', 'page_name', 'slug', 'ApiTable', 'source_of', 'outside_co
            'write_pages', 'remote_parts', 'build', 'to_markdown', 'readme', 'write_readme']
 
 # %% ../nbs/90_docs.ipynb #b54b9254
-import ast, base64, inspect, json, os, re, shutil, subprocess, sys, unicodedata
+import ast, base64, dataclasses, inspect, json, os, re, shutil, subprocess, sys, unicodedata
 from collections import defaultdict
 from importlib import import_module
 from itertools import groupby
@@ -50,6 +50,12 @@ def _exported(sym):
     mods = [m for m,syms in d['syms'].items() if f'{m}.{sym.__qualname__}' in syms]
     return getattr(import_module(mods[0]), sym.__qualname__, sym) if len(mods) == 1 else sym
 
+def _own_doc(sym) -> str:
+    "The docstring that a symbol has itself: Python finds one for everything, of a class that it derives from, of `object` or of `type`, and dataclasses write their call"
+    own = sym.__doc__ if inspect.isroutine(sym) else vars(sym).get('__doc__') if hasattr(sym, '__dict__') else None
+    if not isinstance(own, str) or dataclasses.is_dataclass(sym) and own.startswith(f'{sym.__name__}('): return ''
+    return inspect.cleandoc(own).strip()
+
 class ApiTable(ShowDocRenderer):
     "What `show_doc` shows of a symbol: signature, docstring, table of parameters"
     def __repr__(self): return f'{type(self).__name__}({self.nm})'
@@ -79,7 +85,7 @@ class ApiTable(ShowDocRenderer):
     def _repr_markdown_(self):
         rows = self.rows()
         table = '\n'.join(['| | type | default | |', '|---|---|---|---|'] + ['| ' + ' | '.join(' '.join(c.split()) for c in r) + ' |' for r in rows])
-        parts = ['#'*self.title_level + ' ' + self.nm, f'```python\n{self.signature()}\n```', self.docs.strip(), table if rows else '']
+        parts = ['#'*self.title_level + ' ' + self.nm, f'```python\n{self.signature()}\n```', _own_doc(self.sym), table if rows else '']
         return '\n\n'.join(p for p in parts if p) + '\n'
 
 # %% ../nbs/90_docs.ipynb #bcb9f399

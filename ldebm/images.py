@@ -702,7 +702,7 @@ def load_images(
         return cifar10(limit, name=key.replace('_', '-'), download=download, seed=seed, on_bad=on_bad, cache=cache)
     if download: raise ValueError(f'{name} cannot be downloaded; only cifar10 can')
     how = dict(channels=3 if channels is None else channels, limit=limit, on_bad=on_bad, seed=seed, cache=cache)
-    path = Path(name)
+    path = Path(name).expanduser()
     if key in ('celeba', 'lsun_church'):
         path = find_images(key)
         if path is None:

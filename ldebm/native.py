@@ -380,7 +380,7 @@ def no_program(dtype:torch.dtype, half:bool) -> str: # Empty if nothing does
     "What keeps the program from being built here"
     try: program(dtype, half); return ''
     except (OSError, RuntimeError) as e: why = str(e)
-    warnings.warn(f'chains and gradients of energies go product by product, which is slower: {why} (LDEBM_RESIDENT=0 in the environment says that this is meant)')
+    warnings.warn(f'chains and gradients of energies go product by product, which is slower: {why} (LDEBM_CACHE names another folder for what is compiled; LDEBM_RESIDENT=0 in the environment says that this is meant)')
     return why
 
 def why_not(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATES', 'GRACE', 'CONNECT', 'SweepJob', 'read_json', 'finished', 'failure', 'outcome', 'minutes_text', 'Outcomes',
-           'NoBar', 'tell', 'SweepStopped', 'claim', 'now', 'locked', 'kernel_manager', 'unwanted', 'stoppable',
-           'explain', 'write_failure', 'execute', 'run_one', 'notebook_parameters', 'unique', 'check_jobs', 'Machine',
-           'visible_gpus', 'demands', 'check_cluster', 'dask_setup', 'probe', 'Local', 'Remote', 'sweep_status',
-           'sweep', 'run_all', 'died', 'settle']
+           'NoBar', 'tell', 'SweepStopped', 'claim', 'now', 'locked', 'kernel_manager', 'signal_kernels', 'unwanted',
+           'stoppable', 'explain', 'write_failure', 'execute', 'run_one', 'papermill_command', 'notebook_parameters',
+           'unique', 'check_jobs', 'Machine', 'visible_gpus', 'demands', 'check_cluster', 'dask_setup', 'probe',
+           'Local', 'Remote', 'sweep_status', 'sweep', 'run_all', 'died', 'settle']
 
 # %% ../nbs/51_sweep.ipynb #0a4daf5e
 import contextlib, importlib.util, inspect, json, logging, math, os, queue, signal, socket, subprocess, sys, threading, time, traceback, uuid
@@ -138,6 +138,11 @@ def kernel_manager(started:list, **launch):
             started.append(self)
     return Manager
 
+def signal_kernels(started:list, sig:int):
+    "Send a signal to each kernel and the processes that it has started"
+    for m in started:
+        with contextlib.suppress(ProcessLookupError, AttributeError): os.killpg(m.provisioner.process.pid, sig) # no process: it has ended
+
 def unwanted():
     "A function that says whether the Dask task of this thread has lost its purpose; outside a worker it never does"
     try: from distributed import get_worker; worker = get_worker()
@@ -155,15 +160,12 @@ def stoppable(
 ): # Yields an event, set once the run has been told to stop
     "End the kernels when the run is no longer wanted"
     lost,stopped,over = unwanted(),threading.Event(),threading.Event()
-    def send(sig):
-        for m in started:
-            with contextlib.suppress(ProcessLookupError, AttributeError): os.killpg(m.provisioner.process.pid, sig) # no process: it has ended
     def watch():
         while not over.wait(.5):
             if not started or not lost(): continue
             stopped.set()
             for sig in (signal.SIGINT, signal.SIGKILL):
-                send(sig)
+                signal_kernels(started, sig)
                 if over.wait(grace): return
     t = threading.Thread(target=watch, daemon=True, name='is this run wanted?')
     t.start()
@@ -225,6 +227,33 @@ def run_one(
         atomic_write(job.file('sweep.json'), json.dumps(dict(name=job.name, notebook=Path(job.notebook).name, parameters=job.parameters, key=job.key,
                                                              fingerprint=job.fingerprint, minutes=minutes, finished=now()), indent=1))
         return outcome(job, 'done', minutes)
+
+# %% ../nbs/51_sweep.ipynb #9be4d317
+def papermill_command(args:list) -> int: # Exit status
+    "`papermill`, whose Ctrl-C, like SIGTERM, first asks the notebook to stop"
+    from papermill.cli import papermill
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.exceptions import PapermillExecutionError
+    started,asked = [],[]
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
+            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=kernel_manager(started), extra_arguments=['--log-level=ERROR'], **kw)
+    def ask(signum, frame):
+        signal_kernels(started, signal.SIGKILL if asked else signal.SIGINT)
+        if asked or not started: raise KeyboardInterrupt
+        asked.append(signum)
+        print('\nstopping, once the state is saved (again: at once)', file=sys.stderr, flush=True)
+    papermill_engines.register(None, Engine)
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, ask)
+    try: papermill(args, prog_name='python -m ldebm.sweep')
+    except SystemExit as e: return e.code
+    except PapermillExecutionError as e:
+        if not asked: raise
+        print(explain(e)[0], file=sys.stderr)
+        return 130
+
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(papermill_command(sys.argv[1:]))
 
 # %% ../nbs/51_sweep.ipynb #a333e3f7
 def notebook_parameters(path:str) -> set:

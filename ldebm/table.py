@@ -12,7 +12,7 @@ import argparse, json, math, os, shlex, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from .core import choose, data_of, load_results, parse_settings, result_path, row_name
+from .core import check_writable, choose, data_of, load_results, parse_settings, result_path, row_name
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
 from .text import CORPORA, keep_source, load_corpus
 from .text_job import OBJECTIVES, PRESETS, TextJob, TextSettings, check_corpus, job_folder, job_name, load_own, record_name, record_settings, resolve, run_table, runs_of, scoring, unused
@@ -148,6 +148,7 @@ def main(argv:list|None=None) -> int: # Exit status: 0 when every run is done
         else:
             load_own(a.module)
             jobs = table_jobs(a.corpus, a.preset, a.objective, tuple(a.seeds), tuple(a.rows or SHOWN), a.settings, a.out or 'runs/table', a.results or 'results', variant=a.variant, module=a.module)
+        for option,folder in (('--out', Path(jobs[0].out).parent), ('--results', jobs[0].results)): check_writable(folder, f'name another folder with {option}')
         got = run_jobs(jobs, a.device, a.gpu_share, scheduler=a.scheduler, workers=a.workers, threads=a.threads, memory_gb=a.memory_gb, gpus=a.gpus, retry=a.retry)
     except SweepStopped as e: print(e, file=sys.stderr); return 130
     except (ValueError, OSError, ImportError, RuntimeError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 2

@@ -418,7 +418,7 @@ CORPORA = {'grammar': load_grammar_corpus, 'ptb': load_ptb_corpus, 'dailydialog'
 
 def corpus_file(name:str) -> Path: # Path of the file that a name which is not in `CORPORA` stands for
     "`ValueError` for what looks like the misspelt name of a corpus"
-    p = Path(name)
+    p = Path(name).expanduser()
     if p.exists() or p.suffix or len(p.parts)>1: return p
     near = difflib.get_close_matches(str(name).lower(), CORPORA, n=1, cutoff=.5)
     raise ValueError(f'unknown corpus {str(name)!r}' + (f'; did you mean {near[0]!r}?' if near else ';')

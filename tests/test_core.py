@@ -1,5 +1,6 @@
 "What a notebook cannot show about `core`: crashes, other processes, signals, and bad input that must leave no trace"
 import json
+import math
 import os
 import platform
 import signal
@@ -122,6 +123,32 @@ def test_notebook_parameters_ignore_what_a_session_brings_along():
     assert notebook_params(Cfg, ns) == Cfg(1.0, 2, "a", None, (1,), True, "n")
     with pytest.raises(ValueError, match="unknown parameter 'stesp'.*'steps'"): notebook_params(Cfg, {**ns, "stesp": 1})
     with pytest.raises(ValueError, match="does not set 'name'"): notebook_params(Cfg, {k: v for k, v in ns.items() if k != "name"})
+
+
+CELL = "rate: float = 1.\nsteps: int = 2\nmode: str = 'a'\nlimit: int = None\nsizes: tuple = (1,)\nflag: bool = True\nname: str = 'n'"
+SETUP = "job = notebook_params(Cfg, globals())\njob.rate"
+
+
+def session(*cells):
+    "What IPython keeps of cells that were run, the last one running now"
+    ns = {"In": ["", *cells], "job": 1, "loss": .5, "rows": {"a": 1}}   # whatever the page has named
+    for c in cells:
+        if not c.startswith(("job", "loss", "%", "for")): exec(c, {"notebook_params": lambda *a: 1, "Cfg": Cfg}, ns)
+    return ns
+
+
+@pytest.mark.parametrize("cells", [("import os", CELL), (CELL, "rate = 3.", SETUP, "loss = .5"), (CELL, SETUP, "rows = {'a': 1}", CELL), ("scratch = 3", CELL), (CELL, SETUP, "scratch = 3"),
+                                   (CELL, "# Parameters\nrate = float('nan')"), (CELL, "stesp = 1", SETUP, CELL), (CELL, SETUP, "%matplotlib inline", "for i in 'ab': x = i", "rate = 2."), (CELL+"\njob = notebook_params(Cfg, globals())",)])
+def test_cells_of_a_session_may_be_run_again(cells):
+    ns = session(*cells, SETUP)
+    got = notebook_params(Cfg, ns)
+    assert got.steps == 2 and (got.rate == ns["rate"] or math.isnan(ns["rate"]))
+
+
+@pytest.mark.parametrize("cells", [(CELL, "stesp = 1"), (CELL, "# Parameters\nrate = 2.\nstesp = 1"), (CELL.replace("steps", "stesp"),), (CELL, SETUP, CELL+"\nstesp: int = 3"), (CELL, SETUP, CELL, "stesp = 1"),
+                                   (CELL, SETUP, "loss = .5", "rate = 2.\nstesp = 3"), (CELL+"\nprint(rate)", "stesp = float('inf')")])
+def test_misspelt_parameters_of_a_session_are_found(cells):
+    with pytest.raises(ValueError, match="unknown parameter 'stesp'.*'steps'"): notebook_params(Cfg, session(*cells, SETUP))
 
 
 def test_settings_hash():

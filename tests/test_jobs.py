@@ -135,6 +135,15 @@ def test_parameters_cell_is_the_job():
     assert got == [(f.name, f.type.__name__ if isinstance(f.type, type) else f.type, f.default) for f in dataclasses.fields(TextJob)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name,changed", [("train_ptb", "n_samples = 30"), ("train_zoo", "n_samples = 30"), ("train_toy2d", "density = 'pinwheel'"), ("train_digits", "rows = 'ldebm'"), ("train_images", "rows = 'ldebm'")])
+def test_cells_may_be_run_again(name, changed):
+    "And with other parameters; a misspelt one is still found, whichever cell sets it"
+    res = subprocess.run([sys.executable, str(ROOT/"tests"/"again.py"), f"{name}.ipynb", changed, "sede = 1"], cwd=ROOT/"nbs", env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+                         capture_output=True, text=True, timeout=300)
+    assert res.returncode == 0 and "again and again" in res.stdout, res.stdout[-2000:]+res.stderr[-2000:]
+
+
 # -- rows and corpora
 
 @pytest.mark.parametrize("row,objective", [("ldebm", "consistent"), ("ldebm", "published"), ("ldebm-no-gc", "consistent"), ("ldebm-no-gc", "published"),
