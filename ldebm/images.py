@@ -357,7 +357,7 @@ def list_images(
     out = sorted(f for f in every if _is_image(f.name))
     twice = next((a.name for a,b in zip(out, out[1:]) if a.name==b.name), None)
     if twice: raise ValueError(f'{path}: {shown(twice)} is in it twice')
-    what = '; '.join(f'{len(v)} {why} ({_some(v)})' for why,v in left.items() if v)
+    what = '; '.join(f'{len(v)} {why} ({_some(sorted(v))})' for why,v in left.items() if v)
     if not out:
         raise ValueError(f'{path} has no pictures: {len(every)} files, none of which ends in {", ".join(IMAGE_SUFFIXES)}' + (f': {what}' if what else ''))
     if what: warnings.warn(f'{path}: {len(out)} pictures; left out: {what}', stacklevel=2)
@@ -596,14 +596,14 @@ def read_table(
         try: rows = _rows(text, d)
         except csv.Error as e: raise ValueError(f'{path} is no table: {e}; save it as CSV in UTF-8') from e
         wide = [r for r in rows if len(r[1])>1]
-        for find in (names.strict, names.find): # loosely only where nothing is named exactly
+        for find in (names.strict, lambda v: v.lower().endswith(IMAGE_SUFFIXES), names.find): # loosely only where nothing is named exactly
             col,hits = _column(wide, find)
             if hits: break
         if best is None or (hits, len(wide))>best[:2]: best = hits,len(wide),rows,col
     _,wide,rows,col = best
     if len(rows)>2 and len(rows[0][1])==1 and rows[0][1][0].isdecimal(): rows = rows[1:]          # CelebA's count
     if len(rows)>1 and len(rows[0][1])==len(rows[1][1])-1: rows[0][1].insert(col, 'name')          # and names of the other columns alone
-    if not wide or len(rows)<1: raise ValueError(f'{path}: a line for each picture, its name and its attributes, and a line of their names are needed')
+    if not wide: raise ValueError(f'{path}: a line for each picture, its name and its attributes, and a line of their names are needed')
     return rows,col
 
 # %% ../nbs/03_images.ipynb #4bb5ff4e
@@ -613,7 +613,8 @@ def _has_header(rows, col, names):
     if len(first)<=col or not first[col]: return True
     if names.strict(first[col]) or first[col].lower().endswith(IMAGE_SUFFIXES): return False
     values = [(c, v) for c,v in enumerate(first) if c!=col and v not in MISSING]
-    return not values or any(all(c>=len(r) or r[c]!=v for _,r in rows[1:]) for c,v in values)
+    if all(re.fullmatch(r'-?[01](\.0*)?', v) for _,v in values): return False
+    return any(all(c>=len(r) or r[c]!=v for _,r in rows[1:]) for c,v in values)
 
 def _head(path, rows, col, names, say):
     "Names of the columns, and the rows below"
@@ -622,9 +623,10 @@ def _head(path, rows, col, names, say):
         say.append(f'there is no line of names: the attributes are called attribute 1 to {width-1}' if width>2 else 'there is no line of names: the attribute is called attribute 1')
         return [f'attribute {c+(c<col)}' if c!=col else 'name' for c in range(width)],rows
     head,rows = list(rows[0][1]),rows[1:]
+    if not rows: raise ValueError(f'{path}: a line for each picture is needed besides the line of names')
     while head and not head[-1] and all(len(r)<len(head) or not r[-1] for _,r in rows if len(r)<=len(head)): head.pop()
     if len(set(head))<len(head) or not all(h for c,h in enumerate(head) if c not in (0, col)) or len(head)<2:
-        raise ValueError(f'{path}: the columns {head} need names that differ')
+        raise ValueError(f'{path}: the columns {head} need names that differ; if these are none, write a line of names above them')
     return head,rows
 
 def _cells(path, line, r, width): # Empty cells beyond the last column are nothing
@@ -800,7 +802,7 @@ def images_from_files(
     for k in ('test', 'valid'):
         if k in order: continue
         if n<1 or len(order['train'])<=n:
-            raise ValueError(f'{path}: {len(files)} pictures are too few to set some aside for {k}; add pictures (20 are enough), '
+            raise ValueError(f'{path}: {len(order["train"])} training pictures are too few to set some aside for {k}; add pictures (20 are enough), '
                              'or put them into folders train, valid and test')
         order[k],order['train'] = order['train'][-n:],order['train'][:-n]
     order['train'] = order['train'][:limit]
