@@ -579,6 +579,30 @@ def test_pictures_without_a_home(tmp_path, monkeypatch):
     assert torch.equal(decode_files(path, list_images(path), cache=False)[0], want)
 
 
+def test_every_user_of_the_cache_does_without_a_home(tmp_path, monkeypatch):
+    "Compiled programs and downloads: where the home cannot be written, where there is none at all, and where LDEBM_CACHE itself is at fault"
+    from ldebm import core, native
+    from ldebm.data import data_root, find_data
+    if core.os.name != "posix": pytest.skip("homes as on Unix")
+    made = lambda command, **kw: (native.Path(command[-1]).write_text("made") if "-o" in command else None, subprocess.CompletedProcess(command, 0, "version 1", ""))[1]
+    monkeypatch.setattr(native.subprocess, "run", made)
+    monkeypatch.setattr(native, "compiler", lambda: ["c++"])
+    (tmp_path/"served.txt").write_text("words")
+    monkeypatch.setenv("LDEBM_DATA", str(tmp_path/"none"))
+    fetched = lambda: find_data("words", {"served.txt": None}, url=tmp_path.as_uri(), download=True)
+    (tmp_path/"file").write_text("")
+    monkeypatch.setenv("LDEBM_CACHE", str(tmp_path/"file"/"cache"))
+    for f in (lambda: native.compiled(torch.float32), fetched):
+        with pytest.raises(OSError, match="name another one in LDEBM_CACHE"): f()
+    monkeypatch.delenv("LDEBM_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path/"file"/"home"))
+    for f in (lambda: native.compiled(torch.float32).read_text(), lambda: (fetched()/"served.txt").read_text()):
+        with pytest.warns(UserWarning, match="until this process ends; name a folder that lasts in LDEBM_CACHE"): assert f() in ("made", "words")
+    def homeless(): raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(core.Path, "home", homeless)
+    assert core._passing_cache() in data_root() and (core.cache_folder("part")).is_dir()
+
+
 # -- anything
 
 def test_any_folder_is_read_or_refused_in_one_sentence(monkeypatch):
