@@ -86,7 +86,12 @@ def find_data(
     if download is None: download = os.environ.get('LDEBM_DOWNLOAD')=='1'
     if download and urls:
         folder = cache_folder(name) # before the download: all of it would be lost
-        for f,want in files.items(): fetch(urls[f], folder/f, want)
+        try:
+            for f,want in files.items(): fetch(urls[f], folder/f, want)
+        except (OSError, ValueError):
+            for p in (folder, folder.parent):
+                if not any(p.iterdir()): p.rmdir() # nothing came: no empty folder is left
+            raise
         return folder
     get = 'set LDEBM_DOWNLOAD=1 to download it, or ' if urls else ''
     raise FileNotFoundError(f'data set {name!r} not found. Looked in:\n  ' + '\n  '.join(looked)
