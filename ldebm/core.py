@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'OPERATIONAL', 'SCORING', 'DATA_SETS', 'JOB_SETTINGS', 'make_gen', 'pick_device', 'to_device', 'together',
-           'batch_sizes', 'env_flag', 'cache_root', 'check_writable', 'set_threads', 'keep_memory', 'progress',
-           'check_params', 'notebook_params', 'choose', 'parse_settings', 'pick', 'settings_hash', 'weights_hash',
-           'atomic_write', 'exclusive', 'save_tensors', 'load_tensors', 'pack_state', 'unpack_state', 'run_identity',
-           'FolderInUse', 'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric', 'own_name',
-           'check_result', 'identity', 'results_root', 'row_name', 'result_path', 'write_result', 'load_results',
-           'data_of', 'group_records']
+           'batch_sizes', 'env_flag', 'cache_root', 'cache_folder', 'check_writable', 'set_threads', 'keep_memory',
+           'progress', 'check_params', 'notebook_params', 'choose', 'parse_settings', 'pick', 'settings_hash',
+           'weights_hash', 'atomic_write', 'exclusive', 'save_tensors', 'load_tensors', 'pack_state', 'unpack_state',
+           'run_identity', 'FolderInUse', 'Run', 'graceful_stop', 'Average', 'env_report', 'provenance', 'metric',
+           'own_name', 'check_result', 'identity', 'results_root', 'row_name', 'result_path', 'write_result',
+           'load_results', 'data_of', 'group_records']
 
 # %% ../nbs/00_core.ipynb #38db3bd6
-import ast, collections, contextlib, copy, ctypes, dataclasses, difflib, errno, hashlib, importlib.metadata, inspect, json, math, numbers
-import os, platform, re, shlex, signal, subprocess, sys, threading, time, types, typing, unicodedata, warnings, weakref
+import ast, atexit, collections, contextlib, copy, ctypes, dataclasses, difflib, errno, functools, hashlib
+import importlib.metadata, inspect, json, math, numbers, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile
+import threading, time, types, typing, unicodedata, warnings, weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -91,8 +92,39 @@ def env_flag(
     return v == '1'
 
 def cache_root() -> Path: # Where downloads and compiled programs are kept
-    "`$LDEBM_CACHE`, or `~/.cache/ldebm`"
-    return Path(os.environ.get('LDEBM_CACHE') or Path.home()/'.cache'/'ldebm').expanduser()
+    "`$LDEBM_CACHE`, or `~/.cache/ldebm`; a temporary folder where nobody has a home. Whether it can be written, `cache_folder` finds out"
+    try: return Path(os.environ.get('LDEBM_CACHE') or Path.home()/'.cache'/'ldebm').expanduser()
+    except RuntimeError as e: # no home: a container under a user number that nobody knows
+        if os.environ.get('LDEBM_CACHE'): raise OSError(f"LDEBM_CACHE={os.environ['LDEBM_CACHE']}: {e}; name the folder in full") from e
+        return _passing_cache()
+
+@functools.cache
+def _passing_cache() -> Path:
+    "A folder of this process, removed when it ends"
+    folder = tempfile.mkdtemp(prefix='ldebm-cache-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+# %% ../nbs/00_core.ipynb #c1518eaf
+def _can_write(folder:Path) -> OSError|None: # What is in the way; `None` if nothing is
+    "Make a folder, and a file in it"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): return None
+    except OSError as e: return e
+
+def cache_folder(
+    name:str, # Of the part: `images`, `native`, a data set
+) -> Path: # Exists, and can be written
+    "A part of the cache to write to. Where the home cannot be written, a temporary folder, with a warning; `OSError` naming `LDEBM_CACHE` where that is set and cannot"
+    folder = cache_root()/name
+    if (why := _can_write(folder)) is None: return folder
+    if os.environ.get('LDEBM_CACHE'):
+        raise OSError(f'LDEBM_CACHE names a folder that cannot be written: {why}; name another one in LDEBM_CACHE') from why
+    other = _passing_cache()/name
+    if (again := _can_write(other)) is not None: raise OSError(f'no folder for the cache can be written ({why}; {again}); name one in LDEBM_CACHE') from again
+    warnings.warn(f'{folder} cannot be written ({why.strerror}): {other} stands in for it until this process ends; name a folder that lasts in LDEBM_CACHE')
+    return other
 
 # %% ../nbs/00_core.ipynb #e83b5f14
 def check_writable(

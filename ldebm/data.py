@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 import ldebm
-from .core import atomic_write, cache_root
+from .core import atomic_write, cache_folder, cache_root
 
 # %% ../nbs/01_data.ipynb #548ffb1f
 def data_root() -> list[Path]: # Folders searched, in order
@@ -100,8 +100,14 @@ def _find(name, files, url, download, hint, all_of:bool) -> tuple[Path,dict]:
     urls = {} if url is None else url if isinstance(url, dict) else {f: f'{url.rstrip("/")}/{f}' for f in files}
     if download is None: download = os.environ.get('LDEBM_DOWNLOAD')=='1'
     if download and urls:
-        for f,want in files.items(): fetch(urls[f], cache_root()/name/f, want)
-        return read(cache_root()/name)
+        folder = cache_folder(name) # before the download: all of it would be lost
+        try:
+            for f,want in files.items(): fetch(urls[f], folder/f, want)
+        except (OSError, ValueError):
+            for p in (folder, folder.parent):
+                if not any(p.iterdir()): p.rmdir() # nothing came: no empty folder is left
+            raise
+        return read(folder)
     get = 'set LDEBM_DOWNLOAD=1 to download it, or ' if urls else ''
     raise FileNotFoundError(f'data set {name!r} not found. Looked in:\n  ' + '\n  '.join(looked)
         + f'\nTo get it: {get}put {", ".join(files)} into one of these folders, or name their parent in LDEBM_DATA.'

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'MIRRORED', 'MEASURING', 'SHOWN', 'ImageJob',
            'ImageSettings', 'parse_layers', 'numbers', 'known_set', 'preset_of', 'resolve', 'prior_cfg', 'score_cfg',
-           'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'ImagePlace', 'generator_cfg',
-           'corpus_name', 'record_name', 'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator',
-           'labelled_images', 'classifier_folder', 'train_classifier', 'n_values', 'layered_prior', 'build_prior',
-           'hide_labels', 'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference',
-           'encode_all', 'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest',
+           'generator_cfg_train', 'prior_cfg_train', 'PriorModel', 'passes', 'StageTask', 'check_side', 'same_pictures',
+           'learnable', 'measurable', 'absent', 'ImagePlace', 'generator_cfg', 'corpus_name', 'record_name',
+           'data_hash', 'record_settings', 'open_job', 'stage', 'train_generator', 'labelled_images', 'accuracy_text',
+           'classifier_folder', 'train_classifier', 'n_values', 'layered_prior', 'build_prior', 'hide_labels',
+           'prior_weights', 'prior_stage', 'train_prior', 'generator_hash', 'fine_tune', 'Reference', 'encode_all',
+           'decode_all', 'make_reference', 'sample_prior', 'evaluations', 'score', 'nearest', 'in_cell', 'number_of',
            'chain_health', 'wanted_labels', 'guided', 'control', 'requests', 'control_all', 'request_metrics',
            'control_table', 'add_one_by_one', 'one_by_one_table', 'trade_off', 'control_metrics', 'cost', 'finish',
            'save_prior', 'load_prior', 'Done', 'measure', 'run_row', 'run_joint', 'add_metrics', 'tune_gaussian',
@@ -17,16 +18,16 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'M
            'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
 
 # %% ../nbs/62_image_job.ipynb #5b6ddd28
-import copy, hashlib, json, math, os, re, shutil, tempfile, time
+import copy, hashlib, json, math, os, re, shutil, tempfile, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import (JOB_SETTINGS, Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, own_name, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, weights_hash, write_result)
+from .core import (JOB_SETTINGS, Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, own_name, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, settings_hash, weights_hash, write_result)
 from .generator import Generator, GeneratorCfg, GeneratorModel
 from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
                                  make_classifier, predict, save_classifier, spread_ratio)
-from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, textures
+from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, shown, textures
 from .energy import GuidedEnergy
 from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
@@ -48,7 +49,8 @@ class ImageJob:
     generator_steps:int=0 # Optimiser steps of the generator; 0 takes the preset's
     n_samples:int=0 # Pictures generated for the metrics; 0 takes the preset's
     settings:str='' # Any other setting, as `"T=4 w_cls=0.5"`
-    attributes:str='' # CSV of attributes of a folder's pictures
+    attributes:str='' # Table of attributes of a folder's pictures
+    layout:str='auto' # What folders of pictures mean: `flat` (nothing), `classes`, `splits` (train, valid, test); `auto` goes by their names
     on_bad:str='error' # What a corrupt picture in a folder or zip does: `error`, or `skip`, which leaves it out with a warning
     device:str='auto' # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
     threads:int=0 # CPU threads; 0 leaves torch's choice
@@ -295,6 +297,56 @@ class StageTask:
         m.train(was)
         return {k: o/n for k,o in sums.items()}
 
+# %% ../nbs/62_image_job.ipynb #d7e1a359
+def check_side(s:ImageSettings, images:Images, dataset:str) -> None:
+    "`ValueError` with sides and layers that work, unless the layers divide the pictures"
+    side,last = images.shape[-1],parse_layers(s.layers)['sizes'][-1]
+    if last == 1 or side % last == 0: return
+    free = dataset not in ('digits','cifar10','cifar10-jpeg') # these come in one size
+    fits = max(k for k in (2**i for i in range(side.bit_length())) if side % k == 0)
+    raise ValueError(f'{images.name}: the bottom layer of side {last} does not divide pictures of side {side}: ' + (f'settings="size={-(-side//last)*last}" resamples them to a side that it divides; or ' if free else '') + f'give layers whose last side is {fits}' + (' or less' if fits > 1 else ''))
+
+def same_pictures(out, settings:dict) -> None:
+    "`ValueError` if the run in a folder differs from this one in its pictures or labels alone: they were changed in between"
+    p = Path(out)/'settings.json'
+    try: old = json.loads(p.read_text())
+    except (OSError, ValueError): return # no run, or none that can be read: `Run` says so
+    of_data = ('data','n_train')
+    rest = lambda d: settings_hash({k: v for k,v in d.items() if k not in of_data})
+    if isinstance(old, dict) and old.get('data') not in (None, settings['data']) and rest(old) == rest(settings):
+        raise ValueError(f"{settings['dataset']}: pictures or labels have changed since the run in {out} began (fingerprint {old['data']}, {old['n_train']} for training; now {settings['data']}, {settings['n_train']}): put them back, or start another run with out=...")
+
+# %% ../nbs/62_image_job.ipynb #959abd43
+def learnable(
+    images:dict, # `train`, `valid`, `test`
+) -> dict: # The same with the attributes of which training pictures show two values or more
+    "Leave out, with a warning, attributes that no classifier and no prior can learn"
+    train = images['train']
+    seen = {k: {v for v in train.label(k).unique().tolist() if v >= 0} for k in train.attributes}
+    keep = [i for i,k in enumerate(seen) if len(seen[k]) > 1]; names = [list(seen)[i] for i in keep]
+    left = [shown(k) for k in seen if k not in names]
+    if left: warnings.warn(f'{train.name}: training pictures show fewer than two values of {len(left)} attributes, which are left out: {", ".join(left[:5])}{" ..." if len(left) > 5 else ""}')
+    never = [f'{k} = {v}' for k in names for j,v in enumerate(train.attributes[k]) if j not in seen[k]]
+    if never: warnings.warn(f'{train.name}: no training picture shows {", ".join(never[:5])}{" ..." if len(never) > 5 else ""}: requests for it cannot be met')
+    if len(names) == len(seen): return images
+    return {s: replace(v, labels=v.labels[:,keep], attributes={k: v.attributes[k] for k in names}) for s,v in images.items()}
+
+def measurable(
+    s:ImageSettings,
+    images:dict, # `train`, `valid`, `test`
+) -> dict: # Metric -> why it cannot be computed
+    "What will be absent from the records of these pictures"
+    need,test,out = CLASSIFIERS[s.clf_preset]['n_features']+1,images['test'],{}
+    if len(test) < need: out['frechet_test'] = out['frechet_real'] = f'{len(test)} test pictures, and a distance in {need-1} features needs {need}'
+    if len(test) < 40: out['prior_hole_test'] = f'{len(test)} test pictures, and a classifier between them and samples needs 40'
+    y = images['train'].subset(slice(0, s.n_samples)).labels # the pictures that samples are compared with
+    if not y.shape[1] or not (y[:,0] >= 0).any(): out['class_kl'] = 'no labels'
+    return out
+
+def absent(why:str, n:int|None=None) -> dict: # Metric without a value
+    "A measure that cannot be computed, and why"
+    return metric(None, n=n, estimator=f'absent: {why}')
+
 # %% ../nbs/62_image_job.ipynb #eb6393e2
 @dataclass(frozen=True)
 class ImagePlace:
@@ -341,27 +393,33 @@ def open_job(
     job = replace(job, dataset=known_set(job.dataset))
     s,device = resolve(job),pick_device(job.device); one_process('a job of pictures')
     if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
-    images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad)
+    images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad, layout=job.layout)
+    images = learnable(images)
     if s.levels: images = {k: fewer_levels(v, s.levels) for k,v in images.items()}
     train = images['train']
+    check_side(s, train, job.dataset)
     cfg = generator_cfg(s, train)
     if s.floors and len(numbers(s.floors, 'floors')) != cfg.L: raise ValueError(f'floors has {len(s.floors.split())} numbers for {cfg.L} layers')
     if set(job.rows.split()) & {'ldebm','ldebm-coupled','joint-ebm'} and (odd := [n for n in cfg.sizes if n & (n-1)]):
         raise ValueError(f'layers: energies need maps whose side is a power of two, got {odd[0]}; leave out the rows with energies, or choose other layers')
     need = CLASSIFIERS[s.clf_preset]['n_features']+1
     for what,n in (('n_samples', s.n_samples), ('training pictures', len(train)), ('validation pictures', len(images['valid']) if 'gaussian-tuned' in job.rows.split() else need)):
-        if n < need: raise ValueError(f'{train.name}: {n} {what}, and a Frechet distance in {need-1} features needs {need}: more pictures, or n_samples')
-    if short := [k for k,v in train.attributes.items() if len(v) < 2]: raise ValueError(f'attribute {short[0]!r} of {train.name} has a single value: leave it out')
+        if n < need:
+            small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features']); fewer = CLASSIFIERS[small]['n_features']+1
+            raise ValueError(f'{train.name}: {n} {what}, and a Frechet distance in {need-1} features needs {need}: more pictures, or n_samples' + (f'; or settings="clf_preset={small}", which needs {fewer}' if n >= fewer else ''))
     for k in ('gen_batch','batch'):
         if getattr(s, k) > len(train): raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {k}={getattr(s, k)}: lower it')
     if any(r == 'ldebm-coupled' for r in job.rows.split()) and not (train.attributes and (train.labels >= 0).any()):
         raise ValueError(f'{train.name} has no labels to couple to: leave out the row ldebm-coupled, or give attributes')
+    gaps = measurable(s, images)
+    for why in dict.fromkeys(gaps.values()): warnings.warn(f'{train.name}: not computed, for want of data: {", ".join(k for k,v in gaps.items() if v == why)} ({why})')
     p = ImagePlace(None, job, s, device, images, cfg, data_hash(images))
     for r in ('gaussian', *job.rows.split()): result_path(**record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or '')
     set_threads(job.threads or None); keep_memory()
     name = f'runs/{corpus_name(p)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
     settings = dict(dataset=corpus_name(p), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)
+    same_pictures(out, settings)
     return replace(p, run=Run(out, settings, resume=job.resume))
 
 # %% ../nbs/62_image_job.ipynb #e4f0e1f0
@@ -393,6 +451,10 @@ def labelled_images(images:dict) -> dict: # What the classifier learns
         y = torch.arange(4).repeat_interleave(len(v))[:,None]
         return Images(v.name, torch.cat([o.pixels for o in parts]), y, {'turn': ('0', '90', '180', '270')}, v.levels)
     return {k: turned(v.subset(slice(0, 10_000))) for k,v in images.items()}
+
+def accuracy_text(acc:dict) -> str: # From `train_classifier`
+    "What a classifier reads rightly, one attribute after the other"
+    return ', '.join(f'classifier ({k}): {number_of(v, 1, percent=True)} of test pictures' if v['n'] else f'classifier ({k}): no test picture has a label' for k,v in acc.items())
 
 MIRRORED = ('cifar10','celeba','lsun_church') # Data sets whose labels survive a mirror: a user's may say left and right
 
@@ -557,30 +619,43 @@ def score(
     gen,g,net = make_gen(p.job.seed, 'score'),ref.generator,ref.net
     x = decode_all(g, u); f = features_of(net, x); n = len(u)
     fd,note = frechet_metric(f, ref.features, gen=gen),f'features of a classifier, against {len(ref.features)} training pictures'
+    gaps = {k: absent(why) for k,why in measurable(p.s, p.images).items()}
     out = dict(frechet=dict(fd, estimator=note), frechet_recon=metric(ref.recon, n=n, estimator=f'the same, of reconstructions'), frechet_gaussian=metric(ref.gaussian, n=n, estimator='the same, Gaussian prior'))
-    if len(ref.test_features) > f.shape[1]: # a small folder leaves too few test pictures for a covariance
+    if 'frechet_test' not in gaps:
         out.update(frechet_test=metric(frechet(f, ref.test_features), n=len(ref.test_features), estimator=f'against {len(ref.test_features)} test pictures'),
                    frechet_real=metric(frechet(ref.test_features, ref.features), n=len(ref.test_features), estimator='test against training pictures'))
-    if (share := gap_closed(ref.recon, ref.gaussian, out['frechet']['value'])) is not None: out['gap_closed'] = metric(share, n=n, estimator='share of frechet_gaussian - frechet_recon')
+    share = gap_closed(ref.recon, ref.gaussian, out['frechet']['value'])
+    out['gap_closed'] = absent('the Gaussian prior is no farther than reconstructions', n) if share is None else metric(share, n=n, estimator='share of frechet_gaussian - frechet_recon')
     out.update(density_coverage(ref.features, f))
     out['density_gaussian'],out['coverage_gaussian'] = (v for v in density_coverage(ref.features, features_of(net, decode_all(g, ref.u_gaussian))).values())
     out['prior_hole_auroc'] = two_sample_auroc(ref.u, u, gen); out['prior_hole_gaussian'] = two_sample_auroc(ref.u, ref.u_gaussian, gen)
-    out['prior_hole_test'] = two_sample_auroc(ref.u_test, u, gen) if len(ref.u_test) >= 40 else None
+    if 'prior_hole_test' not in gaps: out['prior_hole_test'] = two_sample_auroc(ref.u_test, u, gen)
     out['mmd'],out['mmd_gaussian'] = latent_mmd(ref.u, u),latent_mmd(ref.u, ref.u_gaussian)
     m,m0 = out['mmd']['value'],out['mmd_gaussian']['value']
-    out['mmd_ratio'] = metric(m/m0, n=n, estimator='mmd / mmd_gaussian, unbiased: may be negative') if m0 > 0 else None
+    out['mmd_ratio'] = metric(m/m0, n=n, estimator='mmd / mmd_gaussian, unbiased: may be negative') if m0 > 0 else absent('the estimate for the Gaussian prior is not positive', n)
     out['spread'] = metric(spread_ratio(u, ref.u), n=n, estimator='root mean variance of u, relative to the posterior')
     out['nearest'] = metric(float(nearest(u, ref.u).median()/nearest(ref.u_test, ref.u).median()), n=n, estimator='median distance in u to the nearest training draw, relative to test pictures: well under 1 is copying')
     for i in range(g.L):
         k = g.layer_mask(i+1)
         out[f'prior_hole_auroc_{i+1}'] = two_sample_auroc(ref.u[:,k], u[:,k], gen)
-    if ref.labels.shape[1] and ((y := ref.labels[:,0]) >= 0).any():
+    if 'class_kl' not in gaps:
+        y = ref.labels[:,0]
         out['class_kl'] = class_histogram_kl(predict(net, x)[:,0], y[y >= 0], list(net.heads.values())[0])
-    return {k: v for k,v in out.items() if v is not None}
+    return gaps | out
 
 def nearest(a:Tensor, b:Tensor, chunk:int=1024) -> Tensor: # Shape `(n,)`
     "Distance of each row of `a` to its nearest row of `b`"
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(chunk)])
+
+# %% ../nbs/62_image_job.ipynb #64294054
+def in_cell(text:str) -> str: # For a cell of a table in Markdown
+    "A name that somebody gave, whatever signs are in it"
+    return re.sub(r'([\\|`*_<>$\[\]])', r'\\\1', text)
+
+def number_of(m:dict, digits:int=3, percent:bool=False) -> str: # Of a metric
+    "Its value, or the reason why it has none"
+    if m['value'] is None: return m['estimator'] if m['estimator'].startswith('absent') else f"absent: {m['n']} cases"
+    return f"{m['value']:.{digits}%}" if percent else f"{m['value']:.{digits}f}"
 
 # %% ../nbs/62_image_job.ipynb #dfce3865
 def chain_health(
@@ -624,7 +699,7 @@ def control(
         hits,n = int(wanted.gather(1, predict(ref.net, x)+first).all(1).sum()),len(x)
         out = dict(control_accuracy=metric(hits/n, wilson_interval(hits, n), n, f'share of pictures in which a classifier reads an allowed value, guidance {guidance:g}'))
     else: out = dict(control_accuracy=dict(control_accuracy(ref.net, x, wanted), estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}'))
-    if len(x) > f.shape[1]: out['frechet'] = metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples') # fewer have no covariance
+    out['frechet'] = metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples') if len(x) > f.shape[1] else absent(f'{len(x)} samples have no covariance in {f.shape[1]} features', len(x))
     return {**out, **density_coverage(ref.features, f)},x
 
 def requests(p:ImagePlace, n:int=500, most:int=6) -> dict: # Of the first `most` attributes: name -> values asked for, `(n, A)` with -1 for free, or allowed values `(n, K)`
@@ -652,12 +727,15 @@ def control_all(
 
 def request_metrics(done:dict) -> dict: # Metrics
     "Accuracy and coverage of every request of `control_all`, as `control_<request>`"
-    name = lambda k: re.sub(r'[^a-z0-9]+', '_', k.lower())
-    return {f'control_{name(k)}': m['control_accuracy'] for k,m in done.items()} | {f'control_coverage_{name(k)}': m['coverage'] for k,m in done.items()}
+    names = []
+    for k in done: # letters of any alphabet; names that differ in other signs alone are numbered
+        name = re.sub(r'\W+', '_', k.lower()); same = sum(re.fullmatch(re.escape(name)+r'(__\d+)?', o) is not None for o in names)
+        names.append(f'{name}__{same+1}' if same else name)
+    return {f'control_{n}': m['control_accuracy'] for n,m in zip(names, done.values())} | {f'control_coverage_{n}': m['coverage'] for n,m in zip(names, done.values())}
 
 def control_table(done:dict) -> str: # Markdown
     "A row each request"
-    rows = [f'| {k} | ' + ' | '.join(f'{m[c]["value"]:.3f}' for c in ('control_accuracy','frechet','density','coverage')) + ' |' for k,m in done.items()]
+    rows = [f'| {in_cell(k)} | ' + ' | '.join(number_of(m[c]) for c in ('control_accuracy','frechet','density','coverage')) + ' |' for k,m in done.items()]
     return '\n'.join(['| asked for | accuracy | FD | density | coverage |', '|---|---:|---:|---:|---:|', *rows])
 
 def add_one_by_one(
@@ -685,7 +763,7 @@ def add_one_by_one(
 
 def one_by_one_table(table:list) -> str: # Markdown
     "From `add_one_by_one`"
-    rows = [f'| {t["added"]} = {t["value"]} | {t["all_met"]:.1%} | ' + ('' if t['others_kept'] is None else f'{t["others_kept"]:.1%}') + f' | {t["moved"]:.2f} | {t["apart"]:.2f} |' for t in table]
+    rows = [f'| {in_cell(t["added"])} = {in_cell(t["value"])} | {t["all_met"]:.1%} | ' + ('' if t['others_kept'] is None else f'{t["others_kept"]:.1%}') + f' | {t["moved"]:.2f} | {t["apart"]:.2f} |' for t in table]
     return '\n'.join(['| added | all requests so far met | attributes not asked for that stay | distance moved in u | distance between samples |', '|---|---:|---:|---:|---:|', *rows])
 
 def trade_off(p:ImagePlace, ref:Reference, prior:DiffusionEBM, guidances=(0., .5, 1., 1.5, 2., 3., 5.), n:int=0) -> dict: # Guidance -> metrics
@@ -836,7 +914,7 @@ def plot_rows(rows:list, titles:list, cols:int=12, width:float=7.):
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(len(rows), 1, figsize=(width, .62*width/cols*len(rows)+.1), layout='constrained', squeeze=False)
     for ax,x,t in zip(axs[:,0], rows, titles):
-        plot_grid(x[:cols], cols=cols, ax=ax); ax.text(-.01, .5, t, transform=ax.transAxes, ha='right', va='center', fontsize=7)
+        plot_grid(x[:cols], cols=cols, ax=ax); ax.text(-.01, .5, t, transform=ax.transAxes, ha='right', va='center', fontsize=7, parse_math=False) # a name may hold dollars
     return axs[:,0]
 
 def plot_levels_of(p:ImagePlace, prior:DiffusionEBM, generator:Generator, n:int=12):
@@ -860,7 +938,7 @@ def outliers(p:ImagePlace, n:int=360) -> dict: # Name -> pictures `(n, C, H, W)`
     test = p.images['test']; test = test.subset(slice(0, min(n, len(test)))); gen = make_gen(0, 'outliers'); shape,levels = test.shape,test.levels
     sets = dict(permuted=permuted(test, gen), inverted=inverted(test), noise=noise_images(shape, len(test), gen, levels), textures=textures(shape, len(test), gen, levels))
     if shape[0] == 1: sets['turned'] = rotated(test, 1)
-    if shape[0] == 3 and test.name != 'shapes': sets['procedural'] = shapes(len(test), gen, size=shape[1])
+    if shape[0] == 3 and shape[1] >= 8 and test.name != 'shapes': sets['procedural'] = shapes(len(test), gen, size=shape[1])
     return {k: v.x() for k,v in sets.items()}
 
 def ood(
@@ -912,7 +990,7 @@ def plot_trade_off(curve:dict, ax=None):
 
 def trade_off_table(curve:dict) -> str: # Markdown
     "Accuracy, distance, density and coverage at each guidance factor"
-    rows = [f'| {g:g} | ' + ' | '.join(f'{m[k]["value"]:.3f}' for k in ('control_accuracy','frechet','density','coverage')) + ' |' for g,m in curve.items()]
+    rows = [f'| {g:g} | ' + ' | '.join(number_of(m[k]) for k in ('control_accuracy','frechet','density','coverage')) + ' |' for g,m in curve.items()]
     return '\n'.join(['| guidance | accuracy | FD | density | coverage |', '|---:|---:|---:|---:|---:|', *rows])
 
 def plot_layer_energies(p:ImagePlace, prior:DiffusionEBM, ref:Reference, n:int=256):

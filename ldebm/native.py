@@ -12,7 +12,7 @@ import ctypes, functools, hashlib, os, platform, shlex, shutil, subprocess, temp
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import cache_root, env_flag
+from .core import cache_folder, cache_root, env_flag
 from .kernels import cpu_info
 from .resident import Sizes, check_symbols, n_weights, own
 
@@ -298,8 +298,10 @@ def compiled(
     "The program, compiled unless it is there; `RuntimeError` if there is no compiler, or it fails"
     command = [*compiler(), *flags, f'-DREAL={KINDS[dtype]}', f'-DHALF={int(half)}']
     key = hashlib.sha256('\0'.join([source(), *command, compiler_version(), platform.machine(), cpu_info('model name'), cpu_info('flags')]).encode()).hexdigest()[:16]
-    folder = cache_root()/'native' if folder is None else folder; out = folder/f'chains-{key}.so'
+    out = (cache_root()/'native' if folder is None else folder)/f'chains-{key}.so'
     if out.exists(): return out
+    if folder is None: folder = cache_folder('native'); out = folder/out.name
+    if out.exists(): return out # made by this process where its home cannot be written
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as there: # others may be at it as well: what is moved in is whole
         code,made = Path(there)/'chains.cpp',Path(there)/'chains.so'; code.write_text(source())

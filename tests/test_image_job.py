@@ -1,16 +1,22 @@
 "Image jobs: every stage killed, stopped and resumed to the same bits, bad input that writes nothing, models that come back, records"
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import folders
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from ldebm import image_job as ij
 from ldebm import train
 from ldebm.core import check_result, load_tensors, make_gen, notebook_params
@@ -393,9 +399,169 @@ def test_pictures_without_labels(tmp_path):
     u = ij.sample_prior(p, ij.train_prior(p, "ldebm", g)[0], 4)[0]
     assert ij.decode_all(g, u).shape == (4, 3, 8, 8)
     metrics = ij.gaussian_metrics(p, ij.make_reference(p, g, net))
-    assert "frechet" in metrics and "class_kl" not in metrics and "frechet_test" not in metrics # six test pictures have no covariance
+    assert metrics["frechet"]["value"] is not None
+    for k, why in dict(class_kl="no labels", frechet_test="6 test pictures", frechet_real="needs 33", prior_hole_test="needs 40").items():   # six test pictures have no covariance
+        assert metrics[k]["value"] is None and metrics[k]["estimator"].startswith("absent: ") and why in metrics[k]["estimator"]
     digits = ij.open_job(job(tmp_path/"digits")).images
     assert ij.labelled_images(digits) is digits
+
+
+def folder(path, names, side=8, mode="RGB"):
+    "A folder of pictures, no two alike"
+    from PIL import Image
+    for i, n in enumerate(names):
+        (path/n).parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (side, side), bytes((7*i+5*j) % 256 for j in range(3*side*side))).convert(mode).save(path/n)
+    return str(path)
+
+
+FEW = SMALL+" clf_preset=digits steps=2 gen_steps=2 clf_steps=2 checks=1 batch=8 gen_batch=8"
+
+
+def test_what_a_late_stage_needs_is_asked_first(tmp_path):
+    "Attributes, sides and numbers that would fail after training: left out and said, or refused with a remedy that works"
+    path = folder(tmp_path/"mine", [f"train/{i}.png" for i in range(60)]+[f"test/{i}.png" for i in range(4)])
+    (tmp_path/"a.csv").write_text("file,fur,wings,name\n"+"".join(f"train/{i}.png,{'long short'.split()[i % 2]},0,n{i}\n" for i in range(60)))
+    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(tmp_path/"a.csv"), rows="ldebm-coupled")
+    with pytest.warns(UserWarning) as said: p = ij.open_job(job(tmp_path/"run", **kw))
+    said = " ".join(str(w.message) for w in said)
+    for part in ("name (60 different values)", "fewer than two values of 1 attributes, which are left out: wings", "4 of 64 pictures have no row", "frechet_test, frechet_real (4 test pictures"): assert part in said
+    assert all(list(v.attributes) == ["fur"] and v.labels.shape[1] == 1 for v in p.images.values())
+    acc = ij.train_classifier(p)[1]
+    assert ij.accuracy_text(acc) == "classifier (fur): no test picture has a label"   # labels for training only
+    (tmp_path/"b.csv").write_text("file,wings\n"+"".join(f"train/{i}.png,0\n" for i in range(60)))
+    with pytest.raises(ValueError, match="no labels to couple to: leave out the row ldebm-coupled"), pytest.warns(UserWarning, match="left out: wings"):
+        ij.open_job(job(tmp_path/"other", **{**kw, "attributes": str(tmp_path/"b.csv")}))
+    with pytest.raises(ValueError, match="57 training pictures, and a Frechet distance in 64 features needs 65.*clf_preset=digits"):
+        ij.open_job(job(tmp_path/"other", **{**kw, "settings": FEW.replace("clf_preset=digits", "clf_preset=small")}))
+    assert not (tmp_path/"other").exists()
+
+
+@pytest.mark.parametrize("remedy", ["size=32", "layers='2x1x8x0 4x1x8x0'"])
+def test_a_side_that_no_layer_divides(tmp_path, remedy):
+    path = folder(tmp_path/"mnist", [f"{c}/{i}.png" for c in "01" for i in range(30)], side=28)
+    kw = dict(dataset=path, preset="small", rows="ldebm")
+    with pytest.raises(ValueError, match='bottom layer of side 16 does not divide pictures of side 28: settings="size=32" resamples them.* last side is 4 or less'):
+        ij.open_job(job(tmp_path/"run", **{**kw, "settings": FEW+" layers='4x1x8x0 16x1x8x0'"}))
+    assert not (tmp_path/"run").exists()
+    p = ij.open_job(job(tmp_path/"run", **{**kw, "settings": FEW+f" layers='4x1x8x0 16x1x8x0' {remedy}"}))
+    assert ij.train_generator(p)[1].step == 2
+    with pytest.raises(ValueError, match="does not divide pictures of side 8: give layers whose last side is 8 or less"): ij.open_job(job(tmp_path/"d", "layers='16x1x8x0'"))
+    ij.open_job(job(tmp_path/"d", "layers='8x1x8x0'"))
+
+
+def test_names_that_somebody_gave(tmp_path):
+    "Dollars, bars and other alphabets in classes: neither a figure nor a table nor a record minds"
+    import matplotlib
+    matplotlib.use("Agg")
+    path = folder(tmp_path/"odd", [f"{c}/{i}.png" for c in ("$5", "a|b$", "犬") for i in range(20)])
+    p = ij.open_job(job(tmp_path/"run", dataset=path, preset="small", settings=FEW, rows="ldebm-coupled"))
+    assert p.images["train"].attributes == {"class": ("$5", "a|b$", "犬")}
+    ij.save_figure(p, "requests", ij.plot_rows([p.images["train"].x()[:3]]*3, list(p.images["train"].attributes["class"])))
+    m = dict(control_accuracy=ij.metric(.5, n=2), frechet=ij.absent("2 samples"), density=ij.metric(1.), coverage=ij.metric(1.))
+    text = ij.control_table({"not a a|b$": m})
+    assert text.splitlines()[-1] == r"| not a a\|b\$ | 0.500 | absent: 2 samples | 1.000 | 1.000 |"
+    assert list(ij.request_metrics({"犬": m, "猫": m, "a b": m, "a-b": m}))[:4] == ["control_犬", "control_猫", "control_a_b", "control_a_b__2"]
+
+
+def test_one_snapshot_serves_the_run(tmp_path):
+    "Pictures and table may change or go once the job is open; a later sitting with others is refused, and says what has changed"
+    path = folder(tmp_path/"mine", [f"{i}.png" for i in range(60)])
+    table = tmp_path/"a.csv"
+    text = "".join(f"{i}.png,{i % 2}\n" for i in range(60))
+    table.write_text(text)
+    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(table), rows="ldebm-coupled")
+    p = ij.open_job(job(tmp_path/"run", **kw))
+    whole = weights(ij.train_generator(ij.open_job(job(tmp_path/"undisturbed", **kw)))[0])
+    for f in Path(path).iterdir(): f.unlink()
+    table.unlink()
+    assert_same(weights(ij.train_generator(p)[0]), whole)
+    with pytest.raises(ValueError, match="has no pictures"): ij.open_job(job(tmp_path/"run", **kw))
+    folder(tmp_path/"mine", [f"{i}.png" for i in range(60)])
+    with pytest.raises(FileNotFoundError, match="no such attribute file"): ij.open_job(job(tmp_path/"run", **kw))
+    for changed in (text.replace("3.png,1", "3.png,0"), text):
+        table.write_text(changed)
+        if changed == text: folder(tmp_path/"mine", ["59.png"])   # another picture under an old name
+        with pytest.raises(ValueError, match=r"pictures or labels have changed since the run in .*run began .* put them back, or start another run with out="): ij.open_job(job(tmp_path/"run", **kw))
+        assert ij.open_job(job(tmp_path/f"new{len(list(tmp_path.iterdir()))}", **kw)).run.path.exists()   # the remedy
+    folder(tmp_path/"mine", [f"{i}.png" for i in range(60)])
+    assert ij.open_job(job(tmp_path/"run", **kw)).data == p.data   # put back
+
+
+def quick(a, b, gen=None, **kw):
+    "In place of a two-sample test that takes a second: the same conditions"
+    if min(len(a), len(b)) < 20 or a.shape[1] != b.shape[1]: raise ValueError("too few points")
+    return ij.metric(.5, n=len(a)+len(b))
+
+
+def whole_job(p):
+    "Everything that the page does with an opened job, figures apart. Metrics by row"
+    g = ij.train_generator(p)[0]
+    net, acc = ij.train_classifier(p)
+    ref = ij.make_reference(p, g, net)
+    row = p.job.rows
+    done = ij.run_row(p, row, g, ref)
+    results = {"gaussian": ij.gaussian_metrics(p, ref), row: done.metrics}
+    ij.finish(p, "gaussian", results["gaussian"], None, 0.)
+    ij.add_metrics(p, row, done, ij.ood_metrics(ij.ood(p, done.prior, ij.outliers(p, 8), 8)))
+    said = ij.accuracy_text(acc)+ij.rows_table(results)
+    if row == "ldebm-coupled":
+        asked = ij.control_all(p, ref, done.prior, n=40)
+        ij.add_metrics(p, row, done, ij.request_metrics(asked))
+        wanted = torch.tensor([len(v)-1 for v in p.images["train"].attributes.values()])
+        said += ij.control_table(asked)+ij.trade_off_table(ij.trade_off(p, ref, done.prior, (0., 2.)))+ij.one_by_one_table(ij.add_one_by_one(p, ref, done.prior, wanted, 20)[1])
+    said.encode()   # no name breaks a page
+    return {r: check_result(json.loads((p.run.path/r/"result.json").read_text()))["metrics"] for r in results}
+
+
+def advised(one, why):
+    "The job that a refusal advises, or `None` if it advises another folder or table"
+    for layout in ("splits", "flat"):
+        if f"layout='{layout}'" in why and one.layout != layout: return replace(one, layout=layout)
+    if "leave out the row ldebm-coupled" in why: return replace(one, rows="ldebm")
+    if "on_bad='skip'" in why: return replace(one, on_bad="skip")
+    size = re.search(r'settings="(size=\d+)"', why)
+    return replace(one, settings=f"{one.settings} {size[1]}") if size else None
+
+
+def opened(one, folder):
+    "The job, or what it is after the advice of every refusal was followed, and the refusals; `None` if there is no advice left"
+    said = []
+    while one is not None and len(said) < 6:
+        try: return ij.open_job(one), said
+        except (ValueError, FileNotFoundError) as e:
+            said.append(str(e))
+            assert str(e) and "\n" not in str(e) and not (folder/"run").exists()
+            one = advised(one, str(e))
+    return None, said
+
+
+@pytest.mark.slow
+def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
+    "Whatever hypothesis draws: one clear sentence before training, or a complete record"
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.setattr(ij, "two_sample_auroc", quick)
+    monkeypatch.setattr(ij, "frechet_metric", lambda a, b, gen=None: ij.metric(ij.frechet(a, b), n=len(a)))
+    ended = []
+    @settings(max_examples=18, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @given(st.data())
+    def holds(data):
+        with tempfile.TemporaryDirectory() as t, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = folders.write(f"{t}/p", data.draw(folders.trees(least=44, most=3)))
+            table = data.draw(folders.tables(made))
+            if table is not None: Path(t, "t.csv").write_text(table, encoding="utf-8", newline="")
+            one = job(f"{t}/run", dataset=f"{t}/p", preset="small", settings=FEW+" langevin_steps=1 n_samples=40"+data.draw(st.sampled_from([" size=8", " size=8", ""])), attributes="" if table is None else f"{t}/t.csv",
+                      rows=data.draw(st.sampled_from(["ldebm", "ldebm-coupled"])), layout=data.draw(st.sampled_from(["auto", "auto", "auto", "flat", "splits"])), on_bad=data.draw(st.sampled_from(["skip", "skip", "skip", "error"])))
+            p, said = opened(one, Path(t))
+            if p is None: return
+            assert len(said) == len(set(said))   # no advice leads back to where it was given
+            for metrics in whole_job(p).values():
+                assert {"frechet", "frechet_test", "class_kl", "density", "coverage", "prior_hole_auroc", "prior_hole_test", "gap_closed", "mmd_ratio", "sample_seconds"} <= set(metrics)
+                assert all(m["value"] is not None or m["estimator"].startswith("absent: ") for m in metrics.values())
+            ended.append(p.job.rows)
+    holds()
+    assert ended.count("ldebm") > 1 and ended.count("ldebm-coupled") > 1   # not all refused
 
 
 # -- labels

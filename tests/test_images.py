@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import warnings
 import zipfile
+from pathlib import Path
 
+import folders
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import ldebm.images as li
@@ -411,7 +416,8 @@ def test_attributes_csv(tmp_path, pets):
 
 
 @pytest.mark.parametrize("text,wrong", [
-    ("file,a\ncat/1.png,1\nnone1.png,0\nnone2.png,1\n", "2 of 3 rows name pictures that are not there: none1.png, none2.png"),
+    ("file,a\nnone1.png,0\nnone2.png,1\n", "none of its 2 rows names a picture that is there, such as none1.png.*pictures are named like cat/1.png"),
+    ("file,a\n", "a line for each picture is needed besides"), ("file,a\ncat/1.png,NA\n", "no column that is an attribute: .*nothing known"), ('file,a\ncat/1.png,"'+"x"*140_000+'"\n', "is no table"),
     ("file,a\n1.png,1\n", "1.png could be cat/1.png or dog/1.png"),
     ("file,a\ncat/1.png,1\ncat/1.png,0\n", "line 3: a second row for cat/1.png"),
     ("file,a,b\ncat/1.png,1\n", "line 2: 2 columns, and 3 names"),
@@ -421,6 +427,207 @@ def test_attributes_csv(tmp_path, pets):
 def test_attribute_files_that_do_not_fit(tmp_path, text, wrong):
     (tmp_path/"a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=wrong): read_attributes(tmp_path/"a.csv", ["cat/1.png", "cat/2.png", "dog/1.png"])
+
+
+NAMES = ["cat/1.png", "cat/2.png", "dog/3.png", "dog/é.png"]
+
+
+@pytest.mark.parametrize("text,labels,values,said", [
+    ("cat/1.png,dog\ncat/2.png,cat\n", [1, 0, -1, -1], ("cat", "dog"), "no line of names: the attribute is called attribute 1.*2 of 4 pictures have no row"),
+    ("gone.png,0\n1.png,1\n2.png,0\n", [1, 0, -1, -1], ("no", "yes"), "no line of names.*1 of 3 rows name pictures that are not there: gone.png; they are not used"),
+    ("gone,dog\n1,cat\n2,dog\n3,cat\n", [0, 1, 0, -1], ("cat", "dog"), "no line of names"),   # no endings, and no first picture
+    ("file;a\n1.png;x\n2.png;y,z\n", [0, 1, -1, -1], ("x", "y,z"), ""), ("file\ta\n1.png\tx\n2.png\ty\n", [0, 1, -1, -1], ("x", "y"), ""), ("sep=;\nfile;a\n1.png;x\n2.png;y\n", [0, 1, -1, -1], ("x", "y"), ""),
+    ("file|a\r1.png|x\r2.png|y\r", [0, 1, -1, -1], ("x", "y"), ""), ('file,a\r\n1.png,"x\r\ny"\r\n2.png,z\r\n', [0, 1, -1, -1], (r"x\r\ny", "z"), ""),
+    ("file,a\n1.png,1.0\n2.png,0.0\n3.png,nan\n", [1, 0, -1, -1], ("no", "yes"), ""), ("file,a\n1.png,-1\n2.png,1\n3.png,?\n", [0, 1, -1, -1], ("no", "yes"), ""), ("file,a\n1.png,x\n2.png,<NA>\n3.png,null\n", [0, -1, -1, -1], ("x",), ""),
+    (",file,a\n0,1.png,x\n1,2.png,y\n", [0, 1, -1, -1], ("x", "y"), "columns that are no attributes.*without a name"),   # as pandas writes an index
+    ("a\n1.png,x\n2.png,y\n", [0, 1, -1, -1], ("x", "y"), ""),   # as R writes names of rows
+    ("id,a\ndog\\3,x\n./cat/1.png,y\nE\u0301.PNG,x\n", [1, -1, 0, 0], ("x", "y"), "1 of 4 pictures have no row"),   # other slashes, letters and case; no ending
+    ("file,a\n1.png,x\n1.png,x\n2.png,y,,\n", [0, 1, -1, -1], ("x", "y"), ""), ("file,a,\n1.png,x,\n2.png,y,\n", [0, 1, -1, -1], ("x", "y"), ""),
+    ("file a\n1.png   x\n2.png y\n", [0, 1, -1, -1], ("x", "y"), "")])
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_as_people_have_them(tmp_path, text, labels, values, said, code):
+    (tmp_path/"a.csv").write_bytes(text.encode(code))
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter("always")
+        got, att = read_attributes(tmp_path/"a.csv", NAMES)
+    assert got[:, 0].tolist() == labels and list(att.values()) == [values]
+    import re
+    assert re.search(said, " ".join(str(o.message) for o in w))
+
+
+def test_part_of_celeba_with_the_official_table(tmp_path):
+    "Fewer pictures than rows: the rows there are pictures for are used, and it is said how many are not"
+    folder = write_folder(tmp_path/"p", {f"{i:06}.jpg": picture(seed=i, fmt="JPEG") for i in range(1, 61, 2)})
+    (folder/"list_attr_celeba.txt").write_text("60\nMale Smiling\n"+"".join(f"{i:06}.jpg {1 if i % 3 else -1:2d} -1\n" for i in range(1, 61)))
+    with pytest.warns(UserWarning, match="30 of 60 rows name pictures that are not there"): sets = load_images(folder, attributes_csv=folder/"list_attr_celeba.txt")
+    assert sum(len(s) for s in sets.values()) == 30 and sum(int(s.label("Male").sum()) for s in sets.values()) == 20
+
+
+# -- folders as people have them
+
+def said_by(f, *a, **kw):
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter("always")
+        return f(*a, **kw), " ".join(str(o.message) for o in w)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links as on Unix")
+def test_links_are_followed_and_loops_found(tmp_path):
+    store = write_folder(tmp_path/"store", {f"{c}/{i}.png": picture(seed=100*j+i) for j, c in enumerate(("dog", "cow", "dog/old")) for i in range(3)})
+    p = write_folder(tmp_path/"pics", {f"cat/{i}.png": picture(seed=300+i) for i in range(3)})
+    for name, to in {"dog": store/"dog", "hound": store/"dog", "old": store/"dog"/"old", "cat/self": p, "up": tmp_path, "gone": tmp_path/"nowhere", "feline": p/"cat"}.items(): (p/name).symlink_to(to, target_is_directory=True)
+    (p/"cow").mkdir()
+    for i in range(3): (p/"cow"/f"{i}.png").symlink_to(store/"cow"/f"{i}.png")
+    (p/"cat"/"broken.png").symlink_to(tmp_path/"nothing.png")
+    os.mkfifo(p/"cat"/"pipe.png")
+    files, said = said_by(list_images, p)
+    assert [f.name for f in files] == sorted([f"{c}/{i}.png" for c in ("cat", "cow", "dog", "dog/old") for i in range(3)])
+    for part in ("in it already under another name (cat/self, feline, hound and 1 more)", "1 links to a folder around it (up)", "2 broken links (cat/broken.png, gone)", "1 neither files nor folders (cat/pipe.png)"): assert part in said, said
+    (tmp_path/"link").symlink_to(p)
+    assert said_by(list_images, tmp_path/"link")[0] == files
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_what_is_left_out_is_counted_and_named(kind, tmp_path, pets):
+    files = pets | {"pets/cat/a.heic": b"x", "pets/b": b"y", "pets/dog/.DS_Store": b"z", "pets/table.csv": b"1.png,x\n"}
+    path = write_zip(tmp_path/"p.zip", files) if kind == "zip" else write_folder(tmp_path/"p", files)
+    sets, said = said_by(load_images, path)
+    assert sum(map(len, sets.values())) == 80 and "80 pictures; left out: " in said
+    for part in ("1 hidden files and folders (pets/dog/.DS_Store)", "3 files without a picture's ending", "pets/cat/a.heic"): assert part in said
+    more = {k.replace(".png", e): v for (k, v), e in zip(pets.items(), [".jfif", ".JPE", ".pbm", ".tga"]*20)}   # decoded by what they hold
+    assert len(list_images(write_zip(tmp_path/"m.zip", more))) == 80
+    if kind == "folder":
+        (path/"pets"/"empty").mkdir()
+        assert "2 files without" in said_by(list_images, path, [path/"pets"/"table.csv"])[1] and "1 empty folders (pets/empty)" in said_by(list_images, path)[1]
+
+
+@pytest.mark.parametrize("names,layout,want", [
+    (["car", "train", "boat"], "classes", {"boat", "car", "train"}), (["test", "exam"], "classes", {"exam", "test"}), (["train/train", "train/car"], "splits", {"car", "train"}), (["cat/train", "cat/dog"], "classes", {"dog", "train"}),
+    (["x/train/a", "x/train/b", "x/test/a"], "splits", {"a", "b"}), (["train/a", "train/b", "test"], "splits", {"a", "b"}), (["dev/a", "dev/b"], "classes", {"a", "b"}), (["train", "test"], "splits", set()), (["one"], "flat", set())])
+def test_layout_by_evidence(names, layout, want, tmp_path):
+    "A class may be called as a split is, and a split may have no classes; the same when it is stated"
+    path = write_zip(tmp_path/"p.zip", {f"{c}/{i}.png": picture(seed=i) for c in names for i in range(22)})
+    for stated in ("auto", layout):
+        sets = said_by(load_images, path, layout=stated)[0]
+        assert set(sets["train"].attributes.get("class", ())) == want and sum(map(len, sets.values())) == 22*len(names)
+    if names[-1] == "test" and want: assert (sets["test"].labels == -1).all() and (sets["train"].labels >= 0).all()
+    flat = load_images(path, layout="flat")
+    assert sum(map(len, flat.values())) == 22*len(names) and not flat["train"].attributes
+
+
+def test_layouts_that_could_be_either(tmp_path):
+    path = write_zip(tmp_path/"p.zip", {f"{c}/{i}.png": picture(seed=i) for c in ("train", "test", "moon") for i in range(22)})
+    with pytest.raises(ValueError, match="folders test, train may be splits, or classes like moon: say layout='splits', which leaves out what is in no split, or layout='classes'"): load_images(path)
+    sets, said = said_by(load_images, path, layout="splits")
+    assert sum(map(len, sets.values())) == 44 and "22 pictures are outside its split folders" in said
+    assert load_images(path, layout="classes")["train"].attributes["class"] == ("moon", "test", "train")
+    with pytest.raises(ValueError, match="layout must be one of auto, flat, classes, splits"): load_images(path, layout="class")
+    with pytest.raises(ValueError, match="digits has its own labels; layout is for pictures in files"): load_images("digits", layout="flat")
+    with pytest.raises(ValueError, match="none named train: .*layout='flat'"): load_images(write_zip(tmp_path/"q.zip", {f"{c}/{i}.png": picture() for c in ("a", "b") for i in range(22)}), layout="splits")
+
+
+@pytest.mark.parametrize("data,says", [
+    (picture(), r"is a single picture \(PNG\), not a zip: name the folder"), (picture(fmt="JPEG"), "single picture .JPEG."), (b"\x1f\x8b\x08 and more", "is a gzip archive, not a zip: unpack it"), (b"", "is empty"), (b"file,a\n", "is not a zip: name a folder"),
+    (b"Rar!\x1a\x07", "is a RAR archive"), (b"\0"*257+b"ustar\0", "is a tar archive, not a zip: unpack it and name the folder"), (b"PK\x03\x04 and no more", "cut short")])
+def test_what_is_no_zip_is_called_what_it_is(tmp_path, data, says):
+    (tmp_path/"p.zip").write_bytes(data)
+    with pytest.raises(ValueError, match=says): load_images(tmp_path/"p.zip")
+
+
+# -- one snapshot
+
+@pytest.mark.parametrize("change", ["write", "old date", "remove", "zip"])
+def test_pictures_that_change_between_listing_and_decoding(tmp_path, change):
+    good = {f"{i:02}.png": picture(seed=i) for i in range(30)}
+    path = write_zip(tmp_path/"p.zip", good) if change == "zip" else write_folder(tmp_path/"p", good)
+    files, at = list_images(path), path/"07.png"
+    if change == "zip": write_zip(path, good | {"07.png": picture(seed=99)})
+    elif change == "remove": at.unlink()
+    else:
+        old = at.stat()
+        at.write_bytes(picture(seed=99))
+        if change == "old date": os.utime(at, ns=(old.st_atime_ns, old.st_mtime_ns))
+    for cache in (False, True):
+        with pytest.raises(li.ChangedFile, match="07.png (has changed since|was removed after) the pictures were listed; start again"): decode_files(path, files, on_bad="skip", cache=cache)
+    assert not list((tmp_path/"cache").rglob("*.*"))
+
+
+def test_a_file_put_back_with_its_old_date_is_decoded_again(tmp_path):
+    path = write_folder(tmp_path/"p", {f"{i}.png": picture(seed=i) for i in range(30)})
+    px = decode_files(path, list_images(path), cache=True)[0].clone()
+    old = (path/"3.png").stat()
+    (path/"3.png").write_bytes(picture(seed=33)[:old.st_size].ljust(old.st_size, b"\0"))
+    os.utime(path/"3.png", ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert not torch.equal(decode_files(path, list_images(path), cache=True)[0], px)
+
+
+# -- a cache that cannot be written
+
+def test_pictures_without_a_home(tmp_path, monkeypatch):
+    "No folder for the cache: the pictures are there all the same, and the word says which variable helps; a cache that can be read is read"
+    path = write_folder(tmp_path/"p", {f"{i}.png": picture(seed=i) for i in range(30)})
+    want = decode_files(path, list_images(path), cache=True)[0].clone()
+    (tmp_path/"file").write_text("")
+    monkeypatch.delenv("LDEBM_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path/"file"/"home"))
+    for _ in range(2):
+        got, said = said_by(decode_files, path, list_images(path), cache=True)
+        assert torch.equal(got[0], want)
+    assert "stands in for it until this process ends; name a folder that lasts in LDEBM_CACHE" in said_by(li.cache_folder, "images")[1]
+    monkeypatch.setenv("LDEBM_CACHE", str(tmp_path/"file"/"cache"))
+    with pytest.raises(OSError, match="name another one in LDEBM_CACHE"): decode_files(path, list_images(path), cache=True)
+    assert torch.equal(decode_files(path, list_images(path), cache=False)[0], want)
+
+
+def test_every_user_of_the_cache_does_without_a_home(tmp_path, monkeypatch):
+    "Compiled programs and downloads: where the home cannot be written, where there is none at all, and where LDEBM_CACHE itself is at fault"
+    from ldebm import core, native
+    from ldebm.data import data_root, find_data
+    if core.os.name != "posix": pytest.skip("homes as on Unix")
+    made = lambda command, **kw: (native.Path(command[-1]).write_text("made") if "-o" in command else None, subprocess.CompletedProcess(command, 0, "version 1", ""))[1]
+    monkeypatch.setattr(native.subprocess, "run", made)
+    monkeypatch.setattr(native, "compiler", lambda: ["c++"])
+    (tmp_path/"served.txt").write_text("words")
+    monkeypatch.setenv("LDEBM_DATA", str(tmp_path/"none"))
+    fetched = lambda: find_data("words", {"served.txt": None}, url=tmp_path.as_uri(), download=True)
+    (tmp_path/"file").write_text("")
+    monkeypatch.setenv("LDEBM_CACHE", str(tmp_path/"file"/"cache"))
+    for f in (lambda: native.compiled(torch.float32), fetched):
+        with pytest.raises(OSError, match="name another one in LDEBM_CACHE"): f()
+    monkeypatch.delenv("LDEBM_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path/"file"/"home"))
+    for f in (lambda: native.compiled(torch.float32).read_text(), lambda: (fetched()/"served.txt").read_text()):
+        with pytest.warns(UserWarning, match="until this process ends; name a folder that lasts in LDEBM_CACHE"): assert f() in ("made", "words")
+    def homeless(): raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(core.Path, "home", homeless)
+    assert core._passing_cache() in data_root() and (core.cache_folder("part")).is_dir()
+
+
+# -- anything
+
+def test_any_folder_is_read_or_refused_in_one_sentence(monkeypatch):
+    "Whatever hypothesis draws: each picture in one split, each file that is not used said; or one sentence that says why not"
+    monkeypatch.setenv("IN_TEST", "1")
+    read = []
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @given(st.data())
+    def holds(data):
+        with tempfile.TemporaryDirectory() as t:
+            made = folders.write(f"{t}/p", data.draw(folders.trees()))
+            table = data.draw(folders.tables(made))
+            if table is not None: Path(t, "t.csv").write_text(table, encoding="utf-8", newline="")
+            kw = dict(on_bad=data.draw(st.sampled_from(["skip", "error"])), size=data.draw(st.sampled_from([8, None])), layout=data.draw(st.sampled_from(["auto", "auto", "flat", "splits", "classes"])))
+            try: sets, said = said_by(load_images, f"{t}/p", attributes_csv=None if table is None else f"{t}/t.csv", **kw)
+            except (ValueError, FileNotFoundError) as e:
+                assert str(e) and "\n" not in str(e)
+                return
+            used = sum(map(len, sets.values()))
+            assert used <= len(made) and (used == len(made) or "left out" in said)
+            assert all(v.attributes == sets["train"].attributes and v.shape == sets["train"].shape for v in sets.values())
+            assert "\n" not in said and said.encode() is not None
+            read.append(used)
+    holds()
+    assert len(read) > 5
 
 
 def test_celeba(tmp_path, monkeypatch):
