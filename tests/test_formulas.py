@@ -1,0 +1,309 @@
+"Formulas written out a second time, factor by factor: what a wrong factor, sign, index or normaliser would not survive"
+import math
+
+import numpy as np
+import pytest
+import torch
+from ldebm import text_vae
+from ldebm.energy import EnergyNet
+from ldebm.langevin import ess, split_rhat
+from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, StandardNormal, free_bits
+from ldebm.schedule import consistent_schedule, published_schedule
+from ldebm.text import Batch
+from torch.testing import assert_close
+
+F64 = torch.float64
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, g): return torch.randn(*shape, generator=g, dtype=F64)
+
+
+# --- free bits
+
+KL = torch.tensor([[0., 4., 1.], [2., 0., .4]], dtype=F64)   # batch means 1, 2, .7
+
+
+def test_free_bits_are_those_of_the_batch_mean():
+    "sum_d max(mean_b KL_bd, floor), for every sentence: not the mean of what single sentences would pay"
+    assert free_bits(KL, 1.5).tolist() == [1.5+2+1.5]*2
+    assert free_bits(KL, 0.).tolist() == [5., pytest.approx(2.4)]
+    x = KL.clone().requires_grad_()
+    slope, = torch.autograd.grad(free_bits(x, 1.5).mean(), x)
+    assert slope.tolist() == [[0, .5, 0]]*2   # no push where the mean is under the floor, the mean's own elsewhere, also where a sentence has nothing
+
+
+def test_masked_free_bits_are_those_of_each_entry():
+    "Entries above the threshold whole, the others not at all, each sentence its own; an entry at the threshold is under it"
+    assert free_bits(KL, 1., clamp=False).tolist() == [4., 2.]
+
+
+@pytest.mark.parametrize("floor,clamp", [(.3, True), (.3, False), (0., True)])
+def test_the_terms_of_priors_have_these_free_bits(floor, clamp):
+    q = DiagGaussian(randn(5, 3, g=gen(1)), .5*randn(5, 3, g=gen(2)))
+    kl = .5*(q.mean**2+q.logvar.exp()-q.logvar-1)
+    want = kl.mean(0).clamp(min=floor).sum().expand(5) if clamp and floor else (kl*(kl > floor)).sum(1)
+    p = DiffusionEBM(consistent_schedule(2), EnergyNet(3, 1, 2, 8, 1, gen=gen()).double(), PriorCfg(floor=floor, clamp=clamp, n_steps=0))
+    t = p.terms(q, q.rsample(gen(3)), gen(4))
+    assert_close(t["kl"], want)
+    assert_close(t["kl_base"], kl.sum(1))
+    if clamp: assert_close(StandardNormal(3, floor).terms(q, q.mean)["kl"], want)
+
+
+# --- terms of the two objectives, with chains of no step: every number can be written down
+
+def energies(T, K, d, tau_y=1.):
+    net = EnergyNet(d, K, T, 8, 1, init=.7, gen=gen(T+K)).double()
+    net.tau_y = tau_y
+    return net
+
+
+def F(net, z, t): return net.tau_y*torch.logsumexp(net.logits(z, t)/net.tau_y, -1)
+
+
+def check_symbols(terms, net, clean, positives, labels, weights):
+    "`mi`, `sym`, `cls`, `cls_t`, from logits of clean latents `(B, K)` and of positives `(n, B, K)`"
+    lp, noisy = (clean/net.tau_y).log_softmax(-1), (positives/net.tau_y).log_softmax(-1)
+    p, B = lp.exp(), len(clean)
+    mean = p.mean(0)
+    assert_close(terms["mi"], -(mean*mean.log()).sum()+(p*lp).sum(-1))
+    assert_close(terms["sym"], -(p*noisy).sum(-1).mean(0))
+    assert_close(terms["cls"], -lp[torch.arange(B), labels]*weights[labels])
+    assert_close(terms["cls_t"], -noisy[:, torch.arange(B), labels].mean(0))
+
+
+@pytest.mark.parametrize("reference", ["gaussian", "flat"])
+@pytest.mark.parametrize("T,tau,tau_y", [(3, .7, 1.), (1, 1.3, .5)])
+def test_consistent_terms_written_out(reference, T, tau, tau_y):
+    "Levels all at once. Negatives are draws of the level's own Gaussian; a latent's gradient goes through positives, and through negatives as that Gaussian carries them"
+    B, d, K, s = 6, 2, 3, consistent_schedule(T)
+    net, z = energies(T, K, d, tau_y), randn(B, d, g=gen(1)).requires_grad_()
+    p = DiffusionEBM(s, net, PriorCfg(reference=reference, levels="all", n_steps=0, tau=tau))
+    labels, weights = torch.tensor([0, 2, 1, 1, 0, 2]), torch.tensor([.5, 2., 1.], dtype=F64)
+    got = p.terms(DiagGaussian(z, torch.zeros_like(z)), z, gen(2), labels, weights)
+    g = gen(2)
+    e1, e2, e3 = (randn(T*B, d, g=g).view(T, B, d) for _ in range(3))
+    contrast, pos_logits = 0., []
+    for t in range(T):
+        lev, last = torch.full((B,), t), t == T-1
+        before, a = s.a[:t+1].prod().item(), s.a[t+1].item()
+        zt = before*z+math.sqrt(1-before**2)*e1[t]
+        zn = a*zt+math.sqrt(1-a**2)*e2[t]
+        scale, m = (1. if last else a, zn) if reference == "flat" else (1., a*zn)
+        m, v = (0*zn if last else m), (1. if last and reference == "gaussian" else 1-a**2)
+        contrast = contrast+(F(net, m+math.sqrt(v)*e3[t], lev)-F(net, scale*zt, lev))/tau
+        pos_logits.append(net.logits(scale*zt, lev))
+    assert_close(got["ebm"], contrast), assert_close(got["ebm_enc"], contrast)
+    for term, what in (("ebm_enc", [z]), ("ebm", list(net.parameters()))):
+        for x, y in zip(*(torch.autograd.grad(f.mean(), what, retain_graph=True, allow_unused=True) for f in (got[term], contrast))): assert_close(x, y)
+    first = s.a[1].item() if reference == "flat" and T > 1 else 1.
+    check_symbols(got, net, net.logits(first*z, torch.zeros(B, dtype=torch.long)), torch.stack(pos_logits), labels, weights)
+    assert not torch.autograd.grad(got["ebm"].mean(), z, retain_graph=True)[0].any()
+    assert torch.autograd.grad(got["ebm_enc"].mean(), net.head.weight, allow_unused=True, retain_graph=True)[0] is None
+
+
+@pytest.mark.parametrize("weighting", ["drl", "likelihood"])
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("kappa", [0., .2])
+def test_published_terms_written_out(weighting, T, kappa):
+    "A random level below the last, and the last, each weighted; half the squared latent under the last level; the entropy where it is above kappa"
+    B, d, K, s, b2 = 6, 3, 2, published_schedule(T), 3e-3
+    net, mean, logvar = energies(T, K, d), randn(B, d, g=gen(1)).requires_grad_(), randn(B, d, g=gen(2)).requires_grad_()
+    p = DiffusionEBM(s, net, PriorCfg(objective="published", reference="flat", mala=False, weighting=weighting, n_steps=0, b2=b2, floor=kappa))
+    labels, weights = torch.tensor([0, 1, 1, 1, 0, 0]), torch.tensor([.5, 2.], dtype=F64)
+    z = mean+(.5*logvar).exp()*randn(B, d, g=gen(3))
+    got, g = p.terms(DiagGaussian(mean, logvar), z, gen(4), labels, weights), gen(4)
+    low = torch.randint(T-1, (B,), generator=g) if T > 1 else None
+    rows = [low, torch.full((B,), T-1)] if T > 1 else [torch.full((B,), T-1)]
+    n = len(rows)
+    e1, e2 = (randn(n*B, d, g=g).view(n, B, d) for _ in range(2))
+    e0, a, total, enc, pos_logits = randn(B, d, g=g), s.a.tolist(), 0., 0., []
+    sigma = [math.sqrt(1-x**2) for x in a]
+    for k, levels in enumerate(rows):
+        col = lambda f: torch.tensor([[f(t)] for t in levels.tolist()], dtype=F64)
+        noised = lambda t: math.sqrt(1-math.prod(a[:t+1])**2)
+        zt = col(lambda t: math.prod(a[:t+1]))*z+col(noised)*e1[k]
+        zn = col(lambda t: a[t+1])*zt+col(lambda t: sigma[t+1])*e2[k]
+        pos = col(lambda t: 1. if t == T-1 else a[t+1])*zt
+        w = col(lambda t: sigma[1]/sigma[t+1] if weighting == "drl" else 1/(b2*noised(t)/noised(0)*sigma[t+1]**2))[:, 0]
+        total = total+w*(F(net, zn, levels)-F(net, pos, levels))   # a chain of no step stands where it began, at the latent above
+        enc = enc-w*F(net, pos, levels)
+        pos_logits.append(net.logits(pos, levels))
+    assert_close(got["ebm"], total), assert_close(got["ebm_enc"], enc)
+    assert_close(got["gauss"], w*(zt**2).sum(1)/2)
+    entropy = [[-(1+x)/2 if -(1+x)/2 > kappa else 0. for x in row] for row in logvar.tolist()]
+    assert_close(got["entropy"], torch.tensor(entropy, dtype=F64).sum(1))
+    for term, by in (("ebm_enc", enc), ("gauss", w*(zt**2).sum(1)/2)):
+        for x, y in zip(*(torch.autograd.grad(f.mean(), (mean, logvar), retain_graph=True) for f in (got[term], by))): assert_close(x, y)
+    for x, y in zip(*(torch.autograd.grad(f.mean(), list(net.parameters()), retain_graph=True, allow_unused=True) for f in (got["ebm"], total))): assert_close(x, y)
+    clean = (a[1] if T > 1 else 1.)*(a[0]*z+sigma[0]*e0)
+    check_symbols(got, net, net.logits(clean, torch.zeros(B, dtype=torch.long)), torch.stack(pos_logits), labels, weights)
+    assert torch.autograd.grad(got["ebm_enc"].mean(), net.head.weight, allow_unused=True, retain_graph=True)[0] is None
+
+
+def test_symbols_of_noisy_latents_follow_those_of_clean_ones():
+    "`sym` moves what is said of noisy latents alone: its target is held"
+    net = energies(2, 3, 2)
+    p = DiffusionEBM(consistent_schedule(2), net, PriorCfg(n_steps=0))
+    f0, fp = (randn(n, 3, g=gen(n)).requires_grad_() for n in (4, 8))
+    t = p.symbol_terms(f0, fp)
+    own, other = torch.autograd.grad(t["sym"].mean(), (fp, f0), allow_unused=True, retain_graph=True)
+    assert other is None and own.abs().min() > 0
+    f = f0.detach().clone().requires_grad_()
+    mean = f.softmax(-1).mean(0)
+    information = -(mean*mean.log()).sum()+(f.softmax(-1)*f.log_softmax(-1)).sum(-1).mean()
+    assert_close(torch.autograd.grad(t["mi"].mean(), f0)[0], torch.autograd.grad(information, f)[0])
+
+
+# --- convergence of chains
+
+def rhat_by_hand(x):
+    "Gelman et al. (2013), eq. 11.3-11.4, of the halves of every chain: variances over n-1, between over m-1"
+    n = len(x)//2
+    halves = [list(c) for chain in x.T.tolist() for c in (chain[:n], chain[-n:])]
+    means = [sum(c)/n for c in halves]
+    W = sum(sum((v-m)**2 for v in c)/(n-1) for c, m in zip(halves, means))/len(halves)
+    B = n*sum((m-sum(means)/len(means))**2 for m in means)/(len(means)-1)
+    return math.sqrt(((n-1)/n*W+B/n)/W)
+
+
+@pytest.mark.parametrize("n", [4, 5, 8, 31])
+def test_split_rhat_by_hand(n):
+    x = randn(n, 3, g=gen(n)).cumsum(0)+torch.arange(3.)
+    assert split_rhat(x) == pytest.approx(rhat_by_hand(x), rel=1e-12)
+    assert split_rhat(x[:, :1]) == pytest.approx(rhat_by_hand(x[:, :1]), rel=1e-12)
+
+
+def test_rhat_of_few_updates_that_agree_is_below_one():
+    "Halves with equal means: what is left is sqrt((n-1)/n)"
+    assert split_rhat(torch.tensor([[-1.], [1.], [-1.], [1.]])) == pytest.approx(math.sqrt(1/2))
+    assert split_rhat(torch.tensor([1., -1.]*8)[:, None]) == pytest.approx(math.sqrt(7/8))
+
+
+def ess_by_hand(x):
+    "Vehtari et al. (2021), sums written out: pooled autocorrelation, Geyer's pairs as long as they are positive and never rising"
+    n, c = x.shape
+    mean = x.mean(0)
+    def lagged(k): return np.mean([sum((x[i, j]-mean[j])*(x[i+k, j]-mean[j]) for i in range(n-k))/n for j in range(c)])
+    W = np.mean([((x[:, j]-mean[j])**2).sum()/(n-1) for j in range(c)])
+    var = (n-1)/n*W+(mean.var(ddof=1) if c > 1 else 0.)
+    rho = [1.]+[1-(W-lagged(k))/var for k in range(1, n)]
+    total, least = 0., math.inf
+    for k in range(0, n-1, 2):
+        pair = rho[k]+rho[k+1]
+        if pair <= 0: break
+        least = min(least, pair)
+        total += least
+    return n*c/max(2*total-1, 1/math.log10(n*c))
+
+
+@pytest.mark.parametrize("n,c,phi", [(12, 1, 0.), (25, 3, .6), (40, 2, -.5), (9, 4, .9)])
+def test_ess_by_hand(n, c, phi):
+    x = randn(n, c, g=gen(n))
+    for i in range(1, n): x[i] += phi*x[i-1]
+    for y in (x, x+torch.arange(float(c))): assert ess(y) == pytest.approx(ess_by_hand(y.numpy()), rel=1e-9)
+
+
+# --- text
+
+IDS = torch.tensor([[2, 7, 5, 9, 3], [2, 6, 3, 0, 0], [2, 8, 8, 3, 0]])   # `<s>` is 2, `</s>` 3, padding 0
+LENGTHS = torch.tensor([5, 3, 4])
+
+
+def text_model(seed=0, d=4, **cfg):
+    m = text_vae.TextModel(10, text_vae.TextCfg(embed=6, hidden=6, d=d, init=.6, **cfg), StandardNormal(d) if d else None, bos=2, eos=3, gen=gen(seed))
+    return m.double()
+
+
+def sentence_nll(decoder, words, z):
+    "One sentence alone, word by word: every word after `<s>`, the end mark with them, each given those before it and the latent"
+    weight, bias = decoder.output()
+    h, total = decoder.start(z)[None], 0.
+    for word, after in zip(words, words[1:]):
+        x = torch.cat([decoder.embed.weight[word], z])[None]
+        h = decoder.rnn(x[None], h[None])[0][0]
+        logits = h[0]@weight.T+(0. if bias is None else bias)
+        total = total-(logits[after]-torch.logsumexp(logits, 0))
+    return total
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_likelihood_of_a_sentence_word_by_word(tied):
+    m, z = text_model(tied=tied).eval(), randn(3, 4, g=gen(1))
+    want = torch.stack([sentence_nll(m.decoder, ids[:n], e) for ids, n, e in zip(IDS.tolist(), LENGTHS.tolist(), z)])
+    assert_close(m.decoder.nll(IDS, LENGTHS, z), want)
+
+
+def test_encoder_reads_each_sentence_alone_and_both_ways():
+    m = text_model().eval()
+    q = m.encoder(IDS, LENGTHS)
+    for i, n in enumerate(LENGTHS.tolist()):
+        _, h = m.encoder.rnn(m.encoder.embed.weight[IDS[i, :n]][None])
+        summary = torch.where(h > 0, h, .01*h).flatten()
+        assert_close(q.mean[i], m.encoder.head.mean(summary)), assert_close(q.logvar[i], m.encoder.head.logvar(summary))
+
+
+def test_several_draws_of_a_sentence_are_averaged():
+    "The reconstruction is the mean over draws of the same sentence; the terms of the prior see the first of them"
+    m, batch = text_model(draws=3, dropout=0., bow=True).train(), Batch(IDS, LENGTHS, {}, torch.arange(3))
+    t, q = m(batch, gen(5)), m.encode(batch)
+    zs = q.mean+(.5*q.logvar).exp()*randn(9, 4, g=gen(5)).view(3, 3, 4)
+    want = torch.stack([torch.stack([sentence_nll(m.decoder, ids[:n], e) for ids, n, e in zip(IDS.tolist(), LENGTHS.tolist(), z)]) for z in zs])
+    assert_close(t["nll"], want.mean(0))
+    assert_close(t["bow"], text_vae.bag_of_words(m.bow(zs[0]), IDS, LENGTHS))
+
+
+def test_bag_of_words_counts_words_and_no_tags():
+    logits = randn(3, 10, g=gen())
+    lp = logits-logits.logsumexp(1, keepdim=True)
+    assert_close(text_vae.bag_of_words(logits, IDS, LENGTHS), -torch.stack([lp[0, 7]+lp[0, 5]+lp[0, 9], lp[1, 6], 2*lp[2, 8]]))
+
+
+def test_weighted_terms_are_means_over_the_batch():
+    t = dict(nll=torch.tensor([1., 3.]), kl=torch.tensor([4., 0.]), mi=torch.tensor([1., 2.]))
+    assert text_vae.objective(t, dict(nll=1., kl=.5, mi=-2.)) == 2+1-3
+
+
+def test_dropout_keeps_the_mean_and_words_their_first():
+    x, p, n = torch.ones(40_000, dtype=F64), .3, 40_000
+    y = text_vae.dropout(x, p, gen())
+    assert y.unique().tolist() == pytest.approx([0, 1/.7]) and abs((y == 0).double().mean()-p) < 5*(p*(1-p)/n)**.5
+    ids, first = torch.full((n,), 7), torch.arange(n) % 4 == 0
+    kept = text_vae.drop_words(ids, first, p, gen())
+    assert (kept[first] == 7).all() and abs((kept[~first] == 0).double().mean()-p) < 5*(p*(1-p)/(.75*n))**.5
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_its_mass():
+    "With the word by which it is reached, and the others' odds as they were"
+    p, n = torch.tensor([.1, .5, .15, .25], dtype=F64), 20_000
+    for top_p, words in ((.4, {1}), (.6, {1, 3}), (.8, {1, 2, 3}), (1., {0, 1, 2, 3})):
+        got = text_vae.pick_word(p.log().expand(n, 4), top_p, gen(1)).bincount(minlength=4)/n
+        want = torch.tensor([p[k].item()*(k in words) for k in range(4)])
+        want = want/want.sum()
+        assert ((got-want).abs() <= 5*(want*(1-want)/n).sqrt()).all(), (top_p, got)
+
+
+def test_words_are_drawn_at_the_temperature(monkeypatch):
+    "Logits over the temperature, once"
+    m, z, seen = text_model().eval().decoder, randn(3, 4, g=gen(1)), []
+    monkeypatch.setattr(text_vae, "pick_word", lambda logits, top_p, g: seen.append(logits) or logits.argmax(-1))
+    m.generate(z, max_len=1, temperature=.25, gen=gen())
+    h, _ = m.rnn(torch.cat([m.embed.weight[2].expand(3, -1), z], 1)[:, None], m.start(z)[None])
+    assert_close(seen[0], h[:, 0]@m.embed.weight.T/.25)
+
+
+def test_end_marks():
+    assert text_vae.cut_after(torch.tensor([[5, 3, 7, 3], [6, 6, 3, 8]]), 3).tolist() == [[5, 3, 0], [6, 6, 3]]
+    assert text_vae.strip(torch.tensor([[5, 3, 0], [6, 6, 3]]), 3) == [[5], [6, 6]]
+
+
+def test_interpolation_goes_from_the_first_sentence_to_the_second():
+    m = text_model().eval()
+    batch = Batch(IDS[:2], LENGTHS[:2], {}, torch.arange(2))
+    a, b = m.encode(batch).mode
+    seen = []
+    m.decoder.generate = lambda z, max_len: seen.append(z)
+    text_vae.interpolate(m, batch, 5)
+    assert_close(seen[0], torch.stack([a+k/4*(b-a) for k in range(5)]))
