@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from ldebm import text_vae
-from ldebm.energy import EnergyNet
-from ldebm.langevin import ess, split_rhat
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, StandardNormal, free_bits
-from ldebm.schedule import consistent_schedule, published_schedule
+from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
+from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
+from ldebm.images import ImageBatch
+from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
+from ldebm.prior import DiagGaussian, DiffusionEBM, MixtureEnergy, PriorCfg, StandardNormal, balance_weights, cluster_targets, free_bits, published_draw, stratified_levels
+from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
+from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.text import Batch
 from torch.testing import assert_close
 
@@ -307,3 +310,265 @@ def test_interpolation_goes_from_the_first_sentence_to_the_second():
     m.decoder.generate = lambda z, max_len: seen.append(z)
     text_vae.interpolate(m, batch, 5)
     assert_close(seen[0], torch.stack([a+k/4*(b-a) for k in range(5)]))
+
+
+# --- levels
+
+def amplitudes(T):
+    "Yu et al. (2022) as released: products of a thousand linear betas, read at T levels over the first half and at the end"
+    kept, product = [], 1.
+    for k in range(1000):
+        product *= math.sqrt(1-(1e-4+(2e-2-1e-4)*k/999))
+        kept.append(product)
+    stride = 1000//(2*(T-1)) if T > 1 else 0
+    return [kept[i*stride] for i in range(T)]+[kept[999]]
+
+
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_levels_by_hand(T):
+    "Products, noise, and what the next level is scaled by, from each schedule's own definition"
+    cosine = [math.cos(math.pi/2*t/(T+.1)) for t in range(T+1)]
+    for s, abar in ((published_schedule(T), amplitudes(T)), (cosine_schedule(T), cosine)):
+        assert s.abar.tolist() == pytest.approx(abar, rel=1e-9)
+        a = [abar[0]]+[y/x for x, y in zip(abar, abar[1:])]
+        assert s.a.tolist() == pytest.approx(a, rel=1e-9)
+        assert s.sigma.tolist() == pytest.approx([math.sqrt(1-x*x) for x in a], abs=1e-8)
+        assert s.sbar.tolist() == pytest.approx([math.sqrt(1-x*x) for x in abar], abs=1e-8)
+        assert s.a_up.tolist() == pytest.approx(a[:-1]+[1.])
+    assert consistent_schedule(T).a.tolist() == pytest.approx([1.]+published_schedule(T).a[1:].tolist())
+
+
+def test_diffusion_by_hand():
+    "One latent to any level, to two neighbours, and along a path, with the noise that the generator gives"
+    s, z, t = published_schedule(3), randn(4, 2, g=gen(1)), torch.tensor([0, 1, 2, 1])
+    a, abar = s.a.tolist(), [math.prod(s.a[:k+1].tolist()) for k in range(4)]
+    e = [randn(4, 2, g=g) for g in [gen(2)] for _ in range(4)]
+    at = torch.stack([abar[k]*z[i]+math.sqrt(1-abar[k]**2)*e[0][i] for i, k in enumerate(t.tolist())])
+    assert_close(diffuse(s, z, t, gen(2)), at)
+    up = torch.stack([a[k+1]*at[i]+math.sqrt(1-a[k+1]**2)*e[1][i] for i, k in enumerate(t.tolist())])
+    assert_close(diffuse_pair(s, z, t, gen(2)), (at, up))
+    path, x = [], z
+    for k in range(4): path.append(x := a[k]*x+math.sqrt(1-a[k]**2)*e[k])
+    assert_close(diffuse_path(s, z, gen(2)), torch.stack(path))
+
+
+@pytest.mark.parametrize("H", [6, 7])
+def test_embedding_of_levels(H):
+    "Vaswani et al. (2017): sine and cosine of t/10000^(2i/H), level 0 first"
+    want = [[(math.sin, math.cos)[j % 2](t/10_000**(2*(j//2)/H)) for j in range(H)] for t in range(5)]
+    assert_close(level_table(5, H), torch.tensor(want), atol=1e-6, rtol=1e-5)
+
+
+def test_levels_are_drawn_evenly():
+    "Each comes up as often as the others, or once more; each place has every level"
+    for B, T in ((12, 4), (7, 3), (3, 5)):
+        draws = torch.stack([stratified_levels(B, T, g) for g in [gen(1)] for _ in range(3000)])
+        counts = torch.stack([(draws == t).sum(1) for t in range(T)], 1)
+        assert counts.min() >= B//T and counts.max() <= -(-B//T)
+        p = 1/T
+        for share in (counts.double().mean(0)/B, *(torch.stack([(draws[:, i] == t).double().mean() for t in range(T)]) for i in (0, B-1))):
+            assert (share-p).abs().max() < 5*math.sqrt(p*(1-p)/3000)
+
+
+# --- energies
+
+def test_network_layer_by_layer():
+    "Two layers of the latent, two of the level, their merge, residual blocks on activations, and the head on an activation"
+    net = EnergyNet(2, 3, 4, 6, 2, spectral=False, gen=gen()).double()
+    z, t, act = randn(5, 2, g=gen(1)), torch.tensor([0, 3, 1, 2, 3]), lambda x: torch.where(x > 0, x, .2*x)
+    lin = lambda m, x: x@m.weight.T+m.bias
+    h = lin(net.merge, torch.cat([act(lin(net.z2, act(lin(net.z1, z)))), act(lin(net.t2, act(lin(net.t1, net.table[t]))))], 1))
+    for b in net.blocks: h = h+lin(b, act(h))
+    assert_close(net.logits(z, t), lin(net.head, act(h)))
+
+
+def test_guidance_counts_in_the_units_of_the_density():
+    "What is added is `guidance` times log p(y | z), times what divides F where it is used"
+    net, z, t = energies(2, 3, 2, .5), randn(4, 2, g=gen(1)), torch.tensor([0, 1, 1, 0])
+    f, y = net.logits(z, t)/.5, torch.tensor([2, 0, 1, 1])
+    log_p = f[torch.arange(4), y]-torch.logsumexp(f, 1)
+    heat = torch.tensor([.1, 3., 3., .1], dtype=F64)
+    got = GuidedEnergy(net, 1.7, lambda t, z: torch.where(t == 0, .1, 3.).to(z))(z, t, y)
+    assert_close(got, .5*torch.logsumexp(f, 1)+1.7*log_p*heat)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_energies_of_a_mixture_turn_the_reference_into_the_noised_mixture(level):
+    means, sd, probs = randn(3, 2, g=gen(1)), .3, torch.tensor([.2, .5, .3], dtype=F64)
+    s, z = consistent_schedule(3), randn(5, 2, g=gen(2))
+    got = MixtureEnergy(s, means, sd, probs).logits(z, torch.full((5,), level))
+    a = math.prod(s.a[:level+1].tolist())
+    normal = lambda mean, var: torch.stack([torch.distributions.Normal(m, math.sqrt(var)).log_prob(z).sum(1) for m in mean], 1)
+    want = probs.log()+normal(a*means, (a*sd)**2+1-a*a)-normal(torch.zeros(1, 2, dtype=F64), 1.)
+    assert_close(got, want)
+
+
+# --- one step, and the test of a step
+
+def test_single_steps_by_hand():
+    y, g, m, e = (randn(4, 3, g=gen(k)) for k in range(4))
+    v, s2, tau, rho = torch.tensor([[.5], [1.], [2.], [.1]], dtype=F64), torch.full((4, 1), .3, dtype=F64), torch.full((4, 1), .7, dtype=F64), .6
+    for i in range(4):
+        for j in range(3):
+            force = g[i, j]/.7-(y[i, j]-m[i, j])/v[i, 0]
+            assert_close(ula_step(y, g, m, v, s2, tau, e)[i, j], y[i, j]+.15*force+math.sqrt(.3)*e[i, j])
+            want = m[i, j]+rho*(y[i, j]-m[i, j])+(1-rho)*v[i, 0]*g[i, j]/.7+torch.sqrt(v[i, 0]*(1-rho*rho))*e[i, j]
+            assert_close(preconditioned_step(y, g, m, v, rho, tau, e)[i, j], want)
+
+
+def test_drifts_are_cut_at_so_many_lengths_of_noise():
+    "The noise of d coordinates of deviation sd is sd sqrt(d) long"
+    move, sd = randn(50, 9, g=gen(1)), .2+torch.rand(50, 1, generator=gen(2), dtype=F64)
+    got = shorten(move, 1.5, sd)
+    most, long = 1.5*sd[:, 0]*3, move.norm(dim=1)
+    assert_close(got.norm(dim=1), torch.minimum(long, most))
+    assert 0 < (long > most).sum() < 50
+    assert_close(got/got.norm(dim=1, keepdim=True), move/long[:, None])
+    assert shorten(move, math.inf, sd) is move
+
+
+@pytest.mark.parametrize("drift", [math.inf, .6])
+def test_metropolis_chain_by_hand(drift):
+    "Roberts and Tweedie (1996): density of the target and of the proposal both ways, at a temperature; what is reported are probabilities"
+    B, d, n, rho, tau = 5, 2, 6, .4, .6
+    q = QuadraticEnergy(.8*torch.eye(d, dtype=F64)[None], randn(1, d, g=gen(1)))
+    z, m, v = randn(B, d, g=gen(2)), randn(B, d, g=gen(3)), torch.linspace(.5, 2, B, dtype=F64)[:, None]
+    seen, t = [], torch.zeros(B, dtype=torch.long)
+    end, share = mala_chain(fast_energy(q), z, t, m, v, n, rho=rho, tau=tau, drift=drift, gen=gen(4), on_step=lambda i, y, accept, **kw: seen.append((y, accept)))
+    A, c, g, total = .8, q.c[0].detach(), gen(4), 0.
+    log_normal = lambda x, mean, var: -.5*((x-mean)**2/var).sum(1)
+    target = lambda x: -.5*A*((x-c)**2).sum(1)/tau+log_normal(x, m, v)
+    sd = torch.sqrt(v*(1-rho**2))
+    def middle(x):
+        move = -(1-rho)*v*A*(x-c)/tau
+        return m+rho*(x-m)+move*torch.clamp(drift*sd*math.sqrt(d)/move.norm(dim=1, keepdim=True), max=1.)
+    y = z
+    for i in range(n):
+        e, u = randn(B, d, g=g), torch.rand(B, generator=g, dtype=F64)
+        x = middle(y)+sd*e
+        a = torch.exp(target(x)-target(y)+log_normal(y, middle(x), sd**2)-log_normal(x, middle(y), sd**2)).clamp(max=1.)
+        y, total = torch.where((u < a)[:, None], x, y), total+a
+        assert_close(seen[i], (y, a))
+    assert_close(end, y), assert_close(share, total/n)
+    assert 0 < share.min() < .99
+
+
+# --- normalisers of one level, and the bound
+
+def test_log_z_and_the_bound_by_hand():
+    "log mean exp of F/tau over draws of the level's Gaussian; minus F/tau along the path, plus those, plus the KL at zero energy"
+    T, d, B, n, tau = 2, 2, 3, 5, .6
+    net, s = energies(T, 2, d), consistent_schedule(T)
+    p = DiffusionEBM(s, net, PriorCfg(tau=tau))
+    z, q = randn(B, d, g=gen(1)), DiagGaussian(randn(B, d, g=gen(2)), randn(B, d, g=gen(3)))
+    g, a = gen(4), s.a[1].item()
+    def log_z(up, t):
+        e, m, v = randn(n, B, d, g=g), (a*up if t == 0 else 0*up), (1-a*a if t == 0 else 1.)
+        f = torch.stack([F(net, m+math.sqrt(v)*x, torch.full((B,), t)) for x in e])/tau
+        w = f.exp()
+        return w.mean(0).log(), w.sum(0)**2/(w**2).sum(0)
+    one = log_z(z, 0)
+    got = p.log_z(z, torch.zeros(B, dtype=torch.long), n, gen(4))
+    assert_close(got[0], one[0].detach()), assert_close(got[1], one[1].detach())
+    g = gen(4)
+    zs, x = [], z
+    for k in range(T+1): zs.append(x := s.a[k]*x+torch.sqrt(1-s.a[k]**2)*randn(B, d, g=g))
+    want, least = .5*(q.mean**2+q.logvar.exp()-q.logvar-1).sum(1), torch.full((B,), float(n), dtype=F64)
+    for t in range(T):
+        lz, eff = log_z(zs[t+1], t)
+        want, least = want-F(net, zs[t], torch.full((B,), t))/tau+lz, torch.minimum(least, eff)
+    got = p.kl(q, z, gen(4), n)
+    assert_close(got, (want.detach(), least.detach()))
+
+
+@pytest.mark.parametrize("reference", ["gaussian", "flat"])
+def test_symbols_of_a_clean_latent_at_a_level(reference):
+    "Where the level's latents lie: scaled by what is left of it, and to the unknown of that level"
+    net, s, z = energies(3, 2, 2), consistent_schedule(3), randn(4, 2, g=gen(1))
+    p = DiffusionEBM(s, net, PriorCfg(reference=reference))
+    for t in range(3):
+        factor = math.prod(s.a[:t+1].tolist())*(s.a[t+1].item() if reference == "flat" and t < 2 else 1.)
+        assert_close(p.symbol_logits(z, t), net.logits(factor*z, torch.full((4,), t)))
+
+
+# --- clusters
+
+def test_balanced_clusters_weigh_the_same():
+    "N/(clusters in use x size): the weights of the data have mean 1; an empty cluster has none"
+    labels = torch.tensor([0, 0, 0, 2, 2, 3])
+    w = balance_weights(labels, 5)
+    assert w.tolist() == pytest.approx([6/(3*3), 0, 6/(3*2), 6/3, 0]) and w[labels].mean().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 2), (9, 1), (4, 4, 4)])
+def test_an_epoch_of_the_released_code_has_as_many_sentences_as_the_data(sizes):
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    got = published_draw(labels, gen(1))
+    assert len(got) == len(labels) and 0 <= got.min() and got.max() < len(labels)
+
+
+def test_clusters_are_of_directions_in_whitened_space():
+    "Four directions of one plane, of any length, one axis a hundredth of the other"
+    way = torch.arange(400) % 4
+    angle = math.pi/2*way+.05*randn(400, g=gen(1))
+    r = torch.exp(1.5*randn(100, g=gen(2))).repeat_interleave(4)
+    x = torch.stack([100*r*angle.cos(), r*angle.sin()], 1)
+    labels = cluster_targets(x, 4, dims=2, n_init=5, gen=gen(3))
+    for k in range(4): assert len(labels[way == k].unique()) == 1
+    assert len(labels.unique()) == 4
+
+
+# --- score prior
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_simple_loss_written_out(predict):
+    "Squares averaged over dimensions and over a latent's own draws; levels from 1 to T"
+    cfg = ScorePriorCfg(n_levels=7, predict=predict, draws=2, hidden=6, n_blocks=1, drop=0., ema=0.)
+    net = make_score_prior(3, cfg, gen=gen()).double()
+    net.net.out.weight.data.normal_(generator=gen(1))
+    z, g, s = randn(5, 3, g=gen(2))*torch.arange(1, 6)[:, None], gen(3), cfg.levels()
+    levels = stratified_levels(10, 7, g)+1
+    e, total = randn(10, 3, g=g), [0.]*5
+    for i, t in enumerate(levels.tolist()):
+        a = math.prod(s.a[:t+1].tolist())
+        b, x = math.sqrt(1-a*a), z[i % 5]
+        want = e[i] if predict == "eps" else a*e[i]-b*x
+        error = (net.net((a*x+b*e[i])[None], torch.tensor([t]))[0]-want).tolist()
+        total[i % 5] += sum(v*v for v in error)/3/2
+    assert net.terms(None, z, gen(3))["score"].tolist() == pytest.approx(total)
+
+
+def test_weights_are_averaged_slowly_only_once_there_is_a_past():
+    "After n steps the past counts n/(n+9), at most `ema`"
+    p = make_score_prior(2, ScorePriorCfg(n_levels=2, hidden=2, n_blocks=0, ema=.75), gen=gen())
+    w, average = p.net.inp.weight, p.average.inp.weight.detach().clone().double()
+    for n in range(1, 40):
+        w.data.normal_(generator=gen(n)); p.before_step()
+        past = min(.75, n/(n+9))
+        average = past*average+(1-past)*w.detach().double()
+    assert_close(p.average.inp.weight.double(), average, rtol=1e-5, atol=1e-6)
+
+
+# --- pictures
+
+def test_free_nats_are_those_of_the_batch_mean():
+    "A layer whose pictures lie on both sides of its allowance pays the mean, if that is above"
+    g = Generator(GeneratorCfg(), gen())
+    for m in g.post: m.weight.data.mul_(3.)
+    x = torch.rand(6, 1, 8, 8, generator=gen(1))*torch.linspace(0, 3, 6)[:, None, None, None]
+    kls = g.encode(x, gen(2))[0].kl_standard().split(g.cfg.dims, 1)
+    kls = [k.sum(1).detach() for k in kls]
+    floors = tuple(float(k.mean())*f for k, f in zip(kls, (.99, 1.01, 0.)))
+    batch = ImageBatch(x, None, None)
+    got = GeneratorModel(g, floors)(batch, gen(2))["kl"]
+    assert all((k < f).any() and (k > f).any() for k, f in zip(kls[:2], floors))
+    assert_close(got, kls[0].mean()+floors[1]+kls[2])
+
+
+def test_encoder_sees_pictures_around_zero():
+    "From [0, 1] to [-1, 1]"
+    g, seen = Generator(GeneratorCfg(), gen()), []
+    g.stem.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    x = torch.rand(3, 1, 8, 8, generator=gen(1))
+    g.encode(x, gen(2))
+    assert_close(seen[0], 2*(x-.5))
