@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from ldebm import text_vae
+from ldebm import likelihood as L, stats as st, text_vae
 from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
 from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
+from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
 from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
 from ldebm.prior import DiagGaussian, DiffusionEBM, MixtureEnergy, PriorCfg, StandardNormal, balance_weights, cluster_targets, free_bits, published_draw, stratified_levels
@@ -202,7 +203,7 @@ def ess_by_hand(x):
     return n*c/max(2*total-1, 1/math.log10(n*c))
 
 
-@pytest.mark.parametrize("n,c,phi", [(12, 1, 0.), (25, 3, .6), (40, 2, -.5), (9, 4, .9)])
+@pytest.mark.parametrize("n,c,phi", [(12, 1, 0.), (25, 3, .6), (40, 2, -.5), (9, 4, .9), (28, 3, .3), (58, 2, .6)])
 def test_ess_by_hand(n, c, phi):
     x = randn(n, c, g=gen(n))
     for i in range(1, n): x[i] += phi*x[i-1]
@@ -572,3 +573,141 @@ def test_encoder_sees_pictures_around_zero():
     x = torch.rand(3, 1, 8, 8, generator=gen(1))
     g.encode(x, gen(2))
     assert_close(seen[0], 2*(x-.5))
+
+
+def test_eight_bits_are_the_nearest_of_256():
+    "k/255 is grey level k; halves go to the even one"
+    seen = []
+    net = torch.nn.Flatten()
+    net.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    x = torch.tensor([0., .4/255, .6/255, 100/255, 254.4/255, 1.])[:, None, None, None]
+    inception_features(x, net)
+    assert seen[0][:, 0, 0, 0].tolist() == [0, 0, 1, 100, 254, 255] and seen[0].shape == (6, 3, 1, 1)
+
+
+def test_points_on_the_edge_of_a_ball():
+    "Density and coverage count what is nearer than the k-th neighbour; precision and recall what is no farther"
+    real = torch.tensor([[0.], [1.], [3.]])   # radii 1, 1, 2 for k = 1
+    fake = torch.tensor([[2.], [5.]])   # at the edge of the ball around 1 and inside that around 3; at the edge of the one around 3
+    dc, pr = density_coverage(real, fake, 1), precision_recall(real, fake, 1)
+    assert dc["density"]["value"] == .5 and dc["coverage"]["value"] == pytest.approx(1/3)
+    assert pr["precision"]["value"] == 1.
+    assert pr["recall"]["value"] == 1.   # 0, 1 and 3 are within 3 of a sample
+
+
+def test_bootstrap_of_a_frechet_distance_resamples_unbiased_covariances():
+    a, b, n = randn(12, 2, g=gen(1)), 2*randn(15, 2, g=gen(2)), 20
+    g, values = gen(3), []
+    for _ in range(n):
+        x, y = (f[np.repeat(np.arange(len(f)), torch.randint(len(f), (len(f),), generator=g).bincount(minlength=len(f)).numpy())] for f in (a, b))
+        values.append(frechet_moments(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()))
+    m = frechet_metric(a, b, gen(3), n)
+    assert m["interval"][1] == pytest.approx(m["value"]+1.96*np.std(values, ddof=1))
+
+
+# --- statistics
+
+def test_share_of_clusters_by_hand():
+    "Ratio estimator: variance of the residuals of n items over n-1, as so many trials of Wilson's interval"
+    h, t = [3, 0, 1, 4, 2], [5, 4, 3, 4, 6]
+    N, n, p = sum(t), 5, sum(h)/sum(t)
+    v = sum((a-p*b)**2 for a, b in zip(h, t))/(n-1)*n/N**2
+    m = st.clustered_share(h, t, "x")
+    trials = p*(1-p)/v
+    assert trials < N and m["interval"] == pytest.approx(st.wilson_interval(p*trials, trials))
+
+
+def test_mean_by_regression_by_hand():
+    "Cochran (1977), section 7.3: slope by least squares, residuals over n-2, and what the cheap value varies over all"
+    x, c = [3., 1., 4., 1.5, 5.], [2., 1., 3., 1., 3.5]
+    every = [*c, 0., 2.5, 4., 4.5]
+    n, N, mx, mc, me = 5, 9, sum(x)/5, sum(c)/5, sum(every)/9
+    b = sum((u-mx)*(v-mc) for u, v in zip(x, c))/sum((v-mc)**2 for v in c)
+    s2 = sum((u-mx-b*(v-mc))**2 for u, v in zip(x, c))/(n-2)
+    spread = sum((v-me)**2 for v in every)/N
+    got = st.regression_mean(x, c, every)
+    assert got == pytest.approx((mx+b*(me-mc), 1.959964*math.sqrt(s2/n+b*b*spread/N)))
+
+
+@pytest.mark.parametrize("a,n,m", [(.7, 4, 9), (.95, 30, 5)])
+def test_interval_of_an_auroc_by_hand(a, n, m):
+    "Newcombe (2006), method 5: the ends are as far from the value as so many of their own standard errors"
+    size = (n+m)/2
+    for t in st.auroc_interval(a, n, m):
+        variance = t*(1-t)/(m*n)*(1+(size-1)*((1-t)/(2-t)+t/(1+t)))
+        assert abs(t-a) == pytest.approx(1.959964*math.sqrt(variance), abs=1e-9)
+
+
+def test_a_permutation_test_counts_the_sample_itself():
+    "No p-value is below 1/(permutations + 1)"
+    x = torch.arange(8.)[:, None]/8
+    assert st.mmd_test(x, x+100, gen(), n_perm=9)[1] == pytest.approx(1/10)
+
+
+# --- likelihood
+
+@pytest.mark.parametrize("back", [False, True])
+def test_acceptance_of_annealing_is_a_mean_over_its_moves(back):
+    "Without a tilt every move is accepted"
+    def flat(y): return torch.zeros(len(y), dtype=F64), torch.zeros_like(y)
+    y, v = randn(4, 2, g=gen(1)), torch.ones(4, 1, dtype=F64)
+    w, _, share = L.anneal(flat, L.Point(y, *flat(y)), 0*y, v, L.Plan([.2, .7, 1.], [.5, .5, .5], False), back=back, gen=gen(2))
+    assert_close(share, torch.ones(4, dtype=F64)), assert_close(w, torch.zeros(4, dtype=F64))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_estimate_of_the_released_code_written_out(T):
+    "Every level noised on its own; log Z over the draws of a chunk, from the posterior's own diffusion; the last level without the latent above"
+    B, d, chunk, draws, s = 2, 2, 3, 6, published_schedule(T)
+    net = energies(T, 2, d)
+    p = DiffusionEBM(s, net, PriorCfg(objective="published", reference="flat", mala=False))
+    q = DiagGaussian(randn(B, d, g=gen(1)), -1+.3*randn(B, d, g=gen(2)))
+    def log_lik(z, i): return -((z-1)**2).sum(1)*(1+i)
+    got, g = L.nll_ldebm(p, q, log_lik, draws, chunk, gen(3)), gen(3)
+    a, abar = s.a.tolist(), [math.prod(s.a[:k+1].tolist()) for k in range(T+1)]
+    def log_normal(x, m, v): return sum(-(float(u)-float(w))**2/(2*v)-.5*math.log(2*math.pi*v) for u, w in zip(x, m))
+    weights = [[] for _ in range(B)]
+    for _ in range(draws//chunk):
+        def noise(): return randn(chunk*B, d, g=g)
+        z = q.mean.repeat(chunk, 1)+(.5*q.logvar.repeat(chunk, 1)).exp()*noise()
+        noised = [abar[k]*z+math.sqrt(1-abar[k]**2)*noise() for k in range(T+1)]
+        above = [a[k+1]*noised[k]+math.sqrt(1-a[k+1]**2)*noise() for k in range(T)]
+        for b in range(B):
+            rows, log_z, parts = range(b, chunk*B, B), [], []
+            for k in range(T):
+                v, up, here = 1-a[k+1]**2, (1. if k == T-1 else a[k+1]), (0. if k == T-1 else 1.)
+                f = [F(net, (up*noised[k][r])[None], torch.tensor([k])).item() for r in rows]
+                quad = lambda r, x: float(((up*noised[k][r]-here*x[r])**2).sum())/(2*v)
+                under = [f[j]-quad(r, above[k])-log_normal(noised[k][r], abar[k]*z[r], 1-abar[k]**2) for j, r in enumerate(rows)]
+                log_z.append(math.log(sum(math.exp(x) for x in under)/chunk))
+                parts.append([f[j]-quad(r, noised[k+1])-log_normal(above[k][r], a[k+1]*noised[k][r], v) for j, r in enumerate(rows)])
+            for j, r in enumerate(rows):
+                prior = sum(o[j] for o in parts)-sum(log_z)+log_normal(noised[T][r], [0.]*d, 1.)
+                own = sum(log_normal([z[r, c]], [q.mean[b, c]], float(q.logvar[b, c].exp())) for c in range(d))
+                weights[b].append(float(log_lik(z[r][None], b))+prior-own)
+    assert got.tolist() == pytest.approx([-math.log(sum(math.exp(x) for x in w)/draws) for w in weights])
+
+
+def test_importance_weighted_likelihood_by_hand():
+    "Burda et al. (2016), eq. 8, with the variance that its effective number of draws leaves"
+    q, n = DiagGaussian(randn(3, 2, g=gen(1)), randn(3, 2, g=gen(2))), 4
+    def log_lik(z, i): return -(z**2).sum(1)*(1+i)
+    got = L.nll_importance(StandardNormal(2), q, log_lik, n, gen=gen(3))
+    z = q.mean+(.5*q.logvar).exp()*randn(n*3, 2, g=gen(3)).view(n, 3, 2)
+    normal = torch.distributions.Normal
+    lw = -(z**2).sum(-1)*torch.tensor([1, 2, 3])+normal(0., 1.).log_prob(z).sum(-1)-normal(q.mean, (.5*q.logvar).exp()).log_prob(z).sum(-1)
+    w = lw.exp()
+    assert_close(got["nll"], -w.mean(0).log())
+    assert_close(got["ess"], w.sum(0)**2/(w**2).sum(0))
+    assert_close(got["variance"], (w**2).sum(0)/w.sum(0)**2-1/n)
+
+
+def test_interval_of_a_mean_likelihood_adds_errors_in_squares():
+    "Of sentences and of estimation; the worst level says whether it is valid"
+    parts = dict(nll=torch.tensor([10., 12., 17.]), gap=torch.tensor([.3, .3, .3]), variance=torch.tensor([.09, .18, .27]), ess=torch.ones(3), annealed=torch.zeros(3),
+                 gap_0=torch.full((3,), .02), gap_1=torch.full((3,), .12))
+    m = L.nll_metric(parts)
+    sentences, se = 1.96*np.std([10, 12, 17], ddof=1)/3**.5, math.sqrt(.54)/3
+    down, up = .3+.5*.18+1.96*se, 1.96*se
+    assert m["nll_valid"]["interval"] == pytest.approx((13-math.hypot(sentences, down), 13+math.hypot(sentences, up)), abs=2e-4)
+    assert m["nll_error"]["value"] == pytest.approx(down+up) and m["nll_gap"]["value"] == pytest.approx(.12) and "NOT valid" in m["nll_valid"]["estimator"]
