@@ -4,19 +4,34 @@ import math
 import numpy as np
 import pytest
 import torch
-from ldebm import likelihood as L, stats as st, text_vae
+from torch.testing import assert_close
+
+from ldebm import likelihood as L
+from ldebm import stats as st
+from ldebm import text_vae
 from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
 from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
 from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
-from ldebm.prior import DiagGaussian, DiffusionEBM, MixtureEnergy, PriorCfg, StandardNormal, balance_weights, cluster_targets, free_bits, published_draw, stratified_levels
+from ldebm.prior import (
+    DiagGaussian,
+    DiffusionEBM,
+    MixtureEnergy,
+    PriorCfg,
+    StandardNormal,
+    balance_weights,
+    cluster_targets,
+    free_bits,
+    published_draw,
+    stratified_levels,
+)
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.text import Batch
-from torch.testing import assert_close
 
 F64 = torch.float64
+PUBLISHED = {"objective": "published", "reference": "flat", "mala": False}
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -36,11 +51,11 @@ def test_free_bits_are_those_of_the_batch_mean():
     assert free_bits(KL, 0.).tolist() == [5., pytest.approx(2.4)]
     x = KL.clone().requires_grad_()
     slope, = torch.autograd.grad(free_bits(x, 1.5).mean(), x)
-    assert slope.tolist() == [[0, .5, 0]]*2   # no push where the mean is under the floor, the mean's own elsewhere, also where a sentence has nothing
+    assert slope.tolist() == [[0, .5, 0]]*2   # of the mean, where that is above the floor
 
 
 def test_masked_free_bits_are_those_of_each_entry():
-    "Entries above the threshold whole, the others not at all, each sentence its own; an entry at the threshold is under it"
+    "Entries above the threshold whole, the others not at all, each sentence its own"
     assert free_bits(KL, 1., clamp=False).tolist() == [4., 2.]
 
 
@@ -49,7 +64,7 @@ def test_the_terms_of_priors_have_these_free_bits(floor, clamp):
     q = DiagGaussian(randn(5, 3, g=gen(1)), .5*randn(5, 3, g=gen(2)))
     kl = .5*(q.mean**2+q.logvar.exp()-q.logvar-1)
     want = kl.mean(0).clamp(min=floor).sum().expand(5) if clamp and floor else (kl*(kl > floor)).sum(1)
-    p = DiffusionEBM(consistent_schedule(2), EnergyNet(3, 1, 2, 8, 1, gen=gen()).double(), PriorCfg(floor=floor, clamp=clamp, n_steps=0))
+    p = DiffusionEBM(consistent_schedule(2), energies(2, 1, 3), PriorCfg(floor=floor, clamp=clamp, n_steps=0))
     t = p.terms(q, q.rsample(gen(3)), gen(4))
     assert_close(t["kl"], want)
     assert_close(t["kl_base"], kl.sum(1))
@@ -67,6 +82,11 @@ def energies(T, K, d, tau_y=1.):
 def F(net, z, t): return net.tau_y*torch.logsumexp(net.logits(z, t)/net.tau_y, -1)
 
 
+def same_slopes(a, b, what):
+    slopes = [torch.autograd.grad(f.mean(), what, retain_graph=True, allow_unused=True) for f in (a, b)]
+    for x, y in zip(*slopes): assert_close(x, y)
+
+
 def check_symbols(terms, net, clean, positives, labels, weights):
     "`mi`, `sym`, `cls`, `cls_t`, from logits of clean latents `(B, K)` and of positives `(n, B, K)`"
     lp, noisy = (clean/net.tau_y).log_softmax(-1), (positives/net.tau_y).log_softmax(-1)
@@ -81,7 +101,7 @@ def check_symbols(terms, net, clean, positives, labels, weights):
 @pytest.mark.parametrize("reference", ["gaussian", "flat"])
 @pytest.mark.parametrize("T,tau,tau_y", [(3, .7, 1.), (1, 1.3, .5)])
 def test_consistent_terms_written_out(reference, T, tau, tau_y):
-    "Levels all at once. Negatives are draws of the level's own Gaussian; a latent's gradient goes through positives, and through negatives as that Gaussian carries them"
+    "Negatives are draws of the level's own Gaussian, whose mean carries a latent's gradient through them"
     B, d, K, s = 6, 2, 3, consistent_schedule(T)
     net, z = energies(T, K, d, tau_y), randn(B, d, g=gen(1)).requires_grad_()
     p = DiffusionEBM(s, net, PriorCfg(reference=reference, levels="all", n_steps=0, tau=tau))
@@ -100,10 +120,11 @@ def test_consistent_terms_written_out(reference, T, tau, tau_y):
         contrast = contrast+(F(net, m+math.sqrt(v)*e3[t], lev)-F(net, scale*zt, lev))/tau
         pos_logits.append(net.logits(scale*zt, lev))
     assert_close(got["ebm"], contrast), assert_close(got["ebm_enc"], contrast)
-    for term, what in (("ebm_enc", [z]), ("ebm", list(net.parameters()))):
-        for x, y in zip(*(torch.autograd.grad(f.mean(), what, retain_graph=True, allow_unused=True) for f in (got[term], contrast))): assert_close(x, y)
+    same_slopes(got["ebm_enc"], contrast, [z])
+    same_slopes(got["ebm"], contrast, list(net.parameters()))
     first = s.a[1].item() if reference == "flat" and T > 1 else 1.
-    check_symbols(got, net, net.logits(first*z, torch.zeros(B, dtype=torch.long)), torch.stack(pos_logits), labels, weights)
+    f0 = net.logits(first*z, torch.zeros(B, dtype=torch.long))
+    check_symbols(got, net, f0, torch.stack(pos_logits), labels, weights)
     assert not torch.autograd.grad(got["ebm"].mean(), z, retain_graph=True)[0].any()
     assert torch.autograd.grad(got["ebm_enc"].mean(), net.head.weight, allow_unused=True, retain_graph=True)[0] is None
 
@@ -112,10 +133,10 @@ def test_consistent_terms_written_out(reference, T, tau, tau_y):
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("kappa", [0., .2])
 def test_published_terms_written_out(weighting, T, kappa):
-    "A random level below the last, and the last, each weighted; half the squared latent under the last level; the entropy where it is above kappa"
+    "A random level and the last, weighted; half the squared latent under the last; the entropy where it is above kappa"
     B, d, K, s, b2 = 6, 3, 2, published_schedule(T), 3e-3
-    net, mean, logvar = energies(T, K, d), randn(B, d, g=gen(1)).requires_grad_(), randn(B, d, g=gen(2)).requires_grad_()
-    p = DiffusionEBM(s, net, PriorCfg(objective="published", reference="flat", mala=False, weighting=weighting, n_steps=0, b2=b2, floor=kappa))
+    net, (mean, logvar) = energies(T, K, d), (randn(B, d, g=gen(k)).requires_grad_() for k in (1, 2))
+    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, weighting=weighting, n_steps=0, b2=b2, floor=kappa))
     labels, weights = torch.tensor([0, 1, 1, 1, 0, 0]), torch.tensor([.5, 2.], dtype=F64)
     z = mean+(.5*logvar).exp()*randn(B, d, g=gen(3))
     got, g = p.terms(DiagGaussian(mean, logvar), z, gen(4), labels, weights), gen(4)
@@ -132,18 +153,18 @@ def test_published_terms_written_out(weighting, T, kappa):
         zn = col(lambda t: a[t+1])*zt+col(lambda t: sigma[t+1])*e2[k]
         pos = col(lambda t: 1. if t == T-1 else a[t+1])*zt
         w = col(lambda t: sigma[1]/sigma[t+1] if weighting == "drl" else 1/(b2*noised(t)/noised(0)*sigma[t+1]**2))[:, 0]
-        total = total+w*(F(net, zn, levels)-F(net, pos, levels))   # a chain of no step stands where it began, at the latent above
+        total = total+w*(F(net, zn, levels)-F(net, pos, levels))   # a chain of no step is at the latent above
         enc = enc-w*F(net, pos, levels)
         pos_logits.append(net.logits(pos, levels))
     assert_close(got["ebm"], total), assert_close(got["ebm_enc"], enc)
     assert_close(got["gauss"], w*(zt**2).sum(1)/2)
     entropy = [[-(1+x)/2 if -(1+x)/2 > kappa else 0. for x in row] for row in logvar.tolist()]
     assert_close(got["entropy"], torch.tensor(entropy, dtype=F64).sum(1))
-    for term, by in (("ebm_enc", enc), ("gauss", w*(zt**2).sum(1)/2)):
-        for x, y in zip(*(torch.autograd.grad(f.mean(), (mean, logvar), retain_graph=True) for f in (got[term], by))): assert_close(x, y)
-    for x, y in zip(*(torch.autograd.grad(f.mean(), list(net.parameters()), retain_graph=True, allow_unused=True) for f in (got["ebm"], total))): assert_close(x, y)
+    for term, by in (("ebm_enc", enc), ("gauss", w*(zt**2).sum(1)/2)): same_slopes(got[term], by, [mean, logvar])
+    same_slopes(got["ebm"], total, list(net.parameters()))
     clean = (a[1] if T > 1 else 1.)*(a[0]*z+sigma[0]*e0)
-    check_symbols(got, net, net.logits(clean, torch.zeros(B, dtype=torch.long)), torch.stack(pos_logits), labels, weights)
+    f0 = net.logits(clean, torch.zeros(B, dtype=torch.long))
+    check_symbols(got, net, f0, torch.stack(pos_logits), labels, weights)
     assert torch.autograd.grad(got["ebm_enc"].mean(), net.head.weight, allow_unused=True, retain_graph=True)[0] is None
 
 
@@ -187,7 +208,7 @@ def test_rhat_of_few_updates_that_agree_is_below_one():
 
 
 def ess_by_hand(x):
-    "Vehtari et al. (2021), sums written out: pooled autocorrelation, Geyer's pairs as long as they are positive and never rising"
+    "Vehtari et al. (2021), sums written out: Geyer's pairs as long as they are positive, never rising"
     n, c = x.shape
     mean = x.mean(0)
     def lagged(k): return np.mean([sum((x[i, j]-mean[j])*(x[i+k, j]-mean[j]) for i in range(n-k))/n for j in range(c)])
@@ -217,12 +238,12 @@ LENGTHS = torch.tensor([5, 3, 4])
 
 
 def text_model(seed=0, d=4, **cfg):
-    m = text_vae.TextModel(10, text_vae.TextCfg(embed=6, hidden=6, d=d, init=.6, **cfg), StandardNormal(d) if d else None, bos=2, eos=3, gen=gen(seed))
-    return m.double()
+    c = text_vae.TextCfg(embed=6, hidden=6, d=d, init=.6, **cfg)
+    return text_vae.TextModel(10, c, StandardNormal(d), bos=2, eos=3, gen=gen(seed)).double()
 
 
 def sentence_nll(decoder, words, z):
-    "One sentence alone, word by word: every word after `<s>`, the end mark with them, each given those before it and the latent"
+    "One sentence alone, word by word, the end mark with them, each given those before it and the latent"
     weight, bias = decoder.output()
     h, total = decoder.start(z)[None], 0.
     for word, after in zip(words, words[1:]):
@@ -233,11 +254,15 @@ def sentence_nll(decoder, words, z):
     return total
 
 
+def all_nll(decoder, z):
+    rows = zip(IDS.tolist(), LENGTHS.tolist(), z)
+    return torch.stack([sentence_nll(decoder, ids[:n], e) for ids, n, e in rows])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_likelihood_of_a_sentence_word_by_word(tied):
     m, z = text_model(tied=tied).eval(), randn(3, 4, g=gen(1))
-    want = torch.stack([sentence_nll(m.decoder, ids[:n], e) for ids, n, e in zip(IDS.tolist(), LENGTHS.tolist(), z)])
-    assert_close(m.decoder.nll(IDS, LENGTHS, z), want)
+    assert_close(m.decoder.nll(IDS, LENGTHS, z), all_nll(m.decoder, z))
 
 
 def test_encoder_reads_each_sentence_alone_and_both_ways():
@@ -254,15 +279,15 @@ def test_several_draws_of_a_sentence_are_averaged():
     m, batch = text_model(draws=3, dropout=0., bow=True).train(), Batch(IDS, LENGTHS, {}, torch.arange(3))
     t, q = m(batch, gen(5)), m.encode(batch)
     zs = q.mean+(.5*q.logvar).exp()*randn(9, 4, g=gen(5)).view(3, 3, 4)
-    want = torch.stack([torch.stack([sentence_nll(m.decoder, ids[:n], e) for ids, n, e in zip(IDS.tolist(), LENGTHS.tolist(), z)]) for z in zs])
-    assert_close(t["nll"], want.mean(0))
+    assert_close(t["nll"], torch.stack([all_nll(m.decoder, z) for z in zs]).mean(0))
     assert_close(t["bow"], text_vae.bag_of_words(m.bow(zs[0]), IDS, LENGTHS))
 
 
 def test_bag_of_words_counts_words_and_no_tags():
     logits = randn(3, 10, g=gen())
     lp = logits-logits.logsumexp(1, keepdim=True)
-    assert_close(text_vae.bag_of_words(logits, IDS, LENGTHS), -torch.stack([lp[0, 7]+lp[0, 5]+lp[0, 9], lp[1, 6], 2*lp[2, 8]]))
+    want = -torch.stack([lp[0, 7]+lp[0, 5]+lp[0, 9], lp[1, 6], 2*lp[2, 8]])
+    assert_close(text_vae.bag_of_words(logits, IDS, LENGTHS), want)
 
 
 def test_weighted_terms_are_means_over_the_batch():
@@ -316,7 +341,7 @@ def test_interpolation_goes_from_the_first_sentence_to_the_second():
 # --- levels
 
 def amplitudes(T):
-    "Yu et al. (2022) as released: products of a thousand linear betas, read at T levels over the first half and at the end"
+    "Yu et al. (2022) as released: a thousand linear betas, read at T levels over the first half and at the end"
     kept, product = [], 1.
     for k in range(1000):
         product *= math.sqrt(1-(1e-4+(2e-2-1e-4)*k/999))
@@ -367,18 +392,20 @@ def test_levels_are_drawn_evenly():
         counts = torch.stack([(draws == t).sum(1) for t in range(T)], 1)
         assert counts.min() >= B//T and counts.max() <= -(-B//T)
         p = 1/T
-        for share in (counts.double().mean(0)/B, *(torch.stack([(draws[:, i] == t).double().mean() for t in range(T)]) for i in (0, B-1))):
+        first, last = ((draws[:, i, None] == torch.arange(T)).double().mean(0) for i in (0, B-1))
+        for share in (counts.double().mean(0)/B, first, last):
             assert (share-p).abs().max() < 5*math.sqrt(p*(1-p)/3000)
 
 
 # --- energies
 
 def test_network_layer_by_layer():
-    "Two layers of the latent, two of the level, their merge, residual blocks on activations, and the head on an activation"
+    "Two layers of the latent, two of the level, their merge, residual blocks, and the head on an activation"
     net = EnergyNet(2, 3, 4, 6, 2, spectral=False, gen=gen()).double()
     z, t, act = randn(5, 2, g=gen(1)), torch.tensor([0, 3, 1, 2, 3]), lambda x: torch.where(x > 0, x, .2*x)
     lin = lambda m, x: x@m.weight.T+m.bias
-    h = lin(net.merge, torch.cat([act(lin(net.z2, act(lin(net.z1, z)))), act(lin(net.t2, act(lin(net.t1, net.table[t]))))], 1))
+    latent, level = act(lin(net.z2, act(lin(net.z1, z)))), act(lin(net.t2, act(lin(net.t1, net.table[t]))))
+    h = lin(net.merge, torch.cat([latent, level], 1))
     for b in net.blocks: h = h+lin(b, act(h))
     assert_close(net.logits(z, t), lin(net.head, act(h)))
 
@@ -399,7 +426,7 @@ def test_energies_of_a_mixture_turn_the_reference_into_the_noised_mixture(level)
     s, z = consistent_schedule(3), randn(5, 2, g=gen(2))
     got = MixtureEnergy(s, means, sd, probs).logits(z, torch.full((5,), level))
     a = math.prod(s.a[:level+1].tolist())
-    normal = lambda mean, var: torch.stack([torch.distributions.Normal(m, math.sqrt(var)).log_prob(z).sum(1) for m in mean], 1)
+    normal = lambda mean, var: -.5*(((z[:, None]-mean)**2)/var+math.log(2*math.pi*var)).sum(2)
     want = probs.log()+normal(a*means, (a*sd)**2+1-a*a)-normal(torch.zeros(1, 2, dtype=F64), 1.)
     assert_close(got, want)
 
@@ -408,7 +435,8 @@ def test_energies_of_a_mixture_turn_the_reference_into_the_noised_mixture(level)
 
 def test_single_steps_by_hand():
     y, g, m, e = (randn(4, 3, g=gen(k)) for k in range(4))
-    v, s2, tau, rho = torch.tensor([[.5], [1.], [2.], [.1]], dtype=F64), torch.full((4, 1), .3, dtype=F64), torch.full((4, 1), .7, dtype=F64), .6
+    v, rho = torch.tensor([[.5], [1.], [2.], [.1]], dtype=F64), .6
+    s2, tau = (torch.full((4, 1), x, dtype=F64) for x in (.3, .7))
     for i in range(4):
         for j in range(3):
             force = g[i, j]/.7-(y[i, j]-m[i, j])/v[i, 0]
@@ -430,12 +458,13 @@ def test_drifts_are_cut_at_so_many_lengths_of_noise():
 
 @pytest.mark.parametrize("drift", [math.inf, .6])
 def test_metropolis_chain_by_hand(drift):
-    "Roberts and Tweedie (1996): density of the target and of the proposal both ways, at a temperature; what is reported are probabilities"
+    "Roberts and Tweedie (1996): target and proposal both ways, at a temperature; what is reported are probabilities"
     B, d, n, rho, tau = 5, 2, 6, .4, .6
     q = QuadraticEnergy(.8*torch.eye(d, dtype=F64)[None], randn(1, d, g=gen(1)))
     z, m, v = randn(B, d, g=gen(2)), randn(B, d, g=gen(3)), torch.linspace(.5, 2, B, dtype=F64)[:, None]
     seen, t = [], torch.zeros(B, dtype=torch.long)
-    end, share = mala_chain(fast_energy(q), z, t, m, v, n, rho=rho, tau=tau, drift=drift, gen=gen(4), on_step=lambda i, y, accept, **kw: seen.append((y, accept)))
+    def keep(i, y, accept, **more): seen.append((y, accept))
+    end, share = mala_chain(fast_energy(q), z, t, m, v, n, rho=rho, tau=tau, drift=drift, gen=gen(4), on_step=keep)
     A, c, g, total = .8, q.c[0].detach(), gen(4), 0.
     log_normal = lambda x, mean, var: -.5*((x-mean)**2/var).sum(1)
     target = lambda x: -.5*A*((x-c)**2).sum(1)/tau+log_normal(x, m, v)
@@ -457,7 +486,7 @@ def test_metropolis_chain_by_hand(drift):
 # --- normalisers of one level, and the bound
 
 def test_log_z_and_the_bound_by_hand():
-    "log mean exp of F/tau over draws of the level's Gaussian; minus F/tau along the path, plus those, plus the KL at zero energy"
+    "log mean exp of F/tau; minus F/tau along the path, plus those, plus the KL at zero energy"
     T, d, B, n, tau = 2, 2, 3, 5, .6
     net, s = energies(T, 2, d), consistent_schedule(T)
     p = DiffusionEBM(s, net, PriorCfg(tau=tau))
@@ -588,7 +617,7 @@ def test_eight_bits_are_the_nearest_of_256():
 def test_points_on_the_edge_of_a_ball():
     "Density and coverage count what is nearer than the k-th neighbour; precision and recall what is no farther"
     real = torch.tensor([[0.], [1.], [3.]])   # radii 1, 1, 2 for k = 1
-    fake = torch.tensor([[2.], [5.]])   # at the edge of the ball around 1 and inside that around 3; at the edge of the one around 3
+    fake = torch.tensor([[2.], [5.]])   # at the edge of the ball around 1, in that around 3; at the edge of the latter
     dc, pr = density_coverage(real, fake, 1), precision_recall(real, fake, 1)
     assert dc["density"]["value"] == .5 and dc["coverage"]["value"] == pytest.approx(1/3)
     assert pr["precision"]["value"] == 1.
@@ -599,7 +628,7 @@ def test_bootstrap_of_a_frechet_distance_resamples_unbiased_covariances():
     a, b, n = randn(12, 2, g=gen(1)), 2*randn(15, 2, g=gen(2)), 20
     g, values = gen(3), []
     for _ in range(n):
-        x, y = (f[np.repeat(np.arange(len(f)), torch.randint(len(f), (len(f),), generator=g).bincount(minlength=len(f)).numpy())] for f in (a, b))
+        x, y = (f[torch.randint(len(f), (len(f),), generator=g)] for f in (a, b))
         values.append(frechet_moments(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()))
     m = frechet_metric(a, b, gen(3), n)
     assert m["interval"][1] == pytest.approx(m["value"]+1.96*np.std(values, ddof=1))
@@ -651,16 +680,17 @@ def test_acceptance_of_annealing_is_a_mean_over_its_moves(back):
     "Without a tilt every move is accepted"
     def flat(y): return torch.zeros(len(y), dtype=F64), torch.zeros_like(y)
     y, v = randn(4, 2, g=gen(1)), torch.ones(4, 1, dtype=F64)
-    w, _, share = L.anneal(flat, L.Point(y, *flat(y)), 0*y, v, L.Plan([.2, .7, 1.], [.5, .5, .5], False), back=back, gen=gen(2))
+    plan = L.Plan([.2, .7, 1.], [.5, .5, .5], False)
+    w, _, share = L.anneal(flat, L.Point(y, *flat(y)), 0*y, v, plan, back=back, gen=gen(2))
     assert_close(share, torch.ones(4, dtype=F64)), assert_close(w, torch.zeros(4, dtype=F64))
 
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_estimate_of_the_released_code_written_out(T):
-    "Every level noised on its own; log Z over the draws of a chunk, from the posterior's own diffusion; the last level without the latent above"
+    "Every level noised on its own; log Z over the draws of a chunk; the last level without the latent above"
     B, d, chunk, draws, s = 2, 2, 3, 6, published_schedule(T)
     net = energies(T, 2, d)
-    p = DiffusionEBM(s, net, PriorCfg(objective="published", reference="flat", mala=False))
+    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED))
     q = DiagGaussian(randn(B, d, g=gen(1)), -1+.3*randn(B, d, g=gen(2)))
     def log_lik(z, i): return -((z-1)**2).sum(1)*(1+i)
     got, g = L.nll_ldebm(p, q, log_lik, draws, chunk, gen(3)), gen(3)
@@ -678,9 +708,11 @@ def test_estimate_of_the_released_code_written_out(T):
                 v, up, here = 1-a[k+1]**2, (1. if k == T-1 else a[k+1]), (0. if k == T-1 else 1.)
                 f = [F(net, (up*noised[k][r])[None], torch.tensor([k])).item() for r in rows]
                 quad = lambda r, x: float(((up*noised[k][r]-here*x[r])**2).sum())/(2*v)
-                under = [f[j]-quad(r, above[k])-log_normal(noised[k][r], abar[k]*z[r], 1-abar[k]**2) for j, r in enumerate(rows)]
+                drawn = [log_normal(noised[k][r], abar[k]*z[r], 1-abar[k]**2) for r in rows]
+                under = [f[j]-quad(r, above[k])-drawn[j] for j, r in enumerate(rows)]
                 log_z.append(math.log(sum(math.exp(x) for x in under)/chunk))
-                parts.append([f[j]-quad(r, noised[k+1])-log_normal(above[k][r], a[k+1]*noised[k][r], v) for j, r in enumerate(rows)])
+                drawn = [log_normal(above[k][r], a[k+1]*noised[k][r], v) for r in rows]
+                parts.append([f[j]-quad(r, noised[k+1])-drawn[j] for j, r in enumerate(rows)])
             for j, r in enumerate(rows):
                 prior = sum(o[j] for o in parts)-sum(log_z)+log_normal(noised[T][r], [0.]*d, 1.)
                 own = sum(log_normal([z[r, c]], [q.mean[b, c]], float(q.logvar[b, c].exp())) for c in range(d))
@@ -694,8 +726,8 @@ def test_importance_weighted_likelihood_by_hand():
     def log_lik(z, i): return -(z**2).sum(1)*(1+i)
     got = L.nll_importance(StandardNormal(2), q, log_lik, n, gen=gen(3))
     z = q.mean+(.5*q.logvar).exp()*randn(n*3, 2, g=gen(3)).view(n, 3, 2)
-    normal = torch.distributions.Normal
-    lw = -(z**2).sum(-1)*torch.tensor([1, 2, 3])+normal(0., 1.).log_prob(z).sum(-1)-normal(q.mean, (.5*q.logvar).exp()).log_prob(z).sum(-1)
+    own, prior = torch.distributions.Normal(q.mean, (.5*q.logvar).exp()), torch.distributions.Normal(0., 1.)
+    lw = -(z**2).sum(-1)*torch.tensor([1, 2, 3])+prior.log_prob(z).sum(-1)-own.log_prob(z).sum(-1)
     w = lw.exp()
     assert_close(got["nll"], -w.mean(0).log())
     assert_close(got["ess"], w.sum(0)**2/(w**2).sum(0))
@@ -704,10 +736,55 @@ def test_importance_weighted_likelihood_by_hand():
 
 def test_interval_of_a_mean_likelihood_adds_errors_in_squares():
     "Of sentences and of estimation; the worst level says whether it is valid"
-    parts = dict(nll=torch.tensor([10., 12., 17.]), gap=torch.tensor([.3, .3, .3]), variance=torch.tensor([.09, .18, .27]), ess=torch.ones(3), annealed=torch.zeros(3),
-                 gap_0=torch.full((3,), .02), gap_1=torch.full((3,), .12))
-    m = L.nll_metric(parts)
+    numbers = {"nll": [10., 12., 17.], "gap": [.3]*3, "variance": [.09, .18, .27], "ess": [1.]*3, "annealed": [0.]*3,
+               "gap_0": [.02]*3, "gap_1": [.12]*3}
+    m = L.nll_metric({k: torch.tensor(v) for k, v in numbers.items()})
     sentences, se = 1.96*np.std([10, 12, 17], ddof=1)/3**.5, math.sqrt(.54)/3
     down, up = .3+.5*.18+1.96*se, 1.96*se
-    assert m["nll_valid"]["interval"] == pytest.approx((13-math.hypot(sentences, down), 13+math.hypot(sentences, up)), abs=2e-4)
-    assert m["nll_error"]["value"] == pytest.approx(down+up) and m["nll_gap"]["value"] == pytest.approx(.12) and "NOT valid" in m["nll_valid"]["estimator"]
+    want = 13-math.hypot(sentences, down), 13+math.hypot(sentences, up)
+    assert m["nll_valid"]["interval"] == pytest.approx(want, abs=2e-4) and "NOT valid" in m["nll_valid"]["estimator"]
+    assert m["nll_error"]["value"] == pytest.approx(down+up) and m["nll_gap"]["value"] == pytest.approx(.12)
+
+
+def test_what_divides_an_energy_in_a_density():
+    "`published`: nothing, or the squared step where asked for; `consistent`: tau; and its slope is divided alike"
+    s, z, t = published_schedule(2), randn(3, 2, g=gen(1)), torch.tensor([0, 1, 0])
+    net = energies(2, 2, 2)
+    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, b2=.01))
+    step = [.01*(s.sbar[k]/s.sbar[0]*(1-s.a[k+1]**2)).item() for k in (0, 1, 0)]
+    assert L.model_temperature(p, t, z).tolist() == [1, 1, 1]
+    assert L.model_temperature(p, t, z, True).tolist() == pytest.approx(step)
+    p = DiffusionEBM(consistent_schedule(2), net, PriorCfg(tau=.4))
+    assert L.model_temperature(p, t, z).tolist() == pytest.approx([.4]*3)
+    y = z.clone().requires_grad_()
+    want = F(net, y, torch.ones(3, dtype=torch.long))/.4
+    D, slope = L.level_tilt(p, z, 1)[0](torch.arange(3))(z)
+    assert_close(D, want.detach()), assert_close(slope, torch.autograd.grad(want.sum(), y)[0])
+
+
+def test_fitted_proposal_by_hand():
+    "Least squares, shrunk by one mean square; residuals and d rows of variance v, over all of these; widened"
+    x, y, v, R, d = randn(6, 1, g=gen(1)).numpy(), randn(6, 2, g=gen(2)).numpy(), .7, 6, 2
+    one = np.c_[x, np.ones(R)]
+    beta = np.linalg.solve(one.T@one+np.eye(2)*(one**2).mean(), one.T@y)
+    left = y-one@beta
+    C = 1.3*(left.T@left+d*v*np.eye(d))/(R+d)
+    got = L.fit_proposal(torch.from_numpy(x), torch.from_numpy(y), v, 1.3)
+    assert_close(got.b.numpy(), beta[1]), assert_close(got.G.numpy(), beta[:1])
+    assert_close((got.L@got.L.T).numpy(), C)
+    assert_close(L.fit_proposal(torch.from_numpy(x), torch.from_numpy(y), v).L.numpy()*(1.3/1.1)**.5, got.L.numpy())
+
+
+def test_normaliser_of_the_last_level_enters_by_its_upper_bound():
+    "And the distance of its lower one is part of the interval"
+    q = DiagGaussian(randn(4, 2, g=gen(1)), randn(4, 2, g=gen(2)))
+    p = DiffusionEBM(consistent_schedule(1), energies(1, 1, 2), PriorCfg())
+    def bounds(low, high):
+        number = lambda x: torch.tensor([x], dtype=F64)
+        top = L.LogZ(number(low), number(high), number(9.), 1., 1, False, number(.01))
+        def log_lik(z, i): return -(z**2).sum(1)
+        cfg = L.NLLCfg(draws=8, few=0., share=0.)
+        return L.nll_bounds(p, q, log_lik, cfg, gen(3), top, {"better": {}})
+    one, two = bounds(-.2, .3), bounds(-.2, 1.)
+    assert_close(two["nll"]-one["nll"], torch.full((4,), .7, dtype=F64))
+    for o, gap in ((one, .5), (two, 1.2)): assert_close(o["gap"], torch.full((4,), gap, dtype=F64))
