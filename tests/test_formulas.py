@@ -8,27 +8,24 @@ from torch.testing import assert_close
 
 from ldebm import likelihood as L
 from ldebm import stats as st
+from ldebm import text_metrics as tm
 from ldebm import text_vae
+from ldebm.core import make_gen
 from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
 from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
 from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
-from ldebm.prior import (
-    DiagGaussian,
-    DiffusionEBM,
-    MixtureEnergy,
-    PriorCfg,
-    StandardNormal,
-    balance_weights,
-    cluster_targets,
-    free_bits,
-    published_draw,
-    stratified_levels,
-)
+from ldebm.layered import LayeredEnergy, LayerNets, Stack, upper_score
+from ldebm.lm import LM, LMCfg, as_stream, nats_interval, read_text, segments, side_by_side, train_lm
+from ldebm.prior import DiagGaussian, DiffusionEBM, MixtureEnergy, PriorCfg, StandardNormal, balance_weights
+from ldebm.prior import cluster_targets, free_bits, published_draw, stratified_levels
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.text import Batch
+from ldebm.text_score import exact_gap, trace_evidence
+from ldebm.train import linear_warmup
+from ldebm.zoo import Codes
 
 F64 = torch.float64
 PUBLISHED = {"objective": "published", "reference": "flat", "mala": False}
@@ -788,3 +785,106 @@ def test_normaliser_of_the_last_level_enters_by_its_upper_bound():
     one, two = bounds(-.2, .3), bounds(-.2, 1.)
     assert_close(two["nll"]-one["nll"], torch.full((4,), .7, dtype=F64))
     for o, gap in ((one, .5), (two, 1.2)): assert_close(o["gap"], torch.full((4,), gap, dtype=F64))
+
+
+# --- metrics of text
+
+def test_active_units_have_an_unbiased_variance():
+    "Of the set, and of every resampled one"
+    x = .105*torch.tensor([[-1., 2., 0.], [1., -1., 0.], [-1., 1., 1.], [1., 0., 0.]], dtype=F64)
+    x[:, 0] *= .95
+    assert x.var(0, correction=0)[0] < .01 < x.var(0)[0] and tm.active_units(x)["value"] == int((x.var(0) > .01).sum())
+    m, counts = tm.active_units(x, .01, gen(1), n_boot=60), []
+    for row in st.resample_counts(4, 60, gen(1)).astype(int):
+        counts.append(int((x[np.repeat(np.arange(4), row)].var(0) > .01).sum()))
+    assert m["interval"] == pytest.approx(np.percentile(counts, [2.5, 97.5]))
+
+
+def test_perplexity_interval_by_hand():
+    "Blocks of neighbouring sentences, which go on at the front; the variance of the mean over seeds beside that of the text"
+    S, n, n_boot, b = 3, 47, 200, 2
+    nats, tokens = 3+randn(S, n, g=gen(1))**2, torch.randint(1, 9, (n,), generator=gen(2))
+    value, (lo, hi) = nats_interval(nats, tokens, gen(3), n_boot)
+    each = [float(v.sum()/tokens.sum()) for v in nats]
+    starts = torch.randint(n, (n_boot, -(-n//b)), generator=gen(3)).tolist()
+    means = []
+    for row in starts:
+        at = [(s+k) % n for s in row for k in range(b)]
+        means.append(float(nats.mean(0)[at].sum()/tokens[at].sum()))
+    half = 1.959964*math.sqrt(np.var(means, ddof=1)+np.var(each, ddof=1)/S)
+    mid = sum(each)/S
+    assert (value, lo, hi) == pytest.approx((math.exp(mid), math.exp(mid-half), math.exp(mid+half)))
+
+
+def test_language_model_word_by_word():
+    "Embedding, one LSTM, and a softmax over the same table, whose last column is the bias"
+    cfg = LMCfg(layers=1, embed=5, hidden=5, batch=2, optimizer="adam", lr=1e-3)
+    lm = LM(list("abcd"), [], cfg, gen(1)).double().eval()
+    lm.table.data[:, -1] = randn(4, g=gen(2))
+    ids = torch.randint(4, (7, 2), generator=gen(3))
+    rnn = torch.nn.LSTM(5, 5, dtype=F64)
+    for p, w in zip(rnn.parameters(), lm.rnn[0]): p.data.copy_(w.data)
+    h = rnn(lm.table[ids[:-1], :-1])[0]
+    logits = h@lm.table[:, :-1].T+lm.table[:, -1]
+    want = logits.logsumexp(-1)-logits.gather(-1, ids[1:, :, None])[..., 0]
+    assert_close(read_text(lm, ids, rows=6), want.detach())
+
+
+def test_training_loss_of_a_language_model_is_a_mean_over_words():
+    "Not over segments, of which some are shorter"
+    still = LMCfg(layers=1, embed=6, hidden=6, dropout=0., dropout_between=0., dropout_input=0., dropout_embed=0., weight_drop=0.,
+                  ar=0., tar=0., weight_decay=0., optimizer="adam", lr=1e-30, bptt=12, batch=2, epochs=1)
+    text = [[chr(97+k) for k in torch.randint(8, (9,), generator=gen(i)).tolist()] for i in range(30)]
+    lm = train_lm(text, text[:8], still, seed=3)
+    streams = side_by_side(as_stream(lm.ids, text), 2)
+    read = [n for _, n, _ in segments(len(streams), 12, make_gen(3, "segments", 0))]
+    assert len(set(read)) > 1
+    assert lm.history[0]["train"] == pytest.approx(float(read_text(lm, streams)[:sum(read)].mean()), rel=1e-6)
+
+
+# --- the rest
+
+def test_weights_of_terms_rise_linearly():
+    assert [linear_warmup(x, .4, .2) for x in (0., .1, .2, .4, .9)] == pytest.approx([.2, .4, .6, 1., 1.])
+
+
+def test_codes_are_mixed_with_even_ones():
+    q = Codes(randn(3, 2, 4, g=gen(1)))
+    assert_close(q.wider(.2).log_q.exp(), .8*q.log_q.exp()+.2/4)
+    assert_close(q.wider(.2).logits.logsumexp(-1), torch.zeros(3, 2, dtype=F64))
+
+
+def test_exact_gap_is_the_mean_log_ratio():
+    "What the model needs more than the truth: its NLL plus the true log-probability"
+    got = exact_gap(torch.tensor([3., 5.]), ["a", "b"], {"a": -2.5, "b": -3.}.get)
+    assert got["value"] == pytest.approx((.5+2.)/2)
+
+
+def test_updates_are_worth_their_effective_share():
+    "R-hat and effective draws of the second half of the first k updates, over all draws in it"
+    tr = randn(1, 16, 2, 3, g=gen(1)).float()
+    ks, rhat, worth = trace_evidence(tr, 2)
+    assert ks == [8, 16]
+    for j, k in enumerate(ks):
+        parts = [tr[0, k//2:k, :, i] for i in range(3)]
+        assert worth[0, j].item() == pytest.approx(sorted(ess(x)/(k//2*2) for x in parts)[1])
+        assert rhat[0, j].item() == pytest.approx(sorted(split_rhat(x) for x in parts)[1])
+
+
+@pytest.mark.parametrize("gain", [1., .1])
+def test_first_weights_keep_the_scale_of_what_they_read(gain):
+    "Variance gain^2 over the number of inputs"
+    w = Stack(3, (40, 10, 3, 3), norm=False, gain=gain, gen=gen(1)).weight.flatten()
+    want = gain/math.sqrt(90)
+    assert abs(w.std()-want) < 5*want/math.sqrt(2*len(w)) and abs(w.mean()) < 5*want/math.sqrt(len(w))
+
+
+def test_score_of_upper_layers_at_a_temperature():
+    "F over the temperature, and half of the squares of the layers that count"
+    g = Generator(GeneratorCfg(channels=(3, 2, 2)), gen()).double()
+    e = LayeredEnergy(g, LayerNets((1, 1, 1), (3, 2, 2), n_levels=2, hidden=6, gen=gen(1)).double(), 2)
+    u, t = randn(4, 7, g=gen(2)), torch.zeros(4, dtype=torch.long)
+    layers = e.by_layer(u, t)
+    assert_close(e(u, t), layers.sum(0)[:, 0])   # one logit: F itself
+    for k, d in ((0, 7), (1, 5), (2, 3)):
+        assert_close(upper_score(e, u, k, tau=.3), layers[:3-k].sum(0)[:, 0]/.3-.5*(u[:, :d]**2).sum(1))
