@@ -800,8 +800,25 @@ def test_active_units_have_an_unbiased_variance():
     assert m["interval"] == pytest.approx(np.percentile(counts, [2.5, 97.5]))
 
 
+@pytest.mark.parametrize("rows", [2, 512])
+def test_information_is_against_all_sentences(rows):
+    "log q(z|x) less the log of its mean over every sentence, at one draw of each; drawn on in parts or at once"
+    q, n = DiagGaussian(3*randn(5, 2, g=gen(1)), randn(5, 2, g=gen(2))), 5
+    z = q.mean+(.5*q.logvar).exp()*randn(5, 2, g=gen(3))
+    p = torch.stack([torch.distributions.Normal(q.mean, (.5*q.logvar).exp()).log_prob(x).sum(1).exp() for x in z])
+    want = sum(math.log(p[i, i]/p[i].mean()) for i in range(n))/n
+    assert tm.information(q, gen(3), rows)["value"] == pytest.approx(want)
+
+
+def test_effective_symbols_are_those_of_the_mean():
+    "exp(H(mean p)): sentences that are sure, but not of the same symbol, use several"
+    p = torch.tensor([[.98, .01, .01], [.01, .98, .01], [.9, .05, .05]], dtype=F64)
+    mean = [sum(col)/3 for col in p.T.tolist()]
+    assert tm.effective_symbols(p, probs=True)["value"] == pytest.approx(math.exp(-sum(x*math.log(x) for x in mean)))
+
+
 def test_perplexity_interval_by_hand():
-    "Blocks of neighbouring sentences, which go on at the front; the variance of the mean over seeds beside that of the text"
+    "Blocks of neighbours, which go on at the front; the variance of the mean over seeds beside that of the text"
     S, n, n_boot, b = 3, 47, 200, 2
     nats, tokens = 3+randn(S, n, g=gen(1))**2, torch.randint(1, 9, (n,), generator=gen(2))
     value, (lo, hi) = nats_interval(nats, tokens, gen(3), n_boot)
@@ -832,8 +849,9 @@ def test_language_model_word_by_word():
 
 def test_training_loss_of_a_language_model_is_a_mean_over_words():
     "Not over segments, of which some are shorter"
-    still = LMCfg(layers=1, embed=6, hidden=6, dropout=0., dropout_between=0., dropout_input=0., dropout_embed=0., weight_drop=0.,
-                  ar=0., tar=0., weight_decay=0., optimizer="adam", lr=1e-30, bptt=12, batch=2, epochs=1)
+    names = "dropout dropout_between dropout_input dropout_embed weight_drop ar tar weight_decay"
+    off = dict.fromkeys(names.split(), 0.)
+    still = LMCfg(layers=1, embed=6, hidden=6, optimizer="adam", lr=1e-30, bptt=12, batch=2, epochs=1, **off)
     text = [[chr(97+k) for k in torch.randint(8, (9,), generator=gen(i)).tolist()] for i in range(30)]
     lm = train_lm(text, text[:8], still, seed=3)
     streams = side_by_side(as_stream(lm.ids, text), 2)
