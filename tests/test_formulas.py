@@ -872,6 +872,15 @@ def test_codes_are_mixed_with_even_ones():
     assert_close(q.wider(.2).logits.logsumexp(-1), torch.zeros(3, 2, dtype=F64))
 
 
+def test_softened_codes_by_hand():
+    "Jang et al. (2017), eq. 2: Gumbel noise on log-probabilities, over the temperature"
+    logits = randn(3, 2, 4, g=gen(1))
+    u = torch.rand(3, 2, 4, generator=gen(2), dtype=F64)
+    p = logits.exp()/logits.exp().sum(-1, keepdim=True)
+    w = (p/-u.log())**(1/.4)
+    assert_close(Codes(logits, relaxed=True, tau=.4).rsample(gen(2)), (w/w.sum(-1, keepdim=True)).flatten(1))
+
+
 def test_exact_gap_is_the_mean_log_ratio():
     "What the model needs more than the truth: its NLL plus the true log-probability"
     got = exact_gap(torch.tensor([3., 5.]), ["a", "b"], {"a": -2.5, "b": -3.}.get)
