@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'OBJECTIVES', 'ANNEAL', 'OWN', 'EBM_ONLY', 'LATENT_ONLY', 'BUILT_IN', 'ZOO', 'ENERGY_CHANGES', 'BRIEF',
            'DAGGER', 'TextJob', 'TextSettings', 'load_own', 'own_file', 'resolve', 'released', 'has_bound', 'selects',
-           'unused', 'train_cfg', 'energy_cfg', 'text_cfg', 'prior_cfg', 'build_model', 'by_words', 'check_corpus',
-           'lacking', 'left_out', 'TextTask', 'EnergyModel', 'EnergyTask', 'has_energy_stage', 'energy_run',
-           'fit_energies', 'corpus_name', 'job_name', 'job_folder', 'record_name', 'record_settings', 'scoring',
-           'open_job', 'keep_corpus', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line', 'sentence_table',
+           'unused', 'has_energy_stage', 'train_cfg', 'energy_cfg', 'text_cfg', 'prior_cfg', 'build_model', 'by_words',
+           'check_corpus', 'lacking', 'left_out', 'TextTask', 'EnergyModel', 'EnergyTask', 'energy_run', 'fit_energies',
+           'corpus_name', 'job_name', 'job_folder', 'record_name', 'record_settings', 'scoring', 'open_job',
+           'keep_corpus', 'evaluate', 'save_model', 'load_model', 'finish', 'epoch_line', 'sentence_table',
            'samples_by_symbol', 'scores', 'metrics_table', 'plot_latents', 'save_figure', 'spread', 'scored', 'runs_of',
            'not_valid', 'run_table']
 
@@ -234,6 +234,7 @@ def unused(s:TextSettings) -> tuple: # Names of settings that do nothing here
     if s.terms: out += ('w_ebm','w_sym','w_cls','cls_start','cluster_dims') # their weights are those of `terms`
     return out + (('mala','tau','rho','levels','w_ebm','w_sym','energy_steps','energy_batch','energy_lr','clamp') if released(s) else ('b2',))
 ENERGY_CHANGES = dict(energy_steps='steps', energy_lr='lr_ebm')
+def has_energy_stage(s:TextSettings) -> bool: return s.prior == 'ebm' and s.energy_steps > 0
 def train_cfg(s:TextSettings) -> TrainCfg: return pick(TrainCfg, s, changes=parse_changes(s.changes, {k: k for k in CHANGEABLE}))
 def energy_cfg(s:TextSettings) -> TrainCfg:
     return TrainCfg(steps=s.energy_steps, lr_ebm=s.energy_lr, clip_ebm=5., warmup=min(100, s.energy_steps), warmdown=.5, checkpoint_every=s.checkpoint_every, changes=parse_changes(s.changes, ENERGY_CHANGES))
@@ -437,8 +438,6 @@ class EnergyTask:
         p = self.model.prior; dev = next(p.parameters()).device; gen = make_gen(self.seed, 'validate energies', device=dev)
         q = self.data['valid'][:1024].to(dev)
         return dict(kl=p.kl(q, q.rsample(gen), gen, 64)[0].mean(), kl_base=p.base_kl(q).sum(-1).mean())
-
-def has_energy_stage(s:TextSettings) -> bool: return s.prior == 'ebm' and s.energy_steps > 0
 
 def energy_run(task:TextTask, run:Run) -> Run:
     "The folder `energies` of a run; what is there of another encoder, which was trained further since, is removed"
