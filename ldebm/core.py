@@ -884,7 +884,8 @@ def identity(
     "What the seeds of one row share: all settings but the seed and `OPERATIONAL` ones; one that is missing has today's default"
     fits = lambda job: sum(f.name in settings for f in dataclasses.fields(job))
     job = max(JOB_SETTINGS, key=fits, default=None)
-    usual = {f.name: f.default for f in dataclasses.fields(job)} if job else {}
+    known = job is not None and 2*fits(job) >= len(dataclasses.fields(job)) # a record lacks a few at most
+    usual = {f.name: f.default for f in dataclasses.fields(job)} if known else {}
     return {k: v for k,v in {**usual, **settings}.items() if k not in OPERATIONAL and k != 'seed'}
 
 # %% ../nbs/00_core.ipynb #d01fd812

@@ -228,7 +228,7 @@ def test_pictures_are_measured_by_another_classifier(tmp_path):
 # -- other ways out
 
 def test_a_taken_record_name(tmp_path, corpus):
-    "`variant`, also of a run in its old folder; or the old record removed"
+    "`variant`, also of a run in its old folder; another folder of records; or the old record moved away"
     def record(job):
         run, task, _ = train(job)
         metrics, art = evaluate(task, 0)
@@ -237,9 +237,11 @@ def test_a_taken_record_name(tmp_path, corpus):
     job = job_of(tmp_path, corpus, results=str(results))
     path = record(job)
     longer = dataclasses.replace(job, settings=job.settings+" changes=14:steps=18")
-    with pytest.raises(ValueError, match=r"changes: absent -> '14:steps=18'\); give this one a `variant` name, or remove the old record"): open_job(longer)
+    with pytest.raises(ValueError, match=r"changes: '' -> '14:steps=18'\); give this one a `variant` name .*, "
+                       r"or another folder of records \(`results`\), or move the old record away"): open_job(longer)
     assert record(dataclasses.replace(longer, variant="longer")).name == path.name.replace("ldebm", "ldebm+longer") and path.exists()
-    path.unlink()
+    assert record(dataclasses.replace(longer, results=str(tmp_path/"elsewhere"))).name == path.name and path.exists()
+    path.rename(tmp_path/"moved.json")
     assert record(longer) == path
 
 

@@ -85,7 +85,7 @@ def test_notebook_from_command_to_record(tmp_path):
     assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
     assert f"run folder: {out}" in res.stdout+res.stderr
     made = set(files(out))
-    assert made == {"train_ptb.ipynb", "model.safetensors", "config.json", "result.json", "samples.txt", "reconstructions.txt", "settings.json", "log.jsonl",
+    assert made == {"train_ptb.ipynb", "model.safetensors", "config.json", "result.json", "samples.txt", "reconstructions.txt", "settings.json", "corpus.json", "log.jsonl",
                     "checkpoint.safetensors", "figures/curves.png", "figures/latents.png", "figures/energy.png", "score/prior-hole.json", "score/sampler.json", "energies/settings.json", "energies/log.jsonl", "energies/checkpoint.safetensors"}
     assert all((out/"figures"/f"{k}.png").read_bytes().startswith(b"\x89PNG") for k in ("curves", "latents", "energy"))
     cells = [c for c in json.loads((out/"train_ptb.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
