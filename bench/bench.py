@@ -7,6 +7,7 @@ One process, a fixed number of threads; compared paths take turns in every round
 are dropped, and a time is the median over rounds with its quartiles. Arithmetic is counted from sizes, matrix products alone, a
 multiply-add as two.
 """
+
 import argparse
 import json
 import math
@@ -25,40 +26,56 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from ldebm import core, kernels, langevin, native, prior as priors, text_vae  # noqa: E402
-from ldebm.data import load_grammar  # noqa: E402
+from chains import counted_calls  # noqa: E402
+from plain import PlainEnergy, plain_paths  # noqa: E402
+from torch.nn import functional as nnf  # noqa: E402
+
+from ldebm import core, kernels, langevin, native, text_vae  # noqa: E402
+from ldebm import prior as priors
 from ldebm.core import atomic_write, check_params, check_writable, keep_memory, progress, provenance, results_root  # noqa: E402
+from ldebm.data import load_grammar  # noqa: E402
 from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
-from ldebm.text_job import TextJob, TextSettings, TextTask, build_model, fit_energies, load_model, open_job, prior_cfg, resolve, train_cfg  # noqa: E402
+from ldebm.text_job import (
+    TextJob,
+    TextSettings,
+    TextTask,
+    build_model,
+    fit_energies,
+    load_model,
+    open_job,
+    prior_cfg,
+    resolve,
+    train_cfg,
+)  # noqa: E402
 from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
 from ldebm.train import fit, make_optimizer  # noqa: E402
-from chains import counted_calls  # noqa: E402
-from plain import PlainEnergy, plain_paths  # noqa: E402
-from torch.nn import functional as nnf  # noqa: E402
 
 OBJECTIVES = ("published", "consistent")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 TINY = "embed=16 hidden=16 d=4 energy_hidden=12 n_blocks=2 langevin_steps=3 T=3 n_symbols=4 batch=16"
 
 
-def gen(seed=0, device="cpu"): return torch.Generator(device).manual_seed(seed)
+def gen(seed=0, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
-def slug(text): return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def slug(text):
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def machine_name(part):
     "In the name of a record: maker and instructions of the processor, or the GPU"
-    if part == "gpu": return slug(torch.cuda.get_device_name())
+    if part == "gpu":
+        return slug(torch.cuda.get_device_name())
     maker = dict(AuthenticAMD="amd", GenuineIntel="intel").get(kernels.cpu_vendor()) or slug(platform.machine())
     narrow = "-narrow" if kernels.has_avx512() and not kernels.has_wide_units() else ""
     return f"{maker}-{slug(torch.backends.cpu.get_cpu_capability())}{narrow}"
@@ -66,11 +83,12 @@ def machine_name(part):
 
 # -- counting: matrix products alone, 2 n i o for (n, i) times (i, o)
 
+
 def flop_energy(B, d, H, N, K, backward=True, plain=False, T=0):
     """`F` of B latents, and its gradient in them. Layers: d to H, H to H, the latent's share of the merge layer, N blocks, K logits; the gradient
     goes back through the same. The plain path embeds the level at every call (two layers and their share of the merge) and sends a gradient to that share too"""
-    once = 2*B*(d*H+H*H*(2+N)+H*K)
-    return once*(1+backward) + plain*2*B*H*H*(3+backward)
+    once = 2 * B * (d * H + H * H * (2 + N) + H * K)
+    return once * (1 + backward) + plain * 2 * B * H * H * (3 + backward)
 
 
 def flop_energy_step(B, n, s, objective, plain=False):
@@ -78,115 +96,158 @@ def flop_energy_step(B, n, s, objective, plain=False):
     With a share of the energy's gradient in the encoder once more, back to the latents alone: positives (`published`), or both (`consistent`).
     The levels' share, T rows, is below a thousandth and left out, except on the plain path, which has it for every row"""
     H, N, K = s.energy_hidden, s.n_blocks, s.n_symbols
-    rows, again = 2*n+B*(K > 1), n*(1+(objective == "consistent"))*(s.enc_share > 0)
+    rows, again = 2 * n + B * (K > 1), n * (1 + (objective == "consistent")) * (s.enc_share > 0)
     forward, both = flop_energy(1, s.d, H, N, K, False, plain), flop_energy(1, s.d, H, N, K, True, plain)
-    t1 = 2*H*H*plain   # nothing needs the gradient of the level's embedding
-    return (rows+again)*forward, rows*(2*forward-t1) + again*(both-forward)
+    t1 = 2 * H * H * plain  # nothing needs the gradient of the level's embedding
+    return (rows + again) * forward, rows * (2 * forward - t1) + again * (both - forward)
 
 
 def flop_norms(s):
     "Spectral norms of one training step where power iterations are squared: `W W'` of each layer, its powers, and their products with a vector. Few iterations are no matrix products"
-    n, H, K, G = chain_prior(s).power_iterations-1, s.energy_hidden, s.n_symbols, 5+s.n_blocks
-    if n < MANY: return 0
-    powers = lambda o: 2*o**3*(n.bit_length()-1) + 2*o*o*n.bit_count()
-    return 2*H*H*(s.d+H*G) + 2*K*K*H + G*powers(H) + powers(K)
+    n, H, K, G = chain_prior(s).power_iterations - 1, s.energy_hidden, s.n_symbols, 5 + s.n_blocks
+    if n < MANY:
+        return 0
+
+    def powers(o):
+        return 2 * o**3 * (n.bit_length() - 1) + 2 * o * o * n.bit_count()
+
+    return 2 * H * H * (s.d + H * G) + 2 * K * K * H + G * powers(H) + powers(K)
 
 
 def flop_encoder(words, B, s):
     "Two directions, three gates, input and state; mean and log variance. Forward"
-    return 2*words*2*3*s.hidden*(s.embed+s.hidden) + 2*B*2*(2*s.hidden*s.d)
+    return 2 * words * 2 * 3 * s.hidden * (s.embed + s.hidden) + 2 * B * 2 * (2 * s.hidden * s.d)
 
 
 def flop_decoder(words, B, V, s, plain=False):
     "Three gates, and the logits of every word; the latent's share of the gates once a sentence (plain: a word), the first state, the bag of words. Forward"
-    bow = 2*B*s.d*V if s.w_bow > 0 else 0
-    return 2*words*(3*s.hidden*(s.embed+s.hidden) + s.hidden*V) + 2*(words if plain else B)*s.d*3*s.hidden + 2*B*s.d*s.hidden + bow
+    bow = 2 * B * s.d * V if s.w_bow > 0 else 0
+    return (
+        2 * words * (3 * s.hidden * (s.embed + s.hidden) + s.hidden * V)
+        + 2 * (words if plain else B) * s.d * 3 * s.hidden
+        + 2 * B * s.d * s.hidden
+        + bow
+    )
 
 
-def evaluations(s): return s.langevin_steps + s.mala  # of the energy's gradient, each level
+def evaluations(s):
+    return s.langevin_steps + s.mala  # of the energy's gradient, each level
 
 
 def flop_step(B, read, words, V, s, objective, plain=False):
     "One optimiser step by part; `read`: words the encoder runs over, `words`: words the decoder predicts. Backward is twice the forward"
-    n = 2*B if s.reference == "flat" and objective == "published" and s.T > 1 else B
+    n = 2 * B if s.reference == "flat" and objective == "published" and s.T > 1 else B
     enc, dec = flop_encoder(read, B, s), flop_decoder(words, B, V, s, plain)
     energy, back = flop_energy_step(B, n, s, objective, plain)
     energy += flop_norms(s)
-    return dict(encoder=enc, decoder=dec, chains=evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=plain), energy=energy, backward=back+2*(enc+dec))
+    return dict(
+        encoder=enc,
+        decoder=dec,
+        chains=evaluations(s) * flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=plain),
+        energy=energy,
+        backward=back + 2 * (enc + dec),
+    )
 
 
 def flop_generate(n, words, V, s):
     "Chains on every level, then one word after the other; what the latent brings to the gates once"
-    word = 2*(3*s.hidden*(s.embed+s.hidden) + s.hidden*V)
-    return words*word + n*2*s.d*4*s.hidden + s.T*evaluations(s)*flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
+    word = 2 * (3 * s.hidden * (s.embed + s.hidden) + s.hidden * V)
+    return (
+        words * word
+        + n * 2 * s.d * 4 * s.hidden
+        + s.T * evaluations(s) * flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
+    )
 
 
 # -- timing
+
 
 @contextmanager
 def threads(n):
     old = torch.get_num_threads()
     torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(old)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(old)
 
 
 def once(f):
     start = time.perf_counter()
     f()
-    return time.perf_counter()-start
+    return time.perf_counter() - start
 
 
 def interleave(paths, repeats, warm=1, beside=None, before=None):
     "Seconds of each round of each path, the paths taking turns; `before` is called ahead of each path, and `beside` at the end of every round that counts"
     out = {k: [] for k in paths}
-    for i in range(warm+repeats):
+    for i in range(warm + repeats):
         for k, f in paths.items():
-            if before: before()
+            if before:
+                before()
             s = once(f)
-            if i >= warm: out[k].append(s)
-        if beside and i >= warm: beside()
+            if i >= warm:
+                out[k].append(s)
+        if beside and i >= warm:
+            beside()
     return out
 
 
 def spread(x):
     "Median and quartiles"
     x = sorted(x)
-    q = statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else x*3
+    q = statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else x * 3
     return dict(median=statistics.median(x), q1=q[0], q3=q[2], rounds=len(x))
 
 
 def products(shape, precision, device="cpu"):
     "The same product by each library"
     n, i, o = shape
-    x, w = (torch.randn(a, b, generator=gen(k)).to(device, DTYPES[precision]) for k, (a, b) in enumerate(((n, i), (o, i))))
-    if device != "cpu": return dict(cuda=lambda: nnf.linear(x, w))
+    x, w = (
+        torch.randn(a, b, generator=gen(k)).to(device, DTYPES[precision]) for k, (a, b) in enumerate(((n, i), (o, i)))
+    )
+    if device != "cpu":
+        return dict(cuda=lambda: nnf.linear(x, w))
     out = dict(blas=lambda: nnf.linear(x, w)) if precision == "fp32" else dict(onednn=lambda: nnf.linear(x, w))
-    if precision == "fp32" and kernels.has_onednn(): out["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    if precision == "fp32" and kernels.has_onednn():
+        out["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return out
 
 
 def waited(f, device):
     "The same, to the end of what it started on a GPU"
-    if torch.device(device).type != "cuda": return f
+    if torch.device(device).type != "cuda":
+        return f
+
     def go(*args):
-        out = f(*args); torch.cuda.synchronize()
+        out = f(*args)
+        torch.cuda.synchronize()
         return out
+
     return go
 
 
 def product_seconds(shape, precision, budget, rounds=5, device="cpu"):
     "Seconds of one product by each library at the present number of threads; a round repeats it for `budget` seconds"
     fs = products(shape, precision, device)
-    for f in fs.values(): f()
-    inner = max(1, int(budget/max(once(waited(f, device)) for f in fs.values())))
+    for f in fs.values():
+        f()
+    inner = max(1, int(budget / max(once(waited(f, device)) for f in fs.values())))
+
     def many(f):
         def go():
-            for _ in range(inner): f()
-        return waited(go, device)   # on a GPU to the end of all, as a path is timed: not to the end of each
-    return {k: [s/inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, rounds, 0).items()}
+            for _ in range(inner):
+                f()
 
-SECONDS, BESIDE = {}, 5   # (shape, precision, threads, device) -> library -> seconds of a product; how many rounds, if none were measured beside the paths
+        return waited(go, device)  # on a GPU to the end of all, as a path is timed: not to the end of each
+
+    return {k: [s / inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, rounds, 0).items()}
+
+
+SECONDS, BESIDE = (
+    {},
+    5,
+)  # (shape, precision, threads, device) -> library -> seconds of a product; how many rounds, if none were measured beside the paths
 
 
 def measure_products(opt, shapes, precisions, rounds=1):
@@ -194,58 +255,103 @@ def measure_products(opt, shapes, precisions, rounds=1):
     for shape in {tuple(x) for x in (*shapes, opt.square)}:
         for p in precisions:
             mine = SECONDS.setdefault((shape, p, torch.get_num_threads(), opt.device), {})
-            for k, v in product_seconds(shape, p, opt.budget, rounds, opt.device).items(): mine.setdefault(k, []).extend(v)
+            for k, v in product_seconds(shape, p, opt.budget, rounds, opt.device).items():
+                mine.setdefault(k, []).extend(v)
 
 
 def machine_rates(opt, shape, precision, n_threads):
     "Operations a second of each library on this shape"
     key = (tuple(shape), precision, n_threads, opt.device)
     if key not in SECONDS:
-        with threads(n_threads): measure_products(opt, (shape,), (precision,), BESIDE)
-    return {k: 2*math.prod(shape)/statistics.median(v) for k, v in SECONDS[key].items()}
+        with threads(n_threads):
+            measure_products(opt, (shape,), (precision,), BESIDE)
+    return {k: 2 * math.prod(shape) / statistics.median(v) for k, v in SECONDS[key].items()}
 
 
 def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=None, **more):
     "One measured path, beside what the machine multiplies in the same process"
     s = spread(seconds)
-    e = dict(what=what, path=path, threads=n_threads, precision=precision, sizes=sizes, seconds=s, flop=flop, rate=flop/s["median"], **more)
+    e = dict(
+        what=what,
+        path=path,
+        threads=n_threads,
+        precision=precision,
+        sizes=sizes,
+        seconds=s,
+        flop=flop,
+        rate=flop / s["median"],
+        **more,
+    )
     if shape:
-        own, squares = max(machine_rates(opt, shape, precision, n_threads).values()), machine_rates(opt, opt.square, precision, n_threads)
-        square, usual = max(squares.values()), squares["cuda" if opt.device != "cpu" else "blas" if precision == "fp32" else "onednn"]   # the latter by the library that PyTorch itself takes
-        e.update(shape=list(shape), rate_shape=own, rate_square=square, share=e["rate"]/max(own, square), rate_torch=usual, share_torch=e["rate"]/usual)
+        own, squares = (
+            max(machine_rates(opt, shape, precision, n_threads).values()),
+            machine_rates(opt, opt.square, precision, n_threads),
+        )
+        square, usual = (
+            max(squares.values()),
+            squares["cuda" if opt.device != "cpu" else "blas" if precision == "fp32" else "onednn"],
+        )  # the latter by the library that PyTorch itself takes
+        e.update(
+            shape=list(shape),
+            rate_shape=own,
+            rate_square=square,
+            share=e["rate"] / max(own, square),
+            rate_torch=usual,
+            share_torch=e["rate"] / usual,
+        )
     return e
 
 
 NO_BF16 = "this processor does not multiply in bf16"
 
 
-def pending(what, path, why, **more): return dict(what=what, path=path, pending=why, **more)
+def pending(what, path, why, **more):
+    return dict(what=what, path=path, pending=why, **more)
 
 
 # -- parts
 
+
 def bench_matmul(opt):
     "Products of the sizes that the model has, by each library"
-    shapes, out = ((8, 12, 12), (16, 16, 8)) if opt.tiny else ((128, 200, 200), (256, 200, 200), (128, 1536, 512), (2048, 512, 10001), (1024, 1024, 1024)), []
+    shapes, out = (
+        ((8, 12, 12), (16, 16, 8))
+        if opt.tiny
+        else ((128, 200, 200), (256, 200, 200), (128, 1536, 512), (2048, 512, 10001), (1024, 1024, 1024)),
+        [],
+    )
     for n in opt.threads:
         with threads(n):
             for shape in shapes:
                 for precision in opt.precisions:
                     for k, secs in product_seconds(shape, precision, opt.budget).items():
-                        out.append(entry(opt, "matmul", k, n, precision, dict(zip("nio", shape)), secs, 2*math.prod(shape)))
+                        out.append(
+                            entry(opt, "matmul", k, n, precision, dict(zip("nio", shape)), secs, 2 * math.prod(shape))
+                        )
     return out
 
 
 def job(objective, opt, **kw):
-    return resolve(TextJob(corpus="grammar" if opt.tiny else "ptb", preset="quick" if opt.tiny else "paper", objective=objective, settings=TINY if opt.tiny else "", **kw))
+    return resolve(
+        TextJob(
+            corpus="grammar" if opt.tiny else "ptb",
+            preset="quick" if opt.tiny else "paper",
+            objective=objective,
+            settings=TINY if opt.tiny else "",
+            **kw,
+        )
+    )
 
 
 def chain_prior(s):
-    net = EnergyNet(s.d, s.n_symbols, s.T, s.energy_hidden, s.n_blocks, free_head=s.free_head, init=s.energy_init or None, gen=gen())
+    net = EnergyNet(
+        s.d, s.n_symbols, s.T, s.energy_hidden, s.n_blocks, free_head=s.free_head, init=s.energy_init or None, gen=gen()
+    )
     return DiffusionEBM(make_schedule(s.schedule, s.T), net, prior_cfg(s))
 
 
-def using(lib): return patch.object(kernels, "matmul_backend", lambda: lib)
+def using(lib):
+    return patch.object(kernels, "matmul_backend", lambda: lib)
 
 
 def no_native(prior, z, precision):
@@ -256,108 +362,188 @@ def no_native(prior, z, precision):
 def chain_paths(prior, z, t, compiled=None, half=True):
     "Each way of running the same chains: name -> (precision, function of a generator)"
     net = prior.energy
-    def run(energy, z, lib="blas", whole=False):   # `whole`: all updates as compiled code
+
+    def run(energy, z, lib="blas", whole=False):  # `whole`: all updates as compiled code
         def go(g=None):
-            with using(lib), patch.dict(os.environ, LDEBM_RESIDENT=str(int(whole))), counted_calls((langevin, "run_chains")) as calls: end = prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
-            if len(calls) != whole: raise RuntimeError(f"{'no' if whole else 'a'} chain was compiled code")
+            with (
+                using(lib),
+                patch.dict(os.environ, LDEBM_RESIDENT=str(int(whole))),
+                counted_calls((langevin, "run_chains")) as calls,
+            ):
+                end = prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
+            if len(calls) != whole:
+                raise RuntimeError(f"{'no' if whole else 'a'} chain was compiled code")
             return end
+
         return go
-    def closed(dtype=torch.float32): return FastEnergy(net, each(lambda x: x.to(dtype), net.weights().detach()))   # one a library: it lays out its weights for the first that multiplies
+
+    def closed(dtype=torch.float32):
+        return FastEnergy(
+            net, each(lambda x: x.to(dtype), net.weights().detach())
+        )  # one a library: it lays out its weights for the first that multiplies
+
     fast = closed()
     out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
-    if kernels.has_onednn(): out["onednn"] = ("fp32", run(closed(), z, "onednn"))
+    if kernels.has_onednn():
+        out["onednn"] = ("fp32", run(closed(), z, "onednn"))
     if half:
         out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
         out["bf16"] = ("bf16", run(closed(torch.bfloat16), z.bfloat16()))
-    for name, precision, energy in (("native", "fp32", fast), ("native_bf16", "bf16", MixedEnergy(fast, torch.bfloat16))):
-        if (half or precision == "fp32") and not no_native(prior, z, precision): out[name] = (precision, run(energy, z, whole=True))
+    for name, precision, energy in (
+        ("native", "fp32", fast),
+        ("native_bf16", "bf16", MixedEnergy(fast, torch.bfloat16)),
+    ):
+        if (half or precision == "fp32") and not no_native(prior, z, precision):
+            out[name] = (precision, run(energy, z, whole=True))
     if compiled is not None:
+
         class Compiled:
             base, grad = fast.base, staticmethod(compiled(fast.grad))
-        out["compile"] = ("fp32", run(Compiled, z)) # it chooses its own library, and cannot trace the call of oneDNN
+
+        out["compile"] = ("fp32", run(Compiled, z))  # it chooses its own library, and cannot trace the call of oneDNN
     return out
 
 
 def bench_chain(opt):
     """Chains of the published sampler, each on a level of its own. `end_difference` is the distance of the end from that of the closed form in double precision
     with the same noise, relative to how far chains move"""
-    s = job("published", opt); B = 16 if opt.tiny else 128
+    s = job("published", opt)
+    B = 16 if opt.tiny else 128
     prior, z, t, out = chain_prior(s), torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T, []
-    same = lambda x, g: torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
+
+    def same(x, g):
+        return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
+
     twice = chain_prior(s).double()
-    with patch.object(langevin, "randn_like", same): end = twice.chain_from(z.double(), t, gen=gen(2))
-    moved = (end-z.double()).norm()
-    sizes = dict(batch=B, d=s.d, hidden=s.energy_hidden, blocks=s.n_blocks, symbols=s.n_symbols, steps=s.langevin_steps, levels=s.T)
+    with patch.object(langevin, "randn_like", same):
+        end = twice.chain_from(z.double(), t, gen=gen(2))
+    moved = (end - z.double()).norm()
+    sizes = dict(
+        batch=B,
+        d=s.d,
+        hidden=s.energy_hidden,
+        blocks=s.n_blocks,
+        symbols=s.n_symbols,
+        steps=s.langevin_steps,
+        levels=s.T,
+    )
     compiled = torch.compile if opt.compile and native.compiler_version() else None
     for n in opt.threads:
         with threads(n):
-            if compiled: torch._dynamo.reset()
-            paths, shape = chain_paths(prior, z, t, compiled, "bf16" in opt.precisions), (B, s.energy_hidden, s.energy_hidden)
-            if compiled: start = once(paths["compile"][1])
-            secs, far = interleave({k: f for k, (_, f) in paths.items()}, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), opt.precisions)), {}
+            if compiled:
+                torch._dynamo.reset()
+            paths, shape = (
+                chain_paths(prior, z, t, compiled, "bf16" in opt.precisions),
+                (B, s.energy_hidden, s.energy_hidden),
+            )
+            if compiled:
+                start = once(paths["compile"][1])
+            secs, far = (
+                interleave(
+                    {k: f for k, (_, f) in paths.items()},
+                    opt.rounds(15),
+                    2,
+                    lambda: measure_products(opt, (shape,), opt.precisions),
+                ),
+                {},
+            )
             for k, (_, f) in paths.items():
-                with patch.object(langevin, "randn_like", same): far[k] = ((f(gen(2)).double()-end).norm()/moved).item()
+                with patch.object(langevin, "randn_like", same):
+                    far[k] = ((f(gen(2)).double() - end).norm() / moved).item()
         for k, (precision, _) in paths.items():
-            flop = s.langevin_steps*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
+            flop = s.langevin_steps * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
             more = dict(compile_seconds=start) if k == "compile" else {}
             out.append(entry(opt, "chain", k, n, precision, sizes, secs[k], flop, shape, end_difference=far[k], **more))
-        if compiled is None: out.append(pending("chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n))
-        if "bf16" not in opt.precisions: out += [pending("chain", k, NO_BF16, threads=n) for k in ("mixed", "bf16", "native_bf16")]
-        out += [pending("chain", k, why, threads=n) for k, p in (("native", "fp32"), ("native_bf16", "bf16")) if p in opt.precisions and (why := no_native(prior, z, p))]
+        if compiled is None:
+            out.append(
+                pending(
+                    "chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n
+                )
+            )
+        if "bf16" not in opt.precisions:
+            out += [pending("chain", k, NO_BF16, threads=n) for k in ("mixed", "bf16", "native_bf16")]
+        out += [
+            pending("chain", k, why, threads=n)
+            for k, p in (("native", "fp32"), ("native_bf16", "bf16"))
+            if p in opt.precisions and (why := no_native(prior, z, p))
+        ]
     return out
 
 
 class Clock:
     "Seconds by part; a part inside another is taken off it"
-    def __init__(self): self.stack, self.spent, self.since = ["other"], {}, time.perf_counter()
+
+    def __init__(self):
+        self.stack, self.spent, self.since = ["other"], {}, time.perf_counter()
+
     def turn(self):
         now = time.perf_counter()
-        self.spent[self.stack[-1]] = self.spent.get(self.stack[-1], 0.)+now-self.since
+        self.spent[self.stack[-1]] = self.spent.get(self.stack[-1], 0.0) + now - self.since
         self.since = now
+
     @contextmanager
     def part(self, name):
-        self.turn(); self.stack.append(name)
-        try: yield
-        finally: self.turn(); self.stack.pop()
+        self.turn()
+        self.stack.append(name)
+        try:
+            yield
+        finally:
+            self.turn()
+            self.stack.pop()
+
     def timed(self, name, f):
         def go(*args, **kw):
-            with self.part(name): return f(*args, **kw)
+            with self.part(name):
+                return f(*args, **kw)
+
         return go
+
 
 PARTS_OF_STEP = ("encoder", "decoder", "chains", "energy", "backward", "optimiser", "other")
 
 
 class Stepper:
     "Training steps on fixed batches with a clock around each part; every term of the end of training is on"
+
     def __init__(self, s, objective, model, weights):
         self.s, self.model, self.weights, self.opt = s, model.train(), weights, make_optimizer(model, train_cfg(s))
+
     def step(self, batch, labels, label_weights, precision="fp32", gen=None):
         m, clock = self.model, Clock()
         auto = torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
         prior = m.prior
-        with patch.object(m.encoder, "forward", clock.timed("encoder", m.encoder.forward)), patch.object(m.decoder, "nll", clock.timed("decoder", m.decoder.nll)), \
-                patch.object(prior, "terms", clock.timed("energy", prior.terms)), patch.object(prior, "chain_from", clock.timed("chains", prior.chain_from)):
-            with clock.part("energy"): m.before_step()
-            with auto: terms = m(batch, gen, labels=labels, label_weights=label_weights)
-        loss = sum(w*terms[k].float().mean() for k, w in self.weights.items() if w != 0)
-        with clock.part("backward"): loss.backward()
+        with (
+            patch.object(m.encoder, "forward", clock.timed("encoder", m.encoder.forward)),
+            patch.object(m.decoder, "nll", clock.timed("decoder", m.decoder.nll)),
+            patch.object(prior, "terms", clock.timed("energy", prior.terms)),
+            patch.object(prior, "chain_from", clock.timed("chains", prior.chain_from)),
+        ):
+            with clock.part("energy"):
+                m.before_step()
+            with auto:
+                terms = m(batch, gen, labels=labels, label_weights=label_weights)
+        loss = sum(w * terms[k].float().mean() for k, w in self.weights.items() if w != 0)
+        with clock.part("backward"):
+            loss.backward()
         with clock.part("optimiser"):
-            for g in self.opt.param_groups: torch.nn.utils.clip_grad_norm_(g["params"], g["clip"])
-            self.opt.step(); self.opt.zero_grad()
+            for g in self.opt.param_groups:
+                torch.nn.utils.clip_grad_norm_(g["params"], g["clip"])
+            self.opt.step()
+            self.opt.zero_grad()
         clock.turn()
         return clock.spent
 
 
 def all_terms(task):
     "Weights of the end of training, clustering included"
-    return task.weights(task.s.steps-1, task.s.steps)
+    return task.weights(task.s.steps - 1, task.s.steps)
 
 
 def fixed_batches(task, n):
     "Batches spread over the lengths that training meets, from the middle of each of `n` equal parts"
     found = [b for b, _ in task.batches(None, gen(3))]
     found.sort(key=lambda b: int(b.lengths.sum()))
-    return [found[(2*k+1)*len(found)//(2*n)] for k in range(n)]
+    return [found[(2 * k + 1) * len(found) // (2 * n)] for k in range(n)]
 
 
 def bench_step(opt):
@@ -366,34 +552,68 @@ def bench_step(opt):
     out, corpus = [], load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
     for objective in OBJECTIVES:
         s = job(objective, opt)
-        task = TextTask(corpus, s, 0); bs, V = fixed_batches(task, 1 if opt.tiny else 3), len(corpus.vocab)
+        task = TextTask(corpus, s, 0)
+        bs, V = fixed_batches(task, 1 if opt.tiny else 3), len(corpus.vocab)
         start = {k: v.clone() for k, v in task.model.state_dict().items()}
         labels, lw = torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
-        words = [int((b.lengths-1).sum()) for b in bs]; read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
-        sizes = dict(batch=s.batch, words=words, read=read, embed=s.embed, hidden=s.hidden, vocabulary=V, d=s.d, langevin_steps=s.langevin_steps, levels=s.T)
+        words = [int((b.lengths - 1).sum()) for b in bs]
+        read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
+        sizes = dict(
+            batch=s.batch,
+            words=words,
+            read=read,
+            embed=s.embed,
+            hidden=s.hidden,
+            vocabulary=V,
+            d=s.d,
+            langevin_steps=s.langevin_steps,
+            levels=s.T,
+        )
         for n in opt.threads:
             with threads(n):
+
                 def runner(path, precision):
                     def go(bs=bs):
                         task.model.load_state_dict(start)
                         with plain_paths() if path == "plain" else nullcontext():
                             st = Stepper(s, objective, task.model, all_terms(task))
                             spent = [st.step(b, labels, lw, precision, gen(4)) for b in bs]
-                        return {k: sum(o.get(k, 0.) for o in spent)/len(spent) for k in PARTS_OF_STEP}
+                        return {k: sum(o.get(k, 0.0) for o in spent) / len(spent) for k in PARTS_OF_STEP}
+
                     return go
+
                 paths = {(p, q): runner(p, q) for q in opt.precisions for p in ("plain", "fast")}
                 got, rounds, shape = {k: [] for k in paths}, opt.rounds(3), (opt.loss_rows, s.hidden, V)
-                for i in progress(range(1+rounds), desc=f"step, {objective}, {n} thread{'s'*(n > 1)}", unit="round"):
+                for i in progress(
+                    range(1 + rounds), desc=f"step, {objective}, {n} thread{'s' * (n > 1)}", unit="round"
+                ):
                     for k, f in paths.items():
-                        if i: got[k].append(f())
-                        else: f(bs[-1:])   # warm-up, on the longest
-                    if i: measure_products(opt, (shape,), opt.precisions)
+                        if i:
+                            got[k].append(f())
+                        else:
+                            f(bs[-1:])  # warm-up, on the longest
+                    if i:
+                        measure_products(opt, (shape,), opt.precisions)
             for (path, precision), v in got.items():
                 flops = [flop_step(s.batch, r, w, V, s, objective, path == "plain") for r, w in zip(read, words)]
-                by_part = {k: sum(f[k] for f in flops)/len(flops) for k in flops[0]}
+                by_part = {k: sum(f[k] for f in flops) / len(flops) for k in flops[0]}
                 split = {k: statistics.median(o[k] for o in v) for k in PARTS_OF_STEP}
-                out.append(entry(opt, "step", path, n, precision, sizes, [sum(o.values()) for o in v], sum(by_part.values()), shape,
-                                 objective=objective, split=split, flop_split=by_part))
+                out.append(
+                    entry(
+                        opt,
+                        "step",
+                        path,
+                        n,
+                        precision,
+                        sizes,
+                        [sum(o.values()) for o in v],
+                        sum(by_part.values()),
+                        shape,
+                        objective=objective,
+                        split=split,
+                        flop_split=by_part,
+                    )
+                )
     return out
 
 
@@ -401,48 +621,102 @@ def bench_step(opt):
 def counted_words():
     "Words that the decoder computes: up to three after the end of a sentence are among them"
     words, cell = [], text_vae.gru_cell
+
     def counting(x, a, h):
         words.append(len(h))
         return cell(x, a, h)
-    with patch.object(text_vae, "gru_cell", counting): yield words
+
+    with patch.object(text_vae, "gru_cell", counting):
+        yield words
 
 
 def bench_generate(opt):
     """Sentences from a model with its initial weights. Such a model hardly ever ends a sentence, so nearly each takes all the words it may: the worst case"""
     out = []
-    vocab = load_corpus("grammar", max_len=24).vocab if opt.tiny else Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(9997))])
+    vocab = (
+        load_corpus("grammar", max_len=24).vocab
+        if opt.tiny
+        else Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(9997))])
+    )
     for objective in OBJECTIVES:
-        s = job(objective, opt); model = build_model(s, vocab, 0).eval(); V = len(vocab)
+        s = job(objective, opt)
+        model = build_model(s, vocab, 0).eval()
+        V = len(vocab)
         found = []
+
         def run(n, path, precision="fp32", bar=None):
             def go():
-                with plain_paths() if path == "plain" else nullcontext(), counted_words() as words, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                with (
+                    plain_paths() if path == "plain" else nullcontext(),
+                    counted_words() as words,
+                    torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+                ):
                     sample_sentences(model, n, gen=gen(5), max_len=s.max_len, progress=bar)
                 found.append(sum(words))
+
             return go
+
         for n in opt.threads:
             few = 8 if opt.tiny else 100
             shape = (few, s.hidden, V)
-            with threads(n): secs = interleave({p: run(few, *p) for p in (("plain", "fp32"), *(("fast", q) for q in opt.precisions))}, opt.rounds(5), beside=lambda: measure_products(opt, (shape,), opt.precisions))
-            words = dict(zip(secs, found[-len(secs):]))
-            for p, v in secs.items(): out.append(generated(opt, objective, *p, n, few, words[p], v, s, V))
+            with threads(n):
+                secs = interleave(
+                    {p: run(few, *p) for p in (("plain", "fp32"), *(("fast", q) for q in opt.precisions))},
+                    opt.rounds(5),
+                    beside=lambda: measure_products(opt, (shape,), opt.precisions),
+                )
+            words = dict(zip(secs, found[-len(secs) :]))
+            for p, v in secs.items():
+                out.append(generated(opt, objective, *p, n, few, words[p], v, s, V))
         n, many = max(opt.threads), 40 if opt.tiny else 46_000
-        if opt.skip_long: out.append(pending("generate", "fast", "left out (--skip-long)", objective=objective, threads=n, sizes=dict(sentences=many)))
+        if opt.skip_long:
+            out.append(
+                pending(
+                    "generate",
+                    "fast",
+                    "left out (--skip-long)",
+                    objective=objective,
+                    threads=n,
+                    sizes=dict(sentences=many),
+                )
+            )
         else:
             for precision in opt.precisions:
-                with threads(n): v = [once(run(many, "fast", precision, lambda it: progress(it, desc=f"generating, {objective}, {precision}", unit="chunk")))]
+                with threads(n):
+                    v = [
+                        once(
+                            run(
+                                many,
+                                "fast",
+                                precision,
+                                lambda it: progress(it, desc=f"generating, {objective}, {precision}", unit="chunk"),
+                            )
+                        )
+                    ]
                 out.append(generated(opt, objective, "fast", precision, n, many, found[-1], v, s, V))
     return out
 
 
 def generated(opt, objective, path, precision, n_threads, n, words, seconds, s, V):
-    e = entry(opt, "generate", path, n_threads, precision, dict(sentences=n, words=words, max_len=s.max_len), seconds, flop_generate(n, words, V, s), (min(n, 256), s.hidden, V), objective=objective)
-    return {**e, "seconds_per_million_words": e["seconds"]["median"]/words*1e6}
+    e = entry(
+        opt,
+        "generate",
+        path,
+        n_threads,
+        precision,
+        dict(sentences=n, words=words, max_len=s.max_len),
+        seconds,
+        flop_generate(n, words, V, s),
+        (min(n, 256), s.hidden, V),
+        objective=objective,
+    )
+    return {**e, "seconds_per_million_words": e["seconds"]["median"] / words * 1e6}
 
 
 def made_batch(B, length, V):
     "Random sentences of one length"
-    ids = torch.randint(4, V, (B, length), generator=gen(6)); ids[:, 0], ids[:, -1] = 2, 3
+    ids = torch.randint(4, V, (B, length), generator=gen(6))
+    ids[:, 0], ids[:, -1] = 2, 3
     return Batch(ids, torch.full((B,), length), {}, torch.arange(B))
 
 
@@ -450,62 +724,118 @@ def slope(xs, ys):
     "Exponent of the power law fitted to both logarithms"
     x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
     mx, my = statistics.mean(x), statistics.mean(y)
-    return sum((a-mx)*(b-my) for a, b in zip(x, y))/sum((a-mx)**2 for a in x)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
 
 
 def bench_growth(opt):
     "Time against one size at a time, from the published ones with a batch of 32 sentences; `slope`: the exponent of the power law fitted. One thread"
     V, out = 40 if opt.tiny else 10_001, []
-    vocab = Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(V-4))])
+    vocab = Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(V - 4))])
+
     def chain(**kw):
-        s = resolve(TextJob(corpus="ptb", preset="paper", settings=" ".join(f"{k}={v}" for k, v in {**(dict(energy_hidden=12, n_blocks=2, langevin_steps=3) if opt.tiny else {}), **kw}.items() if k != "rows")))
+        s = resolve(
+            TextJob(
+                corpus="ptb",
+                preset="paper",
+                settings=" ".join(
+                    f"{k}={v}"
+                    for k, v in {
+                        **(dict(energy_hidden=12, n_blocks=2, langevin_steps=3) if opt.tiny else {}),
+                        **kw,
+                    }.items()
+                    if k != "rows"
+                ),
+            )
+        )
         prior, B = chain_prior(s), kw.get("rows", 128)
-        if "T" in kw: return lambda: prior.sample(B, gen=gen()), s.T*evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols), (B, s.energy_hidden, s.energy_hidden)
+        if "T" in kw:
+            return (
+                lambda: prior.sample(B, gen=gen()),
+                s.T * evaluations(s) * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols),
+                (B, s.energy_hidden, s.energy_hidden),
+            )
         z, t = torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T
-        return lambda: prior.chain_from(z, t, gen=gen()), evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols), (B, s.energy_hidden, s.energy_hidden)
+        return (
+            lambda: prior.chain_from(z, t, gen=gen()),
+            evaluations(s) * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols),
+            (B, s.energy_hidden, s.energy_hidden),
+        )
+
     def step(**kw):
         own = {**(dict(embed=16, hidden=16, energy_hidden=12, n_blocks=2, langevin_steps=3) if opt.tiny else {}), **kw}
-        if "hidden" in kw: own["embed"] = kw["hidden"]
-        s = resolve(TextJob(corpus="ptb", preset="paper", settings=" ".join(f"{k}={v}" for k, v in {"batch": 32, **own}.items() if k != "length")))
+        if "hidden" in kw:
+            own["embed"] = kw["hidden"]
+        s = resolve(
+            TextJob(
+                corpus="ptb",
+                preset="paper",
+                settings=" ".join(f"{k}={v}" for k, v in {"batch": 32, **own}.items() if k != "length"),
+            )
+        )
         B, length = s.batch, kw.get("length", 21)
-        b, model = made_batch(B, length+1, V), build_model(s, vocab, 0)
-        weights = dict(nll=1., kl=1., ebm=s.w_ebm, bow=s.w_bow, mi=-s.w_mi, cls=s.w_cls, sym=s.w_sym)
-        st, labels, lw = Stepper(s, "consistent", model, weights), torch.arange(B) % s.n_symbols, torch.ones(s.n_symbols)
-        return lambda: st.step(b, labels, lw, gen=gen(4)), sum(flop_step(B, B*(length+1), B*length, V, s, "consistent").values()), (min(opt.loss_rows, B*length), s.hidden, V)
+        b, model = made_batch(B, length + 1, V), build_model(s, vocab, 0)
+        weights = dict(nll=1.0, kl=1.0, ebm=s.w_ebm, bow=s.w_bow, mi=-s.w_mi, cls=s.w_cls, sym=s.w_sym)
+        st, labels, lw = (
+            Stepper(s, "consistent", model, weights),
+            torch.arange(B) % s.n_symbols,
+            torch.ones(s.n_symbols),
+        )
+        return (
+            lambda: st.step(b, labels, lw, gen=gen(4)),
+            sum(flop_step(B, B * (length + 1), B * length, V, s, "consistent").values()),
+            (min(opt.loss_rows, B * length), s.hidden, V),
+        )
+
     t = opt.tiny
-    axes = [("chain", chain, "rows", (4, 8) if t else (32, 64, 128, 256, 512)), ("chain", chain, "langevin_steps", (2, 4) if t else (10, 20, 40, 80)),
-            ("chain", chain, "energy_hidden", (8, 16) if t else (50, 100, 200, 400)), ("chain", chain, "T", (2, 3) if t else (2, 4, 8, 16)),
-            ("step", step, "batch", (4, 8) if t else (16, 32, 64, 128)), ("step", step, "length", (4, 8) if t else (5, 10, 20, 39)),
-            ("step", step, "hidden", (8, 16) if t else (64, 128, 256, 512)), ("step", step, "langevin_steps", (2, 4) if t else (5, 10, 20, 40, 80)), ("step", step, "T", (2, 3) if t else (2, 4, 8, 16))]
+    axes = [
+        ("chain", chain, "rows", (4, 8) if t else (32, 64, 128, 256, 512)),
+        ("chain", chain, "langevin_steps", (2, 4) if t else (10, 20, 40, 80)),
+        ("chain", chain, "energy_hidden", (8, 16) if t else (50, 100, 200, 400)),
+        ("chain", chain, "T", (2, 3) if t else (2, 4, 8, 16)),
+        ("step", step, "batch", (4, 8) if t else (16, 32, 64, 128)),
+        ("step", step, "length", (4, 8) if t else (5, 10, 20, 39)),
+        ("step", step, "hidden", (8, 16) if t else (64, 128, 256, 512)),
+        ("step", step, "langevin_steps", (2, 4) if t else (5, 10, 20, 40, 80)),
+        ("step", step, "T", (2, 3) if t else (2, 4, 8, 16)),
+    ]
     n = min(opt.threads)
     for what, make, axis, values in progress(axes, desc="growth", unit="axis"):
         with threads(n):
             made = {v: make(**{axis: v}) for v in values}
             secs = interleave({v: f for v, (f, _, _) in made.items()}, opt.rounds(3))
-            es = [entry(opt, what, "fast", n, "fp32", {axis: v}, secs[v], made[v][1], made[v][2], axis=axis, value=v) for v in values]
+            es = [
+                entry(opt, what, "fast", n, "fp32", {axis: v}, secs[v], made[v][1], made[v][2], axis=axis, value=v)
+                for v in values
+            ]
         a, f = slope(values, [e["seconds"]["median"] for e in es]), slope(values, [e["flop"] for e in es])
         out += [{**e, "slope": a, "slope_flop": f} for e in es]
     return out
+
 
 PRESET_RUNS = (("quick", "grammar"), ("small", "ptb"), ("paper", "ptb"))
 
 
 def peak_mb():
     "Largest resident memory of this process since it was started, or None where the system does not say"
-    p = Path("/proc/self/status") # not `ru_maxrss`, which on Linux begins with what the parent process held
+    p = Path("/proc/self/status")  # not `ru_maxrss`, which on Linux begins with what the parent process held
     found = re.search(r"VmHWM:\s*(\d+) kB", p.read_text()) if p.exists() else None
-    return int(found[1])/1024 if found else provenance(None)["peak_memory_mb"]
+    return int(found[1]) / 1024 if found else provenance(None)["peak_memory_mb"]
 
 
 def memory_child(preset, corpus, objective, steps, n_threads, settings):
     "In a process of its own: a few training steps, and the largest resident memory after importing, loading and training"
-    torch.set_num_threads(n_threads); keep_memory()   # as every job does
+    torch.set_num_threads(n_threads)
+    keep_memory()  # as every job does
     out = dict(imported=peak_mb())
     s = resolve(TextJob(corpus=corpus, preset=preset, objective=objective, settings=settings))
     task = TextTask(load_corpus(corpus, max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
     out["loaded"] = peak_mb()
-    st, labels, lw = Stepper(s, objective, task.model, all_terms(task)), torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
-    longest = fixed_batches(task, 50)[-1] if len(task.corpus["train"]) >= 50*s.batch else fixed_batches(task, 1)[0]
+    st, labels, lw = (
+        Stepper(s, objective, task.model, all_terms(task)),
+        torch.arange(s.batch) % s.n_symbols,
+        torch.ones(s.n_symbols) if objective == "consistent" else None,
+    )
+    longest = fixed_batches(task, 50)[-1] if len(task.corpus["train"]) >= 50 * s.batch else fixed_batches(task, 1)[0]
     secs = [once(lambda: st.step(longest, labels, lw, gen=gen(4))) for _ in range(steps)]
     out.update(trained=peak_mb(), seconds=secs, parameters=sum(p.numel() for p in task.model.parameters()))
     print(json.dumps(out))
@@ -516,26 +846,59 @@ def bench_memory(opt):
     out, n = [], max(opt.threads)
     for preset, corpus in PRESET_RUNS[:1] if opt.tiny else PRESET_RUNS:
         for objective in OBJECTIVES[:1] if opt.tiny else OBJECTIVES:
-            cmd = [sys.executable, __file__, "--memory-child", preset, corpus, objective, "2" if opt.tiny else "4", str(n), TINY if opt.tiny else ""]
+            cmd = [
+                sys.executable,
+                __file__,
+                "--memory-child",
+                preset,
+                corpus,
+                objective,
+                "2" if opt.tiny else "4",
+                str(n),
+                TINY if opt.tiny else "",
+            ]
             res = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, "IN_TEST": "1"})
-            if res.returncode: raise RuntimeError(f"{preset}, {objective}: {res.stderr[-2000:]}")
+            if res.returncode:
+                raise RuntimeError(f"{preset}, {objective}: {res.stderr[-2000:]}")
             got = json.loads(res.stdout.splitlines()[-1])
-            out.append(dict(what="memory", path="fast", threads=n, precision="fp32", preset=preset, corpus=corpus, objective=objective, sizes=dict(steps=len(got["seconds"]), parameters=got["parameters"]),
-                            seconds=spread(got["seconds"][1:]), peak_mb=got["trained"], loaded_mb=got["loaded"], imported_mb=got["imported"]))
+            out.append(
+                dict(
+                    what="memory",
+                    path="fast",
+                    threads=n,
+                    precision="fp32",
+                    preset=preset,
+                    corpus=corpus,
+                    objective=objective,
+                    sizes=dict(steps=len(got["seconds"]), parameters=got["parameters"]),
+                    seconds=spread(got["seconds"][1:]),
+                    peak_mb=got["trained"],
+                    loaded_mb=got["loaded"],
+                    imported_mb=got["imported"],
+                )
+            )
     return out
 
 
 def trained(opt, folder):
     "The task whose prior is sampled: that of the finished run `--run`, or a model trained here on the embedded corpus"
     if opt.run:
-        c = json.loads((Path(opt.run)/"config.json").read_text())
+        c = json.loads((Path(opt.run) / "config.json").read_text())
         s = check_params(TextSettings, c["settings"])
-        if s.prior != "ebm": raise ValueError(f"--run {opt.run}: its prior is {s.prior!r}, without chains whose updates could be fewer")
+        if s.prior != "ebm":
+            raise ValueError(f"--run {opt.run}: its prior is {s.prior!r}, without chains whose updates could be fewer")
         task = TextTask(load_corpus(c["corpus"], max_len=s.max_len, vocab_size=s.vocab_size), s, 0)
         task.model, vocab = load_model(opt.run)
-        if task.corpus.vocab.itos != vocab.itos: raise ValueError(f"--run {opt.run}: the corpus {c['corpus']!r} found here has other words than the one it was trained on")
+        if task.corpus.vocab.itos != vocab.itos:
+            raise ValueError(
+                f"--run {opt.run}: the corpus {c['corpus']!r} found here has other words than the one it was trained on"
+            )
         return task
-    run, task, device = open_job(TextJob(out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})))
+    run, task, device = open_job(
+        TextJob(
+            out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})
+        )
+    )
     fit(task, run, train_cfg(task.s), 0, device)
     fit_energies(task, run, 0, device)
     return task
@@ -546,148 +909,331 @@ def bench_quality(opt):
     `hole`: samples against encodings; `long`: samples against those with most updates; `wkl` and `grammatical`: the sentences they become"""
     n, out, count = max(opt.threads), [], 100 if opt.tiny else 2000
     with tempfile.TemporaryDirectory() as folder, threads(n):
-        task = trained(opt, folder); e, grammar = task.s, load_grammar() if task.corpus.name == "grammar" else None
+        task = trained(opt, folder)
+        e, grammar = task.s, load_grammar() if task.corpus.name == "grammar" else None
         m, words_of = task.model.eval(), word_counts(task.corpus["train"].sentences())
-        q = task.encode("train"); g = gen(1)
+        q = task.encode("train")
+        g = gen(1)
         pick = torch.randperm(len(q), generator=g)[:count]
         z = q[pick].rsample(g)
+
         def decode(u, half=False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half): return [task.corpus.vocab.decode(o) for o in strip(m.decoder.generate(u, max_len=e.max_len), task.corpus.vocab.eos)]
-        steps = sorted({0, e.langevin_steps} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, e.langevin_steps, 4*e.langevin_steps})
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return [
+                    task.corpus.vocab.decode(o)
+                    for o in strip(m.decoder.generate(u, max_len=e.max_len), task.corpus.vocab.eos)
+                ]
+
+        steps = sorted(
+            {0, e.langevin_steps} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, e.langevin_steps, 4 * e.langevin_steps}
+        )
         far = m.prior.sample(count, gen=gen(7), n_steps=steps[-1])
         for updates in steps:
             us = []
-            secs = [once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates))) for _ in range(opt.rounds(3))]
+            secs = [
+                once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates)))
+                for _ in range(opt.rounds(3))
+            ]
             u = us[-1]
             words, own = decode(u), updates == e.langevin_steps and "bf16" in opt.precisions
             more = dict(grammatical=grammar_scores(words, grammar.log_prob)["grammatical"]) if grammar else {}
             if own:
                 half = decode(u, True)
-                more["same_half"] = sum(a == b for a, b in zip(words, half))/count
-                if grammar: more["grammatical_half"] = grammar_scores(half, grammar.log_prob)["grammatical"]
-            flop = e.T*evaluations(replace(e, langevin_steps=updates))*flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
-            out.append(dict(what="quality", path="fast", threads=n, precision="fp32", sizes=dict(samples=count, updates=updates, levels=e.T, most=steps[-1]), seconds=spread(secs), flop=flop, settings=e.langevin_steps, corpus=task.corpus.name,
-                            hole=two_sample_auroc(u, z, gen=gen(3)), long=two_sample_auroc(u, far, gen=gen(4)), wkl=wkl(words, words_of, gen=gen(6)), **more))
+                more["same_half"] = sum(a == b for a, b in zip(words, half)) / count
+                if grammar:
+                    more["grammatical_half"] = grammar_scores(half, grammar.log_prob)["grammatical"]
+            flop = (
+                e.T
+                * evaluations(replace(e, langevin_steps=updates))
+                * flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
+            )
+            out.append(
+                dict(
+                    what="quality",
+                    path="fast",
+                    threads=n,
+                    precision="fp32",
+                    sizes=dict(samples=count, updates=updates, levels=e.T, most=steps[-1]),
+                    seconds=spread(secs),
+                    flop=flop,
+                    settings=e.langevin_steps,
+                    corpus=task.corpus.name,
+                    hole=two_sample_auroc(u, z, gen=gen(3)),
+                    long=two_sample_auroc(u, far, gen=gen(4)),
+                    wkl=wkl(words, words_of, gen=gen(6)),
+                    **more,
+                )
+            )
     return out
 
 
 WHAT = ("chain", "step", "generate")
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+LAUNCHES = (
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaGraphLaunch",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+)
 
 
 def launches(f):
     "How often the processor hands the GPU something to do"
-    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with torch.profiler.profile(activities=kinds) as p: f()
+    kinds = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
+    with torch.profiler.profile(activities=kinds) as p:
+        f()
     return sum(e.count for e in p.key_averages() if e.key in LAUNCHES)
 
 
 def bench_gpu(opt):
     "Chain, training step and generation on a GPU: launch by launch, and with recorded chains; every time ends when the GPU has ended"
-    with threads(opt.threads[0]): return on_device(opt, opt.threads[0])
+    with threads(opt.threads[0]):
+        return on_device(opt, opt.threads[0])
 
 
 @contextmanager
 def replayed(resident=False):
     "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside, or with `resident` a chain run as one kernel: what is shown as such has to be"
-    with counted_calls((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms")) as calls: yield
-    if not calls: raise RuntimeError(f"LDEBM_RE{'SIDENT' if resident else 'CORD'}=1, and nothing was {'one kernel' if resident else 'recorded'}")
+    with counted_calls((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms")) as calls:
+        yield
+    if not calls:
+        raise RuntimeError(
+            f"LDEBM_RE{'SIDENT' if resident else 'CORD'}=1, and nothing was {'one kernel' if resident else 'recorded'}"
+        )
 
 
 def on_device(opt, n):
     dev, out = torch.device(opt.device), []
     cuda = dev.type == "cuda"
-    g = lambda seed: gen(seed, dev)
-    how = lambda path: patch.dict(os.environ, LDEBM_RECORD=str(int(path in ("recorded", "resident"))), LDEBM_RESIDENT=str(int(path == "resident")))
+
+    def g(seed):
+        return gen(seed, dev)
+
+    def how(path):
+        return patch.dict(
+            os.environ,
+            LDEBM_RECORD=str(int(path in ("recorded", "resident"))),
+            LDEBM_RESIDENT=str(int(path == "resident")),
+        )
+
     def held(path, f):
         def go():
-            with how(path), replayed(path == "resident") if path in ("recorded", "resident") else nullcontext(): return f()
+            with how(path), replayed(path == "resident") if path in ("recorded", "resident") else nullcontext():
+                return f()
+
         return waited(go, dev)
-    def add(what, path, precision, sizes, f, secs, flop, shape, **more): # `f`: what launches are counted in, if anything
-        out.append(entry(opt, what, path, n, precision, sizes, secs, flop, shape, launches=launches(f) if cuda and f is not None else None, **more))
-    corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40); V = len(corpus.vocab)
+
+    def add(
+        what, path, precision, sizes, f, secs, flop, shape, **more
+    ):  # `f`: what launches are counted in, if anything
+        out.append(
+            entry(
+                opt,
+                what,
+                path,
+                n,
+                precision,
+                sizes,
+                secs,
+                flop,
+                shape,
+                launches=launches(f) if cuda and f is not None else None,
+                **more,
+            )
+        )
+
+    corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
+    V = len(corpus.vocab)
     for objective in OBJECTIVES:
-        s = job(objective, opt); B = s.batch if opt.tiny else 128
+        s = job(objective, opt)
+        B = s.batch if opt.tiny else 128
         print(f"gpu: {objective} ...", flush=True)
-        prior = chain_prior(s).to(dev); z = torch.randn(B, s.d, generator=gen(1)).to(dev); t = (torch.arange(B) % s.T).to(dev)
+        prior = chain_prior(s).to(dev)
+        z = torch.randn(B, s.d, generator=gen(1)).to(dev)
+        t = (torch.arange(B) % s.T).to(dev)
         fast, shape = fast_energy(prior.energy), (B, s.energy_hidden, s.energy_hidden)
         energies = dict(plain=PlainEnergy(prior.energy), fast=fast, recorded=fast, resident=fast)
         stopped = why_not(fast.sizes(), z)
-        if cuda and stopped: print(f"gpu: chains are not one kernel, {stopped}", flush=True)
+        if cuda and stopped:
+            print(f"gpu: chains are not one kernel, {stopped}", flush=True)
         ways = ("plain", "fast", *(("recorded",) if cuda else ()), *(() if stopped else ("resident",)))
-        fs = {k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2))) for k in ways if "chain" in opt.what}
+        fs = {
+            k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2)))
+            for k in ways
+            if "chain" in opt.what
+        }
         secs = interleave(fs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), ("fp32",)))
         for k, v in secs.items():
-            flop = evaluations(s)*flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
-            add("chain", k, "fp32", dict(batch=B, d=s.d, steps=evaluations(s), levels=s.T), fs[k], v, flop, shape, objective=objective)
+            flop = evaluations(s) * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
+            add(
+                "chain",
+                k,
+                "fp32",
+                dict(batch=B, d=s.d, steps=evaluations(s), levels=s.T),
+                fs[k],
+                v,
+                flop,
+                shape,
+                objective=objective,
+            )
         task, shape = TextTask(corpus, s, 0), (opt.loss_rows, s.hidden, V)
-        task.model.to(dev); bs = fixed_batches(task, 1 if opt.tiny else 3)
-        labels, lw = (torch.arange(s.batch) % s.n_symbols).to(dev), torch.ones(s.n_symbols, device=dev) if objective == "consistent" else None
-        words = [int((b.lengths-1).sum()) for b in bs]; read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
+        task.model.to(dev)
+        bs = fixed_batches(task, 1 if opt.tiny else 3)
+        labels, lw = (
+            (torch.arange(s.batch) % s.n_symbols).to(dev),
+            torch.ones(s.n_symbols, device=dev) if objective == "consistent" else None,
+        )
+        words = [int((b.lengths - 1).sum()) for b in bs]
+        read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
         there, start = [b.to(dev) for b in bs], {k: v.clone() for k, v in task.model.state_dict().items()}
         st = []
-        def afresh():   # every time from the same weights
-            task.model.load_state_dict(start); st[:] = [Stepper(s, objective, task.model, all_terms(task))]
+
+        def afresh():  # every time from the same weights
+            task.model.load_state_dict(start)
+            st[:] = [Stepper(s, objective, task.model, all_terms(task))]
+
         def step(path, precision, some):
             def go():
                 with plain_paths() if path == "plain" else nullcontext():
-                    for b in some: st[0].step(b, labels, lw, precision, g(4))
+                    for b in some:
+                        st[0].step(b, labels, lw, precision, g(4))
+
             return held(path, go)
+
         fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways if "step" in opt.what}
         with counted_calls((langevin, "run_chains")) as kernels_run:
-            secs = interleave(fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev))
-        if fs and "resident" in ways and not kernels_run: raise RuntimeError(f"a step's chains, {objective}, are not one kernel: there are too many")
+            secs = interleave(
+                fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev)
+            )
+        if fs and "resident" in ways and not kernels_run:
+            raise RuntimeError(f"a step's chains, {objective}, are not one kernel: there are too many")
         for (k, q), v in secs.items():
-            flop = sum(sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words))/len(bs)
-            add("step", k, q, dict(batch=s.batch, words=words, read=read, vocabulary=V), step(k, q, there[:1]), [x/len(bs) for x in v], flop, shape, objective=objective)
+            flop = sum(
+                sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words)
+            ) / len(bs)
+            add(
+                "step",
+                k,
+                q,
+                dict(batch=s.batch, words=words, read=read, vocabulary=V),
+                step(k, q, there[:1]),
+                [x / len(bs) for x in v],
+                flop,
+                shape,
+                objective=objective,
+            )
         model, found = build_model(s, corpus.vocab, 0).to(dev).eval(), []
+
         def sentences(path, precision, count):
             def go():
-                with counted_words() as w, torch.autocast(dev.type, torch.bfloat16, enabled=precision == "bf16"): sample_sentences(model, count, gen=g(5), max_len=s.max_len)
+                with counted_words() as w, torch.autocast(dev.type, torch.bfloat16, enabled=precision == "bf16"):
+                    sample_sentences(model, count, gen=g(5), max_len=s.max_len)
                 found.append(sum(w))
+
             return held(path, go)
-        for count, rounds in ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1))[:2-opt.skip_long]:
-            if "generate" not in opt.what: break
-            fs, shape = {(k, q): sentences(k, q, count) for k in ways[1:] for q in opt.precisions if k != "resident" or count <= MOST and q == "fp32"}, (min(count, 256), s.hidden, V)
+
+        for count, rounds in (
+            ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1))[: 2 - opt.skip_long]
+        ):
+            if "generate" not in opt.what:
+                break
+            fs, shape = (
+                {
+                    (k, q): sentences(k, q, count)
+                    for k in ways[1:]
+                    for q in opt.precisions
+                    if k != "resident" or count <= MOST and q == "fp32"
+                },
+                (min(count, 256), s.hidden, V),
+            )
             for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
                 words = found[list(fs).index((k, q))]
-                add("generate", k, q, dict(sentences=count, words=words, max_len=s.max_len), fs[k, q] if count < 1000 else None, v, # a profile of more would hold millions of events
-                     flop_generate(count, words, V, s), shape, objective=objective)
+                add(
+                    "generate",
+                    k,
+                    q,
+                    dict(sentences=count, words=words, max_len=s.max_len),
+                    fs[k, q] if count < 1000 else None,
+                    v,  # a profile of more would hold millions of events
+                    flop_generate(count, words, V, s),
+                    shape,
+                    objective=objective,
+                )
             found.clear()
     return out
 
 
-PARTS = dict(matmul=bench_matmul, chain=bench_chain, step=bench_step, generate=bench_generate, growth=bench_growth, memory=bench_memory, quality=bench_quality, gpu=bench_gpu)
+PARTS = dict(
+    matmul=bench_matmul,
+    chain=bench_chain,
+    step=bench_step,
+    generate=bench_generate,
+    growth=bench_growth,
+    memory=bench_memory,
+    quality=bench_quality,
+    gpu=bench_gpu,
+)
 
 
 # -- the command
 
+
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"parts to run: {', '.join(PARTS)}")
-    p.add_argument("--threads", nargs="+", type=int, default=None, help="numbers of threads to measure (default: 1, and 2 where there are two processors)")
-    p.add_argument("--repeats", type=float, default=1., help="factor on the number of rounds")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"parts to run: {', '.join(PARTS)}",
+    )
+    p.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=None,
+        help="numbers of threads to measure (default: 1, and 2 where there are two processors)",
+    )
+    p.add_argument("--repeats", type=float, default=1.0, help="factor on the number of rounds")
     p.add_argument("--out", default=None, help="folder of the records (default: the results folder)")
     p.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what the part gpu measures")
     p.add_argument("--skip-long", action="store_true", help="leave out the long generation")
-    p.add_argument("--compile", action="store_true", help="also time torch.compile of the closed form, which needs a C++ compiler")
+    p.add_argument(
+        "--compile", action="store_true", help="also time torch.compile of the closed form, which needs a C++ compiler"
+    )
     p.add_argument("--tiny", action="store_true", help="sizes that only show that every part runs; needs --out")
-    p.add_argument("--run", default=None, metavar="FOLDER", help="finished text run, with energies in its prior, whose samples the part quality studies (default: it trains one on the embedded corpus)")
+    p.add_argument(
+        "--run",
+        default=None,
+        metavar="FOLDER",
+        help="finished text run, with energies in its prior, whose samples the part quality studies (default: it trains one on the embedded corpus)",
+    )
     p.add_argument("--memory-child", nargs=6, help=argparse.SUPPRESS)
     opt = p.parse_args(argv)
     cpus = os.cpu_count() or 1
-    opt.threads = sorted(set(opt.threads or range(1, min(cpus, 2)+1)))
-    if opt.threads[0] < 1 or opt.threads[-1] > cpus: p.error(f"--threads must lie in 1..{cpus}, the processors of this machine; got {opt.threads}")
-    if opt.repeats <= 0: p.error(f"--repeats must be positive, got {opt.repeats}")
-    if opt.tiny and opt.out is None: p.error("--tiny measures nothing worth keeping: name another folder with --out")
-    if opt.run and not (Path(opt.run)/"config.json").exists(): p.error(f"--run {opt.run} is not the folder of a finished text run: it has no config.json")
-    opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (.03, (1024, 1024, 1024), 2048)
+    opt.threads = sorted(set(opt.threads or range(1, min(cpus, 2) + 1)))
+    if opt.threads[0] < 1 or opt.threads[-1] > cpus:
+        p.error(f"--threads must lie in 1..{cpus}, the processors of this machine; got {opt.threads}")
+    if opt.repeats <= 0:
+        p.error(f"--repeats must be positive, got {opt.repeats}")
+    if opt.tiny and opt.out is None:
+        p.error("--tiny measures nothing worth keeping: name another folder with --out")
+    if opt.run and not (Path(opt.run) / "config.json").exists():
+        p.error(f"--run {opt.run} is not the folder of a finished text run: it has no config.json")
+    opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (0.03, (1024, 1024, 1024), 2048)
     opt.device, opt.precisions = "cpu", [q for q in DTYPES if q == "fp32" or opt.tiny or kernels.has_bf16()]
-    opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n*opt.repeats))
+    opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n * opt.repeats))
     return opt
 
 
-def on_gpu(opt, device="cuda"): return argparse.Namespace(**{**vars(opt), "device": device, "precisions": list(DTYPES)})
+def on_gpu(opt, device="cuda"):
+    return argparse.Namespace(**{**vars(opt), "device": device, "precisions": list(DTYPES)})
 
 
 def main(argv=None):
@@ -696,10 +1242,12 @@ def main(argv=None):
         preset, corpus, objective, steps, n, settings = opt.memory_child
         return memory_child(preset, corpus, objective, int(steps), int(n), settings)
 
-    keep_memory()   # as every job does
+    keep_memory()  # as every job does
     folder, failed = Path(opt.out) if opt.out else results_root(), []
-    try: check_writable(folder, "name another folder with --out")
-    except PermissionError as e: raise SystemExit(str(e)) from None
+    try:
+        check_writable(folder, "name another folder with --out")
+    except PermissionError as e:
+        raise SystemExit(str(e)) from None
     folder.mkdir(parents=True, exist_ok=True)
     for name in opt.only:
         if name == "gpu" and not torch.cuda.is_available():
@@ -712,13 +1260,27 @@ def main(argv=None):
         try:
             entries = PARTS[name](here)
             prov = provenance(start)
-            prov.update(machine=machine_name(name), cpu=core._cpu_name(), torch_threads=opt.threads, onednn=kernels.has_onednn(), matmul=kernels.matmul_backend(), compiler=native.compiler_version(), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+            prov.update(
+                machine=machine_name(name),
+                cpu=core._cpu_name(),
+                torch_threads=opt.threads,
+                onednn=kernels.has_onednn(),
+                matmul=kernels.matmul_backend(),
+                compiler=native.compiler_version(),
+                load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            )
             rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
             of = f"-{entries[0]['corpus']}" if name == "quality" and opt.run else ""
-            atomic_write(folder/f"bench-{name}-{prov['machine']}{of}.json", json.dumps(rec, indent=1, allow_nan=False)+"\n")
-            print(f"{name}: {len(entries)} entries, {time.perf_counter()-clock:.0f} s", flush=True)
+            atomic_write(
+                folder / f"bench-{name}-{prov['machine']}{of}.json", json.dumps(rec, indent=1, allow_nan=False) + "\n"
+            )
+            print(f"{name}: {len(entries)} entries, {time.perf_counter() - clock:.0f} s", flush=True)
         except Exception:
-            traceback.print_exc(); failed.append(name)
-    if failed: raise SystemExit(f"failed: {', '.join(failed)}; the other records are in {folder}")
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the other records are in {folder}")
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

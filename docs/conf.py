@@ -1,11 +1,12 @@
 "Sphinx settings of the site; pages come from `ldebm.docs.build`, which also runs Sphinx"
+
 from configparser import ConfigParser
 from pathlib import Path
 
 from ldebm.docs import mathml
 
 _cfg = ConfigParser(delimiters=["="], interpolation=None)
-_cfg.read(Path(__file__).parent.parent/"settings.ini", encoding="utf-8")
+_cfg.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
 _cfg = _cfg["DEFAULT"]
 
 project, author, version = _cfg["title"], _cfg["author"], _cfg["version"]
@@ -33,7 +34,9 @@ html_math_renderer = "mathml"
 def _visit(self, node, display):
     import docutils.nodes
     from sphinx.util import logging
-    try: self.body.append(mathml(node.astext(), display))
+
+    try:
+        self.body.append(mathml(node.astext(), display))
     except ValueError as e:
         logging.getLogger(__name__).warning("%s", e, location=node)
         self.body.append(self.encode(node.astext()))
@@ -42,10 +45,14 @@ def _visit(self, node, display):
 
 def _visit_block(self, node):
     self.body.append(self.starttag(node, "div", CLASS="math"))
-    try: _visit(self, node, True)
-    finally: self.body.append("</div>")
+    try:
+        _visit(self, node, True)
+    finally:
+        self.body.append("</div>")
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", inline_renderers=(lambda s, n: _visit(s, n, False), None), block_renderers=(_visit_block, None))
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(lambda s, n: _visit(s, n, False), None), block_renderers=(_visit_block, None)
+    )
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,91 +12,136 @@ __all__ = ['BATCH', 'OPERATIONAL', 'SCORING', 'DATA_SETS', 'JOB_SETTINGS', 'make
            'load_results', 'data_of', 'group_records']
 
 # %% ../nbs/00_core.ipynb #38db3bd6
-import ast, atexit, collections, contextlib, copy, ctypes, dataclasses, difflib, errno, functools, hashlib
-import importlib.metadata, inspect, json, math, numbers, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile
-import threading, time, types, typing, unicodedata, warnings, weakref
+import ast
+import atexit
+import collections
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import typing
+import unicodedata
+import warnings
+import weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil, safetensors, safetensors.torch, torch
+import psutil
+import safetensors
+import safetensors.torch
+import torch
 from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #900fd10d
 def make_gen(
-    seed:int, # The run's seed
-    *stream:str|int, # What the numbers are for, such as `'batches', epoch`
-    device='cpu', # Where the generator lives; must match the tensors it fills
-) -> torch.Generator: # Seeded by the hash of all arguments but the device
+    seed: int,  # The run's seed
+    *stream: str | int,  # What the numbers are for, such as `'batches', epoch`
+    device='cpu',  # Where the generator lives; must match the tensors it fills
+) -> torch.Generator:  # Seeded by the hash of all arguments but the device
     "A generator for one use of chance: same arguments, same bits, in any process"
     for o in (seed, *stream):
-        if isinstance(o, bool) or not isinstance(o, (int, str)): raise TypeError(f'seed and stream names must be int or str, got {o!r}')
+        if isinstance(o, bool) or not isinstance(o, (int, str)):
+            raise TypeError(f'seed and stream names must be int or str, got {o!r}')
     h = hashlib.sha256(json.dumps([seed, *stream]).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(h[:8], 'little') >> 1)
 
 # %% ../nbs/00_core.ipynb #440e2c30
 def pick_device(
-    name:str|torch.device='auto', # `'auto'`, `'cpu'`, `'cuda'`, `'cuda:1'` or `'mps'`
-) -> torch.device: # A device that exists here
+    name: str | torch.device = 'auto',  # `'auto'`, `'cpu'`, `'cuda'`, `'cuda:1'` or `'mps'`
+) -> torch.device:  # A device that exists here
     "The device called `name`; `'auto'` takes CUDA, then MPS, then the CPU. `ValueError` when unknown or not available"
     name = str(name)
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == 'auto': name = 'cuda' if has_cuda else 'mps' if has_mps else 'cpu'
+    if name == 'auto':
+        name = 'cuda' if has_cuda else 'mps' if has_mps else 'cpu'
     if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
         raise ValueError(f"unknown device {name!r}: use 'auto', 'cpu', 'cuda', 'cuda:1', ... or 'mps'")
     dev = torch.device(name)
     if dev.type == 'cuda' and (not has_cuda or (dev.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices; use 'auto' or 'cpu'")
-    if dev.type == 'mps' and not has_mps: raise ValueError("device 'mps' is not available here: use 'auto' or 'cpu'")
+        raise ValueError(
+            f"device {name!r} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices; use 'auto' or 'cpu'"
+        )
+    if dev.type == 'mps' and not has_mps:
+        raise ValueError("device 'mps' is not available here: use 'auto' or 'cpu'")
     return dev
 
 # %% ../nbs/00_core.ipynb #94c1f492
 def to_device(
-    device, # Where to
-    *xs, # Tensors of any shapes; anything else stays as it is
-) -> list: # The same there
+    device,  # Where to
+    *xs,  # Tensors of any shapes; anything else stays as it is
+) -> list:  # The same there
     "Tensors on a device. What goes from the CPU to a GPU goes from pinned memory, one copy a type: neither side then waits for the other, as it may for a copy from ordinary memory"
     on_gpu = torch.device(device).type == 'cuda'
     xs = [x.to(device) if isinstance(x, Tensor) and not (on_gpu and x.is_cpu) else x for x in xs]
     return together(lambda x: x.pin_memory().to(device, non_blocking=True), xs) if on_gpu else xs
 
+
 def together(
-    move, # `move(x)`, of a tensor on the CPU
-    xs:list, # Tensors, or anything else
+    move,  # `move(x)`, of a tensor on the CPU
+    xs: list,  # Tensors, or anything else
 ) -> list:
     "Tensors that lie on the CPU, moved by one call a type; others stay"
-    xs,here = list(xs),[i for i,x in enumerate(xs) if isinstance(x, Tensor) and x.is_cpu]
+    xs, here = list(xs), [i for i, x in enumerate(xs) if isinstance(x, Tensor) and x.is_cpu]
     for kind in {xs[i].dtype for i in here}:
         at = [i for i in here if xs[i].dtype == kind]
-        for i,v in zip(at, move(torch.cat([xs[i].flatten() for i in at])).split([xs[i].numel() for i in at])): xs[i] = v.view(xs[i].shape).data # `data`: to change one in place is nothing to the others
+        for i, v in zip(at, move(torch.cat([xs[i].flatten() for i in at])).split([xs[i].numel() for i in at])):
+            xs[i] = v.view(xs[i].shape).data  # `data`: to change one in place is nothing to the others
     return xs
 
 # %% ../nbs/00_core.ipynb #b0683111
-BATCH = dict( # Device -> sentences, sentences whose likelihood is bounded, and rows through decoder and energy in such a bound
-    cpu=dict(sentences=256, likelihoods=50, rows=1024),
-    cuda=dict(sentences=2048, likelihoods=500, rows=8192))
+BATCH = dict(  # Device -> sentences, sentences whose likelihood is bounded, and rows through decoder and energy in such a bound
+    cpu=dict(sentences=256, likelihoods=50, rows=1024), cuda=dict(sentences=2048, likelihoods=500, rows=8192)
+)
 
-def batch_sizes(device) -> dict: # What -> number
+
+def batch_sizes(device) -> dict:  # What -> number
     "What evaluation takes at a time; as on a CPU where nothing else is known"
     return BATCH.get(torch.device(device).type, BATCH['cpu'])
 
 # %% ../nbs/00_core.ipynb #f9dcdfc9
 def env_flag(
-    name:str, # Environment variable
-    default:bool, # If it is not set
+    name: str,  # Environment variable
+    default: bool,  # If it is not set
 ) -> bool:
     "A switch in the environment; `ValueError` for a value other than `0` and `1`"
     v = os.environ.get(name, str(int(default)))
-    if v not in ('0','1'): raise ValueError(f"{name} must be '0' or '1', got {v!r}")
+    if v not in ('0', '1'):
+        raise ValueError(f"{name} must be '0' or '1', got {v!r}")
     return v == '1'
 
-def cache_root() -> Path: # Where downloads and compiled programs are kept
+
+def cache_root() -> Path:  # Where downloads and compiled programs are kept
     "`$LDEBM_CACHE`, or `~/.cache/ldebm`; a temporary folder where nobody has a home. Whether it can be written, `cache_folder` finds out"
-    try: return Path(os.environ.get('LDEBM_CACHE') or Path.home()/'.cache'/'ldebm').expanduser()
-    except RuntimeError as e: # no home: a container under a user number that nobody knows
-        if os.environ.get('LDEBM_CACHE'): raise OSError(f"LDEBM_CACHE={os.environ['LDEBM_CACHE']}: {e}; name the folder in full") from e
+    try:
+        return Path(os.environ.get('LDEBM_CACHE') or Path.home() / '.cache' / 'ldebm').expanduser()
+    except RuntimeError as e:  # no home: a container under a user number that nobody knows
+        if os.environ.get('LDEBM_CACHE'):
+            raise OSError(f"LDEBM_CACHE={os.environ['LDEBM_CACHE']}: {e}; name the folder in full") from e
         return _passing_cache()
+
 
 @functools.cache
 def _passing_cache() -> Path:
@@ -106,58 +151,78 @@ def _passing_cache() -> Path:
     return Path(folder)
 
 # %% ../nbs/00_core.ipynb #c1518eaf
-def _can_write(folder:Path) -> OSError|None: # What is in the way; `None` if nothing is
+def _can_write(folder: Path) -> OSError | None:  # What is in the way; `None` if nothing is
     "Make a folder, and a file in it"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): return None
-    except OSError as e: return e
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as e:
+        return e
+
 
 def cache_folder(
-    name:str, # Of the part: `images`, `native`, a data set
-) -> Path: # Exists, and can be written
+    name: str,  # Of the part: `images`, `native`, a data set
+) -> Path:  # Exists, and can be written
     "A part of the cache to write to. Where the home cannot be written, a temporary folder, with a warning; `OSError` naming `LDEBM_CACHE` where that is set and cannot"
-    folder = cache_root()/name
-    if (why := _can_write(folder)) is None: return folder
+    folder = cache_root() / name
+    if (why := _can_write(folder)) is None:
+        return folder
     if os.environ.get('LDEBM_CACHE'):
-        raise OSError(f'LDEBM_CACHE names a folder that cannot be written: {why}; name another one in LDEBM_CACHE') from why
-    other = _passing_cache()/name
-    if (again := _can_write(other)) is not None: raise OSError(f'no folder for the cache can be written ({why}; {again}); name one in LDEBM_CACHE') from again
-    warnings.warn(f'{folder} cannot be written ({why.strerror}): {other} stands in for it until this process ends; name a folder that lasts in LDEBM_CACHE')
+        raise OSError(
+            f'LDEBM_CACHE names a folder that cannot be written: {why}; name another one in LDEBM_CACHE'
+        ) from why
+    other = _passing_cache() / name
+    if (again := _can_write(other)) is not None:
+        raise OSError(f'no folder for the cache can be written ({why}; {again}); name one in LDEBM_CACHE') from again
+    warnings.warn(
+        f'{folder} cannot be written ({why.strerror}): {other} stands in for it until this process ends; name a folder that lasts in LDEBM_CACHE'
+    )
     return other
 
 # %% ../nbs/00_core.ipynb #e83b5f14
 def check_writable(
-    folder:str|Path, # Exists or is to be made
-    remedy:str, # What to do otherwise, as an imperative
+    folder: str | Path,  # Exists or is to be made
+    remedy: str,  # What to do otherwise, as an imperative
 ):
     "`PermissionError` with the remedy when nothing can be written to a folder, or when it cannot be made"
     at = Path(folder).absolute()
     there = next(p for p in (at, *at.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK|os.X_OK): raise PermissionError(f'{folder} cannot be written: {remedy}')
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f'{folder} cannot be written: {remedy}')
 
 # %% ../nbs/00_core.ipynb #d8c07305
 def set_threads(
-    n:int|None, # Threads PyTorch may use inside one operation; `None` leaves them alone
-) -> int: # Threads in force
+    n: int | None,  # Threads PyTorch may use inside one operation; `None` leaves them alone
+) -> int:  # Threads in force
     "Pin PyTorch's intra-operation threads"
     if n is not None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'threads must be a positive int or None, got {n!r}')
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f'threads must be a positive int or None, got {n!r}')
         torch.set_num_threads(n)
     return torch.get_num_threads()
 
 # %% ../nbs/00_core.ipynb #d837f731
 def keep_memory(
-    most:int=2**30, # Bytes: larger blocks still go back to the system, and so does more than this of free memory
-    every:float=60., # Seconds after which all that is free at the moment goes back, again and again (see `malloc_trim`): gaps would add up
-) -> bool: # Whether it was done
+    most: int = 2**30,  # Bytes: larger blocks still go back to the system, and so does more than this of free memory
+    every: float = 60.0,  # Seconds after which all that is free at the moment goes back, again and again (see `malloc_trim`): gaps would add up
+) -> bool:  # Whether it was done
     "Let GNU's C library keep what is freed for the next request, for a while; elsewhere, and with `LDEBM_KEEP_MEMORY=0`, nothing happens. `ValueError` for another value"
-    if not env_flag('LDEBM_KEEP_MEMORY', True) or platform.libc_ver()[0] != 'glibc': return False
-    libc = ctypes.CDLL(None); trim,mmap = -1,-3 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    if not env_flag('LDEBM_KEEP_MEMORY', True) or platform.libc_ver()[0] != 'glibc':
+        return False
+    libc = ctypes.CDLL(None)
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+
     def hand_back():
-        while True: time.sleep(every); libc.malloc_trim(0)
-    if not any(t.name == 'malloc_trim' for t in threading.enumerate()): threading.Thread(target=hand_back, name='malloc_trim', daemon=True).start()
-    return bool(libc.mallopt(trim, most) and (libc.mallopt(mmap, most) or libc.mallopt(mmap, 2**25))) # older versions allow no more
+        while True:
+            time.sleep(every)
+            libc.malloc_trim(0)
+
+    if not any(t.name == 'malloc_trim' for t in threading.enumerate()):
+        threading.Thread(target=hand_back, name='malloc_trim', daemon=True).start()
+    return bool(
+        libc.mallopt(trim, most) and (libc.mallopt(mmap, most) or libc.mallopt(mmap, 2**25))
+    )  # older versions allow no more
 
 # %% ../nbs/00_core.ipynb #743bcbca
 def _in_kernel() -> bool:
@@ -169,40 +234,75 @@ def _in_kernel() -> bool:
 # %% ../nbs/00_core.ipynb #9ae5c4d0
 class _Bar:
     "The part of tqdm's interface that loops use, drawing nothing"
+
     def __init__(self, it=None, total=None, desc='', unit='it', initial=0):
-        self.it,self.desc,self.unit,self.n,self.initial,self.postfix = it,desc,unit,initial,initial,''
+        self.it, self.desc, self.unit, self.n, self.initial, self.postfix = it, desc, unit, initial, initial, ''
         self.total = len(it) if total is None and hasattr(it, '__len__') else total
         self.start = time.time()
+
     def __iter__(self):
         try:
             for o in self.it:
                 yield o
                 self.update()
-        finally: self.close()
-    def __enter__(self): return self
-    def __exit__(self, *args): self.close()
-    def update(self, n=1): self.n += n
-    def set_postfix(self, d=None, **kwargs): self.postfix = {**(d or {}), **kwargs}
-    def close(self): pass
+        finally:
+            self.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.close()
+
+    def update(self, n=1):
+        self.n += n
+
+    def set_postfix(self, d=None, **kwargs):
+        self.postfix = {**(d or {}), **kwargs}
+
+    def close(self):
+        pass
 
 # %% ../nbs/00_core.ipynb #18ee3aef
 class _KernelBar(_Bar):
     "Draws as text through one display handle, at most three times a second, and empties it at the end"
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.handle,self.last = None,self.start
+        self.handle, self.last = None, self.start
+
     def update(self, n=1):
         self.n += n
-        if time.time() - self.last > 1/3: self.draw()
+        if time.time() - self.last > 1 / 3:
+            self.draw()
+
     def draw(self):
         from IPython.display import display
+
         self.last = time.time()
-        post = ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in self.postfix.items()) if self.postfix else None
-        s = tqdm.format_meter(self.n, self.total, self.last-self.start, ncols=110, initial=self.initial, prefix=self.desc, unit=self.unit, postfix=post)
-        if self.handle: self.handle.update({'text/plain': s}, raw=True)
-        else: self.handle = display({'text/plain': s}, raw=True, display_id=True)
+        post = (
+            ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in self.postfix.items())
+            if self.postfix
+            else None
+        )
+        s = tqdm.format_meter(
+            self.n,
+            self.total,
+            self.last - self.start,
+            ncols=110,
+            initial=self.initial,
+            prefix=self.desc,
+            unit=self.unit,
+            postfix=post,
+        )
+        if self.handle:
+            self.handle.update({'text/plain': s}, raw=True)
+        else:
+            self.handle = display({'text/plain': s}, raw=True, display_id=True)
+
     def close(self):
-        if self.handle: self.handle.update({'text/plain': ''}, raw=True)
+        if self.handle:
+            self.handle.update({'text/plain': ''}, raw=True)
         self.handle = None
 
 # %% ../nbs/00_core.ipynb #42d6731d
@@ -211,47 +311,63 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/00_core.ipynb #d3f1b6d0
 def progress(
-    it=None, # What to loop over; `None` when the loop calls `.update` itself
+    it=None,  # What to loop over; `None` when the loop calls `.update` itself
     *,
-    total:int|None=None, # Number of items, when `it` does not know its length
-    desc:str='', # Shown in front
-    unit:str='it', # What is counted
-    initial:int=0, # Items that were done before, which say nothing of the speed
-): # Iterable, with `.update(n)`, `.set_postfix(dict)`, `.close()`
+    total: int | None = None,  # Number of items, when `it` does not know its length
+    desc: str = '',  # Shown in front
+    unit: str = 'it',  # What is counted
+    initial: int = 0,  # Items that were done before, which say nothing of the speed
+):  # Iterable, with `.update(n)`, `.set_postfix(dict)`, `.close()`
     "A progress bar that suits where it is shown; silent when `IN_TEST` is set, without a terminal, and on all but the first process"
-    if os.environ.get('IN_TEST') or os.environ.get('RANK', '0') != '0': return _Bar(it, total, desc, unit, initial)
-    if _in_kernel(): return _KernelBar(it, total, desc, unit, initial)
+    if os.environ.get('IN_TEST') or os.environ.get('RANK', '0') != '0':
+        return _Bar(it, total, desc, unit, initial)
+    if _in_kernel():
+        return _KernelBar(it, total, desc, unit, initial)
     return tqdm(it, total=total, desc=desc, unit=unit, initial=initial, leave=False, disable=None, dynamic_ncols=True)
 
 # %% ../nbs/00_core.ipynb #eb08e163
-def _type_name(t) -> str: return t.__name__ if isinstance(t, type) else str(t).replace('typing.', '')
+def _type_name(t) -> str:
+    return t.__name__ if isinstance(t, type) else str(t).replace('typing.', '')
+
 
 def _fit(v, t):
     "`v` as type `t`, or `TypeError`; an int is welcome where a float is wanted, nothing else is converted"
-    origin,args = typing.get_origin(t),typing.get_args(t)
-    if t is typing.Any: return v
+    origin, args = typing.get_origin(t), typing.get_args(t)
+    if t is typing.Any:
+        return v
     if origin in (typing.Union, types.UnionType):
-        for o in sorted(args, key=lambda o: o is float):   # an int stays an int in `int|float`
-            with contextlib.suppress(TypeError): return _fit(v, o)
+        for o in sorted(args, key=lambda o: o is float):  # an int stays an int in `int|float`
+            with contextlib.suppress(TypeError):
+                return _fit(v, o)
     elif origin is typing.Literal:
-        if any(type(v) is type(o) and v == o for o in args): return v
+        if any(type(v) is type(o) and v == o for o in args):
+            return v
     elif t in (None, type(None)):
-        if v is None: return v
+        if v is None:
+            return v
     elif origin in (tuple, list) or t in (tuple, list):
         if isinstance(v, (tuple, list)):
-            each = [args[0]]*len(v) if len(args) == 1 or (len(args) == 2 and args[1] is ...) else list(args) or [typing.Any]*len(v)
-            if len(each) == len(v): return (origin or t)(_fit(o, e) for o,e in zip(v, each))
+            each = (
+                [args[0]] * len(v)
+                if len(args) == 1 or (len(args) == 2 and args[1] is ...)
+                else list(args) or [typing.Any] * len(v)
+            )
+            if len(each) == len(v):
+                return (origin or t)(_fit(o, e) for o, e in zip(v, each))
     elif isinstance(v, bool):
-        if t is bool: return v
-    elif t is float and isinstance(v, (int, float)): return float(v)
-    elif isinstance(t, type) and isinstance(v, t): return v
+        if t is bool:
+            return v
+    elif t is float and isinstance(v, (int, float)):
+        return float(v)
+    elif isinstance(t, type) and isinstance(v, t):
+        return v
     raise TypeError
 
 # %% ../nbs/00_core.ipynb #e2dd1ef6
 def check_params(
-    cls, # A dataclass of settings
-    values:dict, # Field names to scalars; fields with a default may be left out
-): # `cls(**values)`
+    cls,  # A dataclass of settings
+    values: dict,  # Field names to scalars; fields with a default may be left out
+):  # `cls(**values)`
     "Build `cls`; `ValueError` for an unknown name (with the nearest known one), a missing one, or a value of the wrong type"
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for k in values:
@@ -259,109 +375,160 @@ def check_params(
             near = difflib.get_close_matches(str(k), fields, n=1, cutoff=0.5)
             hint = f'did you mean {near[0]!r}?' if near else f"known are {', '.join(fields)}"
             raise ValueError(f'unknown parameter {k!r} for {cls.__name__}: {hint}')
-    need = [k for k,f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and k not in values]
-    if need: raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, need))}")
-    hints,out = typing.get_type_hints(cls),{}
-    for k,v in values.items():
-        try: out[k] = _fit(v, hints[k])
-        except TypeError: raise ValueError(f'parameter {k!r} = {v!r} ({type(v).__name__}) must be {_type_name(hints[k])}') from None
+    need = [k for k, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and k not in values]
+    if need:
+        raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, need))}")
+    hints, out = typing.get_type_hints(cls), {}
+    for k, v in values.items():
+        try:
+            out[k] = _fit(v, hints[k])
+        except TypeError:
+            raise ValueError(f'parameter {k!r} = {v!r} ({type(v).__name__}) must be {_type_name(hints[k])}') from None
     return cls(**out)
 
 # %% ../nbs/00_core.ipynb #f7d52586
 _IPYTHON_NAMES = {'In', 'Out', 'exit', 'quit', 'open', 'get_ipython', 'display'}
 
+
 def _is_param(k, v) -> bool:
     "Is name `k` with value `v` something that a parameters cell would hold?"
-    return not (k.startswith('_') or k in _IPYTHON_NAMES or inspect.ismodule(v) or callable(v) or typing.get_origin(v) is not None
-                or type(v).__module__ == '__future__')
+    return not (
+        k.startswith('_')
+        or k in _IPYTHON_NAMES
+        or inspect.ismodule(v)
+        or callable(v)
+        or typing.get_origin(v) is not None
+        or type(v).__module__ == '__future__'
+    )
 
-def _plain_names(source:str) -> tuple[set,bool]: # Names, and whether the cell does nothing else
+
+def _plain_names(source: str) -> tuple[set, bool]:  # Names, and whether the cell does nothing else
     "Names that a cell sets to plain values; papermill writes `float('nan')` for one"
-    try: body = ast.parse(source).body
-    except SyntaxError: return set(),False
-    names,rest = set(),False
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return set(), False
+    names, rest = set(), False
     for n in body:
         to = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) and n.value else []
-        plain = all(isinstance(t, ast.Name) for t in to) and all(v.id == 'float' for v in ast.walk(getattr(n, 'value', n)) if isinstance(v, ast.Name))
-        if to and plain: names |= {t.id for t in to}
-        else: rest = True
-    return names,bool(names) and not rest
+        plain = all(isinstance(t, ast.Name) for t in to) and all(
+            v.id == 'float' for v in ast.walk(getattr(n, 'value', n)) if isinstance(v, ast.Name)
+        )
+        if to and plain:
+            names |= {t.id for t in to}
+        else:
+            rest = True
+    return names, bool(names) and not rest
 
-def _parameter_names(fields, cells:list) -> set: # Empty when there is no parameters cell
+
+def _parameter_names(fields, cells: list) -> set:  # Empty when there is no parameters cell
     "Names set by the last parameters cell that was run and by the cells of plain values right behind it"
-    names,behind = set(),set()
+    names, behind = set(), set()
     for source in reversed(cells):
-        new,only = _plain_names(source)
-        whole = 2*len(new & set(fields)) >= len(fields) # the parameters cell itself, whatever else it does
+        new, only = _plain_names(source)
+        whole = 2 * len(new & set(fields)) >= len(fields)  # the parameters cell itself, whatever else it does
         if only or whole:
             behind |= new
-            if new & set(fields): names,behind = names|behind,set() # cells in front of the first that sets a parameter are something else
-        elif names: break
-        else: behind = set()
-        if whole: break
+            if new & set(fields):
+                names, behind = (
+                    names | behind,
+                    set(),
+                )  # cells in front of the first that sets a parameter are something else
+        elif names:
+            break
+        else:
+            behind = set()
+        if whole:
+            break
     return names
 
+
 def notebook_params(
-    cls, # A dataclass of settings
-    namespace:dict, # `globals()` of the notebook
-): # Instance of `cls`
+    cls,  # A dataclass of settings
+    namespace: dict,  # `globals()` of the notebook
+):  # Instance of `cls`
     "Settings from a notebook's parameters, a `~` in front written out; `ValueError` for a name `cls` does not know and for a field without a value"
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     names = _parameter_names(fields, namespace.get('In') or [])
-    values = {k: v for k,v in namespace.items() if (k in names or k in fields if names else _is_param(k, v))}
-    cfg = check_params(cls, {k: os.path.expanduser(v) if isinstance(v, str) else v for k,v in values.items()})
-    if missing := [k for k in fields if k not in values]: raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
+    values = {k: v for k, v in namespace.items() if (k in names or k in fields if names else _is_param(k, v))}
+    cfg = check_params(cls, {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in values.items()})
+    if missing := [k for k in fields if k not in values]:
+        raise ValueError(f"the parameters cell does not set {', '.join(map(repr, missing))} of {cls.__name__}")
     return cfg
 
 # %% ../nbs/00_core.ipynb #b19dbd35
-def choose(kind:str, name:str, known) -> None:
+def choose(kind: str, name: str, known) -> None:
     "`ValueError` naming what is known when `name` is not"
     if name not in known:
-        lower = {k.lower(): k for k in known}; near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=.5)
-        raise ValueError(f'unknown {kind} {name!r}' + (f'; did you mean {lower[near[0]]!r}?' if near else '.') + f' Known: {", ".join(known)}')
+        lower = {k.lower(): k for k in known}
+        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+        raise ValueError(
+            f'unknown {kind} {name!r}'
+            + (f'; did you mean {lower[near[0]]!r}?' if near else '.')
+            + f' Known: {", ".join(known)}'
+        )
+
 
 def parse_settings(
-    cls, # A dataclass of scalar settings
-    text:str, # As `"T=4 w_kl=0.5 packed=False"`; values with spaces in quotes
-    job=None, # Dataclass of a notebook's parameters, whose names are no settings
-) -> dict: # Field of `cls` -> value
+    cls,  # A dataclass of scalar settings
+    text: str,  # As `"T=4 w_kl=0.5 packed=False"`; values with spaces in quotes
+    job=None,  # Dataclass of a notebook's parameters, whose names are no settings
+) -> dict:  # Field of `cls` -> value
     "Read a settings text; `ValueError` naming the field, the value and what it should be"
-    kinds,out = {f.name: type(f.default) for f in dataclasses.fields(cls)},{}
+    kinds, out = {f.name: type(f.default) for f in dataclasses.fields(cls)}, {}
     for part in shlex.split(text):
-        k,eq,v = part.partition('=')
-        if not eq: raise ValueError(f'settings {part!r}: write name=value, several separated by spaces')
-        if job and k not in kinds and k in {f.name for f in dataclasses.fields(job)}: raise ValueError(f'{k!r} is a parameter of its own, not one of `settings`: set it beside them, in batch with `-p {k} {shlex.quote(v)}`')
+        k, eq, v = part.partition('=')
+        if not eq:
+            raise ValueError(f'settings {part!r}: write name=value, several separated by spaces')
+        if job and k not in kinds and k in {f.name for f in dataclasses.fields(job)}:
+            raise ValueError(
+                f'{k!r} is a parameter of its own, not one of `settings`: set it beside them, in batch with `-p {k} {shlex.quote(v)}`'
+            )
         choose('setting', k, kinds)
         t = kinds[k]
         try:
-            if t is bool and v not in ('True','False'): raise ValueError
+            if t is bool and v not in ('True', 'False'):
+                raise ValueError
             out[k] = v == 'True' if t is bool else t(v)
-        except ValueError: raise ValueError(f'setting {k}={v!r} must be {t.__name__}') from None
+        except ValueError:
+            raise ValueError(f'setting {k}={v!r} must be {t.__name__}') from None
     return out
 
-def pick(cls, source, **more): # Instance of `cls`
+
+def pick(cls, source, **more):  # Instance of `cls`
     "A settings dataclass from the attributes of `source` that have its names, and `more`"
-    return cls(**{f.name: getattr(source, f.name) for f in dataclasses.fields(cls) if hasattr(source, f.name) and f.name not in more}, **more)
+    return cls(
+        **{
+            f.name: getattr(source, f.name)
+            for f in dataclasses.fields(cls)
+            if hasattr(source, f.name) and f.name not in more
+        },
+        **more,
+    )
 
 # %% ../nbs/00_core.ipynb #2ef6cc48
 def _plain(o):
     "`o` as JSON would hold it; `TypeError` for what JSON cannot"
-    if dataclasses.is_dataclass(o) and not isinstance(o, type): o = dataclasses.asdict(o)
+    if dataclasses.is_dataclass(o) and not isinstance(o, type):
+        o = dataclasses.asdict(o)
     return json.loads(json.dumps(o, allow_nan=False, sort_keys=True))
 
+
 def settings_hash(
-    settings:dict, # Settings: numbers, texts, bools, None, and lists or dicts of them
-) -> str: # 12 hexadecimal digits
+    settings: dict,  # Settings: numbers, texts, bools, None, and lists or dicts of them
+) -> str:  # 12 hexadecimal digits
     "Fingerprint of `settings`"
     return hashlib.sha256(json.dumps(_plain(settings), sort_keys=True, separators=(',', ':')).encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #e94285c0
 def weights_hash(
-    model:torch.nn.Module,
-) -> str: # 16 hexadecimal digits
+    model: torch.nn.Module,
+) -> str:  # 16 hexadecimal digits
     "Fingerprint of a model's state: the name and the bytes of each tensor, on whatever device"
     h = hashlib.sha256()
-    for k,v in model.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
+    for k, v in model.state_dict().items():
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #94136783
@@ -372,44 +539,55 @@ def _atomic(path):
     tmp = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
     try:
         yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    if os.name == 'posix':   # the rename itself must reach the disk too
+    if os.name == 'posix':  # the rename itself must reach the disk too
         fd = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
 
 def atomic_write(
-    path, # File to write; its folder must exist
-    data:str|bytes, # Its content (text is written as UTF-8)
-) -> Path: # `path`
+    path,  # File to write; its folder must exist
+    data: str | bytes,  # Its content (text is written as UTF-8)
+) -> Path:  # `path`
     "Replace `path` by `data` in one step: a crash leaves the old file or the new one, never a part"
-    with _atomic(path) as tmp: tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+    with _atomic(path) as tmp:
+        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #2560cc0c
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
+
 def _flock(
-    f, # An open file, or its number
-    wait:bool, # For whoever has it; otherwise `BlockingIOError`
-) -> bool: # Whether there are such locks here: not under Windows, nor on some network file systems
+    f,  # An open file, or its number
+    wait: bool,  # For whoever has it; otherwise `BlockingIOError`
+) -> bool:  # Whether there are such locks here: not under Windows, nor on some network file systems
     "Lock an open file, until all copies of its number are closed"
-    try: import fcntl
-    except ImportError: return False
-    try: fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX|fcntl.LOCK_NB)
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        if e.errno not in _NO_LOCKS: raise
+        if e.errno not in _NO_LOCKS:
+            raise
         return False
     return True
 
+
 @contextlib.contextmanager
 def exclusive(
-    path, # Lock file; its folder must exist
-    wait:bool=True, # For whoever has it; otherwise `BlockingIOError`
+    path,  # Lock file; its folder must exist
+    wait: bool = True,  # For whoever has it; otherwise `BlockingIOError`
 ):
     "Hold a lock file; without POSIX locks (Windows, some network file systems) everybody does, and the same work may be done twice"
     with open(path, 'a') as f:
@@ -418,146 +596,209 @@ def exclusive(
 
 # %% ../nbs/00_core.ipynb #89f9f84c
 def save_tensors(
-    path, # File to write
-    tensors:dict[str,Tensor], # Named tensors, on any device
-    meta:dict|None=None, # Anything JSON can hold
-) -> Path: # `path`
+    path,  # File to write
+    tensors: dict[str, Tensor],  # Named tensors, on any device
+    meta: dict | None = None,  # Anything JSON can hold
+) -> Path:  # `path`
     "Write tensors and `meta` to one safetensors file, atomically"
-    flat = {k: v.detach().to('cpu').contiguous().clone() for k,v in tensors.items()}   # cloned: the format holds no shared memory
+    flat = {
+        k: v.detach().to('cpu').contiguous().clone() for k, v in tensors.items()
+    }  # cloned: the format holds no shared memory
     head = {'format': 'pt', 'ldebm': '1', 'meta': json.dumps(meta or {})}
-    with _atomic(path) as tmp: safetensors.torch.save_file(flat, str(tmp), metadata=head)
+    with _atomic(path) as tmp:
+        safetensors.torch.save_file(flat, str(tmp), metadata=head)
     return Path(path)
 
+
 def load_tensors(
-    path, # File written by `save_tensors`
-    device='cpu', # Where to put the tensors
-) -> tuple[dict[str,Tensor],dict]: # The tensors and `meta`
+    path,  # File written by `save_tensors`
+    device='cpu',  # Where to put the tensors
+) -> tuple[dict[str, Tensor], dict]:  # The tensors and `meta`
     "Read what `save_tensors` wrote; `ValueError` when the file is truncated or something else"
     device = pick_device(device)
-    if not Path(path).is_file(): raise FileNotFoundError(f'no tensors at {path}')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no tensors at {path}')
     try:
         with safetensors.safe_open(str(path), framework='pt', device='cpu') as f:
-            head,tensors = f.metadata() or {},{k: f.get_tensor(k).clone() for k in f.keys()}
+            head, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}
     except safetensors.SafetensorError as e:
-        raise ValueError(f'{path} is damaged or not a safetensors file ({e}); delete it, then train again or copy it anew') from e
+        raise ValueError(
+            f'{path} is damaged or not a safetensors file ({e}); delete it, then train again or copy it anew'
+        ) from e
     if 'meta' not in head or head.get('ldebm') != '1':
-        raise ValueError(f'{path} holds tensors that this version of ldebm did not write; '
-                         'name a file written by save_tensors, or read it with safetensors.torch.load_file')
-    return {k: v.to(device) for k,v in tensors.items()},json.loads(head['meta'])
+        raise ValueError(
+            f'{path} holds tensors that this version of ldebm did not write; '
+            'name a file written by save_tensors, or read it with safetensors.torch.load_file'
+        )
+    return {k: v.to(device) for k, v in tensors.items()}, json.loads(head['meta'])
 
 # %% ../nbs/00_core.ipynb #6709b356
 def pack_state(
-    obj, # Nest of dicts, lists and tuples of tensors, numbers, texts, bools and None
-) -> tuple[dict[str,Tensor],dict]: # For `save_tensors`
+    obj,  # Nest of dicts, lists and tuples of tensors, numbers, texts, bools and None
+) -> tuple[dict[str, Tensor], dict]:  # For `save_tensors`
     "Split `obj` into tensors and JSON; `TypeError` names the place of anything else"
     tensors = {}
+
     def enc(o, at):
         if isinstance(o, Tensor):
             tensors[at] = o
             return {'tensor': at}
-        if o is None or type(o) in (bool, int, str): return o
-        if type(o) is float: return o if math.isfinite(o) else {'float': str(o)}
-        if type(o) in (list, tuple): return {type(o).__name__: [enc(v, f'{at}.{i}') for i,v in enumerate(o)]}
+        if o is None or type(o) in (bool, int, str):
+            return o
+        if type(o) is float:
+            return o if math.isfinite(o) else {'float': str(o)}
+        if type(o) in (list, tuple):
+            return {type(o).__name__: [enc(v, f'{at}.{i}') for i, v in enumerate(o)]}
         if type(o) in (dict, collections.OrderedDict, collections.defaultdict):
             odd = [k for k in o if type(k) not in (str, int)]
-            if odd: raise TypeError(f'cannot pack key {odd[0]!r} of {at}: only str and int keys are kept exactly')
-            return {'dict': [[k, enc(v, f'{at}.{i}.{k}')] for i,(k,v) in enumerate(o.items())]}
+            if odd:
+                raise TypeError(f'cannot pack key {odd[0]!r} of {at}: only str and int keys are kept exactly')
+            return {'dict': [[k, enc(v, f'{at}.{i}.{k}')] for i, (k, v) in enumerate(o.items())]}
         raise TypeError(f'cannot pack {at}: {type(o).__name__}')
-    return tensors,{'state': (enc(obj, 'state'))}
+
+    return tensors, {'state': (enc(obj, 'state'))}
+
 
 def unpack_state(
-    tensors:dict[str,Tensor], # From `pack_state`
-    meta:dict, # From `pack_state`
-): # What was packed; tensors keep the device they are on
+    tensors: dict[str, Tensor],  # From `pack_state`
+    meta: dict,  # From `pack_state`
+):  # What was packed; tensors keep the device they are on
     "Inverse of `pack_state`"
+
     def dec(o):
-        if not isinstance(o, dict): return o
-        (kind,v), = o.items()
-        if kind == 'tensor': return tensors[v]
-        if kind == 'float': return float(v)
-        if kind == 'dict': return {k: dec(e) for k,e in v}
+        if not isinstance(o, dict):
+            return o
+        ((kind, v),) = o.items()
+        if kind == 'tensor':
+            return tensors[v]
+        if kind == 'float':
+            return float(v)
+        if kind == 'dict':
+            return {k: dec(e) for k, e in v}
         return (tuple if kind == 'tuple' else list)(dec(e) for e in v)
+
     return dec(meta['state'])
 
 # %% ../nbs/00_core.ipynb #5e0b7a11
-OPERATIONAL = frozenset({'checkpoint_every','log_every','device','threads','out','results','resume','variant'}) # Settings and parameters that no number of a run depends on
+OPERATIONAL = frozenset(
+    {'checkpoint_every', 'log_every', 'device', 'threads', 'out', 'results', 'resume', 'variant'}
+)  # Settings and parameters that no number of a run depends on
 
-SCORING = frozenset({'n_samples','nll_draws','nll_sentences','importance_draws','lm','lm_seeds', # of sentences,
-                     'tune','long','clf_preset','clf_steps', # of pictures,
-                     'n_points','repeats'}) # of points: how a trained model is measured
+SCORING = frozenset(
+    {
+        'n_samples',
+        'nll_draws',
+        'nll_sentences',
+        'importance_draws',
+        'lm',
+        'lm_seeds',  # of sentences,
+        'tune',
+        'long',
+        'clf_preset',
+        'clf_steps',  # of pictures,
+        'n_points',
+        'repeats',
+    }
+)  # of points: how a trained model is measured
+
 
 def run_identity(
-    settings:dict, # Of a run
-    changes:bool=False, # Also under what changed settings it went on
-) -> dict: # Those that make it another run
+    settings: dict,  # Of a run
+    changes: bool = False,  # Also under what changed settings it went on
+) -> dict:  # Those that make it another run
     "Settings without what is operational, and without what belongs to scoring"
-    drop = OPERATIONAL|SCORING|(set() if changes else {'changes'})
-    return {k: v for k,v in settings.items() if k not in drop}
+    drop = OPERATIONAL | SCORING | (set() if changes else {'changes'})
+    return {k: v for k, v in settings.items() if k not in drop}
 
 # %% ../nbs/00_core.ipynb #5e0b7a14
 class FolderInUse(RuntimeError):
     "Another process works in the folder of a run"
 
-def _started(pid:int) -> float|None: # Seconds since the epoch; `None` if there is no such process, or only its remains
+
+def _started(
+    pid: int,
+) -> float | None:  # Seconds since the epoch; `None` if there is no such process, or only its remains
     "When a process of this machine started"
     try:
         p = psutil.Process(pid)
         return None if p.status() == psutil.STATUS_ZOMBIE else p.create_time()
-    except psutil.NoSuchProcess: return None
+    except psutil.NoSuchProcess:
+        return None
+
 
 def _locks_reach_others(folder, table=Path('/proc/self/mountinfo')) -> bool:
     "Whether other machines see a lock in this folder: mounts of NFS and Lustre can say that they do not"
     dev = os.stat(folder).st_dev
-    if not table.exists(): return True
+    if not table.exists():
+        return True
     at = f'{os.major(dev)}:{os.minor(dev)}'
     mine = [line for line in table.read_text().splitlines() if line.split()[2] == at]
     return not any(re.search(r'\b(nolock|local_lock=(all|flock)|localflock)\b', line) for line in mine)
+
 
 def _helper() -> bool:
     "Is this a process that only helps the first one of a launcher to train?"
     return int(os.environ.get('WORLD_SIZE', 1)) > 1 and os.environ.get('RANK', '0') != '0'
 
 # %% ../nbs/00_core.ipynb #5e0b7a15
-def _is_file(fd:int, path:Path) -> bool:
+def _is_file(fd: int, path: Path) -> bool:
     "Is an open file the one at `path`, and not one that was deleted?"
-    try: return os.path.samestat(os.fstat(fd), os.stat(path))
-    except OSError: return False
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
 
-def _let_go(fd:int, path:Path, owner:int):
+
+def _let_go(fd: int, path: Path, owner: int):
     "Give a lock back; a process that was forked from its owner leaves it alone"
-    if os.getpid() != owner: return
+    if os.getpid() != owner:
+        return
     if _is_file(fd, path):
-        with contextlib.suppress(OSError): path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
     os.close(fd)
+
 
 class _FolderLock:
     "This process at work in a folder, for as long as the object lives; `FolderInUse` when another one is"
-    wait = 3. # Seconds: one that was just stopped may still be on its way out
-    def __init__(self, folder:Path):
-        self.file,end = folder/'.run.lock',time.monotonic()+self.wait
+
+    wait = 3.0  # Seconds: one that was just stopped may still be on its way out
+
+    def __init__(self, folder: Path):
+        self.file, end = folder / '.run.lock', time.monotonic() + self.wait
         while (who := self._take()) is not None:
-            if time.monotonic() >= end: raise FolderInUse(self._message(folder, who))
-            time.sleep(.1)
+            if time.monotonic() >= end:
+                raise FolderInUse(self._message(folder, who))
+            time.sleep(0.1)
         weakref.finalize(self, _let_go, self.fd, self.file, os.getpid())
 
-    def _take(self) -> dict|None: # Who has it: `host`, `pid`, `started`; empty if it does not say
+    def _take(self) -> dict | None:  # Who has it: `host`, `pid`, `started`; empty if it does not say
         "One try"
-        try: fd,new = os.open(self.file, os.O_RDWR|os.O_CREAT|os.O_EXCL, 0o666),True
-        except FileExistsError: fd,new = os.open(self.file, os.O_RDWR),False
         try:
-            try: locks = _flock(fd, wait=False)
-            except BlockingIOError: return self._read(fd)
-            if not _is_file(fd, self.file): return {} # whoever had it has just gone
+            fd, new = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            fd, new = os.open(self.file, os.O_RDWR), False
+        try:
+            try:
+                locks = _flock(fd, wait=False)
+            except BlockingIOError:
+                return self._read(fd)
+            if not _is_file(fd, self.file):
+                return {}  # whoever had it has just gone
             who = self._read(fd)
-            if self._alive(who, new, locks): return who
-            if not new and not locks: self.file.unlink(); return {} # stale: then the first to make it anew has it
+            if self._alive(who, new, locks):
+                return who
+            if not new and not locks:
+                self.file.unlink()
+                return {}  # stale: then the first to make it anew has it
             me = dict(host=platform.node(), pid=os.getpid(), started=_started(os.getpid()))
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, json.dumps(me).encode())
-            self.fd,fd = fd,None
+            self.fd, fd = fd, None
         finally:
-            if fd is not None: os.close(fd)
+            if fd is not None:
+                os.close(fd)
 
     def _read(self, fd) -> dict:
         "What the file says"
@@ -566,126 +807,168 @@ class _FolderLock:
             return json.loads(os.read(fd, 1000))
         return {}
 
-    def _alive(self, who:dict, new:bool, locks:bool) -> bool:
+    def _alive(self, who: dict, new: bool, locks: bool) -> bool:
         "Is somebody else there, although no lock is in the way?"
-        if new: return False
-        if locks and (not who or who['host'] == platform.node() or _locks_reach_others(self.file.parent)): return False
-        if not who or who['host'] != platform.node(): return True
+        if new:
+            return False
+        if locks and (not who or who['host'] == platform.node() or _locks_reach_others(self.file.parent)):
+            return False
+        if not who or who['host'] != platform.node():
+            return True
         began = _started(who['pid'])
-        return began is not None and abs(began-who['started']) < 5 # the clock may have been set; a number is not used again as fast
+        return (
+            began is not None and abs(began - who['started']) < 5
+        )  # the clock may have been set; a number is not used again as fast
 
-    def _message(self, folder:Path, who:dict) -> str:
+    def _message(self, folder: Path, who: dict) -> str:
         "What to do about it"
-        name,here = 'another process',who.get('host') == platform.node()
-        if who: name = f"process {who['pid']} on {who['host']}, started {datetime.fromtimestamp(who['started'], timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-        return (f'{folder} is in use by {name}: wait until it has ended, stop it (a notebook: shut down its kernel), or choose another folder'
-                + ('' if here else f'; if it runs no more, delete {self.file}'))
+        name, here = 'another process', who.get('host') == platform.node()
+        if who:
+            name = f"process {who['pid']} on {who['host']}, started {datetime.fromtimestamp(who['started'], timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+        return (
+            f'{folder} is in use by {name}: wait until it has ended, stop it (a notebook: shut down its kernel), or choose another folder'
+            + ('' if here else f'; if it runs no more, delete {self.file}')
+        )
 
-_locks = weakref.WeakValueDictionary() # Folder -> the lock that this process has there
 
-def _hold(folder:Path) -> _FolderLock:
+_locks = weakref.WeakValueDictionary()  # Folder -> the lock that this process has there
+
+
+def _hold(folder: Path) -> _FolderLock:
     "This process's lock of a folder"
     at = os.path.realpath(folder)
-    if (lock := _locks.get(at)) is None or not _is_file(lock.fd, lock.file): _locks[at] = lock = _FolderLock(folder)
+    if (lock := _locks.get(at)) is None or not _is_file(lock.fd, lock.file):
+        _locks[at] = lock = _FolderLock(folder)
     return lock
 
 # %% ../nbs/00_core.ipynb #51084162
-def _differences(old:dict, new:dict) -> str:
+def _differences(old: dict, new: dict) -> str:
     "What distinguishes two settings, one `name: old -> new` each"
     gone = object()
-    show = lambda v: 'absent' if v is gone else repr(v)
+
+    def show(v):
+        return 'absent' if v is gone else repr(v)
+
     pairs = ((k, old.get(k, gone), new.get(k, gone)) for k in sorted({*old, *new}))
-    same = lambda a,b: a is not gone and b is not gone and settings_hash([a]) == settings_hash([b])
-    return ', '.join(f'{k}: {show(a)} -> {show(b)}' for k,a,b in pairs if not same(a, b))
+
+    def same(a, b):
+        return a is not gone and b is not gone and settings_hash([a]) == settings_hash([b])
+
+    return ', '.join(f'{k}: {show(a)} -> {show(b)}' for k, a, b in pairs if not same(a, b))
 
 # %% ../nbs/00_core.ipynb #9474d6fc
 class Run:
     "The folder of one run; `ValueError`, and nothing written, when it belongs to a run with other settings; `FolderInUse` while another process has it"
-    def __init__(self,
-        path, # Folder; created when missing
-        settings:dict, # What makes this run what it is, JSON values only
-        resume:bool=True, # Continue what is there? Otherwise its log, checkpoints and result are removed first
+
+    def __init__(
+        self,
+        path,  # Folder; created when missing
+        settings: dict,  # What makes this run what it is, JSON values only
+        resume: bool = True,  # Continue what is there? Otherwise its log, checkpoints and result are removed first
     ):
-        self.path,self.settings = Path(path),_plain(settings)
+        self.path, self.settings = Path(path), _plain(settings)
         self.hash = settings_hash(run_identity(self.settings))
-        if self.path.exists() and not self.path.is_dir(): raise ValueError(f'{self.path} is a file; a run needs a folder')
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f'{self.path} is a file; a run needs a folder')
         self.path.mkdir(parents=True, exist_ok=True)
-        self.leads = not _helper() # Otherwise it reads, and another process of this training writes
+        self.leads = not _helper()  # Otherwise it reads, and another process of this training writes
         self._lock = self._hold() if self.leads else None
-        try: self._open(resume)
+        try:
+            self._open(resume)
         except BaseException:
             self._lock = None
             raise
 
-    def _hold(self) -> _FolderLock|None:
+    def _hold(self) -> _FolderLock | None:
         "The lock; none where nothing can be written"
-        try: return _hold(self.path)
+        try:
+            return _hold(self.path)
         except OSError as e:
-            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return None
+            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
             raise
 
-    def _open(self, resume:bool):
+    def _open(self, resume: bool):
         "Compare settings, and tidy up"
-        if not self.leads: return
+        if not self.leads:
+            return
         old = self._stored()
         if old is not None and settings_hash(run_identity(old)) != self.hash:
-            raise ValueError(f'{self.path} holds a run with other settings ({_differences(run_identity(old), run_identity(self.settings))}); '
-                             'choose another folder, or delete this one')
-        for p in self.path.glob('.*.tmp'):   # left by a process that was killed while writing
-            if time.time() - p.stat().st_mtime > 60: p.unlink(missing_ok=True)
+            raise ValueError(
+                f'{self.path} holds a run with other settings ({_differences(run_identity(old), run_identity(self.settings))}); '
+                'choose another folder, or delete this one'
+            )
+        for p in self.path.glob('.*.tmp'):  # left by a process that was killed while writing
+            if time.time() - p.stat().st_mtime > 60:
+                p.unlink(missing_ok=True)
         if not resume:
-            for p in [self.file('log.jsonl'), self.file('result.json'), *self.path.glob('*.safetensors')]: p.unlink(missing_ok=True)
-        if old != self.settings: atomic_write(self.file('settings.json'), json.dumps(self.settings, indent=1))
+            for p in [self.file('log.jsonl'), self.file('result.json'), *self.path.glob('*.safetensors')]:
+                p.unlink(missing_ok=True)
+        if old != self.settings:
+            atomic_write(self.file('settings.json'), json.dumps(self.settings, indent=1))
         self._mend_log()
 
-    def _stored(self) -> dict|None:
+    def _stored(self) -> dict | None:
         "Settings found in the folder"
         p = self.file('settings.json')
-        if not p.exists(): return None
-        try: old = json.loads(p.read_text())
-        except ValueError as e: raise ValueError(f'{p} is not readable JSON ({e}); choose another folder, or delete this one') from e
-        if not isinstance(old, dict): raise ValueError(f'{p} does not hold settings; choose another folder, or delete this one')
+        if not p.exists():
+            return None
+        try:
+            old = json.loads(p.read_text())
+        except ValueError as e:
+            raise ValueError(f'{p} is not readable JSON ({e}); choose another folder, or delete this one') from e
+        if not isinstance(old, dict):
+            raise ValueError(f'{p} does not hold settings; choose another folder, or delete this one')
         return old
 
     def _mend_log(self):
         "Drop a last line that was torn by a crash"
         p = self.file('log.jsonl')
         data = p.read_bytes() if p.exists() else b''
-        if data and not data.endswith(b'\n'): atomic_write(p, data[:data.rfind(b'\n')+1])
+        if data and not data.endswith(b'\n'):
+            atomic_write(p, data[: data.rfind(b'\n') + 1])
 
-    def file(self, name:str) -> Path:
+    def file(self, name: str) -> Path:
         "Path of a file of this run"
-        return self.path/name
+        return self.path / name
 
-    def __repr__(self): return f'Run({str(self.path)!r}, {self.hash})'
+    def __repr__(self):
+        return f'Run({str(self.path)!r}, {self.hash})'
 
 # %% ../nbs/00_core.ipynb #284f88b5
 def _log_value(o):
     "Numbers for the log: tensors and numpy scalars as Python's, `None` for what is not finite (JSON has no NaN)"
-    if isinstance(o, dict): return {str(k): _log_value(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [_log_value(v) for v in o]
-    if hasattr(o, 'tolist'): return _log_value(o.tolist())
+    if isinstance(o, dict):
+        return {str(k): _log_value(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)):
+        return [_log_value(v) for v in o]
+    if hasattr(o, 'tolist'):
+        return _log_value(o.tolist())
     return None if isinstance(o, float) and not math.isfinite(o) else o
 
 # %% ../nbs/00_core.ipynb #ec473d12
 @patch
-def log(self:Run,
-    d:dict, # Names to numbers or texts; scalars of torch and numpy are welcome
+def log(
+    self: Run,
+    d: dict,  # Names to numbers or texts; scalars of torch and numpy are welcome
 ):
     "Append one JSON line to `log.jsonl`"
     line = json.dumps(_log_value(d), allow_nan=False) + '\n'
-    with open(self.file('log.jsonl'), 'ab') as f: f.write(line.encode())
+    with open(self.file('log.jsonl'), 'ab') as f:
+        f.write(line.encode())
+
 
 @patch
-def log_lines(self:Run) -> list[dict]:
+def log_lines(self: Run) -> list[dict]:
     "All lines of the log"
     p = self.file('log.jsonl')
     return [json.loads(o) for o in p.read_text().splitlines()] if p.exists() else []
 
 # %% ../nbs/00_core.ipynb #83647b05
 @patch
-def truncate_log(self:Run,
-    step:int, # Last step to keep
+def truncate_log(
+    self: Run,
+    step: int,  # Last step to keep
 ):
     "Drop the lines whose `step` lies beyond `step`"
     keep = [o for o in self.log_lines() if o.get('step', step) <= step]
@@ -693,18 +976,21 @@ def truncate_log(self:Run,
 
 # %% ../nbs/00_core.ipynb #e096cfc2
 @patch
-def save(self:Run,
-    obj, # Anything `pack_state` takes
-    name:str='checkpoint', # File name without `.safetensors`
-) -> Path: # The file
+def save(
+    self: Run,
+    obj,  # Anything `pack_state` takes
+    name: str = 'checkpoint',  # File name without `.safetensors`
+) -> Path:  # The file
     "Save state in the run's folder, atomically"
     return save_tensors(self.file(f'{name}.safetensors'), *pack_state(obj))
 
+
 @patch
-def load(self:Run,
-    name:str='checkpoint', # File name without `.safetensors`
-    device='cpu', # Where to put the tensors
-): # What was saved, or `None`
+def load(
+    self: Run,
+    name: str = 'checkpoint',  # File name without `.safetensors`
+    device='cpu',  # Where to put the tensors
+):  # What was saved, or `None`
     "Load state saved by `save`; `ValueError` when the file is damaged"
     p = self.file(f'{name}.safetensors')
     return unpack_state(*load_tensors(p, device)) if p.exists() else None
@@ -712,7 +998,9 @@ def load(self:Run,
 # %% ../nbs/00_core.ipynb #bd6df00f
 class graceful_stop:
     "Within it SIGINT and SIGTERM set `.stop`, a second one raises `KeyboardInterrupt`; restored on leaving, inert outside the main thread"
-    def __init__(self): self.stop,self._old = False,{}
+
+    def __init__(self):
+        self.stop, self._old = False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -720,281 +1008,394 @@ class graceful_stop:
         return self
 
     def _handle(self, signum, frame):
-        if self.stop: raise KeyboardInterrupt(signal.Signals(signum).name)
+        if self.stop:
+            raise KeyboardInterrupt(signal.Signals(signum).name)
         self.stop = True
 
     def __exit__(self, *args):
-        for s,h in self._old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
+        for s, h in self._old.items():
+            signal.signal(s, signal.SIG_DFL if h is None else h)
         self._old = {}
 
 # %% ../nbs/00_core.ipynb #916b55ed
 class Average(torch.nn.Module):
     "Running average of a network's weights: the past counts `n/(10+n)` after `n` steps, at most `decay`"
-    def __init__(self,
-        net:torch.nn.Module, # Network to follow; copied
-        decay:float, # Largest share of the past, in [0, 1)
+
+    def __init__(
+        self,
+        net: torch.nn.Module,  # Network to follow; copied
+        decay: float,  # Largest share of the past, in [0, 1)
     ):
         super().__init__()
-        if not 0 <= decay < 1: raise ValueError(f'decay must lie in [0, 1), got {decay}')
-        self.decay,self.net = decay,copy.deepcopy(net).requires_grad_(False)
+        if not 0 <= decay < 1:
+            raise ValueError(f'decay must lie in [0, 1), got {decay}')
+        self.decay, self.net = decay, copy.deepcopy(net).requires_grad_(False)
         self.register_buffer('count', torch.zeros((), dtype=torch.long))
+
     @torch.no_grad()
-    def update(self, net:torch.nn.Module):
+    def update(self, net: torch.nn.Module):
         "Take in the present weights; buffers are copied"
         self.count += 1
-        keep = (self.count/(10+self.count)).clamp(max=self.decay)
-        for a,p in zip(self.net.parameters(), net.parameters()): a.lerp_(p, (1-keep).to(a))
-        for a,b in zip(self.net.buffers(), net.buffers()): a.copy_(b)
+        keep = (self.count / (10 + self.count)).clamp(max=self.decay)
+        for a, p in zip(self.net.parameters(), net.parameters()):
+            a.lerp_(p, (1 - keep).to(a))
+        for a, b in zip(self.net.buffers(), net.buffers()):
+            a.copy_(b)
 
 # %% ../nbs/00_core.ipynb #ea543ac9
 def _commit() -> str:
     "Git commit that this package's code comes from; where it is no checkout, as in a container, what `LDEBM_COMMIT` says"
     return _git_commit() or os.environ.get('LDEBM_COMMIT') or 'unknown'
 
+
 def _git_commit() -> str:
     "The same, empty where there is no checkout"
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path('.').resolve()
-    def git(*args): return subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, timeout=20)
+
+    def git(*args):
+        return subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, timeout=20)
+
     try:
-        if '__file__' in globals() and git('ls-files', '--error-unmatch', Path(__file__).name).returncode: return ''
-        head,status = git('rev-parse', 'HEAD'),git('status', '--porcelain', '--untracked-files=no', '--', '.')
-    except (OSError, subprocess.TimeoutExpired): return ''
-    if head.returncode or not head.stdout.strip(): return ''
+        if '__file__' in globals() and git('ls-files', '--error-unmatch', Path(__file__).name).returncode:
+            return ''
+        head, status = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no', '--', '.')
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+    if head.returncode or not head.stdout.strip():
+        return ''
     return head.stdout.strip() + ('-dirty' if status.stdout.strip() else '')
 
 # %% ../nbs/00_core.ipynb #6061ec61
-def _version(name:str) -> str:
-    try: return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: return 'absent'
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return 'absent'
+
 
 def _cpu_name() -> str:
     p = Path('/proc/cpuinfo')
     found = re.search(r'model name\s*:\s*(.+)', p.read_text()) if p.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
 
-def env_report() -> dict: # Keys `commit`, `versions`, `device`, `threads`
+
+def env_report() -> dict:  # Keys `commit`, `versions`, `device`, `threads`
     "Code, versions and machine of this process"
     from ldebm import __version__
+
     used_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     libs = ('numpy', 'accelerate', 'safetensors', 'scikit-learn', 'sacrebleu')
-    return {'commit': _commit(),
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'ldebm': __version__,
-                         **{o: _version(o) for o in libs}},
-            'device': torch.cuda.get_device_name() if used_cuda else f'{_cpu_name()} ({os.cpu_count()} CPUs)',
-            'threads': torch.get_num_threads()}
+    return {
+        'commit': _commit(),
+        'versions': {
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'ldebm': __version__,
+            **{o: _version(o) for o in libs},
+        },
+        'device': torch.cuda.get_device_name() if used_cuda else f'{_cpu_name()} ({os.cpu_count()} CPUs)',
+        'threads': torch.get_num_threads(),
+    }
 
 # %% ../nbs/00_core.ipynb #8aa84255
-def _peak_memory_mb() -> float|None:
+def _peak_memory_mb() -> float | None:
     "Largest resident memory of this process so far"
-    try: import resource
-    except ImportError: return None   # Windows
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
     kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(kb/(2**20 if sys.platform == 'darwin' else 2**10), 1)
+    return round(kb / (2**20 if sys.platform == 'darwin' else 2**10), 1)
+
 
 def provenance(
-    start_time:float|None, # `time.time()` at the start of the work
-    throughput:float|None=None, # Items per second, when measured
-) -> dict: # `env_report` and `minutes`, `peak_memory_mb`, `throughput`, `finished`
+    start_time: float | None,  # `time.time()` at the start of the work
+    throughput: float | None = None,  # Items per second, when measured
+) -> dict:  # `env_report` and `minutes`, `peak_memory_mb`, `throughput`, `finished`
     "What a record says about how it came about"
-    r = {**env_report(), 'minutes': None if start_time is None else round((time.time()-start_time)/60, 3),
-         'peak_memory_mb': _peak_memory_mb(), 'throughput': throughput,
-         'finished': datetime.now(timezone.utc).isoformat(timespec='seconds')}
+    r = {
+        **env_report(),
+        'minutes': None if start_time is None else round((time.time() - start_time) / 60, 3),
+        'peak_memory_mb': _peak_memory_mb(),
+        'throughput': throughput,
+        'finished': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        r['peak_gpu_memory_mb'] = round(torch.cuda.max_memory_allocated()/2**20, 1)
+        r['peak_gpu_memory_mb'] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return r
 
 # %% ../nbs/00_core.ipynb #03f2bd59
 def _number(v, what):
     "`v` as a finite Python number"
     v = v.item() if hasattr(v, 'item') else v
-    if isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v): return v
+    if isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v):
+        return v
     raise ValueError(f'{what} must be a finite number, got {v!r}')
 
+
 def metric(
-    value, # Finite number, or `None` when it does not exist (no sample qualified, say)
-    interval=None, # 95 % interval `(lo, hi)`, when there is one
-    n:int|None=None, # Size of the sample
-    estimator:str='', # How it was computed
-) -> dict: # Keys `value`, `interval`, `n`, `estimator`
+    value,  # Finite number, or `None` when it does not exist (no sample qualified, say)
+    interval=None,  # 95 % interval `(lo, hi)`, when there is one
+    n: int | None = None,  # Size of the sample
+    estimator: str = '',  # How it was computed
+) -> dict:  # Keys `value`, `interval`, `n`, `estimator`
     "One measured number; `ValueError` when it is not finite"
-    if value is not None: value = _number(value, 'value')
+    if value is not None:
+        value = _number(value, 'value')
     if interval is not None:
-        if len(interval) != 2: raise ValueError(f'interval must be a pair (lo, hi), got {interval!r}')
+        if len(interval) != 2:
+            raise ValueError(f'interval must be a pair (lo, hi), got {interval!r}')
         interval = [_number(o, 'interval bound') for o in interval]
-        if interval[0] > interval[1]: raise ValueError(f'interval is upside down: {interval}')
+        if interval[0] > interval[1]:
+            raise ValueError(f'interval is upside down: {interval}')
     if n is not None:
-        if isinstance(n, bool) or int(n) != n or n < 0: raise ValueError(f'n must be a whole number, got {n!r}')
+        if isinstance(n, bool) or int(n) != n or n < 0:
+            raise ValueError(f'n must be a whole number, got {n!r}')
         n = int(n)
-    if not isinstance(estimator, str): raise ValueError(f'estimator must be text, got {estimator!r}')
+    if not isinstance(estimator, str):
+        raise ValueError(f'estimator must be text, got {estimator!r}')
     return {'value': value, 'interval': interval, 'n': n, 'estimator': estimator}
 
 # %% ../nbs/00_core.ipynb #c3a91e07
-DATA_SETS = ('grammar', 'ptb', 'dailydialog', 'digits', 'shapes', 'cifar10', 'cifar10-png', 'cifar10-jpeg', 'celeba', 'lsun_church',
-             'gaussians16', 'pinwheel') # Names that no user's data gets
+DATA_SETS = (
+    'grammar',
+    'ptb',
+    'dailydialog',
+    'digits',
+    'shapes',
+    'cifar10',
+    'cifar10-png',
+    'cifar10-jpeg',
+    'celeba',
+    'lsun_church',
+    'gaussians16',
+    'pinwheel',
+)  # Names that no user's data gets
+
 
 def own_name(
-    path, # A user's file or folder
-) -> str: # Letters, digits and _.-
+    path,  # A user's file or folder
+) -> str:  # Letters, digits and _.-
     "What records call a user's data: its name, without `.txt` or `.zip`, and with `file-` in front where it reads like one of `DATA_SETS`"
     stem = re.sub(r'\.(txt|zip)$', '', os.path.basename(os.path.abspath(os.path.expanduser(path))), flags=re.IGNORECASE)
     plain = unicodedata.normalize('NFKC', stem)
     name = re.sub(r'[^A-Za-z0-9_.]+', '-', plain)
-    if not plain.isascii():   # what is lost would make many names one
+    if not plain.isascii():  # what is lost would make many names one
         name = f"{name.strip('-') or 'data'}-{hashlib.sha256(plain.encode(errors='surrogatepass')).hexdigest()[:6]}"
-    read = lambda text: re.sub(r'[^a-z0-9]', '', text.casefold())
+
+    def read(text):
+        return re.sub(r'[^a-z0-9]', '', text.casefold())
+
     return f'file-{name}' if read(name) in map(read, DATA_SETS) else name
 
 # %% ../nbs/00_core.ipynb #01e5bfe8
 _TEXT_KEYS = ('row', 'corpus', 'preset', 'objective', 'variant')
 _PROVENANCE_KEYS = ('commit', 'versions', 'device', 'threads', 'minutes', 'peak_memory_mb', 'finished')
 
+
 def _check_name(k, v, where=''):
     "`ValueError` unless `v` can be part of a file name; only `variant` may be empty"
     if not (isinstance(v, str) and re.fullmatch(r'[A-Za-z0-9_.+-]' + ('*' if k == 'variant' else '+'), v)):
         raise ValueError(f'{where}{k!r} must be a name of letters, digits and _.+-, got {v!r}')
 
+
 def check_result(
-    rec:dict, # A record
-    where:str='result', # Named in errors
-) -> dict: # `rec`
+    rec: dict,  # A record
+    where: str = 'result',  # Named in errors
+) -> dict:  # `rec`
     "`ValueError` naming the key that breaks the schema of records"
+
     def need(ok, key, what):
-        if not ok: raise ValueError(f'{where}: {key!r} {what}')
-    for k in (*_TEXT_KEYS, 'seed', 'metrics', 'settings', 'provenance'): need(k in rec, k, 'is missing')
-    for k in _TEXT_KEYS: _check_name(k, rec[k], f'{where}: ')
+        if not ok:
+            raise ValueError(f'{where}: {key!r} {what}')
+
+    for k in (*_TEXT_KEYS, 'seed', 'metrics', 'settings', 'provenance'):
+        need(k in rec, k, 'is missing')
+    for k in _TEXT_KEYS:
+        _check_name(k, rec[k], f'{where}: ')
     need(type(rec['seed']) is int, 'seed', f"must be an int, got {rec['seed']!r}")
-    for k in ('metrics', 'settings', 'provenance'): need(isinstance(rec[k], dict), k, 'must be a dict')
+    for k in ('metrics', 'settings', 'provenance'):
+        need(isinstance(rec[k], dict), k, 'must be a dict')
     need(rec['metrics'], 'metrics', 'is empty')
-    for k,m in rec['metrics'].items():
+    for k, m in rec['metrics'].items():
         key = f'metrics.{k}'
-        need(isinstance(m, dict) and set(m) == {'value', 'interval', 'n', 'estimator'}, key, f'must come from `metric`, got {m!r}')
-        try: metric(**m)
-        except (ValueError, TypeError) as e: need(False, key, f'is wrong: {e}')
-    for k in _PROVENANCE_KEYS: need(k in rec['provenance'], f'provenance.{k}', 'is missing')
-    try: settings_hash(rec['settings'])
-    except (TypeError, ValueError) as e: need(False, 'settings', f'cannot be JSON: {e}')
+        need(
+            isinstance(m, dict) and set(m) == {'value', 'interval', 'n', 'estimator'},
+            key,
+            f'must come from `metric`, got {m!r}',
+        )
+        try:
+            metric(**m)
+        except (ValueError, TypeError) as e:
+            need(False, key, f'is wrong: {e}')
+    for k in _PROVENANCE_KEYS:
+        need(k in rec['provenance'], f'provenance.{k}', 'is missing')
+    try:
+        settings_hash(rec['settings'])
+    except (TypeError, ValueError) as e:
+        need(False, 'settings', f'cannot be JSON: {e}')
     return rec
 
 # %% ../nbs/00_core.ipynb #c3a91e0a
-JOB_SETTINGS = [] # Dataclasses of settings, of the jobs that were imported
+JOB_SETTINGS = []  # Dataclasses of settings, of the jobs that were imported
+
 
 def identity(
-    settings:dict, # Of a record
-) -> dict: # Setting -> value
+    settings: dict,  # Of a record
+) -> dict:  # Setting -> value
     "What the seeds of one row share: all settings but the seed and `OPERATIONAL` ones; one that is missing has today's default"
-    fits = lambda job: sum(f.name in settings for f in dataclasses.fields(job))
+
+    def fits(job):
+        return sum(f.name in settings for f in dataclasses.fields(job))
+
     job = max(JOB_SETTINGS, key=fits, default=None)
-    known = job is not None and 2*fits(job) >= len(dataclasses.fields(job)) # a record lacks a few at most
+    known = job is not None and 2 * fits(job) >= len(dataclasses.fields(job))  # a record lacks a few at most
     usual = {f.name: f.default for f in dataclasses.fields(job)} if known else {}
-    return {k: v for k,v in {**usual, **settings}.items() if k not in OPERATIONAL and k != 'seed'}
+    return {k: v for k, v in {**usual, **settings}.items() if k not in OPERATIONAL and k != 'seed'}
 
 # %% ../nbs/00_core.ipynb #d01fd812
-def results_root() -> Path: # Folder of records
+def results_root() -> Path:  # Folder of records
     "`$LDEBM_RESULTS`, else `results` beside the nearest settings.ini above the working folder, else `results` in it"
-    if os.environ.get('LDEBM_RESULTS'): return Path(os.environ['LDEBM_RESULTS']).expanduser()
+    if os.environ.get('LDEBM_RESULTS'):
+        return Path(os.environ['LDEBM_RESULTS']).expanduser()
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p/'settings.ini').is_file()), here)/'results'
+    return next((p for p in (here, *here.parents) if (p / 'settings.ini').is_file()), here) / 'results'
 
-def row_name(r:dict) -> str: # Of a record, or of what it is about
+
+def row_name(r: dict) -> str:  # Of a record, or of what it is about
     "`row` or `row+variant`"
     return '+'.join(o for o in (r['row'], r['variant']) if o)
 
+
 def result_path(
-    *, row:str, corpus:str, preset:str, objective:str, seed:int, variant:str='', # What the record is about
-    settings:dict|None=None, # When given, a record of another run under this name is a `ValueError`; one that was only scored otherwise will be replaced
-    results_dir=None, # Folder of records; `results_root()` if `None`
-) -> Path: # `<row>[+variant]-<corpus>-<preset>-<objective>-s<seed>.json`
+    *,
+    row: str,
+    corpus: str,
+    preset: str,
+    objective: str,
+    seed: int,
+    variant: str = '',  # What the record is about
+    settings: dict
+    | None = None,  # When given, a record of another run under this name is a `ValueError`; one that was only scored otherwise will be replaced
+    results_dir=None,  # Folder of records; `results_root()` if `None`
+) -> Path:  # `<row>[+variant]-<corpus>-<preset>-<objective>-s<seed>.json`
     "Where a record goes. Ask with `settings` before the work starts, rather than after"
     folder = Path(results_dir) if results_dir is not None else results_root()
-    for k,v in dict(row=row, corpus=corpus, preset=preset, objective=objective, variant=variant).items(): _check_name(k, v)
-    p = folder/f'{row_name(dict(row=row, variant=variant))}-{corpus}-{preset}-{objective}-s{seed}.json'
+    for k, v in dict(row=row, corpus=corpus, preset=preset, objective=objective, variant=variant).items():
+        _check_name(k, v)
+    p = folder / f'{row_name(dict(row=row, variant=variant))}-{corpus}-{preset}-{objective}-s{seed}.json'
     if settings is not None and p.exists():
         old = identity(check_result(json.loads(p.read_text()), str(p))['settings'])
-        old,new = (run_identity(o, changes=True) for o in (old, identity(_plain(settings))))
+        old, new = (run_identity(o, changes=True) for o in (old, identity(_plain(settings))))
         if settings_hash(old) != settings_hash(new):
-            raise ValueError(f'{p} already records a run with other settings ({_differences(old, new)}); '
-                             'give this one a `variant` name where the job has such a parameter, or another folder of records '
-                             '(`results`), or move the old record away')
+            raise ValueError(
+                f'{p} already records a run with other settings ({_differences(old, new)}); '
+                'give this one a `variant` name where the job has such a parameter, or another folder of records '
+                '(`results`), or move the old record away'
+            )
     return p
 
 # %% ../nbs/00_core.ipynb #1b4f18bb
 def write_result(
-    run, # `Run`, or the path of its folder
+    run,  # `Run`, or the path of its folder
     *,
-    row:str, # Model: a row of the tables
-    corpus:str, # Data set
-    preset:str, # Size of the job
-    objective:str, # `'published'`, `'consistent'`, ...
-    seed:int, # Seed of the run
-    metrics:dict, # Names to `metric` dicts
-    settings:dict, # Everything that makes the run what it is
-    provenance:dict, # From `provenance`
-    variant:str='', # Distinguishes runs of one row with other settings
-    results_dir=None, # Folder of records; `results_root()` if `None`; `False` keeps the record in the run's folder alone
-) -> Path: # The copy in the folder of records, or the run's own
+    row: str,  # Model: a row of the tables
+    corpus: str,  # Data set
+    preset: str,  # Size of the job
+    objective: str,  # `'published'`, `'consistent'`, ...
+    seed: int,  # Seed of the run
+    metrics: dict,  # Names to `metric` dicts
+    settings: dict,  # Everything that makes the run what it is
+    provenance: dict,  # From `provenance`
+    variant: str = '',  # Distinguishes runs of one row with other settings
+    results_dir=None,  # Folder of records; `results_root()` if `None`; `False` keeps the record in the run's folder alone
+) -> Path:  # The copy in the folder of records, or the run's own
     "Write `result.json` and its copy; `ValueError` for a broken schema (nothing written) or a name taken by other settings (no copy)"
     name = dict(row=row, corpus=corpus, preset=preset, objective=objective, seed=seed, variant=variant)
     rec = check_result({**name, 'metrics': metrics, 'settings': settings, 'provenance': provenance})
-    text = json.dumps(_plain({**rec, 'metrics': {k: metric(**m) for k,m in metrics.items()}}), indent=1, sort_keys=True) + '\n'
-    own = atomic_write((run.path if isinstance(run, Run) else Path(run))/'result.json', text)
-    if results_dir is False: return own
+    text = (
+        json.dumps(_plain({**rec, 'metrics': {k: metric(**m) for k, m in metrics.items()}}), indent=1, sort_keys=True)
+        + '\n'
+    )
+    own = atomic_write((run.path if isinstance(run, Run) else Path(run)) / 'result.json', text)
+    if results_dir is False:
+        return own
     path = result_path(**name, settings=settings, results_dir=results_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_write(path, text)
 
 # %% ../nbs/00_core.ipynb #0c56f9b1
 def load_results(
-    folder=None, # Folder of records; `results_root()` if `None`
-) -> list[dict]: # Records, in order of file name
+    folder=None,  # Folder of records; `results_root()` if `None`
+) -> list[dict]:  # Records, in order of file name
     "All records in a folder (`bench-*.json` and `calibration-*.json` have their own schemas and are left out); `ValueError` names a bad file"
     recs = []
     for p in sorted(Path(folder if folder is not None else results_root()).glob('*.json')):
-        if p.name.startswith(('bench-', 'calibration-')): continue
-        try: rec = json.loads(p.read_text())
-        except ValueError as e: raise ValueError(f'{p} is not JSON: {e}') from e
+        if p.name.startswith(('bench-', 'calibration-')):
+            continue
+        try:
+            rec = json.loads(p.read_text())
+        except ValueError as e:
+            raise ValueError(f'{p} is not JSON: {e}') from e
         recs.append(check_result(rec, str(p)))
     return recs
 
 # %% ../nbs/00_core.ipynb #8696b753
 def data_of(
-    settings:dict, # Of a record
-) -> dict: # Setting -> fingerprint
+    settings: dict,  # Of a record
+) -> dict:  # Setting -> fingerprint
     "Which data of a user's own it was; nothing where the corpus's name says it"
-    return {k: v for k,v in settings.items() if k == 'data' or k.endswith('_sha256') and k != 'module_sha256'}
+    return {k: v for k, v in settings.items() if k == 'data' or k.endswith('_sha256') and k != 'module_sha256'}
+
 
 def _what_differs(
-    base:dict, other:dict, # Identities
-    most:int=4, # Settings named
+    base: dict,
+    other: dict,  # Identities
+    most: int = 4,  # Settings named
 ) -> str:
     "How `other` differs, in a few words"
     gone = object()
-    same = lambda k: k in base and k in other and settings_hash([base[k]]) == settings_hash([other[k]])
+
+    def same(k):
+        return k in base and k in other and settings_hash([base[k]]) == settings_hash([other[k]])
+
     names = [k for k in sorted({*base, *other}) if not same(k)]
     prints = [k for k in names if k == 'data' or k.endswith('_sha256')]
+
     def say(k):
         v = other.get(k, gone)
-        if k in prints: return f"other {'data' if k != 'module_sha256' else 'module'}: {'not said' if v is gone else str(v)[:8]}"
+        if k in prints:
+            return f"other {'data' if k != 'module_sha256' else 'module'}: {'not said' if v is gone else str(v)[:8]}"
         return f'no {k}' if v is gone else f'{k}={v}'
+
     said = [say(k) for k in (prints + [k for k in names if k not in prints])[:most]]
-    if len(names) > most: said.append(f'and {len(names)-most} more, {settings_hash(other)[:6]}')
+    if len(names) > most:
+        said.append(f'and {len(names) - most} more, {settings_hash(other)[:6]}')
     return ', '.join(said).replace('|', '\\|')
 
+
 def group_records(
-    records:list[dict], # From `load_results`
-    also=None, # `also(record) -> dict`: more that the records of a group must share
-    data:dict|None=None, # Data that goes without saying, as in `data_of`; that of the first group if `None`
-) -> list[tuple[str,list[dict]]]: # What distinguishes a group from the first, and its records, one a seed
+    records: list[dict],  # From `load_results`
+    also=None,  # `also(record) -> dict`: more that the records of a group must share
+    data: dict | None = None,  # Data that goes without saying, as in `data_of`; that of the first group if `None`
+) -> list[tuple[str, list[dict]]]:  # What distinguishes a group from the first, and its records, one a seed
     "Records by what was run. First stand those with the most seeds, of equals those most like the others; a seed's last run counts"
     groups = {}
     for r in sorted(records, key=lambda r: r['provenance']['finished']):
         what = {**identity(r['settings']), **{k: r[k] for k in _TEXT_KEYS}, **(also(r) if also else {})}
         groups.setdefault(settings_hash(what), (what, {}))[1][r['seed']] = r
-    groups = [(what, [runs[k] for k in sorted(runs)]) for what,runs in groups.values()]
-    if not groups: return []
+    groups = [(what, [runs[k] for k in sorted(runs)]) for what, runs in groups.values()]
+    if not groups:
+        return []
+
     def rank(g):
-        unlike = sum(settings_hash([g[0].get(k)]) != settings_hash([o[0].get(k)]) for o in groups for k in {*g[0], *o[0]})
+        unlike = sum(
+            settings_hash([g[0].get(k)]) != settings_hash([o[0].get(k)]) for o in groups for k in {*g[0], *o[0]}
+        )
         return data is not None and data_of(g[0]) != data, -len(g[1]), unlike
+
     groups.sort(key=rank)
     base = groups[0][0]
-    if data is not None: base = {**{k: v for k,v in base.items() if k not in data_of(base)}, **data}
-    return [(_what_differs(base, what), runs) for what,runs in groups]
+    if data is not None:
+        base = {**{k: v for k, v in base.items() if k not in data_of(base)}, **data}
+    return [(_what_differs(base, what), runs) for what, runs in groups]

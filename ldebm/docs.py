@@ -8,423 +8,654 @@ __all__ = ['SECTIONS', 'page_name', 'slug', 'ApiTable', 'source_of', 'outside_co
            'write_pages', 'remote_parts', 'build', 'to_markdown', 'readme', 'write_readme']
 
 # %% ../nbs/90_docs.ipynb #b54b9254
-import ast, base64, dataclasses, inspect, json, os, re, shutil, subprocess, sys, unicodedata
+import ast
+import base64
+import dataclasses
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
 from collections import defaultdict
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from textwrap import dedent
 from typing import Callable
+
 from fastcore.docments import ShowDocRenderer, docments
 
 # %% ../nbs/90_docs.ipynb #dc205100
 def page_name(
-    path:str|Path, # A notebook, with or without folders
-) -> str: # Its page, without suffix
+    path: str | Path,  # A notebook, with or without folders
+) -> str:  # Its page, without suffix
     "Name of the page made from a notebook"
     return re.sub(r'^\d+[a-z0-9]*_', '', Path(path).name.lower()).rsplit('.', 1)[0]
 
+
 def slug(
-    text:str, # Text of a heading
-) -> str: # Its anchor
+    text: str,  # Text of a heading
+) -> str:  # Its anchor
     "Anchor of a heading, as links write it"
     return re.sub(r'[^\w.\- ]', '', text.strip().lower()).replace(' ', '-')
 
 # %% ../nbs/90_docs.ipynb #fc6828b4
 def _anno(a) -> str:
-    if a in (inspect.Parameter.empty, None, type(None)): return ''
+    if a in (inspect.Parameter.empty, None, type(None)):
+        return ''
     s = a if isinstance(a, str) else inspect.formatannotation(a)
     s = re.sub(r'\b(?:collections\.abc|torch(?:\._C)?|typing|pathlib|numpy)\.(?=[A-Z])|__main__\.', '', s)
     return f"`{re.sub(r' *[|] *', ' | ', s)}`".replace('|', r'\|')
 
+
 def _default(d) -> str:
-    if d is inspect.Parameter.empty: return ''
-    if repr(d) == '<factory>': return '`...`'
+    if d is inspect.Parameter.empty:
+        return ''
+    if repr(d) == '<factory>':
+        return '`...`'
     return f"`{getattr(d, '__name__', None) or repr(d)}`".replace('|', r'\|')
+
 
 def _exported(sym):
     "A class defined in a cell has no source file to take comments from: use its exported twin where there is one"
-    if not inspect.isclass(sym) or sym.__module__ != '__main__': return sym
-    try: from ldebm._modidx import d
-    except ImportError: return sym
-    mods = [m for m,syms in d['syms'].items() if f'{m}.{sym.__qualname__}' in syms]
+    if not inspect.isclass(sym) or sym.__module__ != '__main__':
+        return sym
+    try:
+        from ldebm._modidx import d
+    except ImportError:
+        return sym
+    mods = [m for m, syms in d['syms'].items() if f'{m}.{sym.__qualname__}' in syms]
     return getattr(import_module(mods[0]), sym.__qualname__, sym) if len(mods) == 1 else sym
+
 
 def _own_doc(sym) -> str:
     "The docstring that a symbol has itself: Python finds one for everything, of a class that it derives from, of `object` or of `type`, and dataclasses write their call"
     own = sym.__doc__ if inspect.isroutine(sym) else vars(sym).get('__doc__') if hasattr(sym, '__dict__') else None
-    if not isinstance(own, str) or dataclasses.is_dataclass(sym) and own.startswith(f'{sym.__name__}('): return ''
+    if not isinstance(own, str) or dataclasses.is_dataclass(sym) and own.startswith(f'{sym.__name__}('):
+        return ''
     return inspect.cleandoc(own).strip()
+
 
 class ApiTable(ShowDocRenderer):
     "What `show_doc` shows of a symbol: signature, docstring, table of parameters"
-    def __repr__(self): return f'{type(self).__name__}({self.nm})'
+
+    def __repr__(self):
+        return f'{type(self).__name__}({self.nm})'
+
     __str__ = __repr__
+
     def signature(self, width=90):
         "The call as code, on one line if it fits"
-        if self.sig is None: return self.nm
+        if self.sig is None:
+            return self.nm
         parts, kinds = [], inspect.Parameter
         seen_star = False
         for p in self.sig.parameters.values():
-            if p.name.startswith('_') or p.name == 'self': continue
-            if p.kind == kinds.KEYWORD_ONLY and not seen_star: parts.append('*'); seen_star = True
+            if p.name.startswith('_') or p.name == 'self':
+                continue
+            if p.kind == kinds.KEYWORD_ONLY and not seen_star:
+                parts.append('*')
+                seen_star = True
             seen_star |= p.kind == kinds.VAR_POSITIONAL
             star = {kinds.VAR_POSITIONAL: '*', kinds.VAR_KEYWORD: '**'}.get(p.kind, '')
-            parts.append(star + p.name + ('' if p.default is kinds.empty else '=' + _default(p.default).strip('`').replace(r'\|', '|')))
+            parts.append(
+                star
+                + p.name
+                + ('' if p.default is kinds.empty else '=' + _default(p.default).strip('`').replace(r'\|', '|'))
+            )
         line = f"{self.nm}({', '.join(parts)})"
         return line if len(line) <= width else f'{self.nm}(\n    ' + ',\n    '.join(parts) + ')'
+
     def rows(self):
         "One `(name, type, default, meaning)` per documented parameter, and the result"
-        try: dm = docments(_exported(self.sym), full=True)
-        except (OSError, TypeError, IndexError, SyntaxError): return []
-        res = [(f'`{k}`', _anno(v.anno), _default(v.default), str(v.docment or '').replace('|', r'\|'))
-               for k,v in dm.items() if k not in ('self', 'return') and not k.startswith('_')]
+        try:
+            dm = docments(_exported(self.sym), full=True)
+        except (OSError, TypeError, IndexError, SyntaxError):
+            return []
+        res = [
+            (f'`{k}`', _anno(v.anno), _default(v.default), str(v.docment or '').replace('|', r'\|'))
+            for k, v in dm.items()
+            if k not in ('self', 'return') and not k.startswith('_')
+        ]
         r = dm.get('return')
-        if r and r.docment: res.append(('*returns*', _anno(r.anno), '', r.docment.replace('|', r'\|')))
+        if r and r.docment:
+            res.append(('*returns*', _anno(r.anno), '', r.docment.replace('|', r'\|')))
         return res if any(r[3] for r in res) else []
+
     def _repr_markdown_(self):
         rows = self.rows()
-        table = '\n'.join(['| | type | default | |', '|---|---|---|---|'] + ['| ' + ' | '.join(' '.join(c.split()) for c in r) + ' |' for r in rows])
-        parts = ['#'*self.title_level + ' ' + self.nm, f'```python\n{self.signature()}\n```', _own_doc(self.sym), table if rows else '']
+        table = '\n'.join(
+            ['| | type | default | |', '|---|---|---|---|']
+            + ['| ' + ' | '.join(' '.join(c.split()) for c in r) + ' |' for r in rows]
+        )
+        parts = [
+            '#' * self.title_level + ' ' + self.nm,
+            f'```python\n{self.signature()}\n```',
+            _own_doc(self.sym),
+            table if rows else '',
+        ]
         return '\n\n'.join(p for p in parts if p) + '\n'
 
 # %% ../nbs/90_docs.ipynb #bcb9f399
 def _find_def(code, name):
     cls, _, meth = name.rpartition('.')
-    def is_patch(n): return n.args.args and isinstance(n.args.args[0].annotation, ast.Name) and n.args.args[0].annotation.id == cls
+
+    def is_patch(n):
+        return n.args.args and isinstance(n.args.args[0].annotation, ast.Name) and n.args.args[0].annotation.id == cls
+
     tree = ast.parse(code)
     scopes = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls] if cls else [tree.body]
     found = [n for body in scopes for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == meth]
-    if cls: found += [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == meth and is_patch(n)]
+    if cls:
+        found += [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == meth and is_patch(n)]
     return found[0] if found else None
 
+
 def source_of(
-    code:str, # Text of a module
-    name:str, # `function`, `Class` or `Class.method`
-) -> str: # The definition, or '' if there is none
+    code: str,  # Text of a module
+    name: str,  # `function`, `Class` or `Class.method`
+) -> str:  # The definition, or '' if there is none
     "Definition of one symbol in a module"
     n = _find_def(code, name)
-    if n is None: return ''
+    if n is None:
+        return ''
     first = min([n.lineno] + [d.lineno for d in n.decorator_list])
-    return dedent('\n'.join(code.splitlines()[first-1:n.end_lineno]))
+    return dedent('\n'.join(code.splitlines()[first - 1 : n.end_lineno]))
 
 # %% ../nbs/90_docs.ipynb #3177b4ea
-_code = re.compile(r'(^(?P<f>```+|~~~+).*?^(?P=f)[`~]*[ \t]*$|(?<!`)(?P<t>`+)(?!`).+?(?<!`)(?P=t)(?!`))', re.M|re.S)
-_link = re.compile(r'(?P<bang>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<url>[^()\s]+(?:\([^()\s]*\))?)(?P<title>\s+"[^"]*")?\)(?P<attrs>\{[^{}\n]*\})?')
+_code = re.compile(r'(^(?P<f>```+|~~~+).*?^(?P=f)[`~]*[ \t]*$|(?<!`)(?P<t>`+)(?!`).+?(?<!`)(?P=t)(?!`))', re.M | re.S)
+_link = re.compile(
+    r'(?P<bang>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<url>[^()\s]+(?:\([^()\s]*\))?)(?P<title>\s+"[^"]*")?\)(?P<attrs>\{[^{}\n]*\})?'
+)
+
 
 def outside_code(
-    f:Callable, # Maps text to text
-    md:str, # Markdown
-) -> str: # Markdown with `f` applied to all that is not code
+    f: Callable,  # Maps text to text
+    md: str,  # Markdown
+) -> str:  # Markdown with `f` applied to all that is not code
     "Apply `f` to Markdown, sparing code"
     held = []
-    def hold(m): held.append(m.group(0)); return f'\0{len(held)-1}\0'
+
+    def hold(m):
+        held.append(m.group(0))
+        return f'\0{len(held) - 1}\0'
+
     return re.sub('\0(\\d+)\0', lambda m: held[int(m.group(1))], f(_code.sub(hold, md)))
 
+
 def relink(
-    md:str, # Markdown
-    to:Callable, # `to(url, image)` gives the new target; None drops the link and keeps its text
-) -> str: # Markdown with new targets
+    md: str,  # Markdown
+    to: Callable,  # `to(url, image)` gives the new target; None drops the link and keeps its text
+) -> str:  # Markdown with new targets
     "Rewrite the target of every link and image"
+
     def one(m):
         new = to(m['url'], bool(m['bang']))
         text = re.sub(_link, one, m['text'])
         return text if new is None else f"{m['bang']}[{text}]({new}{m['title'] or ''})"
+
     return outside_code(lambda s: _link.sub(one, s), md)
 
 # %% ../nbs/90_docs.ipynb #0989c318
 _opt = re.compile(r'^\s*#\|\s*([\w-]+)\s*:?\s*(.*?)\s*$')
 
+
 def quarto_opts(
-    source:str, # Source of a code cell
-) -> tuple: # Options `{name: value}` and the source without them
+    source: str,  # Source of a code cell
+) -> tuple:  # Options `{name: value}` and the source without them
     "Split the leading `#|` lines off a code cell"
     opts, lines = {}, source.splitlines()
     while lines and (not lines[0].strip() or _opt.match(lines[0])):
         m = _opt.match(lines.pop(0))
-        if m: opts[m[1]] = m[2].strip('"\'')
+        if m:
+            opts[m[1]] = m[2].strip('"\'')
     return opts, '\n'.join(lines)
 
+
 def undiv(
-    md:str, # Markdown with fenced divs
-) -> str: # Markdown with admonitions
+    md: str,  # Markdown with fenced divs
+) -> str:  # Markdown with admonitions
     "Callouts to admonitions; other fenced divs are dropped, what they hold stays"
     kinds = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
     stack, out, fence = [], [], False
     for line in md.splitlines():
-        if re.match(r'\s*(```|~~~)', line): fence = not fence
+        if re.match(r'\s*(```|~~~)', line):
+            fence = not fence
         m = None if fence else re.match(r'^:::+\s*(\{[^}]*\}|\w[\w-]*)?\s*$', line)
-        if not m: out.append(line); continue
+        if not m:
+            out.append(line)
+            continue
         if m[1] is None:
-            if stack and stack.pop(): out.append(':::')
+            if stack and stack.pop():
+                out.append(':::')
             continue
         k = re.search(r'callout-(\w+)', m[1])
         stack.append(bool(k))
         if k:
             title = re.search(r'title="([^"]*)"', m[1])
-            out.append(f':::{{admonition}} {title[1]}\n:class: {kinds.get(k[1], "note")}' if title else f':::{{{kinds.get(k[1], "note")}}}')
+            out.append(
+                f':::{{admonition}} {title[1]}\n:class: {kinds.get(k[1], "note")}'
+                if title
+                else f':::{{{kinds.get(k[1], "note")}}}'
+            )
     return '\n'.join(out)
 
 # %% ../nbs/90_docs.ipynb #0b8965a7
 def title_rest(
-    source:str, # Source of the title cell
-) -> str: # What follows title, summary line and `- key: value` lines
+    source: str,  # Source of the title cell
+) -> str:  # What follows title, summary line and `- key: value` lines
     "Prose of a title cell that is not front matter"
     lines = source.splitlines()
     keep, head = [], True
     for line in lines:
-        if head and re.match(r'^(#\s|>\s|-\s+\S.*:.*\S\s*$|\s*$)', line): continue
-        head = False; keep.append(line)
+        if head and re.match(r'^(#\s|>\s|-\s+\S.*:.*\S\s*$|\s*$)', line):
+            continue
+        head = False
+        keep.append(line)
     return '\n'.join(keep).strip()
 
+
 def close_up(
-    md:str, # Markdown of one cell
-    last:int, # Level of the last heading before it
-    api:bool=False, # Whether its first heading names a symbol: one below the section it is in
-) -> tuple: # Markdown and the level that its last heading leaves for the next cell
+    md: str,  # Markdown of one cell
+    last: int,  # Level of the last heading before it
+    api: bool = False,  # Whether its first heading names a symbol: one below the section it is in
+) -> tuple:  # Markdown and the level that its last heading leaves for the next cell
     "Headings one level at most below the one before"
     out, fence = [], False
     for line in md.splitlines():
-        if re.match(r'\s*(```|~~~)', line): fence = not fence
+        if re.match(r'\s*(```|~~~)', line):
+            fence = not fence
         m = None if fence else re.match(r'^(#+)\s+(.*?)(?:\s+\{[^}]*\})?\s*$', line)
         if m:
             n = last + 1 if api else min(max(len(m[1]), 2), last + 1)
-            line = '#'*n + ' ' + m[2]
-            if not api: last = n
+            line = '#' * n + ' ' + m[2]
+            if not api:
+                last = n
         out.append(line)
     return '\n'.join(out), last
 
 # %% ../nbs/90_docs.ipynb #382fe52b
-def _text(x) -> str: return x if isinstance(x, str) else ''.join(x or [])
+def _text(x) -> str:
+    return x if isinstance(x, str) else ''.join(x or [])
+
 
 def _alt(source, opts, section):
     alt = opts.get('fig-alt') or opts.get('fig-cap')
-    if alt: return alt
+    if alt:
+        return alt
     m = re.search(r"""(?:suptitle|set_title|title)\s*[=(]\s*(?:title\s*=\s*)?(['"])([^{}]+?)\1""", source)
     return m[2] if m else f'Figure: {section}'
 
+
 _show_doc = re.compile(r'\s*show_doc\(\s*([\w.]+)')
+
 
 def _in_order(cells, module):
     "nbdev shows several symbols of one cell last first: put neighbours back into the order of the module"
+
     def key(c):
         n = _find_def(module, _show_doc.match(quarto_opts(_text(c['source']))[1])[1])
         return n.lineno if n else 10**9
-    def shown(c): return c['cell_type'] == 'code' and bool(_show_doc.match(quarto_opts(_text(c.get('source')))[1]))
+
+    def shown(c):
+        return c['cell_type'] == 'code' and bool(_show_doc.match(quarto_opts(_text(c.get('source')))[1]))
+
     res = []
-    for is_doc,run in groupby(cells, shown): res += sorted(run, key=key) if is_doc and module else run
+    for is_doc, run in groupby(cells, shown):
+        res += sorted(run, key=key) if is_doc and module else run
     return res
 
-def _md_cell(source, **meta): return dict(cell_type='markdown', metadata=meta, source=source)
+
+def _md_cell(source, **meta):
+    return dict(cell_type='markdown', metadata=meta, source=source)
+
 
 def flatten(
-    nb:dict, # A notebook that nbdev has processed
-    to:Callable, # Resolves links, see `relink`
-    original:dict|None=None, # The same notebook before processing: prose of its title cell
-    module:str='', # Text of the exported module, for the source behind each table
-    link:Callable=str, # Links symbols in prose that nbdev has not seen
-) -> dict: # An ordinary notebook
+    nb: dict,  # A notebook that nbdev has processed
+    to: Callable,  # Resolves links, see `relink`
+    original: dict | None = None,  # The same notebook before processing: prose of its title cell
+    module: str = '',  # Text of the exported module, for the source behind each table
+    link: Callable = str,  # Links symbols in prose that nbdev has not seen
+) -> dict:  # An ordinary notebook
     "Notebook that Sphinx can show: front matter, directives, divs and web links resolved"
     import yaml
+
     cells, fm, level, section = [], {}, 1, ''
+
     def markdown(text, api=False):
         nonlocal level, section
         text = relink(undiv(re.sub(r'<!--.*?-->\n?', '', text, flags=re.S)), to)
         text, level = close_up(text, level, api)
         heads = re.findall(r'^#+\s+(.*)$', outside_code(lambda s: s, text), flags=re.M)
-        if api: text = re.sub(r'^\| \[(`\w+`)\]\([^()]*\) \|', r'| \1 |', text, flags=re.M) # a parameter is not the function of that name
-        if heads and not api: section = heads[-1].replace('`', '')
-        if text.strip(): cells.append(_md_cell(text.strip()))
+        if api:
+            text = re.sub(
+                r'^\| \[(`\w+`)\]\([^()]*\) \|', r'| \1 |', text, flags=re.M
+            )  # a parameter is not the function of that name
+        if heads and not api:
+            section = heads[-1].replace('`', '')
+        if text.strip():
+            cells.append(_md_cell(text.strip()))
+
     for c in _in_order(nb['cells'], module):
         src = _text(c.get('source'))
         if c['cell_type'] == 'raw':
             m = re.match(r'^---\n(.*?)\n---\s*$', src.strip(), flags=re.S)
             if m and not fm:
                 fm = yaml.safe_load(m[1]) or {}
-                head = f"# {fm.get('title', 'Untitled')}" + (f"\n\n*{fm['description']}*" if fm.get('description') else '')
+                head = f"# {fm.get('title', 'Untitled')}" + (
+                    f"\n\n*{fm['description']}*" if fm.get('description') else ''
+                )
                 cells.append(_md_cell(relink(head, to)))
                 section = fm.get('title', '')
-                titles = [_text(o['source']) for o in (original or {}).get('cells', [])
-                          if o['cell_type'] == 'markdown' and re.match(r'^#\s', _text(o['source']))]
-                if titles: markdown(link(title_rest(titles[0])) or '')
-        elif c['cell_type'] == 'markdown': markdown(src)
+                titles = [
+                    _text(o['source'])
+                    for o in (original or {}).get('cells', [])
+                    if o['cell_type'] == 'markdown' and re.match(r'^#\s', _text(o['source']))
+                ]
+                if titles:
+                    markdown(link(title_rest(titles[0])) or '')
+        elif c['cell_type'] == 'markdown':
+            markdown(src)
         elif c['cell_type'] == 'code':
             opts, code = quarto_opts(src)
             outs = [dict(o) for o in c.get('outputs', [])]
-            if opts.get('include') == 'false': continue
+            if opts.get('include') == 'false':
+                continue
             m = _show_doc.match(code)
             if m:
                 for o in outs:
-                    if 'text/markdown' in o.get('data', {}): markdown(_text(o['data']['text/markdown']), api=True)
+                    if 'text/markdown' in o.get('data', {}):
+                        markdown(_text(o['data']['text/markdown']), api=True)
                 body = source_of(module, m[1]) if module else ''
-                if body: cells.append(_md_cell(f'<details class="source"><summary>Source</summary>\n\n````python\n{body}\n````\n\n</details>'))
+                if body:
+                    cells.append(
+                        _md_cell(
+                            f'<details class="source"><summary>Source</summary>\n\n````python\n{body}\n````\n\n</details>'
+                        )
+                    )
                 continue
-            if opts.get('output') == 'false': outs = []
-            if opts.get('warning') == 'false': outs = [o for o in outs if o.get('name') != 'stderr']
+            if opts.get('output') == 'false':
+                outs = []
+            if opts.get('warning') == 'false':
+                outs = [o for o in outs if o.get('name') != 'stderr']
             if opts.get('output') == 'asis' and all('text/markdown' in o.get('data', {}) for o in outs):
-                if opts.get('echo') != 'false': cells.append(dict(cell_type='code', metadata={}, source=code, outputs=[], execution_count=None))
-                for o in outs: markdown(_text(o['data']['text/markdown']))
+                if opts.get('echo') != 'false':
+                    cells.append(dict(cell_type='code', metadata={}, source=code, outputs=[], execution_count=None))
+                for o in outs:
+                    markdown(_text(o['data']['text/markdown']))
                 continue
-            if not code.strip() and not outs: continue
+            if not code.strip() and not outs:
+                continue
             for o in outs:
                 if 'text/markdown' in o.get('data', {}):
                     o['data'] = {**o['data'], 'text/markdown': relink(_text(o['data']['text/markdown']), to)}
-                if o['output_type'] == 'execute_result': o['execution_count'] = None
-            tags = ['remove-input'] if opts.get('echo') == 'false' or not code.strip() else ['hide-input'] if opts.get('code-fold') == 'true' else []
+                if o['output_type'] == 'execute_result':
+                    o['execution_count'] = None
+            tags = (
+                ['remove-input']
+                if opts.get('echo') == 'false' or not code.strip()
+                else ['hide-input']
+                if opts.get('code-fold') == 'true'
+                else []
+            )
             meta = dict(tags=tags) if tags else {}
             if any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for o in outs):
                 meta['mystnb'] = dict(image=dict(alt=_alt(code, opts, section)))
             cells.append(dict(cell_type='code', metadata=meta, source=code, outputs=outs, execution_count=None))
-    if not fm: raise ValueError('a page needs a title: the notebook has no cell that starts with "# Title"')
-    for i,c in enumerate(cells): c['id'] = f'c{i}'
-    meta = dict(kernelspec=dict(display_name='python3', language='python', name='python3'), language_info=dict(name='python', pygments_lexer='ipython3'))
+    if not fm:
+        raise ValueError('a page needs a title: the notebook has no cell that starts with "# Title"')
+    for i, c in enumerate(cells):
+        c['id'] = f'c{i}'
+    meta = dict(
+        kernelspec=dict(display_name='python3', language='python', name='python3'),
+        language_info=dict(name='python', pygments_lexer='ipython3'),
+    )
     return dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)
 
 # %% ../nbs/90_docs.ipynb #1af4f521
-def _split(url): return (url.split('#', 1) + [''])[:2]
+def _split(url):
+    return (url.split('#', 1) + [''])[:2]
+
 
 def site_links(
-    root:Path, # Root of the repository
-    pages:set, # Names of all pages
-    anchors:dict, # Anchors of symbols on each page, `{page: set}`
-    host:str, # Address of the site on the web
-    written:str='', # The notebook as written: web links in it are kept
-    base:str='../../..', # From the folder of the pages to the root
-) -> Callable: # For `relink`
+    root: Path,  # Root of the repository
+    pages: set,  # Names of all pages
+    anchors: dict,  # Anchors of symbols on each page, `{page: set}`
+    host: str,  # Address of the site on the web
+    written: str = '',  # The notebook as written: web links in it are kept
+    base: str = '../../..',  # From the folder of the pages to the root
+) -> Callable:  # For `relink`
     "Link resolver for the site"
+
     def to(url, image):
         path, anchor = _split(url)
         if url.startswith(host):
-            if len(anchor) == 1: return None # one letter in a text is a symbol of mathematics, whatever function bears it
-            page = path[len(host):].strip('/').removesuffix('.html') or 'index'
-            if page not in pages: return None
-            while anchor and anchor not in anchors.get(page, ()): anchor = anchor.rpartition('.')[0]
+            if len(anchor) == 1:
+                return None  # one letter in a text is a symbol of mathematics, whatever function bears it
+            page = path[len(host) :].strip('/').removesuffix('.html') or 'index'
+            if page not in pages:
+                return None
+            while anchor and anchor not in anchors.get(page, ()):
+                anchor = anchor.rpartition('.')[0]
             return f'{page}.ipynb' + (f'#{anchor}' if anchor else '')
-        if re.match(r'^[a-z]+:', url): return None if image or url not in written else url
-        if not path: return url
+        if re.match(r'^[a-z]+:', url):
+            return None if image or url not in written else url
+        if not path:
+            return url
         name = page_name(path)
-        if re.search(r'\.(ipynb|html)$', path) and '/' not in path and name in pages: return f'{name}.ipynb' + (f'#{anchor}' if anchor else '')
-        file = (root/'nbs'/path).resolve()
+        if re.search(r'\.(ipynb|html)$', path) and '/' not in path and name in pages:
+            return f'{name}.ipynb' + (f'#{anchor}' if anchor else '')
+        file = (root / 'nbs' / path).resolve()
         rel = os.path.relpath(file, root.resolve())
         return f'{base}/{Path(rel).as_posix()}' if not file.is_dir() else None
+
     return to
 
+
 def readme_links(
-    root:Path, # Root of the repository
-    pages:dict, # Notebook of each page, `{page: file name}`
-    host:str, # Address of the site on the web
-    written:str='', # The notebook as written: web links in it are kept
-) -> Callable: # For `relink`
+    root: Path,  # Root of the repository
+    pages: dict,  # Notebook of each page, `{page: file name}`
+    host: str,  # Address of the site on the web
+    written: str = '',  # The notebook as written: web links in it are kept
+) -> Callable:  # For `relink`
     "Link resolver for README.md: paths from the root"
+
     def to(url, image):
         path, anchor = _split(url)
         if url.startswith(host):
-            if len(anchor) == 1: return None # one letter in a text is a symbol of mathematics, whatever function bears it
-            page = path[len(host):].strip('/').removesuffix('.html') or 'index'
+            if len(anchor) == 1:
+                return None  # one letter in a text is a symbol of mathematics, whatever function bears it
+            page = path[len(host) :].strip('/').removesuffix('.html') or 'index'
             return f'nbs/{pages[page]}' if page in pages else None
-        if re.match(r'^[a-z]+:', url): return url if image or url in written else None
-        if not path: return url
-        if path.endswith('.html') and page_name(path) in pages: return f'nbs/{pages[page_name(path)]}'
-        return Path(os.path.relpath((root/'nbs'/path).resolve(), root.resolve())).as_posix() + (f'#{anchor}' if anchor else '')
+        if re.match(r'^[a-z]+:', url):
+            return url if image or url in written else None
+        if not path:
+            return url
+        if path.endswith('.html') and page_name(path) in pages:
+            return f'nbs/{pages[page_name(path)]}'
+        return Path(os.path.relpath((root / 'nbs' / path).resolve(), root.resolve())).as_posix() + (
+            f'#{anchor}' if anchor else ''
+        )
+
     return to
 
 # %% ../nbs/90_docs.ipynb #b96827ae
-SECTIONS = {'0': 'Foundations', '1': 'The prior', '2': 'Text', '3': 'Images', '4': 'Measuring', '5': 'Training', '6': 'Training', '9': 'This site'}
+SECTIONS = {
+    '0': 'Foundations',
+    '1': 'The prior',
+    '2': 'Text',
+    '3': 'Images',
+    '4': 'Measuring',
+    '5': 'Training',
+    '6': 'Training',
+    '9': 'This site',
+}
+
 
 def sections(
-    names:list, # File names of all notebooks
-) -> dict: # `{section: [page, ...]}` in the order of the site
+    names: list,  # File names of all notebooks
+) -> dict:  # `{section: [page, ...]}` in the order of the site
     "Pages by section"
     res = defaultdict(list)
     for n in sorted(names):
-        if page_name(n) == 'index': continue
-        key = 'Results' if page_name(n) in ('results', 'benchmarks', 'calibration') else 'Text' if page_name(n) == 'own_prior' else SECTIONS.get(n[0], 'More') if n[0].isdigit() else 'Jobs'
+        if page_name(n) == 'index':
+            continue
+        key = (
+            'Results'
+            if page_name(n) in ('results', 'benchmarks', 'calibration')
+            else 'Text'
+            if page_name(n) == 'own_prior'
+            else SECTIONS.get(n[0], 'More')
+            if n[0].isdigit()
+            else 'Jobs'
+        )
         res[key].append(page_name(n))
-    order = ['Foundations', 'The prior', 'Text', 'Images', 'Measuring', 'Training', 'More', 'Jobs', 'Results', 'This site']
+    order = [
+        'Foundations',
+        'The prior',
+        'Text',
+        'Images',
+        'Measuring',
+        'Training',
+        'More',
+        'Jobs',
+        'Results',
+        'This site',
+    ]
     return {k: res[k] for k in order if k in res}
 
+
 def toctree(
-    secs:dict, # From `sections`
-) -> str: # MyST
+    secs: dict,  # From `sections`
+) -> str:  # MyST
     "Hidden tables of contents, one per section"
-    return '\n\n'.join(f':::{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(v) + '\n:::' for k,v in secs.items())
+    return '\n\n'.join(f':::{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(v) + '\n:::' for k, v in secs.items())
 
 # %% ../nbs/90_docs.ipynb #a8ae1cf7
 def _letter(
-    c:str, # One character
-    style:str, # `bold`, `script`, `double-struck`, ...
-) -> str: # The same letter in that alphabet, or as it was
+    c: str,  # One character
+    style: str,  # `bold`, `script`, `double-struck`, ...
+) -> str:  # The same letter in that alphabet, or as it was
     "Browsers ignore most values of MathML's `mathvariant`; the alphabets of Unicode work everywhere"
     style = style.upper().replace('-', ' ').replace('DOUBLE STRUCK', 'DOUBLE-STRUCK')
     name = re.sub(r'^(LATIN|GREEK) |LETTER |LUNATE ', '', unicodedata.name(c, ''))
     for n in (f'MATHEMATICAL {style} {name}', f'{style} {name}', f"MATHEMATICAL {style.replace(' ITALIC', '')} {name}"):
-        try: return unicodedata.lookup(re.sub('^(GREEK|LATIN) ', '', n).replace('GREEK ', ''))
-        except KeyError: pass
+        try:
+            return unicodedata.lookup(re.sub('^(GREEK|LATIN) ', '', n).replace('GREEK ', ''))
+        except KeyError:
+            pass
     return c
 
+
 def mathml(
-    tex:str, # A formula, without dollars
-    display:bool=False, # On a line of its own
-) -> str: # MathML
+    tex: str,  # A formula, without dollars
+    display: bool = False,  # On a line of its own
+) -> str:  # MathML
     "Formula as MathML; `ValueError` names a command that is not understood"
     from html import unescape
+
     from latex2mathml.converter import convert
+
     tex = re.sub(r'\\(?:label|tag)\{[^{}]*\}', '', tex).strip()
-    tex = re.sub(r'\\(begin|end)\{(align|gather|equation|multline)\*?\}', lambda m: '' if m[2] == 'equation' else rf'\{m[1]}{{aligned}}', tex)
+    tex = re.sub(
+        r'\\(begin|end)\{(align|gather|equation|multline)\*?\}',
+        lambda m: '' if m[2] == 'equation' else rf'\{m[1]}{{aligned}}',
+        tex,
+    )
     tex = re.sub(r'\\operatorname\*?\{([^{}]*\\[,;: ][^{}]*)\}', r'\\mathrm{\1}', tex)
-    tex = re.sub(r'\\[lr]?Vert(?![A-Za-z])', r'\\|', re.sub(r'\\[lr]vert(?![A-Za-z])', '|', tex)) # bars as high as the line, not as the formula
-    try: res = convert(tex, display='block' if display else 'inline')
-    except Exception as e: raise ValueError(f'cannot set the formula {tex!r}: {type(e).__name__} {e}') from None
-    res = re.sub(r'(<mo[^>]*>)\\([{}|])(?=</mo>)', lambda m: m[1] + m[2].replace('|', '\u2016'), res) # large braces and bars come out with their backslash
+    tex = re.sub(
+        r'\\[lr]?Vert(?![A-Za-z])', r'\\|', re.sub(r'\\[lr]vert(?![A-Za-z])', '|', tex)
+    )  # bars as high as the line, not as the formula
+    try:
+        res = convert(tex, display='block' if display else 'inline')
+    except Exception as e:
+        raise ValueError(f'cannot set the formula {tex!r}: {type(e).__name__} {e}') from None
+    res = re.sub(
+        r'(<mo[^>]*>)\\([{}|])(?=</mo>)', lambda m: m[1] + m[2].replace('|', '\u2016'), res
+    )  # large braces and bars come out with their backslash
     unknown = re.search(r'<m[ino][^>]*>\s*(\\[A-Za-z]*)', unescape(res))
-    if unknown: raise ValueError(f'cannot set the formula {tex!r}: unknown command {unknown[1]}')
+    if unknown:
+        raise ValueError(f'cannot set the formula {tex!r}: unknown command {unknown[1]}')
     styled = r'<(m[in]) mathvariant="(?!normal|italic")([\w-]+)">([^<]*)</'
     return re.sub(styled, lambda m: f"<{m[1]}>{''.join(_letter(c, m[2]) for c in unescape(m[3]))}</", res)
 
 # %% ../nbs/90_docs.ipynb #f71fd449
 def _root() -> Path:
     from nbdev.config import get_config
+
     return Path(get_config().config_path)
+
 
 def _host() -> str:
     from nbdev.config import get_config
+
     cfg = get_config()
     return cfg.doc_host.rstrip('/') + '/' + cfg.doc_baseurl.strip('/') + '/'
 
-def _read(path): return json.loads(Path(path).read_text(encoding='utf-8'))
+
+def _read(path):
+    return json.loads(Path(path).read_text(encoding='utf-8'))
+
 
 def write_pages(
-    proc:Path, # Folder of processed notebooks
-    nbs:Path, # Folder of the notebooks as written
-    dest:Path, # Folder for pages, emptied first
-    root:Path, # Root of the repository
-    lib:str='ldebm', # Folder of the package under `root`
-    host:str='', # Address of the site on the web
-    link:Callable=str, # Links symbols in opening paragraphs
-) -> list: # Names of the pages
+    proc: Path,  # Folder of processed notebooks
+    nbs: Path,  # Folder of the notebooks as written
+    dest: Path,  # Folder for pages, emptied first
+    root: Path,  # Root of the repository
+    lib: str = 'ldebm',  # Folder of the package under `root`
+    host: str = '',  # Address of the site on the web
+    link: Callable = str,  # Links symbols in opening paragraphs
+) -> list:  # Names of the pages
     "Flatten all notebooks of a folder and write the front page's table of contents"
     shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir(parents=True)
     files = {page_name(p): p for p in sorted(nbs.glob('*.ipynb')) if not p.name.startswith(('_', '.'))}
-    done = {k: _read(proc/p.name) for k,p in files.items()}
-    anchors = {k: {slug(n) for c in nb['cells'] for n in re.findall(r'^show_doc\(\s*([\w.]+)', _text(c.get('source')), flags=re.M)} for k,nb in done.items()}
+    done = {k: _read(proc / p.name) for k, p in files.items()}
+    anchors = {
+        k: {
+            slug(n)
+            for c in nb['cells']
+            for n in re.findall(r'^show_doc\(\s*([\w.]+)', _text(c.get('source')), flags=re.M)
+        }
+        for k, nb in done.items()
+    }
     base = os.path.relpath(root, dest)
-    for k,p in files.items():
-        mod, written = root/lib/f'{k}.py', p.read_text(encoding='utf-8')
-        to = site_links(root, set(files), anchors, host or 'http://localhost/', json.dumps([_text(c['source']) for c in json.loads(written)['cells']]), base)
-        try: nb = flatten(done[k], to, json.loads(written), mod.read_text(encoding='utf-8') if mod.exists() else '', link)
-        except ValueError as e: raise ValueError(f'{p.name}: {e}') from None
-        if k == 'index': nb['cells'].append(dict(_md_cell(toctree(sections([f.name for f in files.values()]))), id='toc'))
-        (dest/f'{k}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    for k, p in files.items():
+        mod, written = root / lib / f'{k}.py', p.read_text(encoding='utf-8')
+        to = site_links(
+            root,
+            set(files),
+            anchors,
+            host or 'http://localhost/',
+            json.dumps([_text(c['source']) for c in json.loads(written)['cells']]),
+            base,
+        )
+        try:
+            nb = flatten(
+                done[k], to, json.loads(written), mod.read_text(encoding='utf-8') if mod.exists() else '', link
+            )
+        except ValueError as e:
+            raise ValueError(f'{p.name}: {e}') from None
+        if k == 'index':
+            nb['cells'].append(dict(_md_cell(toctree(sections([f.name for f in files.values()]))), id='toc'))
+        (dest / f'{k}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
     if 'index' not in files:
-        (dest/'index.md').write_text(f'# {lib}\n\n' + toctree(sections([f.name for f in files.values()])) + '\n', encoding='utf-8')
+        (dest / 'index.md').write_text(
+            f'# {lib}\n\n' + toctree(sections([f.name for f in files.values()])) + '\n', encoding='utf-8'
+        )
     return list(files)
 
+
 def remote_parts(
-    html:Path, # Folder of built pages
-) -> list: # `(file, address)` of everything a browser would fetch from elsewhere
+    html: Path,  # Folder of built pages
+) -> list:  # `(file, address)` of everything a browser would fetch from elsewhere
     "Scripts, styles, fonts and images that are not part of the site"
-    tags = re.compile(r'<(?:script|img|iframe|source|video|link)\b[^>]*?\b(?:src|href)=["\']?((?:https?:)?//[^"\'\s>]+)', re.I)
+    tags = re.compile(
+        r'<(?:script|img|iframe|source|video|link)\b[^>]*?\b(?:src|href)=["\']?((?:https?:)?//[^"\'\s>]+)', re.I
+    )
     urls = re.compile(r'(?:@import\s+|url\()\s*["\']?((?:https?:)?//[^"\')\s]+)', re.I)
     res = []
     for f in sorted(html.rglob('*')):
@@ -432,80 +663,122 @@ def remote_parts(
             text = f.read_text(encoding='utf-8')
             text = re.sub(r'<link[^>]*rel=["\']?(?:canonical|license|author)[^>]*>', '', text)
             res += [(f.name, u) for u in tags.findall(text)]
-        if f.suffix == '.css': res += [(f.name, u) for u in urls.findall(f.read_text(encoding='utf-8'))]
+        if f.suffix == '.css':
+            res += [(f.name, u) for u in urls.findall(f.read_text(encoding='utf-8'))]
     return res
 
+
 def build(
-    root:Path|None=None, # Root of the repository; found from the working folder if None
-    n_workers:int=2, # Processes that prepare notebooks
-) -> Path: # The front page
+    root: Path | None = None,  # Root of the repository; found from the working folder if None
+    n_workers: int = 2,  # Processes that prepare notebooks
+) -> Path:  # The front page
     "Build the site into docs/_build/html; raises `RuntimeError` on any warning"
     from nbdev.doclinks import NbdevLookup
     from nbdev.serve import proc_nbs
+
     root = Path(root or _root()).resolve()
     os.chdir(root)
-    shutil.rmtree(root/'_proc', ignore_errors=True)
+    shutil.rmtree(root / '_proc', ignore_errors=True)
     proc = Path(proc_nbs('nbs', n_workers=n_workers))
-    out = root/'docs'/'_build'
+    out = root / 'docs' / '_build'
     shutil.rmtree(out, ignore_errors=True)
-    write_pages(proc, root/'nbs', out/'pages', root, host=_host(), link=NbdevLookup().linkify)
-    cmd = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', str(n_workers), '-c', 'docs', '-d', str(out/'doctrees'), str(out/'pages'), str(out/'html')]
-    if subprocess.run(cmd, cwd=root).returncode: raise RuntimeError('the site has warnings (above), and each counts as an error')
-    remote = remote_parts(out/'html')
-    if remote: raise RuntimeError(f'pages would fetch from the network: {remote[:5]}')
-    return out/'html'/'index.html'
+    write_pages(proc, root / 'nbs', out / 'pages', root, host=_host(), link=NbdevLookup().linkify)
+    cmd = [
+        sys.executable,
+        '-m',
+        'sphinx',
+        '-q',
+        '-W',
+        '--keep-going',
+        '-j',
+        str(n_workers),
+        '-c',
+        'docs',
+        '-d',
+        str(out / 'doctrees'),
+        str(out / 'pages'),
+        str(out / 'html'),
+    ]
+    if subprocess.run(cmd, cwd=root).returncode:
+        raise RuntimeError('the site has warnings (above), and each counts as an error')
+    remote = remote_parts(out / 'html')
+    if remote:
+        raise RuntimeError(f'pages would fetch from the network: {remote[:5]}')
+    return out / 'html' / 'index.html'
 
 # %% ../nbs/90_docs.ipynb #8c9b5f38
 def to_markdown(
-    nb:dict, # From `flatten`
-    stem:str='index', # Start of the names of image files
-    folder:str='docs/images', # Where images will lie, as the Markdown names it
-) -> tuple: # Markdown, and `{path: bytes}` of its images
+    nb: dict,  # From `flatten`
+    stem: str = 'index',  # Start of the names of image files
+    folder: str = 'docs/images',  # Where images will lie, as the Markdown names it
+) -> tuple:  # Markdown, and `{path: bytes}` of its images
     "A flat notebook as Markdown"
     parts, files = [], {}
     for c in nb['cells']:
-        if c['cell_type'] == 'markdown': parts.append(re.sub(r'^:::\{(\w+)\}.*?$(.*?)^:::$', lambda m: f'> **{m[1].capitalize()}:** ' + m[2].strip().replace('\n', '\n> '), c['source'], flags=re.M|re.S)); continue
-        if 'remove-input' not in c['metadata'].get('tags', []): parts.append(f"```python\n{c['source'].strip()}\n```")
+        if c['cell_type'] == 'markdown':
+            parts.append(
+                re.sub(
+                    r'^:::\{(\w+)\}.*?$(.*?)^:::$',
+                    lambda m: f'> **{m[1].capitalize()}:** ' + m[2].strip().replace('\n', '\n> '),
+                    c['source'],
+                    flags=re.M | re.S,
+                )
+            )
+            continue
+        if 'remove-input' not in c['metadata'].get('tags', []):
+            parts.append(f"```python\n{c['source'].strip()}\n```")
         for o in c['outputs']:
             data = o.get('data', {})
-            if o['output_type'] == 'stream': parts.append('```text\n' + _text(o['text']).rstrip() + '\n```')
+            if o['output_type'] == 'stream':
+                parts.append('```text\n' + _text(o['text']).rstrip() + '\n```')
             elif 'image/png' in data or 'image/svg+xml' in data:
                 kind = 'png' if 'image/png' in data else 'svg'
-                path = f'{folder}/{stem}-{len(files)+1}.{kind}'
-                files[path] = base64.b64decode(_text(data['image/png'])) if kind == 'png' else _text(data['image/svg+xml']).encode()
+                path = f'{folder}/{stem}-{len(files) + 1}.{kind}'
+                files[path] = (
+                    base64.b64decode(_text(data['image/png']))
+                    if kind == 'png'
+                    else _text(data['image/svg+xml']).encode()
+                )
                 parts.append(f"![{c['metadata'].get('mystnb', {}).get('image', {}).get('alt', '')}]({path})")
-            elif 'text/markdown' in data: parts.append(_text(data['text/markdown']).strip())
-            elif 'text/plain' in data: parts.append('```text\n' + _text(data['text/plain']).rstrip() + '\n```')
+            elif 'text/markdown' in data:
+                parts.append(_text(data['text/markdown']).strip())
+            elif 'text/plain' in data:
+                parts.append('```text\n' + _text(data['text/plain']).rstrip() + '\n```')
     return '\n\n'.join(p for p in parts if p.strip()) + '\n', files
 
+
 def readme(
-    root:Path|None=None, # Root of the repository; found from the working folder if None
-    nb:str='index.ipynb', # Front page under `nbs/`
-) -> tuple: # Text of README.md, and `{path: bytes}` of its images
+    root: Path | None = None,  # Root of the repository; found from the working folder if None
+    nb: str = 'index.ipynb',  # Front page under `nbs/`
+) -> tuple:  # Text of README.md, and `{path: bytes}` of its images
     "README.md as the front-page notebook says it"
     from execnb.nbio import read_nb
     from nbdev.doclinks import NbdevLookup
     from nbdev.processors import FilterDefaults
+
     root = Path(root or _root()).resolve()
-    path = root/'nbs'/nb
-    if not path.exists(): raise FileNotFoundError(f'{nb} is missing: README.md is rendered from nbs/{nb}')
+    path = root / 'nbs' / nb
+    if not path.exists():
+        raise FileNotFoundError(f'{nb} is missing: README.md is rendered from nbs/{nb}')
     original, proc = _read(path), read_nb(path)
     FilterDefaults()(proc)
-    pages = {page_name(p): p.name for p in sorted((root/'nbs').glob('*.ipynb'))}
+    pages = {page_name(p): p.name for p in sorted((root / 'nbs').glob('*.ipynb'))}
     to = readme_links(root, pages, _host(), json.dumps([_text(c['source']) for c in original['cells']]))
     cells = [dict(c) for c in proc.cells if getattr(c, 'source', None) is not None]
     text, files = to_markdown(flatten(dict(cells=cells), to, original, link=NbdevLookup().linkify))
     return f'<!-- Rendered from nbs/{nb} by `make prepare`: edit the notebook -->\n\n' + text, files
 
+
 def write_readme(
-    root:Path|None=None, # Root of the repository; found from the working folder if None
-) -> Path: # README.md
+    root: Path | None = None,  # Root of the repository; found from the working folder if None
+) -> Path:  # README.md
     "Write README.md and its images"
     root = Path(root or _root()).resolve()
     text, files = readme(root)
-    for f in (root/'docs'/'images').glob('index-*'): f.unlink()
-    for name,data in files.items():
-        (root/name).parent.mkdir(parents=True, exist_ok=True)
-        (root/name).write_bytes(data)
-    (root/'README.md').write_text(text, encoding='utf-8')
-    return root/'README.md'
+    for f in (root / 'docs' / 'images').glob('index-*'):
+        f.unlink()
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    (root / 'README.md').write_text(text, encoding='utf-8')
+    return root / 'README.md'

@@ -11,10 +11,12 @@ __all__ = ['MANY', 'SpectralLinear', 'iterate_together', 'squared_iterations', '
 import math
 from functools import cached_property
 from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as nnf
+
 from .kernels import direct, linear, product, rows
 from .native import gradient_native, why_not
 from .resident import Sizes
@@ -22,219 +24,313 @@ from .resident import Sizes
 # %% ../nbs/11_energy.ipynb #edd66e5f
 class SpectralLinear(nn.Linear):
     "Linear layer whose weight is used divided by its spectral norm, estimated by power iteration"
-    def __init__(self, n_in:int, n_out:int, norm:bool=True):
+
+    def __init__(self, n_in: int, n_out: int, norm: bool = True):
         super().__init__(n_in, n_out)
         self.norm = norm
-        self.register_buffer('u', torch.zeros(n_out)); self.register_buffer('v', torch.zeros(n_in))
+        self.register_buffer('u', torch.zeros(n_out))
+        self.register_buffer('v', torch.zeros(n_in))
+
     @torch.no_grad()
-    def power_iterate(self, n:int=1):
+    def power_iterate(self, n: int = 1):
         "Improve the estimate of the largest singular value by `n` iterations"
-        if not self.norm: return
-        u,v = self.u,self.v
+        if not self.norm:
+            return
+        u, v = self.u, self.v
         for _ in range(n):
-            v = nnf.normalize(self.weight.T@u, dim=0, eps=1e-12)
-            u = nnf.normalize(self.weight@v, dim=0, eps=1e-12)
-        self.u.copy_(u); self.v.copy_(v)
+            v = nnf.normalize(self.weight.T @ u, dim=0, eps=1e-12)
+            u = nnf.normalize(self.weight @ v, dim=0, eps=1e-12)
+        self.u.copy_(u)
+        self.v.copy_(v)
+
     @torch.no_grad()
-    def draw(self, gen:torch.Generator|None=None, bound:float|None=None):
+    def draw(self, gen: torch.Generator | None = None, bound: float | None = None):
         "Draw weight and bias from U(-bound, bound) (default: 1/sqrt(n_in), as `nn.Linear`), and start the power iteration afresh"
-        b = 1/math.sqrt(self.in_features) if bound is None else bound
-        self.weight.uniform_(-b, b, generator=gen); self.bias.uniform_(-b, b, generator=gen)
-        self.u.normal_(generator=gen); self.v.zero_()
+        b = 1 / math.sqrt(self.in_features) if bound is None else bound
+        self.weight.uniform_(-b, b, generator=gen)
+        self.bias.uniform_(-b, b, generator=gen)
+        self.u.normal_(generator=gen)
+        self.v.zero_()
         self.power_iterate(30)
-    def normalised(self) -> Tensor: # Shape `(n_out, n_in)`, gradient reaches the raw weight
+
+    def normalised(self) -> Tensor:  # Shape `(n_out, n_in)`, gradient reaches the raw weight
         "The weight in use"
-        return self.weight/torch.dot(self.u, self.weight@self.v) if self.norm else self.weight
-    def forward(self, x): return nnf.linear(x, self.normalised(), self.bias)
+        return self.weight / torch.dot(self.u, self.weight @ self.v) if self.norm else self.weight
+
+    def forward(self, x):
+        return nnf.linear(x, self.normalised(), self.bias)
+
 
 @torch.no_grad()
 def iterate_together(
-    layers:list, # `SpectralLinear`s of one shape
-    n:int=1, # Iterations
+    layers: list,  # `SpectralLinear`s of one shape
+    n: int = 1,  # Iterations
 ):
     "`power_iterate` of each, in one product for all: on a GPU small products cost their launch"
-    if len(layers) == 1: return layers[0].power_iterate(n)
-    W,u = torch.stack([m.weight for m in layers]),torch.stack([m.u for m in layers])[:,:,None]; v = None
+    if len(layers) == 1:
+        return layers[0].power_iterate(n)
+    W, u = torch.stack([m.weight for m in layers]), torch.stack([m.u for m in layers])[:, :, None]
+    v = None
     for _ in range(n):
-        v = nnf.normalize(W.mT@u, dim=1, eps=1e-12)
-        u = nnf.normalize(W@v, dim=1, eps=1e-12)
-    if n: torch._foreach_copy_([x for m in layers for x in (m.u, m.v)], [x[:,0] for uv in zip(u, v) for x in uv])
+        v = nnf.normalize(W.mT @ u, dim=1, eps=1e-12)
+        u = nnf.normalize(W @ v, dim=1, eps=1e-12)
+    if n:
+        torch._foreach_copy_([x for m in layers for x in (m.u, m.v)], [x[:, 0] for uv in zip(u, v) for x in uv])
 
-MANY = 8 # Power iterations from which on squaring is cheaper than repeating
+
+MANY = 8  # Power iterations from which on squaring is cheaper than repeating
+
 
 @torch.no_grad()
 def squared_iterations(
-    gram:Tensor, # `W W'` of each weight `W`, shape `(G, o, o)`
-    u:Tensor, # Left vectors, shape `(G, o)`
-    n:int, # Iterations
-) -> Tensor: # The left vectors after them, shape `(G, o)`
+    gram: Tensor,  # `W W'` of each weight `W`, shape `(G, o, o)`
+    u: Tensor,  # Left vectors, shape `(G, o)`
+    n: int,  # Iterations
+) -> Tensor:  # The left vectors after them, shape `(G, o)`
     "`n` power iterations as one power of `W W'`, made by squaring"
-    u = u[:,:,None]
+    u = u[:, :, None]
     for k in range(n.bit_length()):
-        if k: gram = gram@gram
-        gram = gram/gram.norm(dim=(1,2), keepdim=True).clamp(min=1e-12)
-        if n >> k & 1: u = nnf.normalize(gram@u, dim=1, eps=1e-12)
-    return u[:,:,0]
+        if k:
+            gram = gram @ gram
+        gram = gram / gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        if n >> k & 1:
+            u = nnf.normalize(gram @ u, dim=1, eps=1e-12)
+    return u[:, :, 0]
+
 
 def normalise_together(
-    layers:list, # `SpectralLinear`s of one shape
-) -> list: # Their weights in use, each `(n_out, n_in)`
+    layers: list,  # `SpectralLinear`s of one shape
+) -> list:  # Their weights in use, each `(n_out, n_in)`
     "`normalised` of each, in one product for all"
-    if len(layers) == 1: return [layers[0].normalised()]
-    W,u,v = (torch.stack([getattr(m, k) for m in layers]) for k in ('weight','u','v'))
-    return list((W/(u[:,None]@(W@v[:,:,None]))).unbind())
+    if len(layers) == 1:
+        return [layers[0].normalised()]
+    W, u, v = (torch.stack([getattr(m, k) for m in layers]) for k in ('weight', 'u', 'v'))
+    return list((W / (u[:, None] @ (W @ v[:, :, None]))).unbind())
 
-def of_one_shape(layers, key=lambda m: tuple(m.weight.shape)) -> list: # Lists of layers
+
+def of_one_shape(layers, key=lambda m: tuple(m.weight.shape)) -> list:  # Lists of layers
     "Normalised layers by shape, or by another `key`"
     out = {}
     for m in layers:
-        if m.norm: out.setdefault(key(m), []).append(m)
+        if m.norm:
+            out.setdefault(key(m), []).append(m)
     return list(out.values())
 
 # %% ../nbs/11_energy.ipynb #e7958c92
 def free_energy(
-    logits:Tensor, # Symbol logits, shape `(B, K)`
-    y:Tensor|None=None, # Symbols, shape `(B,)`, long; or allowed values, shape `(B, K)`, bool; `None` sums over all
-    groups:tuple|None=None, # Number of values of each attribute, adding up to K; `None`: one attribute
-    tau:float=1., # Temperature of the symbols
-) -> Tensor: # `F`, shape `(B,)`: high is likely
+    logits: Tensor,  # Symbol logits, shape `(B, K)`
+    y: Tensor
+    | None = None,  # Symbols, shape `(B,)`, long; or allowed values, shape `(B, K)`, bool; `None` sums over all
+    groups: tuple | None = None,  # Number of values of each attribute, adding up to K; `None`: one attribute
+    tau: float = 1.0,  # Temperature of the symbols
+) -> Tensor:  # `F`, shape `(B,)`: high is likely
     "`F(z, t) = logsumexp_y f_y`, or `F(z, t, y) = f_y` (Yu et al. 2022, eq. 8), summed over attributes"
-    if y is not None and y.dtype != torch.bool: return logits.gather(-1, y[:,None])[:,0]
-    f = logits if tau == 1 else logits/tau
-    if y is not None: f = f.masked_fill(~y, -torch.inf)
+    if y is not None and y.dtype != torch.bool:
+        return logits.gather(-1, y[:, None])[:, 0]
+    f = logits if tau == 1 else logits / tau
+    if y is not None:
+        f = f.masked_fill(~y, -torch.inf)
     out = f.logsumexp(-1) if groups is None else sum(p.logsumexp(-1) for p in f.split(groups, -1))
-    return out if tau == 1 else tau*out
+    return out if tau == 1 else tau * out
 
-def free_slope(logits:Tensor, y:Tensor|None=None, groups:tuple|None=None, tau:float=1.) -> Tensor: # Shape `(B, K)`
+
+def free_slope(
+    logits: Tensor, y: Tensor | None = None, groups: tuple | None = None, tau: float = 1.0
+) -> Tensor:  # Shape `(B, K)`
     "Derivative of `free_energy` in the logits"
-    if y is not None and y.dtype != torch.bool: return nnf.one_hot(y, logits.shape[-1]).to(logits.dtype)
-    f = logits if tau == 1 else logits/tau
-    if y is not None: f = f.masked_fill(~y, -torch.inf)
+    if y is not None and y.dtype != torch.bool:
+        return nnf.one_hot(y, logits.shape[-1]).to(logits.dtype)
+    f = logits if tau == 1 else logits / tau
+    if y is not None:
+        f = f.masked_fill(~y, -torch.inf)
     return f.softmax(-1) if groups is None else torch.cat([p.softmax(-1) for p in f.split(groups, -1)], -1)
 
-def free_both(logits:Tensor, y:Tensor|None=None, groups:tuple|None=None, tau:float=1.) -> tuple[Tensor,Tensor]: # Shapes `(B,)` and `(B, K)`
+
+def free_both(
+    logits: Tensor, y: Tensor | None = None, groups: tuple | None = None, tau: float = 1.0
+) -> tuple[Tensor, Tensor]:  # Shapes `(B,)` and `(B, K)`
     "`free_energy` and `free_slope`, in one pass where nothing is asked for"
-    if y is not None or groups is not None or tau != 1: return free_energy(logits, y, groups, tau),free_slope(logits, y, groups, tau)
+    if y is not None or groups is not None or tau != 1:
+        return free_energy(logits, y, groups, tau), free_slope(logits, y, groups, tau)
     lp = logits.log_softmax(-1)
-    return logits[:,0]-lp[:,0], lp.exp_()
+    return logits[:, 0] - lp[:, 0], lp.exp_()
 
 # %% ../nbs/11_energy.ipynb #77fe4bea
 class Energy(nn.Module):
     "What a `DiffusionEBM` asks of an energy. A subclass sets `d`, `n_levels`, `n_symbols` and gives `logits`; everything else has a default"
-    groups:tuple|None=None # Number of values of each attribute; `None`: one attribute of `n_symbols` values
-    tau_y:float=1. # Temperature of the symbols
-    apart:bool=False # Whether latents that carry a gradient must not share a call with those that do not
-    def power_iterate(self, n:int=1): "Refresh spectral norms, if there are any; called once per optimiser step"
-    def weights(self): "Weights as used in one step, to share their preparation between calls; `None` if there is nothing to prepare"
-    def free(self, logits:Tensor, y:Tensor|None=None) -> Tensor: # Shape `(B,)`
+
+    groups: tuple | None = None  # Number of values of each attribute; `None`: one attribute of `n_symbols` values
+    tau_y: float = 1.0  # Temperature of the symbols
+    apart: bool = False  # Whether latents that carry a gradient must not share a call with those that do not
+
+    def power_iterate(self, n: int = 1):
+        "Refresh spectral norms, if there are any; called once per optimiser step"
+
+    def weights(self):
+        "Weights as used in one step, to share their preparation between calls; `None` if there is nothing to prepare"
+
+    def free(self, logits: Tensor, y: Tensor | None = None) -> Tensor:  # Shape `(B,)`
         "`F` from logits `(B, K)`: see `free_energy`"
         return free_energy(logits, y, self.groups, self.tau_y)
-    def forward(self,
-        z:Tensor, # Latents, shape `(B, d)`
-        t:Tensor, # Levels, shape `(B,)`, long
-        y:Tensor|None=None, # Symbols, shape `(B,)`, or allowed values `(B, K)`; `None` sums over all
-        context:Tensor|None=None, # Context vectors
-        weights=None, # From `weights()`
-    ) -> Tensor: # `F`, minus the energy, shape `(B,)`
+
+    def forward(
+        self,
+        z: Tensor,  # Latents, shape `(B, d)`
+        t: Tensor,  # Levels, shape `(B,)`, long
+        y: Tensor | None = None,  # Symbols, shape `(B,)`, or allowed values `(B, K)`; `None` sums over all
+        context: Tensor | None = None,  # Context vectors
+        weights=None,  # From `weights()`
+    ) -> Tensor:  # `F`, minus the energy, shape `(B,)`
         "`F` at latents and levels"
         return self.free(self.logits(z, t, context, weights), y)
-    def symbol_log_probs(self, logits:Tensor) -> Tensor: # Shape `(B, K)`; sums to one over the values of each attribute
+
+    def symbol_log_probs(
+        self, logits: Tensor
+    ) -> Tensor:  # Shape `(B, K)`; sums to one over the values of each attribute
         "`log p(y | z)` of every value of every attribute"
-        f = logits if self.tau_y == 1 else logits/self.tau_y
+        f = logits if self.tau_y == 1 else logits / self.tau_y
         return torch.cat([p.log_softmax(-1) for p in f.split(self.groups or (self.n_symbols,), -1)], -1)
-    def symbol_nll(self,
-        logits:Tensor, # Shape `(B, K)`
-        labels:Tensor, # Shape `(B,)`, or `(B, A)` with a column each attribute; -1 is unknown
-    ) -> Tensor: # Shape `(B,)`, nats
+
+    def symbol_nll(
+        self,
+        logits: Tensor,  # Shape `(B, K)`
+        labels: Tensor,  # Shape `(B,)`, or `(B, A)` with a column each attribute; -1 is unknown
+    ) -> Tensor:  # Shape `(B,)`, nats
         "`-log p(y | z)`, summed over the attributes that are known"
-        labels = labels.view(len(logits), -1); lp = self.symbol_log_probs(logits).split(self.groups or (self.n_symbols,), -1)
-        if labels.shape[1] != len(lp): raise ValueError(f'labels have {labels.shape[1]} columns, the energy {len(lp)} attribute(s)')
-        return sum(nnf.nll_loss(p, k, reduction='none', ignore_index=-1) for p,k in zip(lp, labels.unbind(1)))
-    def allowed(self,
-        y, # A symbol; symbols `(n,)`; values `(n, A)` with -1 for free; allowed values `(K,)` or `(n, K)`, bool
-        n:int, # How many latents
+        labels = labels.view(len(logits), -1)
+        lp = self.symbol_log_probs(logits).split(self.groups or (self.n_symbols,), -1)
+        if labels.shape[1] != len(lp):
+            raise ValueError(f'labels have {labels.shape[1]} columns, the energy {len(lp)} attribute(s)')
+        return sum(nnf.nll_loss(p, k, reduction='none', ignore_index=-1) for p, k in zip(lp, labels.unbind(1)))
+
+    def allowed(
+        self,
+        y,  # A symbol; symbols `(n,)`; values `(n, A)` with -1 for free; allowed values `(K,)` or `(n, K)`, bool
+        n: int,  # How many latents
         device='cpu',
-    ) -> Tensor|None: # Symbols `(n,)`, long, or allowed values `(n, K)`, bool
+    ) -> Tensor | None:  # Symbols `(n,)`, long, or allowed values `(n, K)`, bool
         "Read a request for symbols; `ValueError` for symbols that do not exist, and for a request that nothing can meet"
-        if y is None: return None
-        sizes,K = self.groups or (self.n_symbols,),self.n_symbols
+        if y is None:
+            return None
+        sizes, K = self.groups or (self.n_symbols,), self.n_symbols
         y = torch.as_tensor(y, device=device)
         if y.dtype == torch.bool:
-            if y.ndim not in (1, 2) or y.shape[-1] != K or (y.ndim == 2 and len(y) not in (1, n)): raise ValueError(f'allowed values must have shape ({K},) or ({n}, {K}), got {tuple(y.shape)}')
+            if y.ndim not in (1, 2) or y.shape[-1] != K or (y.ndim == 2 and len(y) not in (1, n)):
+                raise ValueError(f'allowed values must have shape ({K},) or ({n}, {K}), got {tuple(y.shape)}')
             y = y.expand(n, K)
-            if not all(p.any(-1).all() for p in y.split(sizes, -1)): raise ValueError('some attribute is allowed no value at all')
+            if not all(p.any(-1).all() for p in y.split(sizes, -1)):
+                raise ValueError('some attribute is allowed no value at all')
             return y
         if y.ndim < 2 and len(sizes) == 1:
             y = y.expand(n) if y.ndim == 0 or len(y) == 1 else y
-            if len(y) != n: raise ValueError(f'{len(y)} symbols for {n} latents')
-            if not 0 <= int(y.min()) <= int(y.max()) < K: raise ValueError(f'symbols must lie in 0..{K-1}, got {int(y.min())}..{int(y.max())}')
+            if len(y) != n:
+                raise ValueError(f'{len(y)} symbols for {n} latents')
+            if not 0 <= int(y.min()) <= int(y.max()) < K:
+                raise ValueError(f'symbols must lie in 0..{K - 1}, got {int(y.min())}..{int(y.max())}')
             return y
-        if y.ndim != 2 or y.shape[-1] != len(sizes) or len(y) not in (1, n): raise ValueError(f'symbols of {len(sizes)} attributes must have shape ({n}, {len(sizes)}), got {tuple(y.shape)}')
-        for a,(k,col) in enumerate(zip(sizes, y.unbind(1))):
-            if not -1 <= int(col.min()) <= int(col.max()) < k: raise ValueError(f'values of attribute {a} must lie in 0..{k-1}, or be -1 for free; got {int(col.min())}..{int(col.max())}')
-        masks = [(col[:,None] == torch.arange(k, device=device)) | (col[:,None] < 0) for k,col in zip(sizes, y.unbind(1))]
+        if y.ndim != 2 or y.shape[-1] != len(sizes) or len(y) not in (1, n):
+            raise ValueError(
+                f'symbols of {len(sizes)} attributes must have shape ({n}, {len(sizes)}), got {tuple(y.shape)}'
+            )
+        for a, (k, col) in enumerate(zip(sizes, y.unbind(1))):
+            if not -1 <= int(col.min()) <= int(col.max()) < k:
+                raise ValueError(
+                    f'values of attribute {a} must lie in 0..{k - 1}, or be -1 for free; got {int(col.min())}..{int(col.max())}'
+                )
+        masks = [
+            (col[:, None] == torch.arange(k, device=device)) | (col[:, None] < 0) for k, col in zip(sizes, y.unbind(1))
+        ]
         return torch.cat(masks, 1).expand(n, K)
 
 # %% ../nbs/11_energy.ipynb #8a6fe7bd
 class GuidedEnergy(Energy):
     "Another energy, whose requests for symbols count `guidance` times: `F + guidance log p(y | z)`"
-    def __init__(self,
-        energy:Energy, # Any energy with symbols
-        guidance:float, # Weight of the request; 1 is exact conditioning
-        temperature=None, # What divides `F` where it is used, `temperature(t, z) -> (B,)`; `None`: 1
+
+    def __init__(
+        self,
+        energy: Energy,  # Any energy with symbols
+        guidance: float,  # Weight of the request; 1 is exact conditioning
+        temperature=None,  # What divides `F` where it is used, `temperature(t, z) -> (B,)`; `None`: 1
     ):
         super().__init__()
-        if not guidance >= 0: raise ValueError(f'guidance must not be negative, got {guidance}')
-        self.energy,self.guidance,self.temperature = energy,guidance,temperature
-        self.d,self.n_levels,self.n_symbols,self.groups,self.tau_y = energy.d,energy.n_levels,energy.n_symbols,energy.groups,energy.tau_y
-    def power_iterate(self, n=1): self.energy.power_iterate(n)
-    def weights(self): return self.energy.weights()
-    def free(self, logits, y=None): return self.energy.free(logits, y)
-    def logits(self, z, t, context=None, weights=None): return self.energy.logits(z, t, context, weights)
+        if not guidance >= 0:
+            raise ValueError(f'guidance must not be negative, got {guidance}')
+        self.energy, self.guidance, self.temperature = energy, guidance, temperature
+        self.d, self.n_levels, self.n_symbols, self.groups, self.tau_y = (
+            energy.d,
+            energy.n_levels,
+            energy.n_symbols,
+            energy.groups,
+            energy.tau_y,
+        )
+
+    def power_iterate(self, n=1):
+        self.energy.power_iterate(n)
+
+    def weights(self):
+        return self.energy.weights()
+
+    def free(self, logits, y=None):
+        return self.energy.free(logits, y)
+
+    def logits(self, z, t, context=None, weights=None):
+        return self.energy.logits(z, t, context, weights)
+
     def fast(self, weights=None):
         w = self.weights() if weights is None else weights
         w = None if w is None else w.detach()
         return AutogradEnergy(lambda z, t, y=None, context=None: self(z, t, y, context, w))
+
     def forward(self, z, t, y=None, context=None, weights=None):
-        f = self.logits(z, t, context, weights); F = self.energy.free(f)
-        if y is None: return F
-        log_p = (self.energy.free(f, y)-F)/self.tau_y
-        return F + self.guidance*log_p*(1. if self.temperature is None else self.temperature(t, z))
-    def __getattr__(self, name): # Anything else is the energy's own
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(super().__getattr__('energy'), name)
+        f = self.logits(z, t, context, weights)
+        F = self.energy.free(f)
+        if y is None:
+            return F
+        log_p = (self.energy.free(f, y) - F) / self.tau_y
+        return F + self.guidance * log_p * (1.0 if self.temperature is None else self.temperature(t, z))
+
+    def __getattr__(self, name):  # Anything else is the energy's own
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('energy'), name)
 
 # %% ../nbs/11_energy.ipynb #0969aad5
 def level_table(
-    T:int, # Number of levels
-    H:int, # Width, even or odd
-) -> Tensor: # Shape `(T, H)`: sine on even columns, cosine on odd ones
+    T: int,  # Number of levels
+    H: int,  # Width, even or odd
+) -> Tensor:  # Shape `(T, H)`: sine on even columns, cosine on odd ones
     "Sinusoidal embedding of the levels 0..T-1 (Vaswani et al. 2017)"
-    freq = torch.exp(-math.log(10_000)*torch.arange(0, H, 2, dtype=torch.float64)/H)
-    ang = torch.arange(T, dtype=torch.float64)[:,None]*freq
-    return torch.stack([ang.sin(), ang.cos()], -1).flatten(1)[:,:H].float()
+    freq = torch.exp(-math.log(10_000) * torch.arange(0, H, 2, dtype=torch.float64) / H)
+    ang = torch.arange(T, dtype=torch.float64)[:, None] * freq
+    return torch.stack([ang.sin(), ang.cos()], -1).flatten(1)[:, :H].float()
 
 # %% ../nbs/11_energy.ipynb #e2ca5f33
 def each(
-    f, # Function of a tensor
-    x, # A tensor, or a nest of tuples, lists and dicts of them; `None` stays
+    f,  # Function of a tensor
+    x,  # A tensor, or a nest of tuples, lists and dicts of them; `None` stays
 ):
     "The same nest with `f` of every tensor, in a fixed order"
-    if x is None or isinstance(x, Tensor): return x if x is None else f(x)
-    if isinstance(x, dict): return {k: each(f, v) for k,v in x.items()}
+    if x is None or isinstance(x, Tensor):
+        return x if x is None else f(x)
+    if isinstance(x, dict):
+        return {k: each(f, v) for k, v in x.items()}
     parts = [each(f, v) for v in x]
     return type(x)(*parts) if hasattr(x, '_fields') else type(x)(parts)
 
+
 class EnergyWeights(NamedTuple):
     "Weights of an `EnergyNet` as used in one step: normalised, with the level's share of the merge layer tabulated"
-    z1:tuple # `(W, b)` of the first latent layer
-    z2:tuple # `(W, b)` of the second
-    merge_z:Tensor # Latent's share of the merge weight, `(H, H)`
-    level:Tensor # Level's share of the merge layer with its bias, `(T, H)`
-    merge_c:Tensor|None # Context's share, `(H, H)`
-    context:tuple|None # `(W, b)` of the two context layers
-    blocks:tuple # `(W, b)` of each residual block
-    head:tuple # `(W, b)` of the logits
+
+    z1: tuple  # `(W, b)` of the first latent layer
+    z2: tuple  # `(W, b)` of the second
+    merge_z: Tensor  # Latent's share of the merge weight, `(H, H)`
+    level: Tensor  # Level's share of the merge layer with its bias, `(T, H)`
+    merge_c: Tensor | None  # Context's share, `(H, H)`
+    context: tuple | None  # `(W, b)` of the two context layers
+    blocks: tuple  # `(W, b)` of each residual block
+    head: tuple  # `(W, b)` of the logits
+
     def detach(self):
         "The same numbers, cut from the graph"
         return each(Tensor.detach, self)
@@ -242,82 +338,128 @@ class EnergyWeights(NamedTuple):
 # %% ../nbs/11_energy.ipynb #ba2ae313
 class EnergyNet(Energy):
     "Residual MLP `f(z, t) -> K` logits; `F = logsumexp f` is minus the energy (Yu et al. 2022, eq. 8; sizes of the published code)"
-    slope = 0.2 # Of the leaky ReLU
-    def __init__(self,
-        d:int, # Latent dimension
-        n_symbols:int, # Number of symbols K (1: a plain energy)
-        n_levels:int, # Number of diffusion levels T
-        hidden:int=200, # Width H
-        n_blocks:int=12, # Residual blocks N
-        context_dim:int=0, # Width of an optional context vector
-        spectral:bool=True, # Normalise hidden layers by their spectral norm
-        free_head:bool=False, # Leave the head unnormalised and start it a tenth as large, so that `F` starts nearly constant and may become as steep as needed
-        init:float|None=None, # Draw every parameter from U(-init, init), as the published text scripts do (0.1)
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    slope = 0.2  # Of the leaky ReLU
+
+    def __init__(
+        self,
+        d: int,  # Latent dimension
+        n_symbols: int,  # Number of symbols K (1: a plain energy)
+        n_levels: int,  # Number of diffusion levels T
+        hidden: int = 200,  # Width H
+        n_blocks: int = 12,  # Residual blocks N
+        context_dim: int = 0,  # Width of an optional context vector
+        spectral: bool = True,  # Normalise hidden layers by their spectral norm
+        free_head: bool = False,  # Leave the head unnormalised and start it a tenth as large, so that `F` starts nearly constant and may become as steep as needed
+        init: float | None = None,  # Draw every parameter from U(-init, init), as the published text scripts do (0.1)
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        for name,x,lo in (('d',d,1),('n_symbols',n_symbols,1),('n_levels',n_levels,1),('hidden',hidden,1),('n_blocks',n_blocks,0),('context_dim',context_dim,0)):
-            if x < lo: raise ValueError(f'{name} must be at least {lo}, got {x}')
-        self.d,self.n_symbols,self.n_levels,self.context_dim = d,n_symbols,n_levels,context_dim
-        L = lambda i,o: SpectralLinear(i, o, norm=spectral)
+        for name, x, lo in (
+            ('d', d, 1),
+            ('n_symbols', n_symbols, 1),
+            ('n_levels', n_levels, 1),
+            ('hidden', hidden, 1),
+            ('n_blocks', n_blocks, 0),
+            ('context_dim', context_dim, 0),
+        ):
+            if x < lo:
+                raise ValueError(f'{name} must be at least {lo}, got {x}')
+        self.d, self.n_symbols, self.n_levels, self.context_dim = d, n_symbols, n_levels, context_dim
+
+        def L(i, o):
+            return SpectralLinear(i, o, norm=spectral)
+
         H = hidden
-        self.z1,self.z2,self.t1,self.t2 = L(d,H),L(H,H),L(H,H),L(H,H)
-        if context_dim: self.c1,self.c2 = L(context_dim,H),L(H,H)
-        self.merge = L((3 if context_dim else 2)*H, H)
-        self.blocks = nn.ModuleList([L(H,H) for _ in range(n_blocks)])
+        self.z1, self.z2, self.t1, self.t2 = L(d, H), L(H, H), L(H, H), L(H, H)
+        if context_dim:
+            self.c1, self.c2 = L(context_dim, H), L(H, H)
+        self.merge = L((3 if context_dim else 2) * H, H)
+        self.blocks = nn.ModuleList([L(H, H) for _ in range(n_blocks)])
         self.head = SpectralLinear(H, n_symbols, norm=spectral and not free_head)
         self.register_buffer('table', level_table(n_levels, H))
         for m in self.modules():
-            if isinstance(m, SpectralLinear): m.draw(gen, init)
-        if free_head: self.head.draw(gen, .1/math.sqrt(H))
+            if isinstance(m, SpectralLinear):
+                m.draw(gen, init)
+        if free_head:
+            self.head.draw(gen, 0.1 / math.sqrt(H))
+
     @torch.no_grad()
-    def power_iterate(self, n:int=1):
+    def power_iterate(self, n: int = 1):
         "Refresh every spectral norm; call once per optimiser step. Of many iterations all but the last are squared"
         for ms in of_one_shape(self.layers(), lambda m: m.out_features) if n > MANY else ():
-            u = squared_iterations(torch.stack([m.weight@m.weight.T for m in ms]), torch.stack([m.u for m in ms]), n-1)
-            for m,x in zip(ms, u): m.u.copy_(x)
-        for ms in self.together(): iterate_together(ms, 1 if n > MANY else n)
-    def layers(self) -> list: return [m for m in self.modules() if isinstance(m, SpectralLinear)]
-    def together(self) -> list: # Lists of layers
+            u = squared_iterations(
+                torch.stack([m.weight @ m.weight.T for m in ms]), torch.stack([m.u for m in ms]), n - 1
+            )
+            for m, x in zip(ms, u):
+                m.u.copy_(x)
+        for ms in self.together():
+            iterate_together(ms, 1 if n > MANY else n)
+
+    def layers(self) -> list:
+        return [m for m in self.modules() if isinstance(m, SpectralLinear)]
+
+    def together(self) -> list:  # Lists of layers
         "Layers to normalise in one product: on a GPU those of one shape, on a CPU each alone, without a copy"
         return of_one_shape(self.layers()) if self.table.is_cuda else [[m] for m in self.layers()]
+
     def weights(self) -> EnergyWeights:
         "Normalised weights for this step; compute once, pass to every call"
-        H,act = self.merge.out_features,lambda x: nnf.leaky_relu(x, self.slope)
-        W = {m: w for ms in self.together() for m,w in zip(ms, normalise_together(ms))}
-        wb = lambda l: (W.get(l, l.weight), l.bias)
+        H, act = self.merge.out_features, lambda x: nnf.leaky_relu(x, self.slope)
+        W = {m: w for ms in self.together() for m, w in zip(ms, normalise_together(ms))}
+
+        def wb(l):
+            return (W.get(l, l.weight), l.bias)
+
         m = wb(self.merge)[0]
-        level = linear(act(linear(act(linear(self.table, *wb(self.t1))), *wb(self.t2))), m[:,-H:], self.merge.bias)
-        return EnergyWeights(wb(self.z1), wb(self.z2), m[:,:H], level, m[:,H:2*H] if self.context_dim else None,
-                             (wb(self.c1), wb(self.c2)) if self.context_dim else None,
-                             tuple(wb(b) for b in self.blocks), wb(self.head))
-    def logits(self,
-        z:Tensor, # Latents, shape `(B, d)`
-        t:Tensor, # Levels, shape `(B,)`, long
-        context:Tensor|None=None, # Context vectors, shape `(B, context_dim)`
-        weights:EnergyWeights|None=None, # From `weights()`, to share the normalisation between calls
-    ) -> Tensor: # Shape `(B, K)`
+        level = linear(act(linear(act(linear(self.table, *wb(self.t1))), *wb(self.t2))), m[:, -H:], self.merge.bias)
+        return EnergyWeights(
+            wb(self.z1),
+            wb(self.z2),
+            m[:, :H],
+            level,
+            m[:, H : 2 * H] if self.context_dim else None,
+            (wb(self.c1), wb(self.c2)) if self.context_dim else None,
+            tuple(wb(b) for b in self.blocks),
+            wb(self.head),
+        )
+
+    def logits(
+        self,
+        z: Tensor,  # Latents, shape `(B, d)`
+        t: Tensor,  # Levels, shape `(B,)`, long
+        context: Tensor | None = None,  # Context vectors, shape `(B, context_dim)`
+        weights: EnergyWeights | None = None,  # From `weights()`, to share the normalisation between calls
+    ) -> Tensor:  # Shape `(B, K)`
         "Symbol logits `f(z, t)`"
         w = self.weights() if weights is None else weights
-        act = lambda x: nnf.leaky_relu(x, self.slope)
+
+        def act(x):
+            return nnf.leaky_relu(x, self.slope)
+
         h = linear(act(linear(act(linear(z, *w.z1)), *w.z2)), w.merge_z) + rows(w.level, t)
         if self.context_dim:
-            if context is None: raise ValueError(f'this energy was built with context_dim={self.context_dim}: pass context of shape (B, {self.context_dim})')
+            if context is None:
+                raise ValueError(
+                    f'this energy was built with context_dim={self.context_dim}: pass context of shape (B, {self.context_dim})'
+                )
             h = h + linear(act(linear(act(linear(context, *w.context[0])), *w.context[1])), w.merge_c)
-        for b in w.blocks: h = h + linear(act(h), *b)
+        for b in w.blocks:
+            h = h + linear(act(h), *b)
         return linear(act(h), *w.head)
-    def fast(self, weights:EnergyWeights|None=None) -> 'FastEnergy':
+
+    def fast(self, weights: EnergyWeights | None = None) -> 'FastEnergy':
         "A graph-free copy whose input gradient is in closed form, for sampling"
         return FastEnergy(self, (self.weights() if weights is None else weights).detach())
 
 # %% ../nbs/11_energy.ipynb #8c6b2f5b
 def energy_grad(
-    energy, # Callable `F(z, t, y, context) -> (B,)`
-    z:Tensor, # Latents, shape `(B, d)`
-    t:Tensor, # Levels, shape `(B,)`, long
-    y:Tensor|None=None, # Symbols, shape `(B,)`
-    context:Tensor|None=None, # Context vectors
-) -> tuple[Tensor,Tensor]: # `F` `(B,)` and its gradient in `z` `(B, d)`, both detached
+    energy,  # Callable `F(z, t, y, context) -> (B,)`
+    z: Tensor,  # Latents, shape `(B, d)`
+    t: Tensor,  # Levels, shape `(B,)`, long
+    y: Tensor | None = None,  # Symbols, shape `(B,)`
+    context: Tensor | None = None,  # Context vectors
+) -> tuple[Tensor, Tensor]:  # `F` `(B,)` and its gradient in `z` `(B, d)`, both detached
     "`F` and its input gradient by autograd, for any energy"
     with torch.enable_grad():
         z = z.detach().requires_grad_()
@@ -327,99 +469,209 @@ def energy_grad(
 # %% ../nbs/11_energy.ipynb #4c609005
 class FastEnergy:
     "Weights of an `EnergyNet`, which must not change while they are in use, with the input gradient in closed form"
-    def __init__(self, net:EnergyNet, weights:EnergyWeights):
-        self.net,self.w,self.slope,self.kept = net,weights._replace(merge_z=weights.merge_z.contiguous()),net.slope,{}
-    exact,precision = property(lambda self: self),None # See `MixedEnergy`
+
+    def __init__(self, net: EnergyNet, weights: EnergyWeights):
+        self.net, self.w, self.slope, self.kept = (
+            net,
+            weights._replace(merge_z=weights.merge_z.contiguous()),
+            net.slope,
+            {},
+        )
+
+    exact, precision = property(lambda self: self), None  # See `MixedEnergy`
+
     @cached_property
-    def rows(self) -> bool: # oneDNN: activations `(B, H)`. Else `(H, B)`, and weights so that products have one factor turned: BLAS is a tenth faster
+    def rows(
+        self,
+    ) -> bool:  # oneDNN: activations `(B, H)`. Else `(H, B)`, and weights so that products have one factor turned: BLAS is a tenth faster
         W = self.w.merge_z
         return direct(W, W) or W.dtype in (torch.bfloat16, torch.float16)
+
     @cached_property
-    def layers(self) -> list: # `(W, b, W.T)` of each, as the library likes them
-        return [(W, b, W.T) if self.rows else (W.T.contiguous().T, None if b is None else b[:,None], W.T) for W,b in (self.w.z1, self.w.z2, (self.w.merge_z, None), self.w.head, *self.w.blocks)]
-    def tensors(self) -> list: # Every weight, in a fixed order
-        out = []; each(out.append, self.w)
+    def layers(self) -> list:  # `(W, b, W.T)` of each, as the library likes them
+        return [
+            (W, b, W.T) if self.rows else (W.T.contiguous().T, None if b is None else b[:, None], W.T)
+            for W, b in (self.w.z1, self.w.z2, (self.w.merge_z, None), self.w.head, *self.w.blocks)
+        ]
+
+    def tensors(self) -> list:  # Every weight, in a fixed order
+        out = []
+        each(out.append, self.w)
         return out
+
     def rebuilt(self, tensors) -> 'FastEnergy':
         "The same energy with other weights, given as `tensors()` gives them"
         todo = iter(tensors)
         return FastEnergy(self.net, each(lambda _: next(todo), self.w))
-    def sizes(self) -> Sizes|None: # `None` for an energy that `ldebm.resident` and `ldebm.native` do not know
+
+    def sizes(self) -> Sizes | None:  # `None` for an energy that `ldebm.resident` and `ldebm.native` do not know
         "Shape of the network"
-        return Sizes(self.net.d, len(self.w.merge_z), self.net.n_symbols, len(self.w.blocks), self.slope) if self.net.groups is None and self.net.tau_y == 1 else None
+        return (
+            Sizes(self.net.d, len(self.w.merge_z), self.net.n_symbols, len(self.w.blocks), self.slope)
+            if self.net.groups is None and self.net.tau_y == 1
+            else None
+        )
+
     def packed(self) -> Tensor:
         "Weights as `ldebm.resident.run_chains` wants them, without what `base` needs; on a CPU, where nothing is recorded, made once"
-        if (kept := self.kept.get('packed')) is not None: return kept
-        w = self.w; hidden = (w.z2, (w.merge_z, w.merge_z.new_zeros(len(w.merge_z))), *w.blocks)
-        out = torch.cat([x.flatten() for x in (*(W for W,_ in hidden), *(b for _,b in hidden), *w.z1, *w.head)])
-        if out.is_cpu: self.kept['packed'] = out
+        if (kept := self.kept.get('packed')) is not None:
+            return kept
+        w = self.w
+        hidden = (w.z2, (w.merge_z, w.merge_z.new_zeros(len(w.merge_z))), *w.blocks)
+        out = torch.cat([x.flatten() for x in (*(W for W, _ in hidden), *(b for _, b in hidden), *w.z1, *w.head)])
+        if out.is_cpu:
+            self.kept['packed'] = out
         return out
-    def compiled(self, z:Tensor, y:Tensor|None) -> bool: # See `ldebm.native`
-        return z.is_cpu and z.dtype == self.w.merge_z.dtype and (y is None or y.dtype == torch.long) and unpack_dual(z).tangent is None and not why_not(self.sizes(), z)
-    def act(self, x): return nnf.leaky_relu(x, self.slope)
-    def turn(self, x:Tensor) -> Tensor: return x if self.rows else x.T
-    def room(self, like:Tensor) -> list: # A matrix for each activation
+
+    def compiled(self, z: Tensor, y: Tensor | None) -> bool:  # See `ldebm.native`
+        return (
+            z.is_cpu
+            and z.dtype == self.w.merge_z.dtype
+            and (y is None or y.dtype == torch.long)
+            and unpack_dual(z).tangent is None
+            and not why_not(self.sizes(), z)
+        )
+
+    def act(self, x):
+        return nnf.leaky_relu(x, self.slope)
+
+    def turn(self, x: Tensor) -> Tensor:
+        return x if self.rows else x.T
+
+    def room(self, like: Tensor) -> list:  # A matrix for each activation
         "The same memory at every update of a chain"
-        key,H = (len(like), like.dtype, like.device),len(self.w.merge_z)
-        if self.kept.get('room', (None,))[0] != key: self.kept['room'] = key,list(like.new_empty(3+len(self.w.blocks), *((len(like), H) if self.rows else (H, len(like)))))
+        key, H = (len(like), like.dtype, like.device), len(self.w.merge_z)
+        if self.kept.get('room', (None,))[0] != key:
+            self.kept['room'] = (
+                key,
+                list(like.new_empty(3 + len(self.w.blocks), *((len(like), H) if self.rows else (H, len(like))))),
+            )
         return self.kept['room'][1]
-    def products(self) -> tuple: # `up(x, layer)`, `onto(h, x, layer)`, which may overwrite `h`, and `down(g, layer)`
+
+    def products(self) -> tuple:  # `up(x, layer)`, `onto(h, x, layer)`, which may overwrite `h`, and `down(g, layer)`
         "Through a layer, through it and added to `h`, and back, `layer` from `layers`"
-        if self.rows: return lambda x, l: product(x, *l[:2]), lambda h, x, l: product(x, *l[:2], add=h), lambda g, l: product(g, l[2])
-        return lambda x, l: torch.addmm(l[1], l[0], x), lambda h, x, l: torch.addmm(h, l[0], x, out=h).add_(l[1]), lambda g, l: torch.mm(l[2], g)
+        if self.rows:
+            return (
+                lambda x, l: product(x, *l[:2]),
+                lambda h, x, l: product(x, *l[:2], add=h),
+                lambda g, l: product(g, l[2]),
+            )
+        return (
+            lambda x, l: torch.addmm(l[1], l[0], x),
+            lambda h, x, l: torch.addmm(h, l[0], x, out=h).add_(l[1]),
+            lambda g, l: torch.mm(l[2], g),
+        )
+
     @torch.no_grad()
-    def base(self, t:Tensor, context:Tensor|None=None) -> Tensor:
+    def base(self, t: Tensor, context: Tensor | None = None) -> Tensor:
         "What of the merge layer stays constant in a chain: level and context, shape `(B, H)`"
         h = self.w.level[t]
         if self.net.context_dim:
-            if context is None: raise ValueError(f'this energy was built with context_dim={self.net.context_dim}: pass context')
-            h = product(self.act(product(self.act(product(context, *self.w.context[0])), *self.w.context[1])), self.w.merge_c, add=h)
+            if context is None:
+                raise ValueError(f'this energy was built with context_dim={self.net.context_dim}: pass context')
+            h = product(
+                self.act(product(self.act(product(context, *self.w.context[0])), *self.w.context[1])),
+                self.w.merge_c,
+                add=h,
+            )
         return h if self.compiled(self.w.level, None) else self.turn(self.turn(h).contiguous())
+
     @torch.no_grad()
-    def grad(self,
-        z:Tensor, # Latents, shape `(B, d)`
-        t:Tensor, # Levels, shape `(B,)`, long
-        y:Tensor|None=None, # Symbols, shape `(B,)`
-        context:Tensor|None=None, # Context vectors
-        base:Tensor|None=None, # From `base(t, context)`, to be reused along a chain
-    ) -> tuple[Tensor,Tensor]: # `F` `(B,)` and its gradient `(B, d)`
+    def grad(
+        self,
+        z: Tensor,  # Latents, shape `(B, d)`
+        t: Tensor,  # Levels, shape `(B,)`, long
+        y: Tensor | None = None,  # Symbols, shape `(B,)`
+        context: Tensor | None = None,  # Context vectors
+        base: Tensor | None = None,  # From `base(t, context)`, to be reused along a chain
+    ) -> tuple[Tensor, Tensor]:  # `F` `(B,)` and its gradient `(B, d)`
         "`F` and its input gradient"
         if self.compiled(z, y):
-            with torch.autocast('cpu', enabled=False): base = self.base(t, context) if base is None else base
-            return gradient_native(self.sizes(), self.packed(), base.expand(len(z), -1), z, None if y is None else y.expand(len(z)), self.kept.setdefault('native', {}))
-        rooms,turn,aten,(up,onto,down),(first,second,merge,head,*blocks) = self.room(z),self.turn,torch.ops.aten,self.products(),self.layers
-        def act(h, i): return aten.leaky_relu.out(h, self.slope, out=rooms[i])
-        def back(g, i): return aten.leaky_relu_backward.grad_input(g, rooms[i], self.slope, True, grad_input=rooms[i]) # what the activation gave has the sign of its argument
-        x,start = act(up(act(up(turn(z), first), 0), second), 1),turn(self.base(t, context) if base is None else base)
+            with torch.autocast('cpu', enabled=False):
+                base = self.base(t, context) if base is None else base
+            return gradient_native(
+                self.sizes(),
+                self.packed(),
+                base.expand(len(z), -1),
+                z,
+                None if y is None else y.expand(len(z)),
+                self.kept.setdefault('native', {}),
+            )
+        rooms, turn, aten, (up, onto, down), (first, second, merge, head, *blocks) = (
+            self.room(z),
+            self.turn,
+            torch.ops.aten,
+            self.products(),
+            self.layers,
+        )
+
+        def act(h, i):
+            return aten.leaky_relu.out(h, self.slope, out=rooms[i])
+
+        def back(g, i):
+            return aten.leaky_relu_backward.grad_input(
+                g, rooms[i], self.slope, True, grad_input=rooms[i]
+            )  # what the activation gave has the sign of its argument
+
+        x, start = act(up(act(up(turn(z), first), 0), second), 1), turn(self.base(t, context) if base is None else base)
         h = product(x, merge[0], add=start) if self.rows else torch.addmm(start, merge[0], x)
-        for i,l in enumerate(blocks, 3): h = onto(h, act(h, i), l)
-        F,slope = free_both(turn(up(act(h, 2), head)), y, self.net.groups, self.net.tau_y)
+        for i, l in enumerate(blocks, 3):
+            h = onto(h, act(h, i), l)
+        F, slope = free_both(turn(up(act(h, 2), head)), y, self.net.groups, self.net.tau_y)
         g = back(down(turn(slope), head), 2)
-        for i,l in reversed(list(enumerate(blocks, 3))): g.add_(back(down(g, l), i))
+        for i, l in reversed(list(enumerate(blocks, 3))):
+            g.add_(back(down(g, l), i))
         return F, turn(down(back(down(back(down(g, merge), 1), second), 0), first))
 
 # %% ../nbs/11_energy.ipynb #d80e83df
 class MixedEnergy:
     "A frozen energy with products in another precision; latents, and what it returns, keep theirs"
-    def __init__(self,
-        fast:FastEnergy,
-        dtype:torch.dtype, # Of products, such as `torch.bfloat16`
-    ): self.net,self.exact,self.precision = fast.net,fast,dtype
+
+    def __init__(
+        self,
+        fast: FastEnergy,
+        dtype: torch.dtype,  # Of products, such as `torch.bfloat16`
+    ):
+        self.net, self.exact, self.precision = fast.net, fast, dtype
+
     @cached_property
-    def fast(self) -> FastEnergy: return FastEnergy(self.net, each(lambda w: w.to(self.precision), self.exact.w))
-    def sizes(self) -> Sizes|None: return self.exact.sizes()
-    def tensors(self) -> list: return self.fast.tensors() # As `FastEnergy.tensors`
-    def rebuilt(self, tensors) -> 'MixedEnergy': return MixedEnergy(self.fast.rebuilt(tensors), self.precision)
-    def base(self, t:Tensor, context:Tensor|None=None) -> Tensor: return self.fast.base(t, None if context is None else context.to(self.precision))
-    def grad(self, z:Tensor, t:Tensor, y=None, context=None, base=None) -> tuple[Tensor,Tensor]: # As `FastEnergy.grad`
-        return tuple(x.to(z.dtype) for x in self.fast.grad(z.to(self.precision), t, y, None if context is None else context.to(self.precision), base))
+    def fast(self) -> FastEnergy:
+        return FastEnergy(self.net, each(lambda w: w.to(self.precision), self.exact.w))
+
+    def sizes(self) -> Sizes | None:
+        return self.exact.sizes()
+
+    def tensors(self) -> list:
+        return self.fast.tensors()  # As `FastEnergy.tensors`
+
+    def rebuilt(self, tensors) -> 'MixedEnergy':
+        return MixedEnergy(self.fast.rebuilt(tensors), self.precision)
+
+    def base(self, t: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.fast.base(t, None if context is None else context.to(self.precision))
+
+    def grad(
+        self, z: Tensor, t: Tensor, y=None, context=None, base=None
+    ) -> tuple[Tensor, Tensor]:  # As `FastEnergy.grad`
+        return tuple(
+            x.to(z.dtype)
+            for x in self.fast.grad(
+                z.to(self.precision), t, y, None if context is None else context.to(self.precision), base
+            )
+        )
 
 # %% ../nbs/11_energy.ipynb #5fe02fd1
 class AutogradEnergy:
     "Any differentiable `F(z, t, y, context)` in the form a sampler wants"
-    def __init__(self, energy): self.energy = energy
-    def base(self, t, context=None): return None
-    def grad(self, z, t, y=None, context=None, base=None): return energy_grad(self.energy, z, t, y, context)
+
+    def __init__(self, energy):
+        self.energy = energy
+
+    def base(self, t, context=None):
+        return None
+
+    def grad(self, z, t, y=None, context=None, base=None):
+        return energy_grad(self.energy, z, t, y, context)
 
 # %% ../nbs/11_energy.ipynb #169b8b66
 def fast_energy(energy, weights=None):
@@ -429,26 +681,38 @@ def fast_energy(energy, weights=None):
 # %% ../nbs/11_energy.ipynb #9ac9580c
 class QuadraticEnergy(Energy):
     "`F(z, t) = -(z-c_t)' A_t (z-c_t)/2`, one symbol: every tilt of a Gaussian stays Gaussian"
+
     n_symbols = 1
-    def __init__(self,
-        A:Tensor, # Symmetric matrices, shape `(T, d, d)`
-        c:Tensor, # Centres, shape `(T, d)`
+
+    def __init__(
+        self,
+        A: Tensor,  # Symmetric matrices, shape `(T, d, d)`
+        c: Tensor,  # Centres, shape `(T, d)`
     ):
         super().__init__()
-        self.A,self.c,self.n_levels,self.d = nn.Parameter(A),nn.Parameter(c),len(A),A.shape[-1]
+        self.A, self.c, self.n_levels, self.d = nn.Parameter(A), nn.Parameter(c), len(A), A.shape[-1]
+
     def logits(self, z, t, context=None, weights=None):
-        x = z-rows(self.c, t); y = torch.empty_like(x)
-        for k in t.unique().tolist(): y = torch.where((t == k)[:,None], x@self.A[k], y)
-        return -.5*(x*y).sum(-1, keepdim=True)
-    def tilt(self,
-        m:Tensor, # Mean of the Gaussian, shape `(B, d)`
-        v:float|Tensor, # Its variance
-        t:int, # Level
-    ) -> tuple[Tensor,Tensor,Tensor]: # Mean `(B, d)` and covariance `(d, d)` of the tilted Gaussian, and log Z `(B,)`
+        x = z - rows(self.c, t)
+        y = torch.empty_like(x)
+        for k in t.unique().tolist():
+            y = torch.where((t == k)[:, None], x @ self.A[k], y)
+        return -0.5 * (x * y).sum(-1, keepdim=True)
+
+    def tilt(
+        self,
+        m: Tensor,  # Mean of the Gaussian, shape `(B, d)`
+        v: float | Tensor,  # Its variance
+        t: int,  # Level
+    ) -> tuple[
+        Tensor, Tensor, Tensor
+    ]:  # Mean `(B, d)` and covariance `(d, d)` of the tilted Gaussian, and log Z `(B,)`
         "Closed form of `exp(F(z, t)) N(z; m, v I)/Z`"
-        A,c,I = self.A[t],self.c[t],torch.eye(self.d, dtype=m.dtype)
-        P = A+I/v
-        mean = torch.linalg.solve(P, (A@c+m/v).T).T
-        x = m-c
-        logZ = -.5*torch.einsum('bi,ij,bj->b', x, torch.linalg.solve(v*A+I, A), x) - .5*torch.logdet(v*A+I)
+        A, c, I = self.A[t], self.c[t], torch.eye(self.d, dtype=m.dtype)
+        P = A + I / v
+        mean = torch.linalg.solve(P, (A @ c + m / v).T).T
+        x = m - c
+        logZ = -0.5 * torch.einsum('bi,ij,bj->b', x, torch.linalg.solve(v * A + I, A), x) - 0.5 * torch.logdet(
+            v * A + I
+        )
         return mean, torch.linalg.inv(P), logZ

@@ -10,9 +10,11 @@ __all__ = ['GeneratorCfg', 'Conv', 'draw', 'Block', 'Up', 'Down', 'soft_bound', 
 # %% ../nbs/30_generator.ipynb #228c4fdb
 import math
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+
 from .core import Average
 from .prior import DiagGaussian
 from .schedule import randn_like
@@ -21,342 +23,524 @@ from .schedule import randn_like
 @dataclass(frozen=True)
 class GeneratorCfg:
     "Sizes of a multi-layer generator; tuples run from the top layer to the bottom one"
-    shape:tuple=(1,8,8) # Channels, height and width of a picture
-    sizes:tuple=(1,1,1) # Side of each layer's map; 1 is a vector; each a multiple of the one before
-    channels:tuple=(10,4,2) # Latent channels of each layer
-    widths:tuple=(96,96,96) # Feature channels at each layer; equal for equal sizes
-    blocks:tuple=(2,1,0) # Residual blocks below each layer
-    enc_blocks:int=1 # Residual blocks of the encoder above the features of each layer
-    likelihood:str='gaussian' # `gaussian` or `logistic` (discretised)
-    levels:int=17 # Grey levels of a pixel, for `logistic`
-    mixtures:int=1 # Components of `logistic`
-    sigma:float=.15 # Pixel standard deviation of `gaussian`
-    bound:float=5. # Soft bound of means, and of log scales of the posterior
-    bound_scale:float=3. # Soft bound of the prior's log scales
+
+    shape: tuple = (1, 8, 8)  # Channels, height and width of a picture
+    sizes: tuple = (1, 1, 1)  # Side of each layer's map; 1 is a vector; each a multiple of the one before
+    channels: tuple = (10, 4, 2)  # Latent channels of each layer
+    widths: tuple = (96, 96, 96)  # Feature channels at each layer; equal for equal sizes
+    blocks: tuple = (2, 1, 0)  # Residual blocks below each layer
+    enc_blocks: int = 1  # Residual blocks of the encoder above the features of each layer
+    likelihood: str = 'gaussian'  # `gaussian` or `logistic` (discretised)
+    levels: int = 17  # Grey levels of a pixel, for `logistic`
+    mixtures: int = 1  # Components of `logistic`
+    sigma: float = 0.15  # Pixel standard deviation of `gaussian`
+    bound: float = 5.0  # Soft bound of means, and of log scales of the posterior
+    bound_scale: float = 3.0  # Soft bound of the prior's log scales
+
     def __post_init__(self):
         n = len(self.sizes)
-        if n < 1: raise ValueError('a generator needs at least one layer')
-        for k in ('channels','widths','blocks'):
-            if len(getattr(self, k)) != n: raise ValueError(f'{k} has {len(getattr(self, k))} entries for {n} layers (sizes={self.sizes})')
-        for k in ('sizes','channels','widths'):
-            if min(getattr(self, k)) < 1: raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
-        if min(self.blocks) < 0 or self.enc_blocks < 0: raise ValueError(f'blocks must not be negative, got {self.blocks} and enc_blocks={self.enc_blocks}')
-        for a,b in zip(self.sizes, self.sizes[1:]):
-            if b % a: raise ValueError(f'each layer must be as large as the one above or a multiple of it, got sizes {self.sizes}')
+        if n < 1:
+            raise ValueError('a generator needs at least one layer')
+        for k in ('channels', 'widths', 'blocks'):
+            if len(getattr(self, k)) != n:
+                raise ValueError(f'{k} has {len(getattr(self, k))} entries for {n} layers (sizes={self.sizes})')
+        for k in ('sizes', 'channels', 'widths'):
+            if min(getattr(self, k)) < 1:
+                raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
+        if min(self.blocks) < 0 or self.enc_blocks < 0:
+            raise ValueError(f'blocks must not be negative, got {self.blocks} and enc_blocks={self.enc_blocks}')
+        for a, b in zip(self.sizes, self.sizes[1:]):
+            if b % a:
+                raise ValueError(
+                    f'each layer must be as large as the one above or a multiple of it, got sizes {self.sizes}'
+                )
         side = self.shape[1]
-        if self.shape[1] != self.shape[2]: raise ValueError(f'pictures must be square, got {self.shape[1]} x {self.shape[2]}: crop them when loading (size=...)')
-        if self.sizes[-1] != 1 and side % self.sizes[-1]: raise ValueError(f'the bottom layer of side {self.sizes[-1]} does not divide pictures of side {side}')
-        for (a,wa),(b,wb) in zip(zip(self.sizes, self.widths), zip(self.sizes[1:], self.widths[1:])):
-            if a == b and wa != wb: raise ValueError(f'layers of equal size share their features: widths {wa} and {wb} at side {a} must be equal')
-        if self.likelihood not in ('gaussian','logistic'): raise ValueError(f"likelihood must be 'gaussian' or 'logistic', got {self.likelihood!r}")
-        if self.sigma <= 0 or self.levels < 2 or self.mixtures < 1: raise ValueError(f'sigma must be positive, levels at least 2, mixtures at least 1; got {self.sigma}, {self.levels}, {self.mixtures}')
+        if self.shape[1] != self.shape[2]:
+            raise ValueError(
+                f'pictures must be square, got {self.shape[1]} x {self.shape[2]}: crop them when loading (size=...)'
+            )
+        if self.sizes[-1] != 1 and side % self.sizes[-1]:
+            raise ValueError(f'the bottom layer of side {self.sizes[-1]} does not divide pictures of side {side}')
+        for (a, wa), (b, wb) in zip(zip(self.sizes, self.widths), zip(self.sizes[1:], self.widths[1:])):
+            if a == b and wa != wb:
+                raise ValueError(
+                    f'layers of equal size share their features: widths {wa} and {wb} at side {a} must be equal'
+                )
+        if self.likelihood not in ('gaussian', 'logistic'):
+            raise ValueError(f"likelihood must be 'gaussian' or 'logistic', got {self.likelihood!r}")
+        if self.sigma <= 0 or self.levels < 2 or self.mixtures < 1:
+            raise ValueError(
+                f'sigma must be positive, levels at least 2, mixtures at least 1; got {self.sigma}, {self.levels}, {self.mixtures}'
+            )
+
     @property
-    def L(self) -> int: return len(self.sizes)
+    def L(self) -> int:
+        return len(self.sizes)
+
     @property
-    def dims(self) -> tuple: return tuple(c*s*s for c,s in zip(self.channels, self.sizes))
+    def dims(self) -> tuple:
+        return tuple(c * s * s for c, s in zip(self.channels, self.sizes))
+
     @property
-    def d(self) -> int: return sum(self.dims)
+    def d(self) -> int:
+        return sum(self.dims)
+
     def _repr_markdown_(self):
-        rows = '\n'.join(f'| $z_{{{self.L-i}}}$ | {c} x {s} x {s} | {w} | {b} |' for i,(s,c,w,b) in enumerate(zip(self.sizes, self.channels, self.widths, self.blocks)))
+        rows = '\n'.join(
+            f'| $z_{{{self.L - i}}}$ | {c} x {s} x {s} | {w} | {b} |'
+            for i, (s, c, w, b) in enumerate(zip(self.sizes, self.channels, self.widths, self.blocks))
+        )
         return f'| layer | latents | features | blocks below |\n|---|---|---|---|\n{rows}\n\n{self.d} latents, pixels {self.shape}, likelihood {self.likelihood}'
 
 # %% ../nbs/30_generator.ipynb #4b93095c
 class Conv(nn.Conv2d):
     "A convolution that is computed as a matrix product where its kernel covers the whole map, which on a CPU is several times faster"
+
     def forward(self, x):
-        if x.shape[2:] == self.kernel_size and not self.padding[0]: return nnf.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:,:,None,None]
+        if x.shape[2:] == self.kernel_size and not self.padding[0]:
+            return nnf.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
         return super().forward(x)
 
-def draw(module:nn.Module, gen:torch.Generator|None=None, gain:float=1.):
+
+def draw(module: nn.Module, gen: torch.Generator | None = None, gain: float = 1.0):
     "Draw weights from a normal of variance `gain^2/fan_in` and zero the biases"
     with torch.no_grad():
         for m in module.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 fan = m.weight[0].numel()
-                m.weight.normal_(0, gain/math.sqrt(fan), generator=gen); m.bias.zero_()
+                m.weight.normal_(0, gain / math.sqrt(fan), generator=gen)
+                m.bias.zero_()
     return module
+
 
 class Block(nn.Module):
     "`h + conv(SiLU(conv(SiLU h)))` at one size"
-    def __init__(self, width:int, size:int):
+
+    def __init__(self, width: int, size: int):
         super().__init__()
         k = 1 if size == 1 else 3
-        self.a,self.b = Conv(width, width, k, padding=k//2),Conv(width, width, k, padding=k//2)
-    def forward(self, h): return h + self.b(nnf.silu(self.a(nnf.silu(h))))
+        self.a, self.b = Conv(width, width, k, padding=k // 2), Conv(width, width, k, padding=k // 2)
+
+    def forward(self, h):
+        return h + self.b(nnf.silu(self.a(nnf.silu(h))))
+
 
 class Up(nn.Module):
     "Features of one size and width to another: nearest neighbours and a 1x1 convolution; from a vector by a linear map"
-    def __init__(self, width:int, size:int, to_width:int, to_size:int):
+
+    def __init__(self, width: int, size: int, to_width: int, to_size: int):
         super().__init__()
-        self.target,self.vector = (to_width,to_size,to_size),size == 1 and to_size > 1
-        self.map = Conv(width, to_width*(to_size**2 if self.vector else 1), 1)
-        self.factor = to_size//size
+        self.target, self.vector = (to_width, to_size, to_size), size == 1 and to_size > 1
+        self.map = Conv(width, to_width * (to_size**2 if self.vector else 1), 1)
+        self.factor = to_size // size
+
     def forward(self, h):
-        if self.vector: return self.map(h).view(-1, *self.target)
+        if self.vector:
+            return self.map(h).view(-1, *self.target)
         h = self.map(h)
         return nnf.interpolate(h, scale_factor=self.factor, mode='nearest') if self.factor > 1 else h
 
+
 class Down(nn.Module):
     "The way back: strided averages and a 1x1 convolution; to a vector by a linear map"
-    def __init__(self, width:int, size:int, to_width:int, to_size:int):
-        super().__init__()
-        self.vector,self.factor = to_size == 1 and size > 1,size//to_size
-        self.map = Conv(width, to_width, size if self.vector else 1)
-    def forward(self, h): return self.map(h) if self.vector or self.factor == 1 else self.map(nnf.avg_pool2d(h, self.factor))
 
-def soft_bound(x:Tensor, bound:float) -> Tensor:
+    def __init__(self, width: int, size: int, to_width: int, to_size: int):
+        super().__init__()
+        self.vector, self.factor = to_size == 1 and size > 1, size // to_size
+        self.map = Conv(width, to_width, size if self.vector else 1)
+
+    def forward(self, h):
+        return self.map(h) if self.vector or self.factor == 1 else self.map(nnf.avg_pool2d(h, self.factor))
+
+
+def soft_bound(x: Tensor, bound: float) -> Tensor:
     "`bound tanh(x/bound)`: the identity near zero, never beyond `bound`"
-    return bound*torch.tanh(x/bound)
+    return bound * torch.tanh(x / bound)
 
 # %% ../nbs/30_generator.ipynb #54a8dafb
 def gaussian_nll(
-    x:Tensor, # Pictures, shape `(B, C, H, W)`, in [0, 1]
-    out:Tensor, # Output of the head, shape `(B, C, H, W)`
-    sigma:float, # Standard deviation
-) -> Tensor: # Shape `(B,)`, nats of a density
+    x: Tensor,  # Pictures, shape `(B, C, H, W)`, in [0, 1]
+    out: Tensor,  # Output of the head, shape `(B, C, H, W)`
+    sigma: float,  # Standard deviation
+) -> Tensor:  # Shape `(B,)`, nats of a density
     "Minus the log density of pixels around `sigmoid(out)`"
-    r = (x-out.sigmoid()).flatten(1)
-    return .5*(r/sigma).square().sum(1) + r.shape[1]*(math.log(sigma)+.5*math.log(2*math.pi))
+    r = (x - out.sigmoid()).flatten(1)
+    return 0.5 * (r / sigma).square().sum(1) + r.shape[1] * (math.log(sigma) + 0.5 * math.log(2 * math.pi))
 
-def logistic_parts(out:Tensor, C:int, M:int) -> tuple[Tensor,Tensor,Tensor]: # Log weights, means and log scales, each `(B, M, C, H, W)`
+
+def logistic_parts(
+    out: Tensor, C: int, M: int
+) -> tuple[Tensor, Tensor, Tensor]:  # Log weights, means and log scales, each `(B, M, C, H, W)`
     "Mixture parameters from the head's output, shape `(B, 3*M*C, H, W)`"
-    w,m,s = out.view(len(out), 3, M, C, *out.shape[2:]).unbind(1)
-    return w.log_softmax(1), m.sigmoid(), (s-2.).clamp(min=-7.)
+    w, m, s = out.view(len(out), 3, M, C, *out.shape[2:]).unbind(1)
+    return w.log_softmax(1), m.sigmoid(), (s - 2.0).clamp(min=-7.0)
+
 
 def logistic_nll(
-    x:Tensor, # Pictures, shape `(B, C, H, W)`, in [0, 1]
-    out:Tensor, # Output of the head, shape `(B, 3*M*C, H, W)`
-    levels:int, # Number of grey levels
-    M:int, # Components
-) -> Tensor: # Shape `(B,)`, nats
+    x: Tensor,  # Pictures, shape `(B, C, H, W)`, in [0, 1]
+    out: Tensor,  # Output of the head, shape `(B, 3*M*C, H, W)`
+    levels: int,  # Number of grey levels
+    M: int,  # Components
+) -> Tensor:  # Shape `(B,)`, nats
     "Minus the log probability of discrete pixels under a mixture of discretised logistics"
-    lw,m,s = logistic_parts(out, x.shape[1], M)
-    half,x = .5/(levels-1),x[:,None]
+    lw, m, s = logistic_parts(out, x.shape[1], M)
+    half, x = 0.5 / (levels - 1), x[:, None]
     inv = (-s).exp()
-    up,lo = (x-m+half)*inv,(x-m-half)*inv
+    up, lo = (x - m + half) * inv, (x - m - half) * inv
     # log(sigmoid(up)-sigmoid(lo)), without cancellation in the tails
-    inner = up + torch.log(-torch.expm1(-(2*half)*inv)) - nnf.softplus(up) - nnf.softplus(lo)
-    lp = torch.where(x < half, nnf.logsigmoid(up), torch.where(x > 1-half, -nnf.softplus(lo), inner))
-    return -(lw+lp).logsumexp(1).flatten(1).sum(1)
+    inner = up + torch.log(-torch.expm1(-(2 * half) * inv)) - nnf.softplus(up) - nnf.softplus(lo)
+    lp = torch.where(x < half, nnf.logsigmoid(up), torch.where(x > 1 - half, -nnf.softplus(lo), inner))
+    return -(lw + lp).logsumexp(1).flatten(1).sum(1)
 
 # %% ../nbs/30_generator.ipynb #490ca59b
 class Generator(nn.Module):
     "Top-down generator `p(x | T(u))`, `u ~ N(0, I)`, with its inference network"
-    def __init__(self,
-        cfg:GeneratorCfg, # Sizes
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        cfg: GeneratorCfg,  # Sizes
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        self.cfg,c = cfg,cfg
+        self.cfg, c = cfg, cfg
         n = range(c.L)
-        conv = lambda i,o: Conv(i, o, 1)
+
+        def conv(i, o):
+            return Conv(i, o, 1)
+
         self.start = nn.Parameter(torch.zeros(1, c.widths[0], c.sizes[0], c.sizes[0]))
         self.combine = nn.ModuleList([conv(c.channels[i], c.widths[i]) for i in n])
-        self.prior = nn.ModuleList([conv(c.widths[i], 2*c.channels[i]) for i in n[1:]])
-        self.below = nn.ModuleList([nn.Sequential(*[Block(c.widths[i], c.sizes[i]) for _ in range(c.blocks[i])]) for i in n])
-        self.up = nn.ModuleList([nn.Identity() if c.sizes[i] == c.sizes[i+1] else Up(c.widths[i], c.sizes[i], c.widths[i+1], c.sizes[i+1]) for i in n[:-1]])
-        C,side,low = c.shape[0],c.shape[1],c.sizes[-1]
-        self.out_channels = C if c.likelihood == 'gaussian' else 3*c.mixtures*C
-        self.factor = side//low
-        self.head = Conv(c.widths[-1], self.out_channels*self.factor**2, 1 if low == 1 else 3, padding=0 if low == 1 else 1)
-        self.stem = Conv(C, c.widths[-1], self.factor if self.factor > 1 else 3, stride=self.factor, padding=0 if self.factor > 1 else 1)
-        self.enc = nn.ModuleList([nn.Sequential(*[Block(c.widths[i], c.sizes[i]) for _ in range(c.enc_blocks)]) for i in n[:-1]])
-        self.down = nn.ModuleList([nn.Identity() if c.sizes[i] == c.sizes[i+1] else Down(c.widths[i+1], c.sizes[i+1], c.widths[i], c.sizes[i]) for i in n[:-1]])
-        self.post = nn.ModuleList([conv(2*c.widths[i], 2*c.channels[i]) for i in n])
+        self.prior = nn.ModuleList([conv(c.widths[i], 2 * c.channels[i]) for i in n[1:]])
+        self.below = nn.ModuleList(
+            [nn.Sequential(*[Block(c.widths[i], c.sizes[i]) for _ in range(c.blocks[i])]) for i in n]
+        )
+        self.up = nn.ModuleList(
+            [
+                nn.Identity()
+                if c.sizes[i] == c.sizes[i + 1]
+                else Up(c.widths[i], c.sizes[i], c.widths[i + 1], c.sizes[i + 1])
+                for i in n[:-1]
+            ]
+        )
+        C, side, low = c.shape[0], c.shape[1], c.sizes[-1]
+        self.out_channels = C if c.likelihood == 'gaussian' else 3 * c.mixtures * C
+        self.factor = side // low
+        self.head = Conv(
+            c.widths[-1], self.out_channels * self.factor**2, 1 if low == 1 else 3, padding=0 if low == 1 else 1
+        )
+        self.stem = Conv(
+            C,
+            c.widths[-1],
+            self.factor if self.factor > 1 else 3,
+            stride=self.factor,
+            padding=0 if self.factor > 1 else 1,
+        )
+        self.enc = nn.ModuleList(
+            [nn.Sequential(*[Block(c.widths[i], c.sizes[i]) for _ in range(c.enc_blocks)]) for i in n[:-1]]
+        )
+        self.down = nn.ModuleList(
+            [
+                nn.Identity()
+                if c.sizes[i] == c.sizes[i + 1]
+                else Down(c.widths[i + 1], c.sizes[i + 1], c.widths[i], c.sizes[i])
+                for i in n[:-1]
+            ]
+        )
+        self.post = nn.ModuleList([conv(2 * c.widths[i], 2 * c.channels[i]) for i in n])
         draw(self, gen)
         with torch.no_grad():
             self.start.normal_(0, 1, generator=gen)
             for m in self.modules():
-                if isinstance(m, Block): m.b.weight.mul_(1/math.sqrt(max(1, sum(c.blocks))))
-            for m in self.prior: m.weight.mul_(.1)
-            for m,n in zip(self.post, c.channels): # informative from the first step: a decoder that hears only noise learns not to listen
-                m.weight[n:].mul_(.1); m.bias[n:] = -1.5
+                if isinstance(m, Block):
+                    m.b.weight.mul_(1 / math.sqrt(max(1, sum(c.blocks))))
+            for m in self.prior:
+                m.weight.mul_(0.1)
+            for m, n in zip(
+                self.post, c.channels
+            ):  # informative from the first step: a decoder that hears only noise learns not to listen
+                m.weight[n:].mul_(0.1)
+                m.bias[n:] = -1.5
+
     @property
-    def d(self) -> int: return self.cfg.d
+    def d(self) -> int:
+        return self.cfg.d
+
     @property
-    def L(self) -> int: return self.cfg.L
+    def L(self) -> int:
+        return self.cfg.L
+
     def walk(self, B, pick):
         "Top to bottom; `pick(i, h, mu, log_sigma) -> z_i`, with `mu = log_sigma = None` at the top; gives the features above the pixels"
         h = self.start.expand(B, -1, -1, -1)
         for i in range(self.L):
             m = s = None
             if i:
-                m,s = self.prior[i-1](nnf.silu(h)).chunk(2, 1)
-                m,s = soft_bound(m, self.cfg.bound),soft_bound(s, self.cfg.bound_scale)
+                m, s = self.prior[i - 1](nnf.silu(h)).chunk(2, 1)
+                m, s = soft_bound(m, self.cfg.bound), soft_bound(s, self.cfg.bound_scale)
             h = self.below[i](h + self.combine[i](pick(i, h, m, s)))
-            if i < self.L-1: h = self.up[i](h)
+            if i < self.L - 1:
+                h = self.up[i](h)
         return h
-    def forward(self, batch, gen=None, floor=None): raise NotImplementedError('train a GeneratorModel; call T, encode, decode or sample here')
+
+    def forward(self, batch, gen=None, floor=None):
+        raise NotImplementedError('train a GeneratorModel; call T, encode, decode or sample here')
 
 # %% ../nbs/30_generator.ipynb #ea7eebe7
-def split_layers(self:Generator, u:Tensor) -> list: # Maps `(B, c_i, s_i, s_i)`, top first
+def split_layers(self: Generator, u: Tensor) -> list:  # Maps `(B, c_i, s_i, s_i)`, top first
     "Cut a flat latent `(B, d)` into its layers"
-    if u.ndim != 2 or u.shape[1] != self.d: raise ValueError(f'expected latents of shape (B, {self.d}), got {tuple(u.shape)}')
+    if u.ndim != 2 or u.shape[1] != self.d:
+        raise ValueError(f'expected latents of shape (B, {self.d}), got {tuple(u.shape)}')
     c = self.cfg
-    return [p.view(len(u), n, s, s) for p,n,s in zip(u.split(c.dims, 1), c.channels, c.sizes)]
+    return [p.view(len(u), n, s, s) for p, n, s in zip(u.split(c.dims, 1), c.channels, c.sizes)]
+
+
 Generator.split_layers = split_layers
 
-def join_layers(self:Generator, parts:list) -> Tensor: # Shape `(B, d)`
+
+def join_layers(self: Generator, parts: list) -> Tensor:  # Shape `(B, d)`
     "Layers, top first, back to a flat latent"
     return torch.cat([p.flatten(1) for p in parts], 1)
+
+
 Generator.join_layers = join_layers
 
-def layer_mask(self:Generator,
-    layers, # Numbers of layers, 1 at the bottom to `L` at the top
+
+def layer_mask(
+    self: Generator,
+    layers,  # Numbers of layers, 1 at the bottom to `L` at the top
     device='cpu',
-) -> Tensor: # Shape `(d,)`, bool
+) -> Tensor:  # Shape `(d,)`, bool
     "Which coordinates of a flat latent belong to some layers; `ValueError` for a layer that does not exist"
     layers = [layers] if isinstance(layers, int) else list(layers)
-    if bad := [k for k in layers if not 1 <= k <= self.L]: raise ValueError(f'no layer {bad[0]}: layers are numbered 1 (bottom) to {self.L} (top)')
-    return torch.cat([torch.full((n,), self.L-i in layers, device=device) for i,n in enumerate(self.cfg.dims)])
+    if bad := [k for k in layers if not 1 <= k <= self.L]:
+        raise ValueError(f'no layer {bad[0]}: layers are numbered 1 (bottom) to {self.L} (top)')
+    return torch.cat([torch.full((n,), self.L - i in layers, device=device) for i, n in enumerate(self.cfg.dims)])
+
+
 Generator.layer_mask = layer_mask
 
 # %% ../nbs/30_generator.ipynb #e53211b0
-def T(self:Generator,
-    u:Tensor, # Latents, shape `(B, d)`
-    temperature:float=1., # Multiplies every scale
-    features:bool=False, # Return the features above the pixels as well
-    contexts:bool=False, # Return what each layer was drawn from as well
+def T(
+    self: Generator,
+    u: Tensor,  # Latents, shape `(B, d)`
+    temperature: float = 1.0,  # Multiplies every scale
+    features: bool = False,  # Return the features above the pixels as well
+    contexts: bool = False,  # Return what each layer was drawn from as well
 ):  # `z` as a list of maps, top first; and features `(B, w, s, s)`; and a list of features `(B, w_i, s_i, s_i)` above each layer
     "The map `z = T(u)` (Cui & Han 2024, sec. 3): triangular over layers, so a change in `u_i` moves `z_i` and everything below it"
-    us,zs,hs = self.split_layers(u),[],[]
+    us, zs, hs = self.split_layers(u), [], []
+
     def pick(i, h, m, s):
-        e = us[i] if temperature == 1 else temperature*us[i]
-        zs.append(e if m is None else m + s.exp()*e); hs.append(h)
+        e = us[i] if temperature == 1 else temperature * us[i]
+        zs.append(e if m is None else m + s.exp() * e)
+        hs.append(h)
         return zs[-1]
+
     h = self.walk(len(u), pick)
-    more = ((h,) if features else ())+((hs,) if contexts else ())
+    more = ((h,) if features else ()) + ((hs,) if contexts else ())
     return (zs, *more) if more else zs
+
+
 Generator.T = T
 
-def inverse(self:Generator,
-    zs:list, # Layers as from `T`, top first
-) -> Tensor: # `u`, shape `(B, d)`
+
+def inverse(
+    self: Generator,
+    zs: list,  # Layers as from `T`, top first
+) -> Tensor:  # `u`, shape `(B, d)`
     "The inverse of `T`, exact to rounding"
     us = []
+
     def pick(i, h, m, s):
-        us.append(zs[i] if m is None else (zs[i]-m)*(-s).exp())
+        us.append(zs[i] if m is None else (zs[i] - m) * (-s).exp())
         return zs[i]
+
     self.walk(len(zs[0]), pick)
     return self.join_layers(us)
+
+
 Generator.inverse = inverse
 
-def log_det(self:Generator, u:Tensor) -> Tensor: # Shape `(B,)`, nats
+
+def log_det(self: Generator, u: Tensor) -> Tensor:  # Shape `(B,)`, nats
     "`log |det dT/du|`: the sum of all log scales, so that `log p(z) = log N(u; 0, I) - log_det`"
-    us,total = self.split_layers(u),[]
+    us, total = self.split_layers(u), []
+
     def pick(i, h, m, s):
-        if m is None: return us[i]
-        total.append(s.flatten(1).sum(1)); return m + s.exp()*us[i]
+        if m is None:
+            return us[i]
+        total.append(s.flatten(1).sum(1))
+        return m + s.exp() * us[i]
+
     self.walk(len(u), pick)
     return sum(total) if total else u.new_zeros(len(u))
+
+
 Generator.log_det = log_det
 
 # %% ../nbs/30_generator.ipynb #87b6d87e
-def encode(self:Generator,
-    x:Tensor, # Pictures, shape `(B, C, H, W)`, in [0, 1]
-    gen:torch.Generator|None=None, # Source of posterior noise
-    mean:bool=False, # Take the mean of each layer instead of a draw
-    features:bool=False, # Return the features above the pixels as well
+def encode(
+    self: Generator,
+    x: Tensor,  # Pictures, shape `(B, C, H, W)`, in [0, 1]
+    gen: torch.Generator | None = None,  # Source of posterior noise
+    mean: bool = False,  # Take the mean of each layer instead of a draw
+    features: bool = False,  # Return the features above the pixels as well
 ):  # `q(u_i | u_{>i}, x)` along the draw, a flat `DiagGaussian`, and the draw `(B, d)`; and features `(B, w, s, s)`
     "Posterior of `u`; `ValueError` when pictures have another shape than the generator's"
-    if tuple(x.shape[1:]) != tuple(self.cfg.shape): raise ValueError(f'this generator takes pictures of shape {tuple(self.cfg.shape)}, got {tuple(x.shape[1:])}')
-    f,feats = self.stem(2*x-1),[]
+    if tuple(x.shape[1:]) != tuple(self.cfg.shape):
+        raise ValueError(f'this generator takes pictures of shape {tuple(self.cfg.shape)}, got {tuple(x.shape[1:])}')
+    f, feats = self.stem(2 * x - 1), []
     for i in reversed(range(self.L)):
-        if i < self.L-1: f = self.down[i](self.enc[i](f)) if self.cfg.sizes[i] == self.cfg.sizes[i+1] else self.enc[i](self.down[i](f))
+        if i < self.L - 1:
+            f = (
+                self.down[i](self.enc[i](f))
+                if self.cfg.sizes[i] == self.cfg.sizes[i + 1]
+                else self.enc[i](self.down[i](f))
+            )
         feats.insert(0, f)
-    ms,ls,us = [],[],[]
+    ms, ls, us = [], [], []
+
     def pick(i, h, m, s):
-        dm,dl = self.post[i](nnf.silu(torch.cat([feats[i], h], 1))).chunk(2, 1)
-        dm,dl = soft_bound(dm, self.cfg.bound),soft_bound(dl, self.cfg.bound)
-        u = dm if mean else dm + dl.exp()*randn_like(dm, gen)
-        for a,v in ((ms,dm), (ls,2*dl), (us,u)): a.append(v)
-        return u if m is None else m + s.exp()*u
+        dm, dl = self.post[i](nnf.silu(torch.cat([feats[i], h], 1))).chunk(2, 1)
+        dm, dl = soft_bound(dm, self.cfg.bound), soft_bound(dl, self.cfg.bound)
+        u = dm if mean else dm + dl.exp() * randn_like(dm, gen)
+        for a, v in ((ms, dm), (ls, 2 * dl), (us, u)):
+            a.append(v)
+        return u if m is None else m + s.exp() * u
+
     h = self.walk(len(x), pick)
-    q,u = DiagGaussian(self.join_layers(ms), self.join_layers(ls)),self.join_layers(us)
-    return (q,u,h) if features else (q,u)
+    q, u = DiagGaussian(self.join_layers(ms), self.join_layers(ls)), self.join_layers(us)
+    return (q, u, h) if features else (q, u)
+
+
 Generator.encode = encode
 
-def pixels(self:Generator, h:Tensor) -> Tensor: # Parameters of the pixel likelihood, shape `(B, channels, H, W)`
+
+def pixels(self: Generator, h: Tensor) -> Tensor:  # Parameters of the pixel likelihood, shape `(B, channels, H, W)`
     "From features to the pixel likelihood"
     out = self.head(nnf.silu(h))
     return nnf.pixel_shuffle(out, self.factor) if self.factor > 1 else out
+
+
 Generator.pixels = pixels
 
-def decode(self:Generator,
-    u:Tensor, # Latents, shape `(B, d)`
-    temperature:float=1., # Multiplies every scale
-) -> Tensor: # Shape `(B, C, H, W)`, in [0, 1]
+
+def decode(
+    self: Generator,
+    u: Tensor,  # Latents, shape `(B, d)`
+    temperature: float = 1.0,  # Multiplies every scale
+) -> Tensor:  # Shape `(B, C, H, W)`, in [0, 1]
     "Mean picture of `p(x | T(u))`: the pixel noise of a finite likelihood is not part of the picture"
     out = self.pixels(self.T(u, temperature, features=True)[1])
-    if self.cfg.likelihood == 'gaussian': return out.sigmoid()
-    lw,m,_ = logistic_parts(out, self.cfg.shape[0], self.cfg.mixtures)
-    return (lw.exp()*m).sum(1)
+    if self.cfg.likelihood == 'gaussian':
+        return out.sigmoid()
+    lw, m, _ = logistic_parts(out, self.cfg.shape[0], self.cfg.mixtures)
+    return (lw.exp() * m).sum(1)
+
+
 Generator.decode = decode
 
-def nll(self:Generator,
-    x:Tensor, # Pictures, shape `(B, C, H, W)`
-    u:Tensor, # Latents, shape `(B, d)`
-) -> Tensor: # Shape `(B,)`, nats
+
+def nll(
+    self: Generator,
+    x: Tensor,  # Pictures, shape `(B, C, H, W)`
+    u: Tensor,  # Latents, shape `(B, d)`
+) -> Tensor:  # Shape `(B,)`, nats
     "`-log p(x | T(u))`"
     out = self.pixels(self.T(u, features=True)[1])
     return self._nll(x, out)
-def _nll(self:Generator, x, out):
-    return gaussian_nll(x, out, self.cfg.sigma) if self.cfg.likelihood == 'gaussian' else logistic_nll(x, out, self.cfg.levels, self.cfg.mixtures)
-Generator.nll,Generator._nll = nll,_nll
+
+
+def _nll(self: Generator, x, out):
+    return (
+        gaussian_nll(x, out, self.cfg.sigma)
+        if self.cfg.likelihood == 'gaussian'
+        else logistic_nll(x, out, self.cfg.levels, self.cfg.mixtures)
+    )
+
+
+Generator.nll, Generator._nll = nll, _nll
+
 
 @torch.no_grad()
-def sample(self:Generator,
-    n:int, # How many
+def sample(
+    self: Generator,
+    n: int,  # How many
     *,
-    gen:torch.Generator|None=None, # Source of noise
-    temperature:float=1., # Multiplies every scale
-    keep:Tensor|None=None, # Latents whose layers above `top` are kept, shape `(n, d)`
-    top:int=0, # Layers above this number are kept; those at and below are drawn afresh
-) -> Tensor: # Pictures, shape `(n, C, H, W)`
+    gen: torch.Generator | None = None,  # Source of noise
+    temperature: float = 1.0,  # Multiplies every scale
+    keep: Tensor | None = None,  # Latents whose layers above `top` are kept, shape `(n, d)`
+    top: int = 0,  # Layers above this number are kept; those at and below are drawn afresh
+) -> Tensor:  # Pictures, shape `(n, C, H, W)`
     "Pictures from the Gaussian prior; with `keep`, the top layers of given latents with new lower ones"
     u = torch.randn(n, self.d, generator=gen, device=self.start.device, dtype=self.start.dtype)
-    u = temperature*u
-    if keep is not None: u = torch.where(self.layer_mask(range(top+1, self.L+1), u.device), keep, u)
+    u = temperature * u
+    if keep is not None:
+        u = torch.where(self.layer_mask(range(top + 1, self.L + 1), u.device), keep, u)
     return self.decode(u)
+
+
 Generator.sample = sample
 
 # %% ../nbs/30_generator.ipynb #75d42ae0
 @torch.no_grad()
 def multiply_adds(
-    generator:Generator,
-) -> dict: # `tower` (T alone) and `pixels` (the head), multiply-adds for one picture
+    generator: Generator,
+) -> dict:  # `tower` (T alone) and `pixels` (the head), multiply-adds for one picture
     "Count the arithmetic of a forward pass by running one"
-    count,hooks = {'tower': 0, 'pixels': 0},[]
-    def hook(name): return lambda m, args, out: count.__setitem__(name, count[name]+m.weight[0].numel()*out[0].numel())
+    count, hooks = {'tower': 0, 'pixels': 0}, []
+
+    def hook(name):
+        return lambda m, args, out: count.__setitem__(name, count[name] + m.weight[0].numel() * out[0].numel())
+
     for m in generator.modules():
-        if isinstance(m, nn.Conv2d): hooks.append(m.register_forward_hook(hook('pixels' if m is generator.head else 'tower')))
-    try: generator.decode(torch.zeros(1, generator.d, device=generator.start.device, dtype=generator.start.dtype))
-    finally: [h.remove() for h in hooks]
+        if isinstance(m, nn.Conv2d):
+            hooks.append(m.register_forward_hook(hook('pixels' if m is generator.head else 'tower')))
+    try:
+        generator.decode(torch.zeros(1, generator.d, device=generator.start.device, dtype=generator.start.dtype))
+    finally:
+        [h.remove() for h in hooks]
     return count
 
 # %% ../nbs/30_generator.ipynb #25766a5d
 class GeneratorModel(nn.Module):
     "A generator and its training terms"
-    def __init__(self,
-        generator:Generator, # The generator
-        floors:tuple=(), # Free nats of each layer, top first; empty for none
-        ema:float=0., # Decay of the averaged weights, which are the ones kept; 0 for none
+
+    def __init__(
+        self,
+        generator: Generator,  # The generator
+        floors: tuple = (),  # Free nats of each layer, top first; empty for none
+        ema: float = 0.0,  # Decay of the averaged weights, which are the ones kept; 0 for none
     ):
         super().__init__()
-        if floors and len(floors) != generator.L: raise ValueError(f'{len(floors)} free-nat allowances for {generator.L} layers')
-        if any(f < 0 for f in floors): raise ValueError(f'free nats must not be negative, got {floors}')
-        self.generator,self.floors = generator,tuple(floors) or (0.,)*generator.L
+        if floors and len(floors) != generator.L:
+            raise ValueError(f'{len(floors)} free-nat allowances for {generator.L} layers')
+        if any(f < 0 for f in floors):
+            raise ValueError(f'free nats must not be negative, got {floors}')
+        self.generator, self.floors = generator, tuple(floors) or (0.0,) * generator.L
         self.average = Average(generator, ema) if ema else None
-    def groups(self): return dict(main=list(self.generator.parameters()))
+
+    def groups(self):
+        return dict(main=list(self.generator.parameters()))
+
     def before_step(self):
-        if self.average is not None: self.average.update(self.generator)
+        if self.average is not None:
+            self.average.update(self.generator)
+
     def learned(self) -> Generator:
         "The generator to keep: averaged weights where there are any"
         return self.generator if self.average is None else self.average.net
+
     def forward(self, batch, gen=None):
         "Terms `nll`, `kl` (with free nats) and, for the record, `kl_base` and one `kl_i` a layer, each `(B,)`"
-        g = self.generator if self.training else self.learned(); x = batch.x
-        q,u,h = g.encode(x, gen, features=True)
+        g = self.generator if self.training else self.learned()
+        x = batch.x
+        q, u, h = g.encode(x, gen, features=True)
         kls = [k.sum(1) for k in q.kl_standard().split(g.cfg.dims, 1)]
-        paid = sum(k.mean().clamp(min=f).expand(len(x)) if f > 0 else k for k,f in zip(kls, self.floors))
-        return dict(nll=g._nll(x, g.pixels(h)), kl=paid, kl_base=sum(kls).detach(), **{f'kl_{g.L-i}': k.detach() for i,k in enumerate(kls)})
+        paid = sum(k.mean().clamp(min=f).expand(len(x)) if f > 0 else k for k, f in zip(kls, self.floors))
+        return dict(
+            nll=g._nll(x, g.pixels(h)),
+            kl=paid,
+            kl_base=sum(kls).detach(),
+            **{f'kl_{g.L - i}': k.detach() for i, k in enumerate(kls)},
+        )

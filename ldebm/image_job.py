@@ -18,332 +18,695 @@ __all__ = ['PRESETS', 'OBJECTIVES', 'ROWS', 'BUILT_IN', 'GENERATOR_SETTINGS', 'M
            'ood', 'ood_metrics', 'plot_ood', 'plot_trade_off', 'trade_off_table', 'plot_layer_energies', 'save_figure']
 
 # %% ../nbs/62_image_job.ipynb #5b6ddd28
-import copy, hashlib, json, math, os, re, shutil, tempfile, time, warnings
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from .core import (JOB_SETTINGS, Average, Run, check_params, choose, keep_memory, load_tensors, make_gen, metric, own_name, parse_settings, pick_device, provenance, result_path, save_tensors, set_threads, settings_hash, weights_hash, write_result)
-from .generator import Generator, GeneratorCfg, GeneratorModel
-from .image_metrics import (AUGMENTS, CLASSIFIERS, ClassifierTask, accuracy, class_histogram_kl, control_accuracy, density_coverage, features_of, frechet, frechet_metric, gap_closed,
-                                 make_classifier, predict, save_classifier, spread_ratio)
-from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, image_batches, inverted, load_images, noise_images, permuted, plot_grid, rotated, shapes, shown, textures
+
+from ldebm.core import (
+    JOB_SETTINGS,
+    Average,
+    Run,
+    check_params,
+    choose,
+    keep_memory,
+    load_tensors,
+    make_gen,
+    metric,
+    own_name,
+    parse_settings,
+    pick_device,
+    provenance,
+    result_path,
+    save_tensors,
+    set_threads,
+    settings_hash,
+    weights_hash,
+    write_result,
+)
 from .energy import GuidedEnergy
-from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
+from .generator import Generator, GeneratorCfg, GeneratorModel
+from ldebm.image_metrics import (
+    AUGMENTS,
+    CLASSIFIERS,
+    ClassifierTask,
+    accuracy,
+    class_histogram_kl,
+    control_accuracy,
+    density_coverage,
+    features_of,
+    frechet,
+    frechet_metric,
+    gap_closed,
+    make_classifier,
+    predict,
+    save_classifier,
+    spread_ratio,
+)
+from ldebm.images import (
+    CIFAR10_ARCHIVE,
+    IMAGE_SETS,
+    Images,
+    fewer_levels,
+    image_batches,
+    inverted,
+    load_images,
+    noise_images,
+    permuted,
+    plot_grid,
+    rotated,
+    shapes,
+    shown,
+    textures,
+)
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
 from .prior import DiffusionEBM, PriorCfg
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior
+from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .train import TrainCfg, fit, linear_warmup, one_process
 
 # %% ../nbs/62_image_job.ipynb #9f767bf2
 @dataclass(frozen=True)
 class ImageJob:
     "Parameters of `train_digits.ipynb` and `train_images.ipynb`"
-    dataset:str='digits' # `digits`, `shapes`, `cifar10`, `celeba`, `lsun_church`, or a folder or zip of pictures
-    preset:str='quick' # `quick`: a CPU in minutes; `small`: real pictures on a laptop; `paper`: a nine-layer generator on one GPU, a fiftieth of the published one
-    objective:str='consistent' # `consistent`; `published`: the released constants; `robust`: published sampler, steadier constants
-    rows:str='ldebm ldebm-coupled' # Priors to train, separated by spaces; `gaussian` is always evaluated
-    seed:int=0 # Seed of weights, data order, noise and chains
-    steps:int=0 # Optimiser steps of a prior; 0 takes the preset's
-    generator_steps:int=0 # Optimiser steps of the generator; 0 takes the preset's
-    n_samples:int=0 # Pictures generated for the metrics; 0 takes the preset's
-    settings:str='' # Any other setting, as `"T=4 w_cls=0.5"`
-    attributes:str='' # Table of attributes of a folder's pictures
-    layout:str='auto' # What folders of pictures mean: `flat` (nothing), `classes`, `splits` (train, valid, test); `auto` goes by their names
-    on_bad:str='error' # What a corrupt picture in a folder or zip does: `error`, or `skip`, which leaves it out with a warning
-    device:str='auto' # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
-    threads:int=0 # CPU threads; 0 leaves torch's choice
-    out:str='' # Folder of the run; empty makes `runs/<dataset>-<preset>-s<seed>`
-    results:str='' # Folder that gets copies of the records, such as `results`; empty keeps them in the run folder
-    variant:str='' # Tag of records with other settings than the presets'
-    resume:bool=True # Continue a run found in `out`; otherwise start it afresh
+
+    dataset: str = 'digits'  # `digits`, `shapes`, `cifar10`, `celeba`, `lsun_church`, or a folder or zip of pictures
+    preset: str = 'quick'  # `quick`: a CPU in minutes; `small`: real pictures on a laptop; `paper`: a nine-layer generator on one GPU, a fiftieth of the published one
+    objective: str = 'consistent'  # `consistent`; `published`: the released constants; `robust`: published sampler, steadier constants
+    rows: str = 'ldebm ldebm-coupled'  # Priors to train, separated by spaces; `gaussian` is always evaluated
+    seed: int = 0  # Seed of weights, data order, noise and chains
+    steps: int = 0  # Optimiser steps of a prior; 0 takes the preset's
+    generator_steps: int = 0  # Optimiser steps of the generator; 0 takes the preset's
+    n_samples: int = 0  # Pictures generated for the metrics; 0 takes the preset's
+    settings: str = ''  # Any other setting, as `"T=4 w_cls=0.5"`
+    attributes: str = ''  # Table of attributes of a folder's pictures
+    layout: str = 'auto'  # What folders of pictures mean: `flat` (nothing), `classes`, `splits` (train, valid, test); `auto` goes by their names
+    on_bad: str = 'error'  # What a corrupt picture in a folder or zip does: `error`, or `skip`, which leaves it out with a warning
+    device: str = 'auto'  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    out: str = ''  # Folder of the run; empty makes `runs/<dataset>-<preset>-s<seed>`
+    results: str = ''  # Folder that gets copies of the records, such as `results`; empty keeps them in the run folder
+    variant: str = ''  # Tag of records with other settings than the presets'
+    resume: bool = True  # Continue a run found in `out`; otherwise start it afresh
+
 
 @dataclass(frozen=True)
 class ImageSettings:
     "Every number that shapes a run"
-    size:int=0 # Side of the pictures; 0 keeps theirs
-    limit:int=0 # Training pictures used; 0 for all
-    levels:int=0 # Grey levels kept; 0 for all
-    layers:str='1x10x96x2 1x4x96x1 1x2x96x0' # Layers, top first: side x channels x width x blocks
-    enc_blocks:int=1 # Residual blocks of the encoder a layer
-    likelihood:str='gaussian' # Of pixels: `gaussian` or `logistic`
-    mixtures:int=1 # Components of `logistic`
-    sigma:float=.15 # Pixel standard deviation of `gaussian`
-    floors:str='' # Free nats of each layer, top first; empty for none
-    w_kl:float=.5 # Weight of the KL
-    kl_warmup:float=.3 # Share of training over which it rises
-    gen_steps:int=2500 # Optimiser steps of the generator
-    gen_batch:int=128 # Pictures a step
-    gen_lr:float=2e-3 # Adam's rate, falling linearly to zero over the second half
-    gen_ema:float=.99 # Decay of the averaged weights; 0 for none
-    gen_clip:float=200. # Gradient norm; 0: any
-    tune:str='2 4 6 8' # KL weights tried for the best Gaussian prior
-    T:int=3 # Diffusion levels
-    schedule:str='consistent' # Noise levels
-    langevin_steps:int=15 # Updates a level
-    rho:float=.8 # `consistent`: share of the state an update keeps
-    b2:float=2e-4 # `published`, `robust`: squared base step
-    weighting:str='drl' # `published`, `robust`: weight of the levels
-    energy_hidden:int=64 # Width of the energy networks
-    contexts:bool=True # Energies of a layer see what the layer is drawn from; `published`: their own layer alone
-    energy_blocks:int=1 # Their residual stages on vectors
-    spectral:bool=False # Divide hidden weights by their spectral norms
-    mala:bool=True # `consistent`: accept or reject each update
-    drift:float=1. # `consistent`: longest drift of a proposal, in units of its noise; 0 for any
-    free_head:bool=True # Output layer unnormalised and started small
-    tau_y:float=1. # Temperature of the symbols
-    w_cls:float=1. # Weight of the labels' cross-entropy at noisy latents
-    labelled:float=1. # Share of training pictures whose labels are used
-    steps:int=1500 # Optimiser steps of a prior
-    batch:int=128 # Pictures a step
-    lr:float=2e-3 # Adam's rate for a prior
-    beta1:float=.9 # Adam's first decay
-    decay:float=0. # L2 weight decay
-    ema:float=.99 # Decay of the averaged energies; 0 for none
-    clip:float=10. # Gradient norm; 0: any, as `published`
-    warmup:int=50 # Steps over which the rate rises
-    warmdown:float=.5 # Last share of the steps over which it falls to zero
-    rate_decay:float=1. # Factor on the rate every 1,000 steps
-    joint_steps:int=0 # Steps of joint fine-tuning of generator and energies afterwards
-    joint_lr:float=1e-4 # Adam's rate for the generator in it
-    joint_rho:float=.95 # `rho` of the plain EBM, whose target is narrow beside N(0, I)
-    score_hidden:int=128 # Width of the score network
-    score_blocks:int=3 # Its residual blocks
-    score_levels:int=100 # Its levels
-    ddpm_share:int=3 # Its optimiser steps for each of an EBM's
-    clf_preset:str='digits' # Size of the classifier
-    clf_steps:int=1000 # Its optimiser steps
-    n_samples:int=1257 # Pictures generated for the metrics
-    long:int=10 # Length of the long chains, in short ones
-    checks:int=4 # Validations during a stage
-    mixed_precision:str='no' # `no`, `bf16` or `fp16`
+
+    size: int = 0  # Side of the pictures; 0 keeps theirs
+    limit: int = 0  # Training pictures used; 0 for all
+    levels: int = 0  # Grey levels kept; 0 for all
+    layers: str = '1x10x96x2 1x4x96x1 1x2x96x0'  # Layers, top first: side x channels x width x blocks
+    enc_blocks: int = 1  # Residual blocks of the encoder a layer
+    likelihood: str = 'gaussian'  # Of pixels: `gaussian` or `logistic`
+    mixtures: int = 1  # Components of `logistic`
+    sigma: float = 0.15  # Pixel standard deviation of `gaussian`
+    floors: str = ''  # Free nats of each layer, top first; empty for none
+    w_kl: float = 0.5  # Weight of the KL
+    kl_warmup: float = 0.3  # Share of training over which it rises
+    gen_steps: int = 2500  # Optimiser steps of the generator
+    gen_batch: int = 128  # Pictures a step
+    gen_lr: float = 2e-3  # Adam's rate, falling linearly to zero over the second half
+    gen_ema: float = 0.99  # Decay of the averaged weights; 0 for none
+    gen_clip: float = 200.0  # Gradient norm; 0: any
+    tune: str = '2 4 6 8'  # KL weights tried for the best Gaussian prior
+    T: int = 3  # Diffusion levels
+    schedule: str = 'consistent'  # Noise levels
+    langevin_steps: int = 15  # Updates a level
+    rho: float = 0.8  # `consistent`: share of the state an update keeps
+    b2: float = 2e-4  # `published`, `robust`: squared base step
+    weighting: str = 'drl'  # `published`, `robust`: weight of the levels
+    energy_hidden: int = 64  # Width of the energy networks
+    contexts: bool = True  # Energies of a layer see what the layer is drawn from; `published`: their own layer alone
+    energy_blocks: int = 1  # Their residual stages on vectors
+    spectral: bool = False  # Divide hidden weights by their spectral norms
+    mala: bool = True  # `consistent`: accept or reject each update
+    drift: float = 1.0  # `consistent`: longest drift of a proposal, in units of its noise; 0 for any
+    free_head: bool = True  # Output layer unnormalised and started small
+    tau_y: float = 1.0  # Temperature of the symbols
+    w_cls: float = 1.0  # Weight of the labels' cross-entropy at noisy latents
+    labelled: float = 1.0  # Share of training pictures whose labels are used
+    steps: int = 1500  # Optimiser steps of a prior
+    batch: int = 128  # Pictures a step
+    lr: float = 2e-3  # Adam's rate for a prior
+    beta1: float = 0.9  # Adam's first decay
+    decay: float = 0.0  # L2 weight decay
+    ema: float = 0.99  # Decay of the averaged energies; 0 for none
+    clip: float = 10.0  # Gradient norm; 0: any, as `published`
+    warmup: int = 50  # Steps over which the rate rises
+    warmdown: float = 0.5  # Last share of the steps over which it falls to zero
+    rate_decay: float = 1.0  # Factor on the rate every 1,000 steps
+    joint_steps: int = 0  # Steps of joint fine-tuning of generator and energies afterwards
+    joint_lr: float = 1e-4  # Adam's rate for the generator in it
+    joint_rho: float = 0.95  # `rho` of the plain EBM, whose target is narrow beside N(0, I)
+    score_hidden: int = 128  # Width of the score network
+    score_blocks: int = 3  # Its residual blocks
+    score_levels: int = 100  # Its levels
+    ddpm_share: int = 3  # Its optimiser steps for each of an EBM's
+    clf_preset: str = 'digits'  # Size of the classifier
+    clf_steps: int = 1000  # Its optimiser steps
+    n_samples: int = 1257  # Pictures generated for the metrics
+    long: int = 10  # Length of the long chains, in short ones
+    checks: int = 4  # Validations during a stage
+    mixed_precision: str = 'no'  # `no`, `bf16` or `fp16`
+
     def _repr_markdown_(self):
-        return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
+        return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k, v in asdict(self).items())
 
 # %% ../nbs/62_image_job.ipynb #919effda
 PRESETS = {
-    ('digits','quick'): dict(layers='1x4x96x2 1x2x96x1 1x2x96x0', w_kl=.02, T=3, langevin_steps=20, rho=.8, energy_hidden=96, steps=900),
-    ('shapes','quick'): dict(layers='1x8x128x3 1x4x128x2 1x4x128x1', sigma=.07, w_kl=1., tune='2 4', gen_steps=3000, T=6, langevin_steps=10, rho=.8, energy_hidden=128, w_cls=3., steps=900,
-                             clf_preset='small', clf_steps=300, n_samples=2000),
-    ('*','small'): dict(limit=5000, layers='4x8x80x1 8x4x48x1 16x2x24x1', likelihood='logistic', w_kl=1., gen_steps=4000, gen_batch=64, gen_lr=2e-3, gen_clip=2e4, gen_ema=.995, tune='2',
-                        T=3, langevin_steps=10, rho=.9, mala=False, energy_hidden=32, steps=1000, batch=64, lr=7e-4, ema=.995, clf_preset='small', clf_steps=600, n_samples=5000, score_hidden=256),
-    ('*','paper'): dict(layers='4x16x192x1 4x16x192x1 8x8x128x1 8x8x128x1 8x8x128x1 16x4x96x1 16x4x96x1 16x4x96x1 16x4x96x1', likelihood='logistic', mixtures=5, w_kl=.5, gen_steps=17_500, gen_batch=256, gen_lr=1e-3,
-                        gen_clip=2e4, gen_ema=.999, tune='1 2', T=3, langevin_steps=20, rho=.9, mala=False, spectral=True, energy_hidden=64, steps=5000, batch=256, lr=2e-4, ema=.999, warmup=200, clf_preset='paper', clf_steps=6000,
-                        n_samples=10_000, score_hidden=1024, checks=10, mixed_precision='no'),
+    ('digits', 'quick'): dict(
+        layers='1x4x96x2 1x2x96x1 1x2x96x0', w_kl=0.02, T=3, langevin_steps=20, rho=0.8, energy_hidden=96, steps=900
+    ),
+    ('shapes', 'quick'): dict(
+        layers='1x8x128x3 1x4x128x2 1x4x128x1',
+        sigma=0.07,
+        w_kl=1.0,
+        tune='2 4',
+        gen_steps=3000,
+        T=6,
+        langevin_steps=10,
+        rho=0.8,
+        energy_hidden=128,
+        w_cls=3.0,
+        steps=900,
+        clf_preset='small',
+        clf_steps=300,
+        n_samples=2000,
+    ),
+    ('*', 'small'): dict(
+        limit=5000,
+        layers='4x8x80x1 8x4x48x1 16x2x24x1',
+        likelihood='logistic',
+        w_kl=1.0,
+        gen_steps=4000,
+        gen_batch=64,
+        gen_lr=2e-3,
+        gen_clip=2e4,
+        gen_ema=0.995,
+        tune='2',
+        T=3,
+        langevin_steps=10,
+        rho=0.9,
+        mala=False,
+        energy_hidden=32,
+        steps=1000,
+        batch=64,
+        lr=7e-4,
+        ema=0.995,
+        clf_preset='small',
+        clf_steps=600,
+        n_samples=5000,
+        score_hidden=256,
+    ),
+    ('*', 'paper'): dict(
+        layers='4x16x192x1 4x16x192x1 8x8x128x1 8x8x128x1 8x8x128x1 16x4x96x1 16x4x96x1 16x4x96x1 16x4x96x1',
+        likelihood='logistic',
+        mixtures=5,
+        w_kl=0.5,
+        gen_steps=17_500,
+        gen_batch=256,
+        gen_lr=1e-3,
+        gen_clip=2e4,
+        gen_ema=0.999,
+        tune='1 2',
+        T=3,
+        langevin_steps=20,
+        rho=0.9,
+        mala=False,
+        spectral=True,
+        energy_hidden=64,
+        steps=5000,
+        batch=256,
+        lr=2e-4,
+        ema=0.999,
+        warmup=200,
+        clf_preset='paper',
+        clf_steps=6000,
+        n_samples=10_000,
+        score_hidden=1024,
+        checks=10,
+        mixed_precision='no',
+    ),
 }
 OBJECTIVES = dict(
     consistent=dict(),
-    robust=dict(schedule='published', T=3, langevin_steps=15, contexts=False, spectral=True, free_head=False, b2=2e-4, weighting='drl', lr=1e-3, ema=.99, tau_y=.1, w_cls=.04),
-    published=dict(schedule='published', T=3, langevin_steps=50, contexts=False, spectral=True, free_head=False, b2=3e-5, weighting='likelihood', lr=4e-5, beta1=.99, decay=3e-5, ema=0., clip=0., warmup=0, warmdown=0., rate_decay=.9, tau_y=.1, w_cls=.04))
+    robust=dict(
+        schedule='published',
+        T=3,
+        langevin_steps=15,
+        contexts=False,
+        spectral=True,
+        free_head=False,
+        b2=2e-4,
+        weighting='drl',
+        lr=1e-3,
+        ema=0.99,
+        tau_y=0.1,
+        w_cls=0.04,
+    ),
+    published=dict(
+        schedule='published',
+        T=3,
+        langevin_steps=50,
+        contexts=False,
+        spectral=True,
+        free_head=False,
+        b2=3e-5,
+        weighting='likelihood',
+        lr=4e-5,
+        beta1=0.99,
+        decay=3e-5,
+        ema=0.0,
+        clip=0.0,
+        warmup=0,
+        warmdown=0.0,
+        rate_decay=0.9,
+        tau_y=0.1,
+        w_cls=0.04,
+    ),
+)
 ROWS = {
-    'gaussian': 'Gaussian prior, same generator', 'gaussian-tuned': 'Gaussian prior, generator tuned for it', 'ldebm': 'diffusion EBM', 'ldebm-coupled': 'diffusion EBM, coupled to symbols',
-    'ldebm-joint': 'diffusion EBM, fine-tuned with its generator', 'joint-ebm': 'EBM without diffusion', 'ddpm': 'DDPM'}
+    'gaussian': 'Gaussian prior, same generator',
+    'gaussian-tuned': 'Gaussian prior, generator tuned for it',
+    'ldebm': 'diffusion EBM',
+    'ldebm-coupled': 'diffusion EBM, coupled to symbols',
+    'ldebm-joint': 'diffusion EBM, fine-tuned with its generator',
+    'joint-ebm': 'EBM without diffusion',
+    'ddpm': 'DDPM',
+}
 
 # %% ../nbs/62_image_job.ipynb #0426cbba
 def parse_layers(
-    text:str, # As `"1x10x96x2 1x4x96x1"`: side x channels x width x blocks, top first
-) -> dict: # `sizes`, `channels`, `widths`, `blocks`
+    text: str,  # As `"1x10x96x2 1x4x96x1"`: side x channels x width x blocks, top first
+) -> dict:  # `sizes`, `channels`, `widths`, `blocks`
     "Read the layers of a generator; `ValueError` naming the part that cannot be read"
     rows = []
     for part in text.split():
-        if not re.fullmatch(r'\d+x\d+x\d+x\d+', part): raise ValueError(f'layers: {part!r} is not side x channels x width x blocks, such as 8x4x64x1')
+        if not re.fullmatch(r'\d+x\d+x\d+x\d+', part):
+            raise ValueError(f'layers: {part!r} is not side x channels x width x blocks, such as 8x4x64x1')
         rows.append(tuple(int(v) for v in part.split('x')))
-    if not rows: raise ValueError('layers is empty: a generator needs at least one, such as 1x10x96x2')
-    return dict(zip(('sizes','channels','widths','blocks'), zip(*rows)))
+    if not rows:
+        raise ValueError('layers is empty: a generator needs at least one, such as 1x10x96x2')
+    return dict(zip(('sizes', 'channels', 'widths', 'blocks'), zip(*rows)))
 
-def numbers(text:str, name:str) -> tuple:
+
+def numbers(text: str, name: str) -> tuple:
     "Numbers separated by spaces; `ValueError` naming the setting"
-    try: return tuple(float(v) for v in text.split())
-    except ValueError: raise ValueError(f'{name}={text!r} must be numbers separated by spaces') from None
+    try:
+        return tuple(float(v) for v in text.split())
+    except ValueError:
+        raise ValueError(f'{name}={text!r} must be numbers separated by spaces') from None
 
 # %% ../nbs/62_image_job.ipynb #23207fbc
-def known_set(dataset:str) -> str: # As in `IMAGE_SETS` where it is one of them
+def known_set(dataset: str) -> str:  # As in `IMAGE_SETS` where it is one of them
     "A data set's name as it is spelt here, however `load_images` lets it be written; a path as it is"
     return {k.replace('-', '_'): k for k in IMAGE_SETS}.get(dataset.lower().replace('-', '_'), dataset)
 
-def preset_of(dataset:str, preset:str) -> dict:
+
+def preset_of(dataset: str, preset: str) -> dict:
     "Settings of a preset; `ValueError` naming what there is for this data set"
     dataset = known_set(dataset)
-    name = dataset if any(d == dataset for d,_ in PRESETS) else '*'
-    if (name, preset) not in PRESETS: raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {", ".join(p for d,p in PRESETS if d == name)}')
+    name = dataset if any(d == dataset for d, _ in PRESETS) else '*'
+    if (name, preset) not in PRESETS:
+        raise ValueError(
+            f'no preset {preset!r} for {dataset!r}; there is {", ".join(p for d, p in PRESETS if d == name)}'
+        )
     return PRESETS[name, preset]
 
+
 def resolve(
-    job:ImageJob, # Parameters
-) -> ImageSettings: # Every number of the run
+    job: ImageJob,  # Parameters
+) -> ImageSettings:  # Every number of the run
     "Settings of a job: preset, objective, then the job's own; `ValueError` for anything unknown or impossible, before any work"
     choose('objective', job.objective, OBJECTIVES)
-    for r in job.rows.split(): choose('row', r, ROWS)
-    if not job.rows.split(): raise ValueError(f'rows is empty; known: {", ".join(ROWS)}')
-    if 'ldebm-joint' in job.rows.split() and 'ldebm' not in job.rows.split(): raise ValueError('row ldebm-joint starts from ldebm: name both')
-    own = {k: v for k,v in (('steps',job.steps), ('gen_steps',job.generator_steps), ('n_samples',job.n_samples)) if v}
-    s = check_params(ImageSettings, {**preset_of(job.dataset, job.preset), **OBJECTIVES[job.objective], **own, **parse_settings(ImageSettings, job.settings, ImageJob)})
+    for r in job.rows.split():
+        choose('row', r, ROWS)
+    if not job.rows.split():
+        raise ValueError(f'rows is empty; known: {", ".join(ROWS)}')
+    if 'ldebm-joint' in job.rows.split() and 'ldebm' not in job.rows.split():
+        raise ValueError('row ldebm-joint starts from ldebm: name both')
+    own = {
+        k: v for k, v in (('steps', job.steps), ('gen_steps', job.generator_steps), ('n_samples', job.n_samples)) if v
+    }
+    s = check_params(
+        ImageSettings,
+        {
+            **preset_of(job.dataset, job.preset),
+            **OBJECTIVES[job.objective],
+            **own,
+            **parse_settings(ImageSettings, job.settings, ImageJob),
+        },
+    )
     if os.environ.get('IN_TEST'):
-        s = replace(s, gen_steps=min(s.gen_steps, 12), steps=min(s.steps, 6), clf_steps=min(s.clf_steps, 12), langevin_steps=min(s.langevin_steps, 3), n_samples=min(s.n_samples, 100), checks=2, long=2, gen_batch=32, batch=32, limit=min(s.limit or 200, 200))
+        s = replace(
+            s,
+            gen_steps=min(s.gen_steps, 12),
+            steps=min(s.steps, 6),
+            clf_steps=min(s.clf_steps, 12),
+            langevin_steps=min(s.langevin_steps, 3),
+            n_samples=min(s.n_samples, 100),
+            checks=2,
+            long=2,
+            gen_batch=32,
+            batch=32,
+            limit=min(s.limit or 200, 200),
+        )
     choose('schedule', s.schedule, SCHEDULES)
-    for k,lo in (('T',1), ('gen_steps',1), ('steps',1), ('gen_batch',2), ('batch',2), ('n_samples',2), ('langevin_steps',1), ('checks',1), ('clf_steps',1), ('limit',0), ('size',0), ('joint_steps',0)):
-        if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
-    for k in ('seed','steps','generator_steps','n_samples','threads'):
-        if getattr(job, k) < 0: raise ValueError(f'{k} must not be negative, got {getattr(job, k)}')
-    if 'ldebm-joint' in job.rows.split() and not s.joint_steps: raise ValueError('row ldebm-joint needs a number of steps: settings="joint_steps=300"')
-    if not 0 <= s.labelled <= 1: raise ValueError(f'labelled must lie in [0, 1], got {s.labelled}')
-    if s.w_kl < 0 or min(numbers(s.tune, 'tune'), default=0) < 0: raise ValueError(f'KL weights must not be negative, got {s.w_kl} and {s.tune!r}')
+    for k, lo in (
+        ('T', 1),
+        ('gen_steps', 1),
+        ('steps', 1),
+        ('gen_batch', 2),
+        ('batch', 2),
+        ('n_samples', 2),
+        ('langevin_steps', 1),
+        ('checks', 1),
+        ('clf_steps', 1),
+        ('limit', 0),
+        ('size', 0),
+        ('joint_steps', 0),
+    ):
+        if getattr(s, k) < lo:
+            raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
+    for k in ('seed', 'steps', 'generator_steps', 'n_samples', 'threads'):
+        if getattr(job, k) < 0:
+            raise ValueError(f'{k} must not be negative, got {getattr(job, k)}')
+    if 'ldebm-joint' in job.rows.split() and not s.joint_steps:
+        raise ValueError('row ldebm-joint needs a number of steps: settings="joint_steps=300"')
+    if not 0 <= s.labelled <= 1:
+        raise ValueError(f'labelled must lie in [0, 1], got {s.labelled}')
+    if s.w_kl < 0 or min(numbers(s.tune, 'tune'), default=0) < 0:
+        raise ValueError(f'KL weights must not be negative, got {s.w_kl} and {s.tune!r}')
     parse_layers(s.layers)
-    if min(numbers(s.floors, 'floors'), default=0) < 0: raise ValueError(f'floors must not be negative, got {s.floors!r}')
-    if 'gaussian-tuned' in job.rows.split() and not s.tune.split(): raise ValueError('tune is empty: the row gaussian-tuned needs KL weights to try, such as "1 2"')
-    for k,lo in (('energy_hidden',1), ('energy_blocks',0), ('long',1), ('ddpm_share',1), ('w_cls',0)):
-        if getattr(s, k) < lo: raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
-    for k in ('ema','gen_ema'):
-        if not 0 <= getattr(s, k) < 1: raise ValueError(f'{k} must lie in [0, 1), got {getattr(s, k)}')
-    if s.tau_y <= 0 or s.joint_lr <= 0 or s.drift < 0: raise ValueError(f'tau_y and joint_lr must be positive and drift not negative, got {s.tau_y}, {s.joint_lr} and {s.drift}')
-    choose('classifier', s.clf_preset, AUGMENTS); score_cfg(s)
-    for single in (False, True): prior_cfg(s, job.objective, single)
-    generator_cfg_train(s); prior_cfg_train(s)
+    if min(numbers(s.floors, 'floors'), default=0) < 0:
+        raise ValueError(f'floors must not be negative, got {s.floors!r}')
+    if 'gaussian-tuned' in job.rows.split() and not s.tune.split():
+        raise ValueError('tune is empty: the row gaussian-tuned needs KL weights to try, such as "1 2"')
+    for k, lo in (('energy_hidden', 1), ('energy_blocks', 0), ('long', 1), ('ddpm_share', 1), ('w_cls', 0)):
+        if getattr(s, k) < lo:
+            raise ValueError(f'{k} must be at least {lo}, got {getattr(s, k)}')
+    for k in ('ema', 'gen_ema'):
+        if not 0 <= getattr(s, k) < 1:
+            raise ValueError(f'{k} must lie in [0, 1), got {getattr(s, k)}')
+    if s.tau_y <= 0 or s.joint_lr <= 0 or s.drift < 0:
+        raise ValueError(
+            f'tau_y and joint_lr must be positive and drift not negative, got {s.tau_y}, {s.joint_lr} and {s.drift}'
+        )
+    choose('classifier', s.clf_preset, AUGMENTS)
+    score_cfg(s)
+    for single in (False, True):
+        prior_cfg(s, job.objective, single)
+    generator_cfg_train(s)
+    prior_cfg_train(s)
     if (make_schedule(s.schedule, s.T).a[0] == 1) != (job.objective == 'consistent'):
-        raise ValueError(f"schedule {s.schedule!r} does not go with objective {job.objective!r}: 'consistent' takes consistent or cosine, the others published")
-    if job.objective != 'consistent' and set(job.rows.split()) - {'ldebm','ldebm-coupled'}: raise ValueError(f"objective {job.objective!r} is one of the diffusion EBM: leave other rows to 'consistent'")
+        raise ValueError(
+            f"schedule {s.schedule!r} does not go with objective {job.objective!r}: 'consistent' takes consistent or cosine, the others published"
+        )
+    if job.objective != 'consistent' and set(job.rows.split()) - {'ldebm', 'ldebm-coupled'}:
+        raise ValueError(f"objective {job.objective!r} is one of the diffusion EBM: leave other rows to 'consistent'")
     return s
 
-def prior_cfg(s:ImageSettings, objective:str, single:bool=False) -> PriorCfg: # How chains run; `single`: without diffusion, at equal network evaluations
+
+def prior_cfg(
+    s: ImageSettings, objective: str, single: bool = False
+) -> PriorCfg:  # How chains run; `single`: without diffusion, at equal network evaluations
     if objective == 'consistent':
-        return PriorCfg(n_steps=s.T*s.langevin_steps if single else s.langevin_steps, rho=s.joint_rho if single else s.rho, mala=s.mala, drift=s.drift or math.inf, encoder=False)
-    return PriorCfg(objective='published', reference='gaussian', n_steps=s.langevin_steps, b2=s.b2, weighting=s.weighting, mala=False, encoder=False)
-def score_cfg(s:ImageSettings) -> ScorePriorCfg:
+        return PriorCfg(
+            n_steps=s.T * s.langevin_steps if single else s.langevin_steps,
+            rho=s.joint_rho if single else s.rho,
+            mala=s.mala,
+            drift=s.drift or math.inf,
+            encoder=False,
+        )
+    return PriorCfg(
+        objective='published',
+        reference='gaussian',
+        n_steps=s.langevin_steps,
+        b2=s.b2,
+        weighting=s.weighting,
+        mala=False,
+        encoder=False,
+    )
+
+
+def score_cfg(s: ImageSettings) -> ScorePriorCfg:
     return ScorePriorCfg(n_levels=s.score_levels, hidden=s.score_hidden, n_blocks=s.score_blocks)
-def generator_cfg_train(s:ImageSettings) -> TrainCfg:
-    return TrainCfg(steps=s.gen_steps, lr=s.gen_lr, clip=s.gen_clip, warmdown=.5, log_every=max(1, min(20, s.gen_steps//10)), checkpoint_every=max(20, s.gen_steps//5), mixed_precision=s.mixed_precision)
-def prior_cfg_train(s:ImageSettings, steps:int=0) -> TrainCfg:
+
+
+def generator_cfg_train(s: ImageSettings) -> TrainCfg:
+    return TrainCfg(
+        steps=s.gen_steps,
+        lr=s.gen_lr,
+        clip=s.gen_clip,
+        warmdown=0.5,
+        log_every=max(1, min(20, s.gen_steps // 10)),
+        checkpoint_every=max(20, s.gen_steps // 5),
+        mixed_precision=s.mixed_precision,
+    )
+
+
+def prior_cfg_train(s: ImageSettings, steps: int = 0) -> TrainCfg:
     steps = steps or s.steps
-    return TrainCfg(steps=steps, lr=s.lr, lr_ebm=s.lr, decay_ebm=s.decay, beta1=s.beta1, clip=s.clip, clip_ebm=s.clip, warmup=s.warmup, warmdown=s.warmdown, rate_decay=s.rate_decay, log_every=max(1, min(20, steps//10)), checkpoint_every=max(20, steps//5), mixed_precision=s.mixed_precision)
+    return TrainCfg(
+        steps=steps,
+        lr=s.lr,
+        lr_ebm=s.lr,
+        decay_ebm=s.decay,
+        beta1=s.beta1,
+        clip=s.clip,
+        clip_ebm=s.clip,
+        warmup=s.warmup,
+        warmdown=s.warmdown,
+        rate_decay=s.rate_decay,
+        log_every=max(1, min(20, steps // 10)),
+        checkpoint_every=max(20, steps // 5),
+        mixed_precision=s.mixed_precision,
+    )
 
 # %% ../nbs/62_image_job.ipynb #e9c6ae4b
 class PriorModel(nn.Module):
     "A prior over the u of a generator, with its training terms"
-    def __init__(self,
-        generator:Generator, # Gives u; frozen unless `joint`
-        prior:nn.Module, # `DiffusionEBM` over a `LayeredEnergy`, or `ScorePrior`
-        average:Average|None=None, # Follows the energy's networks
-        coupled:bool=False, # Use labels
-        joint:bool=False, # Train the generator as well
+
+    def __init__(
+        self,
+        generator: Generator,  # Gives u; frozen unless `joint`
+        prior: nn.Module,  # `DiffusionEBM` over a `LayeredEnergy`, or `ScorePrior`
+        average: Average | None = None,  # Follows the energy's networks
+        coupled: bool = False,  # Use labels
+        joint: bool = False,  # Train the generator as well
     ):
         super().__init__()
-        self.generator,self.prior,self.average,self.coupled,self.joint = generator,prior,average,coupled,joint
+        self.generator, self.prior, self.average, self.coupled, self.joint = generator, prior, average, coupled, joint
         generator.requires_grad_(joint)
         self.nets = prior.energy.nets if isinstance(prior, DiffusionEBM) else prior.net
-    def groups(self): return dict(main=list(self.generator.parameters()) if self.joint else [], ebm=list(self.nets.parameters()))
+
+    def groups(self):
+        return dict(main=list(self.generator.parameters()) if self.joint else [], ebm=list(self.nets.parameters()))
+
     def before_step(self):
-        if isinstance(self.prior, DiffusionEBM): self.prior.before_step()
-        else: self.prior.before_step()
-        if self.average is not None: self.average.update(self.nets)
+        if isinstance(self.prior, DiffusionEBM):
+            self.prior.before_step()
+        else:
+            self.prior.before_step()
+        if self.average is not None:
+            self.average.update(self.nets)
+
     def learned(self):
         "The prior that is sampled: averaged weights where there are any"
         p = self.prior
-        if self.average is None or not isinstance(p, DiffusionEBM): return p
+        if self.average is None or not isinstance(p, DiffusionEBM):
+            return p
         e = p.energy
-        return DiffusionEBM(p.schedule, LayeredEnergy(self.generator, self.average.net, e.n_levels, e.groups or (e.n_symbols,), e.tau_y), p.cfg)
+        return DiffusionEBM(
+            p.schedule,
+            LayeredEnergy(self.generator, self.average.net, e.n_levels, e.groups or (e.n_symbols,), e.tau_y),
+            p.cfg,
+        )
+
     def forward(self, batch, gen=None) -> dict:
         "Terms of the prior, each `(B,)`; with `joint`, `nll` and `kl` of the generator as well"
-        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()): q,u = self.generator.encode(batch.x, gen)
-        labels = (batch.labels if batch.labels.shape[1] > 1 else batch.labels[:,0]) if self.coupled else None
+        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+            q, u = self.generator.encode(batch.x, gen)
+        labels = (batch.labels if batch.labels.shape[1] > 1 else batch.labels[:, 0]) if self.coupled else None
         out = self.prior.terms(q, u, gen, labels=labels)
-        if self.joint: out = dict(kl=q.kl_standard().sum(1)) | out | dict(nll=self.generator.nll(batch.x, u))
+        if self.joint:
+            out = dict(kl=q.kl_standard().sum(1)) | out | dict(nll=self.generator.nll(batch.x, u))
         return out
 
 # %% ../nbs/62_image_job.ipynb #ccc8cd59
 def passes(
-    images:Images, # Pictures
-    batch:int, # Pictures a batch
-    n:int, # Batches in all
-    gen:torch.Generator, # Source of the order
-    start:int=0, # Batches to skip
+    images: Images,  # Pictures
+    batch: int,  # Pictures a batch
+    n: int,  # Batches in all
+    gen: torch.Generator,  # Source of the order
+    start: int = 0,  # Batches to skip
 ):  # `(ImageBatch, {})`
     "A given number of batches from as many shuffled passes as it takes"
-    done,per = 0,max(1, len(images)//batch)
+    done, per = 0, max(1, len(images) // batch)
     while done < n:
-        skip = min(max(0, start-done), per)
-        for k,b in enumerate(image_batches(images, batch, gen=gen, drop_last=len(images) >= batch, start=skip), done+skip):
-            if k >= n: return
-            yield b,{}
+        skip = min(max(0, start - done), per)
+        for k, b in enumerate(
+            image_batches(images, batch, gen=gen, drop_last=len(images) >= batch, start=skip), done + skip
+        ):
+            if k >= n:
+                return
+            yield b, {}
         done += per
 
 # %% ../nbs/62_image_job.ipynb #8dd1ce03
 class StageTask:
     "What `fit` asks of a stage: random batches of the training pictures, checked a few times"
+
     select = None
-    def __init__(self,
-        images:dict, # `train` and `valid`
-        model:nn.Module, # With `forward(batch, gen) -> terms`
-        weigh, # `weigh(step, steps) -> weights of the terms`
-        steps:int, batch:int, checks:int, seed:int,
-        prepare=None, # Changes a training batch, `prepare(ImageBatch) -> ImageBatch`
-        rate:str='lr', # Setting that is the learning rate
+
+    def __init__(
+        self,
+        images: dict,  # `train` and `valid`
+        model: nn.Module,  # With `forward(batch, gen) -> terms`
+        weigh,  # `weigh(step, steps) -> weights of the terms`
+        steps: int,
+        batch: int,
+        checks: int,
+        seed: int,
+        prepare=None,  # Changes a training batch, `prepare(ImageBatch) -> ImageBatch`
+        rate: str = 'lr',  # Setting that is the learning rate
     ):
-        if len(images['train']) < 2: raise ValueError(f'{images["train"].name} has {len(images["train"])} training picture(s), at least 2 are needed')
-        self.images,self.model,self.weigh,self.steps,self.batch,self.checks,self.seed,self.prepare,self.rate = images,model,weigh,steps,batch,checks,seed,prepare,rate
-    def weights(self, step, steps): return self.weigh(step, steps)
-    def start_epoch(self, epoch, state, gen): return None
+        if len(images['train']) < 2:
+            raise ValueError(
+                f'{images["train"].name} has {len(images["train"])} training picture(s), at least 2 are needed'
+            )
+        self.images, self.model, self.weigh, self.steps, self.batch, self.checks, self.seed, self.prepare, self.rate = (
+            images,
+            model,
+            weigh,
+            steps,
+            batch,
+            checks,
+            seed,
+            prepare,
+            rate,
+        )
+
+    def weights(self, step, steps):
+        return self.weigh(step, steps)
+
+    def start_epoch(self, epoch, state, gen):
+        return None
+
     def batches(self, state, gen, start=0):
         "Batches up to the next check"
-        for b,extra in passes(self.images['train'], self.batch, math.ceil(self.steps/self.checks), gen, start): yield (b if self.prepare is None else self.prepare(b)),extra
+        for b, extra in passes(self.images['train'], self.batch, math.ceil(self.steps / self.checks), gen, start):
+            yield (b if self.prepare is None else self.prepare(b)), extra
+
     def validate(self) -> dict:
         "Mean of every term over the validation pictures, with the same noise every time"
-        m,v = self.model,self.images['valid']; was = m.training; m.eval()
-        dev = next(m.parameters()).device; gen,sums,n = make_gen(self.seed, 'validate', device=dev),{},0
+        m, v = self.model, self.images['valid']
+        was = m.training
+        m.eval()
+        dev = next(m.parameters()).device
+        gen, sums, n = make_gen(self.seed, 'validate', device=dev), {}, 0
         for b in image_batches(v.subset(slice(0, 1024)), 256):
-            with torch.no_grad(): terms = m(b.to(dev), gen)
-            for k,o in terms.items(): sums[k] = sums.get(k, 0.)+float(o.double().sum())
+            with torch.no_grad():
+                terms = m(b.to(dev), gen)
+            for k, o in terms.items():
+                sums[k] = sums.get(k, 0.0) + float(o.double().sum())
             n += len(b)
         m.train(was)
-        return {k: o/n for k,o in sums.items()}
+        return {k: o / n for k, o in sums.items()}
 
 # %% ../nbs/62_image_job.ipynb #d7e1a359
-def check_side(s:ImageSettings, images:Images, dataset:str) -> None:
+def check_side(s: ImageSettings, images: Images, dataset: str) -> None:
     "`ValueError` with sides and layers that work, unless the layers divide the pictures"
-    side,last = images.shape[-1],parse_layers(s.layers)['sizes'][-1]
-    if last == 1 or side % last == 0: return
-    free = dataset not in ('digits','cifar10','cifar10-jpeg') # these come in one size
+    side, last = images.shape[-1], parse_layers(s.layers)['sizes'][-1]
+    if last == 1 or side % last == 0:
+        return
+    free = dataset not in ('digits', 'cifar10', 'cifar10-jpeg')  # these come in one size
     fits = max(k for k in (2**i for i in range(side.bit_length())) if side % k == 0)
-    raise ValueError(f'{images.name}: the bottom layer of side {last} does not divide pictures of side {side}: ' + (f'settings="size={-(-side//last)*last}" resamples them to a side that it divides; or ' if free else '') + f'give layers whose last side is {fits}' + (' or less' if fits > 1 else ''))
+    raise ValueError(
+        f'{images.name}: the bottom layer of side {last} does not divide pictures of side {side}: '
+        + (f'settings="size={-(-side // last) * last}" resamples them to a side that it divides; or ' if free else '')
+        + f'give layers whose last side is {fits}'
+        + (' or less' if fits > 1 else '')
+    )
 
-def same_pictures(out, settings:dict) -> None:
+
+def same_pictures(out, settings: dict) -> None:
     "`ValueError` if the run in a folder differs from this one in its pictures or labels alone: they were changed in between"
-    p = Path(out)/'settings.json'
-    try: old = json.loads(p.read_text())
-    except (OSError, ValueError): return # no run, or none that can be read: `Run` says so
-    of_data = ('data','n_train')
-    rest = lambda d: settings_hash({k: v for k,v in d.items() if k not in of_data})
+    p = Path(out) / 'settings.json'
+    try:
+        old = json.loads(p.read_text())
+    except (OSError, ValueError):
+        return  # no run, or none that can be read: `Run` says so
+    of_data = ('data', 'n_train')
+
+    def rest(d):
+        return settings_hash({k: v for k, v in d.items() if k not in of_data})
+
     if isinstance(old, dict) and old.get('data') not in (None, settings['data']) and rest(old) == rest(settings):
-        raise ValueError(f"{settings['dataset']}: pictures or labels have changed since the run in {out} began (fingerprint {old['data']}, {old['n_train']} for training; now {settings['data']}, {settings['n_train']}): put them back, or start another run with out=...")
+        raise ValueError(
+            f"{settings['dataset']}: pictures or labels have changed since the run in {out} began (fingerprint {old['data']}, {old['n_train']} for training; now {settings['data']}, {settings['n_train']}): put them back, or start another run with out=..."
+        )
 
 # %% ../nbs/62_image_job.ipynb #959abd43
 def learnable(
-    images:dict, # `train`, `valid`, `test`
-) -> dict: # The same with the attributes of which training pictures show two values or more
+    images: dict,  # `train`, `valid`, `test`
+) -> dict:  # The same with the attributes of which training pictures show two values or more
     "Leave out, with a warning, attributes that no classifier and no prior can learn"
     train = images['train']
     seen = {k: {v for v in train.label(k).unique().tolist() if v >= 0} for k in train.attributes}
-    keep = [i for i,k in enumerate(seen) if len(seen[k]) > 1]; names = [list(seen)[i] for i in keep]
+    keep = [i for i, k in enumerate(seen) if len(seen[k]) > 1]
+    names = [list(seen)[i] for i in keep]
     left = [shown(k) for k in seen if k not in names]
-    if left: warnings.warn(f'{train.name}: training pictures show fewer than two values of {len(left)} attributes, which are left out: {", ".join(left[:5])}{" ..." if len(left) > 5 else ""}')
-    never = [f'{k} = {v}' for k in names for j,v in enumerate(train.attributes[k]) if j not in seen[k]]
-    if never: warnings.warn(f'{train.name}: no training picture shows {", ".join(never[:5])}{" ..." if len(never) > 5 else ""}: requests for it cannot be met')
-    if len(names) == len(seen): return images
-    return {s: replace(v, labels=v.labels[:,keep], attributes={k: v.attributes[k] for k in names}) for s,v in images.items()}
+    if left:
+        warnings.warn(
+            f'{train.name}: training pictures show fewer than two values of {len(left)} attributes, which are left out: {", ".join(left[:5])}{" ..." if len(left) > 5 else ""}'
+        )
+    never = [f'{k} = {v}' for k in names for j, v in enumerate(train.attributes[k]) if j not in seen[k]]
+    if never:
+        warnings.warn(
+            f'{train.name}: no training picture shows {", ".join(never[:5])}{" ..." if len(never) > 5 else ""}: requests for it cannot be met'
+        )
+    if len(names) == len(seen):
+        return images
+    return {
+        s: replace(v, labels=v.labels[:, keep], attributes={k: v.attributes[k] for k in names})
+        for s, v in images.items()
+    }
+
 
 def measurable(
-    s:ImageSettings,
-    images:dict, # `train`, `valid`, `test`
-) -> dict: # Metric -> why it cannot be computed
+    s: ImageSettings,
+    images: dict,  # `train`, `valid`, `test`
+) -> dict:  # Metric -> why it cannot be computed
     "What will be absent from the records of these pictures"
-    need,test,out = CLASSIFIERS[s.clf_preset]['n_features']+1,images['test'],{}
-    if len(test) < need: out['frechet_test'] = out['frechet_real'] = f'{len(test)} test pictures, and a distance in {need-1} features needs {need}'
-    if len(test) < 40: out['prior_hole_test'] = f'{len(test)} test pictures, and a classifier between them and samples needs 40'
-    y = images['train'].subset(slice(0, s.n_samples)).labels # the pictures that samples are compared with
-    if not y.shape[1] or not (y[:,0] >= 0).any(): out['class_kl'] = 'no labels'
+    need, test, out = CLASSIFIERS[s.clf_preset]['n_features'] + 1, images['test'], {}
+    if len(test) < need:
+        out['frechet_test'] = out['frechet_real'] = (
+            f'{len(test)} test pictures, and a distance in {need - 1} features needs {need}'
+        )
+    if len(test) < 40:
+        out['prior_hole_test'] = f'{len(test)} test pictures, and a classifier between them and samples needs 40'
+    y = images['train'].subset(slice(0, s.n_samples)).labels  # the pictures that samples are compared with
+    if not y.shape[1] or not (y[:, 0] >= 0).any():
+        out['class_kl'] = 'no labels'
     return out
 
-def absent(why:str, n:int|None=None) -> dict: # Metric without a value
+
+def absent(why: str, n: int | None = None) -> dict:  # Metric without a value
     "A measure that cannot be computed, and why"
     return metric(None, n=n, estimator=f'absent: {why}')
 
@@ -351,667 +714,1198 @@ def absent(why:str, n:int|None=None) -> dict: # Metric without a value
 @dataclass(frozen=True)
 class ImagePlace:
     "An opened job"
-    run:Run # Its folder
-    job:ImageJob # Parameters
-    s:ImageSettings # Settings
-    device:torch.device # Where it runs
-    images:dict # `train`, `valid`, `test`
-    cfg:GeneratorCfg # The generator's sizes
-    data:str # Fingerprint of the pictures and their labels
 
-def generator_cfg(s:ImageSettings, images:Images) -> GeneratorCfg: # Sizes of the generator for these pictures
-    return GeneratorCfg(shape=tuple(images.shape), **parse_layers(s.layers), enc_blocks=s.enc_blocks, likelihood=s.likelihood, levels=images.levels, mixtures=s.mixtures, sigma=s.sigma)
+    run: Run  # Its folder
+    job: ImageJob  # Parameters
+    s: ImageSettings  # Settings
+    device: torch.device  # Where it runs
+    images: dict  # `train`, `valid`, `test`
+    cfg: GeneratorCfg  # The generator's sizes
+    data: str  # Fingerprint of the pictures and their labels
 
-def corpus_name(p:ImagePlace) -> str:
+
+def generator_cfg(s: ImageSettings, images: Images) -> GeneratorCfg:  # Sizes of the generator for these pictures
+    return GeneratorCfg(
+        shape=tuple(images.shape),
+        **parse_layers(s.layers),
+        enc_blocks=s.enc_blocks,
+        likelihood=s.likelihood,
+        levels=images.levels,
+        mixtures=s.mixtures,
+        sigma=s.sigma,
+    )
+
+
+def corpus_name(p: ImagePlace) -> str:
     "Name of the pictures in records: that of a set found by name, or in the official archive, whose checksum is known; else `ldebm.core.own_name` of the path"
     found = p.job.dataset in IMAGE_SETS or Path(p.job.dataset).name == CIFAR10_ARCHIVE
     return p.images['train'].name if found else own_name(p.job.dataset)
 
-def record_name(p:ImagePlace, row:str) -> dict:
+
+def record_name(p: ImagePlace, row: str) -> dict:
     "What identifies a record"
-    return dict(row=row, corpus=corpus_name(p), preset=p.job.preset, objective=p.job.objective, seed=p.job.seed, variant=p.job.variant)
+    return dict(
+        row=row,
+        corpus=corpus_name(p),
+        preset=p.job.preset,
+        objective=p.job.objective,
+        seed=p.job.seed,
+        variant=p.job.variant,
+    )
 
-BUILT_IN = ('digits','shapes','cifar10') # Data sets whose name says what they hold
 
-def data_hash(images:dict) -> str: # 12 hexadecimal digits
+BUILT_IN = ('digits', 'shapes', 'cifar10')  # Data sets whose name says what they hold
+
+
+def data_hash(images: dict) -> str:  # 12 hexadecimal digits
     "Fingerprint of pixels and labels of all splits"
     h = hashlib.sha256()
-    for v in images.values(): # in pieces: pixels may be mapped from a file larger than memory
-        for part in v.pixels.split(4096): h.update(part.numpy().tobytes())
+    for v in images.values():  # in pieces: pixels may be mapped from a file larger than memory
+        for part in v.pixels.split(4096):
+            h.update(part.numpy().tobytes())
         h.update(v.labels.numpy().tobytes())
     return h.hexdigest()[:12]
 
-def record_settings(p:ImagePlace, row:str) -> dict:
+
+def record_settings(p: ImagePlace, row: str) -> dict:
     "Settings of a record: names, every number, and what the pictures are (a fingerprint of them, where the name does not say it)"
-    return dict(row=row, objective=p.job.objective, **asdict(p.s), n_train=len(p.images['train']), shape=list(p.images['train'].shape), **({} if corpus_name(p) in BUILT_IN else dict(data=p.data)))
+    return dict(
+        row=row,
+        objective=p.job.objective,
+        **asdict(p.s),
+        n_train=len(p.images['train']),
+        shape=list(p.images['train'].shape),
+        **({} if corpus_name(p) in BUILT_IN else dict(data=p.data)),
+    )
+
+
 JOB_SETTINGS.append(ImageSettings)
 
+
 def open_job(
-    job:ImageJob, # Parameters
+    job: ImageJob,  # Parameters
 ) -> ImagePlace:
     "Resolve settings, load the pictures, check the names of records, open the run's folder; nothing is written there if any of it fails"
     job = replace(job, dataset=known_set(job.dataset))
-    s,device = resolve(job),pick_device(job.device); one_process('a job of pictures')
-    if s.mixed_precision == 'fp16' and device.type == 'cpu': raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
-    images = load_images(job.dataset, size=s.size or None, limit=s.limit or None, attributes_csv=job.attributes or None, on_bad=job.on_bad, layout=job.layout)
+    s, device = resolve(job), pick_device(job.device)
+    one_process('a job of pictures')
+    if s.mixed_precision == 'fp16' and device.type == 'cpu':
+        raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
+    images = load_images(
+        job.dataset,
+        size=s.size or None,
+        limit=s.limit or None,
+        attributes_csv=job.attributes or None,
+        on_bad=job.on_bad,
+        layout=job.layout,
+    )
     images = learnable(images)
-    if s.levels: images = {k: fewer_levels(v, s.levels) for k,v in images.items()}
+    if s.levels:
+        images = {k: fewer_levels(v, s.levels) for k, v in images.items()}
     train = images['train']
     check_side(s, train, job.dataset)
     cfg = generator_cfg(s, train)
-    if s.floors and len(numbers(s.floors, 'floors')) != cfg.L: raise ValueError(f'floors has {len(s.floors.split())} numbers for {cfg.L} layers')
-    if set(job.rows.split()) & {'ldebm','ldebm-coupled','joint-ebm'} and (odd := [n for n in cfg.sizes if n & (n-1)]):
-        raise ValueError(f'layers: energies need maps whose side is a power of two, got {odd[0]}; leave out the rows with energies, or choose other layers')
-    need = CLASSIFIERS[s.clf_preset]['n_features']+1
-    for what,n in (('n_samples', s.n_samples), ('training pictures', len(train)), ('validation pictures', len(images['valid']) if 'gaussian-tuned' in job.rows.split() else need)):
+    if s.floors and len(numbers(s.floors, 'floors')) != cfg.L:
+        raise ValueError(f'floors has {len(s.floors.split())} numbers for {cfg.L} layers')
+    if set(job.rows.split()) & {'ldebm', 'ldebm-coupled', 'joint-ebm'} and (
+        odd := [n for n in cfg.sizes if n & (n - 1)]
+    ):
+        raise ValueError(
+            f'layers: energies need maps whose side is a power of two, got {odd[0]}; leave out the rows with energies, or choose other layers'
+        )
+    need = CLASSIFIERS[s.clf_preset]['n_features'] + 1
+    for what, n in (
+        ('n_samples', s.n_samples),
+        ('training pictures', len(train)),
+        ('validation pictures', len(images['valid']) if 'gaussian-tuned' in job.rows.split() else need),
+    ):
         if n < need:
-            small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features']); fewer = CLASSIFIERS[small]['n_features']+1
-            raise ValueError(f'{train.name}: {n} {what}, and a Frechet distance in {need-1} features needs {need}: more pictures, or n_samples' + (f'; or settings="clf_preset={small}", which needs {fewer}' if n >= fewer else ''))
-    for k in ('gen_batch','batch'):
-        if getattr(s, k) > len(train): raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {k}={getattr(s, k)}: lower it')
+            small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features'])
+            fewer = CLASSIFIERS[small]['n_features'] + 1
+            raise ValueError(
+                f'{train.name}: {n} {what}, and a Frechet distance in {need - 1} features needs {need}: more pictures, or n_samples'
+                + (f'; or settings="clf_preset={small}", which needs {fewer}' if n >= fewer else '')
+            )
+    for k in ('gen_batch', 'batch'):
+        if getattr(s, k) > len(train):
+            raise ValueError(
+                f'{train.name} has {len(train)} training pictures, fewer than {k}={getattr(s, k)}: lower it'
+            )
     if any(r == 'ldebm-coupled' for r in job.rows.split()) and not (train.attributes and (train.labels >= 0).any()):
-        raise ValueError(f'{train.name} has no labels to couple to: leave out the row ldebm-coupled, or give attributes')
+        raise ValueError(
+            f'{train.name} has no labels to couple to: leave out the row ldebm-coupled, or give attributes'
+        )
     gaps = measurable(s, images)
-    for why in dict.fromkeys(gaps.values()): warnings.warn(f'{train.name}: not computed, for want of data: {", ".join(k for k,v in gaps.items() if v == why)} ({why})')
+    for why in dict.fromkeys(gaps.values()):
+        warnings.warn(
+            f'{train.name}: not computed, for want of data: {", ".join(k for k, v in gaps.items() if v == why)} ({why})'
+        )
     p = ImagePlace(None, job, s, device, images, cfg, data_hash(images))
-    for r in ('gaussian', *job.rows.split()): result_path(**record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or '')
-    set_threads(job.threads or None); keep_memory()
-    name = f'runs/{corpus_name(p)}-{job.preset}-{job.objective}{"+"+job.variant if job.variant else ""}-s{job.seed}'
-    settings = dict(dataset=corpus_name(p), data=p.data, preset=job.preset, objective=job.objective, seed=job.seed, variant=job.variant, n_train=len(train), **asdict(s))
+    for r in ('gaussian', *job.rows.split()):
+        result_path(
+            **record_name(p, r), settings=record_settings(p, r) if job.results else None, results_dir=job.results or ''
+        )
+    set_threads(job.threads or None)
+    keep_memory()
+    name = f'runs/{corpus_name(p)}-{job.preset}-{job.objective}{"+" + job.variant if job.variant else ""}-s{job.seed}'
+    settings = dict(
+        dataset=corpus_name(p),
+        data=p.data,
+        preset=job.preset,
+        objective=job.objective,
+        seed=job.seed,
+        variant=job.variant,
+        n_train=len(train),
+        **asdict(s),
+    )
     out = job.out or (tempfile.mkdtemp() if os.environ.get('IN_TEST') else name)
     same_pictures(out, settings)
     return replace(p, run=Run(out, settings, resume=job.resume))
 
 # %% ../nbs/62_image_job.ipynb #e4f0e1f0
-def stage(p:ImagePlace, name:str, **settings) -> Run: # Run of a stage
-    folder = p.run.path/name
-    if not p.job.resume and folder.exists(): shutil.rmtree(folder) # its settings may differ: a prior belongs to one generator's weights
+def stage(p: ImagePlace, name: str, **settings) -> Run:  # Run of a stage
+    folder = p.run.path / name
+    if not p.job.resume and folder.exists():
+        shutil.rmtree(folder)  # its settings may differ: a prior belongs to one generator's weights
     return Run(folder, dict(stage=name, seed=p.job.seed, **settings), resume=p.job.resume)
 
+
 def train_generator(
-    p:ImagePlace,
-    w_kl:float|None=None, # Weight of the KL; the settings' if `None`
-    on_epoch=None, # Called with each validation's log line
-) -> tuple[Generator,object,list]: # Frozen generator, where its training ended, log lines
+    p: ImagePlace,
+    w_kl: float | None = None,  # Weight of the KL; the settings' if `None`
+    on_epoch=None,  # Called with each validation's log line
+) -> tuple[Generator, object, list]:  # Frozen generator, where its training ended, log lines
     "Stage one: generator and inference network, with the Gaussian prior"
-    s,name = p.s,'generator' if w_kl is None else f'generator-kl{w_kl:g}'
+    s, name = p.s, 'generator' if w_kl is None else f'generator-kl{w_kl:g}'
     w = s.w_kl if w_kl is None else w_kl
-    model = GeneratorModel(Generator(p.cfg, make_gen(p.job.seed, 'generator')), numbers(s.floors, 'floors') if w_kl is None else (), s.gen_ema)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=w*linear_warmup(step/steps, s.kl_warmup, .01)), s.gen_steps, s.gen_batch, s.checks, p.job.seed, rate='gen_lr')
-    run = stage(p, name, w_kl=w, **{k: v for k,v in asdict(s).items() if k in GENERATOR_SETTINGS})
+    model = GeneratorModel(
+        Generator(p.cfg, make_gen(p.job.seed, 'generator')),
+        numbers(s.floors, 'floors') if w_kl is None else (),
+        s.gen_ema,
+    )
+    task = StageTask(
+        p.images,
+        model,
+        lambda step, steps: dict(nll=1.0, kl=w * linear_warmup(step / steps, s.kl_warmup, 0.01)),
+        s.gen_steps,
+        s.gen_batch,
+        s.checks,
+        p.job.seed,
+        rate='gen_lr',
+    )
+    run = stage(p, name, w_kl=w, **{k: v for k, v in asdict(s).items() if k in GENERATOR_SETTINGS})
     end = fit(task, run, generator_cfg_train(s), p.job.seed, p.device, on_epoch=on_epoch)
-    return model.learned().eval().requires_grad_(False),end,run.log_lines()
-GENERATOR_SETTINGS = ('size','limit','levels','layers','enc_blocks','likelihood','mixtures','sigma','floors','kl_warmup','gen_steps','gen_batch','gen_lr','gen_ema','gen_clip')
+    return model.learned().eval().requires_grad_(False), end, run.log_lines()
 
-def labelled_images(images:dict) -> dict: # What the classifier learns
+
+GENERATOR_SETTINGS = (
+    'size',
+    'limit',
+    'levels',
+    'layers',
+    'enc_blocks',
+    'likelihood',
+    'mixtures',
+    'sigma',
+    'floors',
+    'kl_warmup',
+    'gen_steps',
+    'gen_batch',
+    'gen_lr',
+    'gen_ema',
+    'gen_clip',
+)
+
+
+def labelled_images(images: dict) -> dict:  # What the classifier learns
     "The pictures with their labels; pictures without any, turned by quarters, with the turn as their label (Gidaris et al. 2018)"
-    if images['train'].attributes and (images['train'].labels >= 0).any(): return images
+    if images['train'].attributes and (images['train'].labels >= 0).any():
+        return images
+
     def turned(v):
-        parts = [v]+[rotated(v, k) for k in (1, 2, 3)]
-        y = torch.arange(4).repeat_interleave(len(v))[:,None]
+        parts = [v] + [rotated(v, k) for k in (1, 2, 3)]
+        y = torch.arange(4).repeat_interleave(len(v))[:, None]
         return Images(v.name, torch.cat([o.pixels for o in parts]), y, {'turn': ('0', '90', '180', '270')}, v.levels)
-    return {k: turned(v.subset(slice(0, 10_000))) for k,v in images.items()}
 
-def accuracy_text(acc:dict) -> str: # From `train_classifier`
+    return {k: turned(v.subset(slice(0, 10_000))) for k, v in images.items()}
+
+
+def accuracy_text(acc: dict) -> str:  # From `train_classifier`
     "What a classifier reads rightly, one attribute after the other"
-    return ', '.join(f'classifier ({k}): {number_of(v, 1, percent=True)} of test pictures' if v['n'] else f'classifier ({k}): no test picture has a label' for k,v in acc.items())
+    return ', '.join(
+        f'classifier ({k}): {number_of(v, 1, percent=True)} of test pictures'
+        if v['n']
+        else f'classifier ({k}): no test picture has a label'
+        for k, v in acc.items()
+    )
 
-MIRRORED = ('cifar10','celeba','lsun_church') # Data sets whose labels survive a mirror: a user's may say left and right
 
-def classifier_folder(p:ImagePlace) -> str:
+MIRRORED = (
+    'cifar10',
+    'celeba',
+    'lsun_church',
+)  # Data sets whose labels survive a mirror: a user's may say left and right
+
+
+def classifier_folder(p: ImagePlace) -> str:
     "`classifier`, or a folder of its own where that holds another: a run may be measured again, by another classifier"
-    s,kept = p.s,p.run.file('classifier')/'settings.json'
-    if not p.job.resume or not kept.exists(): return 'classifier'
+    s, kept = p.s, p.run.file('classifier') / 'settings.json'
+    if not p.job.resume or not kept.exists():
+        return 'classifier'
     old = json.loads(kept.read_text())
-    return 'classifier' if (old['preset'],old['steps']) == (s.clf_preset,s.clf_steps) else f'classifier-{s.clf_preset}-{s.clf_steps}'
+    return (
+        'classifier'
+        if (old['preset'], old['steps']) == (s.clf_preset, s.clf_steps)
+        else f'classifier-{s.clf_preset}-{s.clf_steps}'
+    )
+
 
 def train_classifier(
-    p:ImagePlace,
-) -> tuple: # The network in whose features distances are measured, and its test accuracy, a metric for each attribute
+    p: ImagePlace,
+) -> tuple:  # The network in whose features distances are measured, and its test accuracy, a metric for each attribute
     "A classifier of the data set's attributes, stored with the run. Its seed is always 0, so that all runs are measured alike"
-    s,images = p.s,labelled_images(p.images)
+    s, images = p.s, labelled_images(p.images)
     net = make_classifier(images['train'], s.clf_preset, make_gen(0, 'classifier'))
-    aug = {k: v for k,v in AUGMENTS[s.clf_preset].items() if k != 'flip' or (p.job.dataset in MIRRORED and 'turn' not in images['train'].attributes)}
+    aug = {
+        k: v
+        for k, v in AUGMENTS[s.clf_preset].items()
+        if k != 'flip' or (p.job.dataset in MIRRORED and 'turn' not in images['train'].attributes)
+    }
     task = ClassifierTask(images, net, min(128, len(images['train'])), **aug)
     run = stage(p, classifier_folder(p), preset=s.clf_preset, steps=s.clf_steps, limit=s.limit)
-    fit(task, run, TrainCfg(steps=s.clf_steps, lr=3e-3, warmdown=1., clip=10., checkpoint_every=max(20, s.clf_steps//4)), 0, p.device)
+    fit(
+        task,
+        run,
+        TrainCfg(steps=s.clf_steps, lr=3e-3, warmdown=1.0, clip=10.0, checkpoint_every=max(20, s.clf_steps // 4)),
+        0,
+        p.device,
+    )
     save_classifier(p.run.file('classifier.safetensors'), net)
-    return net.eval(),accuracy(net, images['test'])
+    return net.eval(), accuracy(net, images['test'])
 
 # %% ../nbs/62_image_job.ipynb #c354d056
-def n_values(images:Images) -> tuple: # Number of values of each attribute
+def n_values(images: Images) -> tuple:  # Number of values of each attribute
     return tuple(len(v) for v in images.attributes.values())
 
+
 def layered_prior(
-    s:ImageSettings, objective:str, row:str, generator:Generator,
-    values:tuple, # Number of values of each attribute; used by coupled rows
-    gen:torch.Generator|None=None, # Source of the initial weights
+    s: ImageSettings,
+    objective: str,
+    row: str,
+    generator: Generator,
+    values: tuple,  # Number of values of each attribute; used by coupled rows
+    gen: torch.Generator | None = None,  # Source of the initial weights
 ) -> DiffusionEBM:
     "Energies of a row over a generator, untrained"
-    g,single,coupled = generator,row == 'joint-ebm',row.startswith('ldebm-coupled')
-    T,groups = 1 if single else s.T,tuple(values) if coupled else (1,)
-    nets = LayerNets(g.cfg.sizes, g.cfg.channels, context_widths(g) if s.contexts else (), sum(groups), T, s.energy_hidden, s.energy_blocks, s.spectral, s.free_head, gen=gen)
-    return DiffusionEBM(make_schedule(s.schedule, T), LayeredEnergy(g, nets, T, groups, s.tau_y if coupled else 1.), prior_cfg(s, objective, single))
+    g, single, coupled = generator, row == 'joint-ebm', row.startswith('ldebm-coupled')
+    T, groups = 1 if single else s.T, tuple(values) if coupled else (1,)
+    nets = LayerNets(
+        g.cfg.sizes,
+        g.cfg.channels,
+        context_widths(g) if s.contexts else (),
+        sum(groups),
+        T,
+        s.energy_hidden,
+        s.energy_blocks,
+        s.spectral,
+        s.free_head,
+        gen=gen,
+    )
+    return DiffusionEBM(
+        make_schedule(s.schedule, T),
+        LayeredEnergy(g, nets, T, groups, s.tau_y if coupled else 1.0),
+        prior_cfg(s, objective, single),
+    )
 
-def build_prior(p:ImagePlace, row:str, generator:Generator) -> PriorModel:
+
+def build_prior(p: ImagePlace, row: str, generator: Generator) -> PriorModel:
     "Prior of a row on a frozen generator"
-    s,g,seed = p.s,generator,p.job.seed
+    s, g, seed = p.s, generator, p.job.seed
     if row == 'ddpm':
         return PriorModel(g, make_score_prior(g.d, score_cfg(s), gen=make_gen(seed, 'ddpm')))
     prior = layered_prior(s, p.job.objective, row, g, n_values(p.images['train']), make_gen(seed, 'energies'))
     return PriorModel(g, prior, Average(prior.energy.nets, s.ema) if s.ema else None, row == 'ldebm-coupled')
 
-def hide_labels(p:ImagePlace):
-    "Forgets the labels of all but a share of the training pictures, the same ones every time"
-    if p.s.labelled >= 1: return None
-    keep = torch.rand(len(p.images['train']), generator=make_gen(p.job.seed, 'labelled')) < p.s.labelled
-    return lambda b: replace(b, labels=torch.where(keep[b.index][:,None], b.labels, -1))
 
-def prior_weights(p:ImagePlace, row:str):
+def hide_labels(p: ImagePlace):
+    "Forgets the labels of all but a share of the training pictures, the same ones every time"
+    if p.s.labelled >= 1:
+        return None
+    keep = torch.rand(len(p.images['train']), generator=make_gen(p.job.seed, 'labelled')) < p.s.labelled
+    return lambda b: replace(b, labels=torch.where(keep[b.index][:, None], b.labels, -1))
+
+
+def prior_weights(p: ImagePlace, row: str):
     "Weights of the terms of a row"
     s = p.s
-    if row == 'ddpm': return lambda step, steps: dict(score=1.)
+    if row == 'ddpm':
+        return lambda step, steps: dict(score=1.0)
     cls = dict(cls_t=s.w_cls) if row == 'ldebm-coupled' else {}
-    return lambda step, steps: dict(ebm=1., **cls)
+    return lambda step, steps: dict(ebm=1.0, **cls)
 
-def prior_stage(p:ImagePlace, name:str, generator:Generator) -> Run: # Run of a stage that trains a prior on one generator
-    return stage(p, name, objective=p.job.objective, generator=generator_hash(generator), **{k: v for k,v in asdict(p.s).items() if k not in MEASURING})
+
+def prior_stage(
+    p: ImagePlace, name: str, generator: Generator
+) -> Run:  # Run of a stage that trains a prior on one generator
+    return stage(
+        p,
+        name,
+        objective=p.job.objective,
+        generator=generator_hash(generator),
+        **{k: v for k, v in asdict(p.s).items() if k not in MEASURING},
+    )
+
 
 def train_prior(
-    p:ImagePlace, row:str, # One of `ROWS`
-    generator:Generator, # Frozen
-    on_epoch=None, # Called with each validation's log line
-) -> tuple: # Trained prior, where its training ended, log lines
+    p: ImagePlace,
+    row: str,  # One of `ROWS`
+    generator: Generator,  # Frozen
+    on_epoch=None,  # Called with each validation's log line
+) -> tuple:  # Trained prior, where its training ended, log lines
     "Stage two: a prior over the u of a frozen generator"
-    s,model = p.s,build_prior(p, row, generator)
-    steps = s.steps*s.ddpm_share if row == 'ddpm' else max(1, s.steps//s.T) if row == 'joint-ebm' else s.steps
-    task = StageTask(p.images, model, prior_weights(p, row), steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None)
+    s, model = p.s, build_prior(p, row, generator)
+    steps = s.steps * s.ddpm_share if row == 'ddpm' else max(1, s.steps // s.T) if row == 'joint-ebm' else s.steps
+    task = StageTask(
+        p.images,
+        model,
+        prior_weights(p, row),
+        steps,
+        s.batch,
+        s.checks,
+        p.job.seed,
+        hide_labels(p) if row == 'ldebm-coupled' else None,
+    )
     run = prior_stage(p, row, generator)
     end = fit(task, run, prior_cfg_train(s, steps), p.job.seed, p.device, on_epoch=on_epoch)
-    return model.learned().eval(),end,run.log_lines()
+    return model.learned().eval(), end, run.log_lines()
 
-MEASURING = ('tune','n_samples','long','clf_preset','clf_steps') # Settings that no prior's training depends on
 
-def generator_hash(g:Generator) -> str: # 12 hexadecimal digits
+MEASURING = ('tune', 'n_samples', 'long', 'clf_preset', 'clf_steps')  # Settings that no prior's training depends on
+
+
+def generator_hash(g: Generator) -> str:  # 12 hexadecimal digits
     "Fingerprint of a generator's weights: a prior belongs to one"
     return weights_hash(g)[:12]
 
 # %% ../nbs/62_image_job.ipynb #86e21b93
 def fine_tune(
-    p:ImagePlace, row:str, # `ldebm` or `ldebm-coupled`
-    generator:Generator, # Copied first: the frozen one stays as it is
-    prior:DiffusionEBM, # Trained on it
-    on_epoch=None, # Called with each validation's log line
-) -> tuple: # Generator, prior, where training ended, log lines
+    p: ImagePlace,
+    row: str,  # `ldebm` or `ldebm-coupled`
+    generator: Generator,  # Copied first: the frozen one stays as it is
+    prior: DiffusionEBM,  # Trained on it
+    on_epoch=None,  # Called with each validation's log line
+) -> tuple:  # Generator, prior, where training ended, log lines
     "Generator and energies together, for `joint_steps` steps"
-    s,g = p.s,copy.deepcopy(generator)
-    nets = copy.deepcopy(prior.energy.nets).requires_grad_(True); e = prior.energy
-    new = DiffusionEBM(prior.schedule, LayeredEnergy(g, nets, e.n_levels, e.groups or (e.n_symbols,), e.tau_y), replace(prior.cfg, encoder=True))
+    s, g = p.s, copy.deepcopy(generator)
+    nets = copy.deepcopy(prior.energy.nets).requires_grad_(True)
+    e = prior.energy
+    new = DiffusionEBM(
+        prior.schedule,
+        LayeredEnergy(g, nets, e.n_levels, e.groups or (e.n_symbols,), e.tau_y),
+        replace(prior.cfg, encoder=True),
+    )
     model = PriorModel(g, new, Average(nets, s.ema) if s.ema else None, row == 'ldebm-coupled', joint=True)
     weigh = prior_weights(p, row)
-    task = StageTask(p.images, model, lambda step, steps: dict(nll=1., kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)), s.joint_steps, s.batch, s.checks, p.job.seed, hide_labels(p) if row == 'ldebm-coupled' else None, 'lr or joint_lr')
+    task = StageTask(
+        p.images,
+        model,
+        lambda step, steps: dict(nll=1.0, kl=s.w_kl, ebm_enc=s.w_kl, **weigh(step, steps)),
+        s.joint_steps,
+        s.batch,
+        s.checks,
+        p.job.seed,
+        hide_labels(p) if row == 'ldebm-coupled' else None,
+        'lr or joint_lr',
+    )
     run = prior_stage(p, f'{row}-joint', generator)
     cfg = replace(prior_cfg_train(s, s.joint_steps), lr=s.joint_lr, clip=s.gen_clip)
     end = fit(task, run, cfg, p.job.seed, p.device, on_epoch=on_epoch)
-    return g.eval().requires_grad_(False),model.learned().eval(),end,run.log_lines()
+    return g.eval().requires_grad_(False), model.learned().eval(), end, run.log_lines()
 
 # %% ../nbs/62_image_job.ipynb #9d6acb90
 @dataclass
 class Reference:
     "What samples of a generator are compared with"
-    generator:Generator
-    net:object # Classifier
-    features:Tensor # Of the training pictures, shape `(n, f)`
-    test_features:Tensor # Of the test pictures
-    labels:Tensor # Of those training pictures, shape `(n, A)`
-    u:Tensor # One posterior draw of each, shape `(n, d)`
-    u_test:Tensor # And of each test picture
-    u_gaussian:Tensor # As many draws from N(0, I)
-    recon:float # Frechet distance of reconstructions
-    gaussian:float # And of pictures from the Gaussian prior
+
+    generator: Generator
+    net: object  # Classifier
+    features: Tensor  # Of the training pictures, shape `(n, f)`
+    test_features: Tensor  # Of the test pictures
+    labels: Tensor  # Of those training pictures, shape `(n, A)`
+    u: Tensor  # One posterior draw of each, shape `(n, d)`
+    u_test: Tensor  # And of each test picture
+    u_gaussian: Tensor  # As many draws from N(0, I)
+    recon: float  # Frechet distance of reconstructions
+    gaussian: float  # And of pictures from the Gaussian prior
+
 
 @torch.no_grad()
-def encode_all(g:Generator, images:Images, gen:torch.Generator, chunk:int=256) -> tuple[Tensor,Tensor]: # Draws `(N, d)`, and KL of each layer `(N, L)`, top first, nats
+def encode_all(
+    g: Generator, images: Images, gen: torch.Generator, chunk: int = 256
+) -> tuple[Tensor, Tensor]:  # Draws `(N, d)`, and KL of each layer `(N, L)`, top first, nats
     "One posterior draw of every picture"
-    us,kls = [],[]
+    us, kls = [], []
     for b in image_batches(images, chunk):
-        q,u = g.encode(b.x.to(g.start.device), gen)
-        us.append(u.cpu()); kls.append(torch.stack([k.sum(1) for k in q.kl_standard().split(g.cfg.dims, 1)], 1).cpu())
-    return torch.cat(us),torch.cat(kls)
+        q, u = g.encode(b.x.to(g.start.device), gen)
+        us.append(u.cpu())
+        kls.append(torch.stack([k.sum(1) for k in q.kl_standard().split(g.cfg.dims, 1)], 1).cpu())
+    return torch.cat(us), torch.cat(kls)
+
 
 @torch.no_grad()
-def decode_all(g:Generator, u:Tensor, chunk:int=256) -> Tensor: # Pictures, shape `(N, C, H, W)`, on the CPU
+def decode_all(g: Generator, u: Tensor, chunk: int = 256) -> Tensor:  # Pictures, shape `(N, C, H, W)`, on the CPU
     "Mean pictures of latents"
     return torch.cat([g.decode(v.to(g.start.device)).float().cpu() for v in u.split(chunk)])
 
-def make_reference(p:ImagePlace, generator:Generator, net) -> Reference:
+
+def make_reference(p: ImagePlace, generator: Generator, net) -> Reference:
     "Encode, reconstruct and sample what priors on this generator are compared with"
-    s,dev = p.s,generator.start.device
-    train = p.images['train']; n = min(s.n_samples, len(train))
-    train,gen = train.subset(slice(0, n)),make_gen(p.job.seed, 'reference', device=dev)
-    ft,fe = features_of(net, train),features_of(net, p.images['test'])
-    u,_ = encode_all(generator, train, gen); v,_ = encode_all(generator, p.images['test'], gen)
+    s, dev = p.s, generator.start.device
+    train = p.images['train']
+    n = min(s.n_samples, len(train))
+    train, gen = train.subset(slice(0, n)), make_gen(p.job.seed, 'reference', device=dev)
+    ft, fe = features_of(net, train), features_of(net, p.images['test'])
+    u, _ = encode_all(generator, train, gen)
+    v, _ = encode_all(generator, p.images['test'], gen)
     z = torch.randn(n, generator.d, generator=gen, device=dev).cpu()
-    fd = lambda x: frechet(features_of(net, decode_all(generator, x)), ft)
+
+    def fd(x):
+        return frechet(features_of(net, decode_all(generator, x)), ft)
+
     return Reference(generator, net, ft, fe, train.labels, u, v, z, fd(u), fd(z))
 
-def sample_prior(p:ImagePlace, prior, n:int, name:str='sample', **kw) -> tuple[Tensor,float]: # Latents `(n, d)`, and seconds
+
+def sample_prior(
+    p: ImagePlace, prior, n: int, name: str = 'sample', **kw
+) -> tuple[Tensor, float]:  # Latents `(n, d)`, and seconds
     "Draws from a prior, with a stream of their own"
     dev = next(prior.parameters()).device
-    t0 = time.time(); u = prior.sample(n, gen=make_gen(p.job.seed, name, device=dev), **kw)
-    if dev.type == 'cuda': torch.cuda.synchronize(dev)
-    return u.cpu(),time.time()-t0
+    t0 = time.time()
+    u = prior.sample(n, gen=make_gen(p.job.seed, name, device=dev), **kw)
+    if dev.type == 'cuda':
+        torch.cuda.synchronize(dev)
+    return u.cpu(), time.time() - t0
 
-def evaluations(p:ImagePlace, row:str) -> int: # Network evaluations for one sample
+
+def evaluations(p: ImagePlace, row: str) -> int:  # Network evaluations for one sample
     s = p.s
-    if row.startswith('gaussian'): return 0
-    if row == 'ddpm': return s.score_levels
+    if row.startswith('gaussian'):
+        return 0
+    if row == 'ddpm':
+        return s.score_levels
     mala = p.job.objective == 'consistent' and s.mala
-    return s.T*s.langevin_steps+mala if row == 'joint-ebm' else s.T*(s.langevin_steps+mala)
+    return s.T * s.langevin_steps + mala if row == 'joint-ebm' else s.T * (s.langevin_steps + mala)
+
 
 @torch.no_grad()
 def score(
-    p:ImagePlace,
-    ref:Reference, # Of the same generator
-    u:Tensor, # Samples of a prior, shape `(n, d)`
-) -> dict: # Metrics
+    p: ImagePlace,
+    ref: Reference,  # Of the same generator
+    u: Tensor,  # Samples of a prior, shape `(n, d)`
+) -> dict:  # Metrics
     "How pictures and latents of a prior compare with data"
-    gen,g,net = make_gen(p.job.seed, 'score'),ref.generator,ref.net
-    x = decode_all(g, u); f = features_of(net, x); n = len(u)
-    fd,note = frechet_metric(f, ref.features, gen=gen),f'features of a classifier, against {len(ref.features)} training pictures'
-    gaps = {k: absent(why) for k,why in measurable(p.s, p.images).items()}
-    out = dict(frechet=dict(fd, estimator=note), frechet_recon=metric(ref.recon, n=n, estimator=f'the same, of reconstructions'), frechet_gaussian=metric(ref.gaussian, n=n, estimator='the same, Gaussian prior'))
+    gen, g, net = make_gen(p.job.seed, 'score'), ref.generator, ref.net
+    x = decode_all(g, u)
+    f = features_of(net, x)
+    n = len(u)
+    fd, note = (
+        frechet_metric(f, ref.features, gen=gen),
+        f'features of a classifier, against {len(ref.features)} training pictures',
+    )
+    gaps = {k: absent(why) for k, why in measurable(p.s, p.images).items()}
+    out = dict(
+        frechet=dict(fd, estimator=note),
+        frechet_recon=metric(ref.recon, n=n, estimator='the same, of reconstructions'),
+        frechet_gaussian=metric(ref.gaussian, n=n, estimator='the same, Gaussian prior'),
+    )
     if 'frechet_test' not in gaps:
-        out.update(frechet_test=metric(frechet(f, ref.test_features), n=len(ref.test_features), estimator=f'against {len(ref.test_features)} test pictures'),
-                   frechet_real=metric(frechet(ref.test_features, ref.features), n=len(ref.test_features), estimator='test against training pictures'))
+        out.update(
+            frechet_test=metric(
+                frechet(f, ref.test_features),
+                n=len(ref.test_features),
+                estimator=f'against {len(ref.test_features)} test pictures',
+            ),
+            frechet_real=metric(
+                frechet(ref.test_features, ref.features),
+                n=len(ref.test_features),
+                estimator='test against training pictures',
+            ),
+        )
     share = gap_closed(ref.recon, ref.gaussian, out['frechet']['value'])
-    out['gap_closed'] = absent('the Gaussian prior is no farther than reconstructions', n) if share is None else metric(share, n=n, estimator='share of frechet_gaussian - frechet_recon')
+    out['gap_closed'] = (
+        absent('the Gaussian prior is no farther than reconstructions', n)
+        if share is None
+        else metric(share, n=n, estimator='share of frechet_gaussian - frechet_recon')
+    )
     out.update(density_coverage(ref.features, f))
-    out['density_gaussian'],out['coverage_gaussian'] = (v for v in density_coverage(ref.features, features_of(net, decode_all(g, ref.u_gaussian))).values())
-    out['prior_hole_auroc'] = two_sample_auroc(ref.u, u, gen); out['prior_hole_gaussian'] = two_sample_auroc(ref.u, ref.u_gaussian, gen)
-    if 'prior_hole_test' not in gaps: out['prior_hole_test'] = two_sample_auroc(ref.u_test, u, gen)
-    out['mmd'],out['mmd_gaussian'] = latent_mmd(ref.u, u),latent_mmd(ref.u, ref.u_gaussian)
-    m,m0 = out['mmd']['value'],out['mmd_gaussian']['value']
-    out['mmd_ratio'] = metric(m/m0, n=n, estimator='mmd / mmd_gaussian, unbiased: may be negative') if m0 > 0 else absent('the estimate for the Gaussian prior is not positive', n)
+    out['density_gaussian'], out['coverage_gaussian'] = (
+        v for v in density_coverage(ref.features, features_of(net, decode_all(g, ref.u_gaussian))).values()
+    )
+    out['prior_hole_auroc'] = two_sample_auroc(ref.u, u, gen)
+    out['prior_hole_gaussian'] = two_sample_auroc(ref.u, ref.u_gaussian, gen)
+    if 'prior_hole_test' not in gaps:
+        out['prior_hole_test'] = two_sample_auroc(ref.u_test, u, gen)
+    out['mmd'], out['mmd_gaussian'] = latent_mmd(ref.u, u), latent_mmd(ref.u, ref.u_gaussian)
+    m, m0 = out['mmd']['value'], out['mmd_gaussian']['value']
+    out['mmd_ratio'] = (
+        metric(m / m0, n=n, estimator='mmd / mmd_gaussian, unbiased: may be negative')
+        if m0 > 0
+        else absent('the estimate for the Gaussian prior is not positive', n)
+    )
     out['spread'] = metric(spread_ratio(u, ref.u), n=n, estimator='root mean variance of u, relative to the posterior')
-    out['nearest'] = metric(float(nearest(u, ref.u).median()/nearest(ref.u_test, ref.u).median()), n=n, estimator='median distance in u to the nearest training draw, relative to test pictures: well under 1 is copying')
+    out['nearest'] = metric(
+        float(nearest(u, ref.u).median() / nearest(ref.u_test, ref.u).median()),
+        n=n,
+        estimator='median distance in u to the nearest training draw, relative to test pictures: well under 1 is copying',
+    )
     for i in range(g.L):
-        k = g.layer_mask(i+1)
-        out[f'prior_hole_auroc_{i+1}'] = two_sample_auroc(ref.u[:,k], u[:,k], gen)
+        k = g.layer_mask(i + 1)
+        out[f'prior_hole_auroc_{i + 1}'] = two_sample_auroc(ref.u[:, k], u[:, k], gen)
     if 'class_kl' not in gaps:
-        y = ref.labels[:,0]
-        out['class_kl'] = class_histogram_kl(predict(net, x)[:,0], y[y >= 0], list(net.heads.values())[0])
+        y = ref.labels[:, 0]
+        out['class_kl'] = class_histogram_kl(predict(net, x)[:, 0], y[y >= 0], list(net.heads.values())[0])
     return gaps | out
 
-def nearest(a:Tensor, b:Tensor, chunk:int=1024) -> Tensor: # Shape `(n,)`
+
+def nearest(a: Tensor, b: Tensor, chunk: int = 1024) -> Tensor:  # Shape `(n,)`
     "Distance of each row of `a` to its nearest row of `b`"
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(chunk)])
 
 # %% ../nbs/62_image_job.ipynb #64294054
-def in_cell(text:str) -> str: # For a cell of a table in Markdown
+def in_cell(text: str) -> str:  # For a cell of a table in Markdown
     "A name that somebody gave, whatever signs are in it"
     return re.sub(r'([\\|`*_<>$\[\]])', r'\\\1', text)
 
-def number_of(m:dict, digits:int=3, percent:bool=False) -> str: # Of a metric
+
+def number_of(m: dict, digits: int = 3, percent: bool = False) -> str:  # Of a metric
     "Its value, or the reason why it has none"
-    if m['value'] is None: return m['estimator'] if m['estimator'].startswith('absent') else f"absent: {m['n']} cases"
+    if m['value'] is None:
+        return m['estimator'] if m['estimator'].startswith('absent') else f"absent: {m['n']} cases"
     return f"{m['value']:.{digits}%}" if percent else f"{m['value']:.{digits}f}"
 
 # %% ../nbs/62_image_job.ipynb #dfce3865
 def chain_health(
-    p:ImagePlace, ref:Reference,
-    prior:DiffusionEBM,
-    n:int=512, # Latents
-) -> dict: # Metrics `spread_long`, `accept`
+    p: ImagePlace,
+    ref: Reference,
+    prior: DiffusionEBM,
+    n: int = 512,  # Latents
+) -> dict:  # Metrics `spread_long`, `accept`
     "Spread of chains many times as long, relative to the posterior; mean acceptance"
-    m = min(n, len(ref.u)); u,_ = sample_prior(p, prior, m, 'long', n_steps=p.s.long*prior.cfg.n_steps)
-    out = dict(spread_long=metric(spread_ratio(u, ref.u), n=m, estimator=f'root mean variance of u after chains {p.s.long} times as long, relative to the posterior'))
+    m = min(n, len(ref.u))
+    u, _ = sample_prior(p, prior, m, 'long', n_steps=p.s.long * prior.cfg.n_steps)
+    out = dict(
+        spread_long=metric(
+            spread_ratio(u, ref.u),
+            n=m,
+            estimator=f'root mean variance of u after chains {p.s.long} times as long, relative to the posterior',
+        )
+    )
     if prior.cfg.mala and not prior.published:
         seen = []
         z = torch.randn(m, prior.d, generator=make_gen(p.job.seed, 'health')).to(ref.generator.start.device)
         for lev in reversed(range(prior.T)):
             t = torch.full((m,), lev, device=z.device)
             z = prior.chain_from(z, t, gen=make_gen(p.job.seed, 'health', lev, device=z.device), accepted=seen)
-        out['accept'] = metric(torch.stack(seen).mean(), n=m, estimator='mean acceptance of Metropolis tests, over levels and updates')
+        out['accept'] = metric(
+            torch.stack(seen).mean(), n=m, estimator='mean acceptance of Metropolis tests, over levels and updates'
+        )
     return out
 
-def wanted_labels(p:ImagePlace, n:int, attribute:int=0) -> Tensor: # Shape `(n, A)`, -1 but for one attribute, whose values take turns
+
+def wanted_labels(
+    p: ImagePlace, n: int, attribute: int = 0
+) -> Tensor:  # Shape `(n, A)`, -1 but for one attribute, whose values take turns
     "A balanced request for every value of one attribute"
     y = torch.full((n, len(p.images['train'].attributes)), -1)
-    y[:,attribute] = torch.arange(n) % n_values(p.images['train'])[attribute]
+    y[:, attribute] = torch.arange(n) % n_values(p.images['train'])[attribute]
     return y
 
-def guided(prior:DiffusionEBM, guidance:float) -> DiffusionEBM:
+
+def guided(prior: DiffusionEBM, guidance: float) -> DiffusionEBM:
     "The same prior, whose requests count `guidance` times"
     return DiffusionEBM(prior.schedule, GuidedEnergy(prior.energy, guidance, prior.temperature), prior.cfg)
 
-def control(
-    p:ImagePlace, ref:Reference,
-    prior:DiffusionEBM, # Coupled
-    wanted:Tensor, # Values asked for, shape `(n, A)`, -1 for free; or allowed values, `(n, K)`, bool
-    guidance:float=1., # Weight of the request
-) -> tuple[dict,Tensor]: # Metrics of the pictures, and the pictures
-    "Ask for symbols and see what a classifier reads; distances as for samples without a request"
-    u,_ = sample_prior(p, guided(prior, guidance), len(wanted), 'control', y=wanted if wanted.shape[1] > 1 else wanted[:,0])
-    x = decode_all(ref.generator, u); f = features_of(ref.net, x)
-    if wanted.dtype == torch.bool:
-        first = torch.tensor([0, *n_values(p.images['train'])[:-1]]).cumsum(0) # column of each attribute's first value
-        hits,n = int(wanted.gather(1, predict(ref.net, x)+first).all(1).sum()),len(x)
-        out = dict(control_accuracy=metric(hits/n, wilson_interval(hits, n), n, f'share of pictures in which a classifier reads an allowed value, guidance {guidance:g}'))
-    else: out = dict(control_accuracy=dict(control_accuracy(ref.net, x, wanted), estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}'))
-    out['frechet'] = metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples') if len(x) > f.shape[1] else absent(f'{len(x)} samples have no covariance in {f.shape[1]} features', len(x))
-    return {**out, **density_coverage(ref.features, f)},x
 
-def requests(p:ImagePlace, n:int=500, most:int=6) -> dict: # Of the first `most` attributes: name -> values asked for, `(n, A)` with -1 for free, or allowed values `(n, K)`
+def control(
+    p: ImagePlace,
+    ref: Reference,
+    prior: DiffusionEBM,  # Coupled
+    wanted: Tensor,  # Values asked for, shape `(n, A)`, -1 for free; or allowed values, `(n, K)`, bool
+    guidance: float = 1.0,  # Weight of the request
+) -> tuple[dict, Tensor]:  # Metrics of the pictures, and the pictures
+    "Ask for symbols and see what a classifier reads; distances as for samples without a request"
+    u, _ = sample_prior(
+        p, guided(prior, guidance), len(wanted), 'control', y=wanted if wanted.shape[1] > 1 else wanted[:, 0]
+    )
+    x = decode_all(ref.generator, u)
+    f = features_of(ref.net, x)
+    if wanted.dtype == torch.bool:
+        first = torch.tensor([0, *n_values(p.images['train'])[:-1]]).cumsum(0)  # column of each attribute's first value
+        hits, n = int(wanted.gather(1, predict(ref.net, x) + first).all(1).sum()), len(x)
+        out = dict(
+            control_accuracy=metric(
+                hits / n,
+                wilson_interval(hits, n),
+                n,
+                f'share of pictures in which a classifier reads an allowed value, guidance {guidance:g}',
+            )
+        )
+    else:
+        out = dict(
+            control_accuracy=dict(
+                control_accuracy(ref.net, x, wanted),
+                estimator=f'share of pictures in which a classifier reads everything asked for, guidance {guidance:g}',
+            )
+        )
+    out['frechet'] = (
+        metric(frechet(f, ref.features), n=len(x), estimator='as frechet, of requested samples')
+        if len(x) > f.shape[1]
+        else absent(f'{len(x)} samples have no covariance in {f.shape[1]} features', len(x))
+    )
+    return {**out, **density_coverage(ref.features, f)}, x
+
+
+def requests(
+    p: ImagePlace, n: int = 500, most: int = 6
+) -> (
+    dict
+):  # Of the first `most` attributes: name -> values asked for, `(n, A)` with -1 for free, or allowed values `(n, K)`
     "Balanced requests: each attribute alone, pairs of attributes, and anything but a value of the first"
-    values,names = n_values(p.images['train']),list(p.images['train'].attributes)
-    i,out = torch.arange(n),{}
-    for a,name in enumerate(names[:most]): out[name] = wanted_labels(p, n, a)
+    values, names = n_values(p.images['train']), list(p.images['train'].attributes)
+    i, out = torch.arange(n), {}
+    for a, name in enumerate(names[:most]):
+        out[name] = wanted_labels(p, n, a)
     for a in range(min(len(names), most)):
-        for b in range(a+1, min(len(names), most)):
-            y = wanted_labels(p, n, a); y[:,b] = (i//values[a]) % values[b]
+        for b in range(a + 1, min(len(names), most)):
+            y = wanted_labels(p, n, a)
+            y[:, b] = (i // values[a]) % values[b]
             out[f'{names[a]} and {names[b]}'] = y
-    if values[0] > 2: # of two values, anything but one is the other
-        allowed = torch.ones(n, sum(values), dtype=torch.bool); allowed[i,i % values[0]] = False
+    if values[0] > 2:  # of two values, anything but one is the other
+        allowed = torch.ones(n, sum(values), dtype=torch.bool)
+        allowed[i, i % values[0]] = False
         out[f'not a {names[0]}'] = allowed
     return out
 
-def control_all(
-    p:ImagePlace, ref:Reference,
-    prior:DiffusionEBM, # Coupled
-    guidance:float=2., # Weight of the requests
-    n:int=500, # Pictures for each
-) -> dict: # Name -> metrics; a request of allowed values counts as met when the value read is allowed
-    "Accuracy, density and coverage of every kind of request"
-    return {name: control(p, ref, prior, y, guidance)[0] for name,y in requests(p, n).items()}
 
-def request_metrics(done:dict) -> dict: # Metrics
+def control_all(
+    p: ImagePlace,
+    ref: Reference,
+    prior: DiffusionEBM,  # Coupled
+    guidance: float = 2.0,  # Weight of the requests
+    n: int = 500,  # Pictures for each
+) -> dict:  # Name -> metrics; a request of allowed values counts as met when the value read is allowed
+    "Accuracy, density and coverage of every kind of request"
+    return {name: control(p, ref, prior, y, guidance)[0] for name, y in requests(p, n).items()}
+
+
+def request_metrics(done: dict) -> dict:  # Metrics
     "Accuracy and coverage of every request of `control_all`, as `control_<request>`"
     names = []
-    for k in done: # letters of any alphabet; names that differ in other signs alone are numbered
-        name = re.sub(r'\W+', '_', k.lower()); same = sum(re.fullmatch(re.escape(name)+r'(__\d+)?', o) is not None for o in names)
-        names.append(f'{name}__{same+1}' if same else name)
-    return {f'control_{n}': m['control_accuracy'] for n,m in zip(names, done.values())} | {f'control_coverage_{n}': m['coverage'] for n,m in zip(names, done.values())}
+    for k in done:  # letters of any alphabet; names that differ in other signs alone are numbered
+        name = re.sub(r'\W+', '_', k.lower())
+        same = sum(re.fullmatch(re.escape(name) + r'(__\d+)?', o) is not None for o in names)
+        names.append(f'{name}__{same + 1}' if same else name)
+    return {f'control_{n}': m['control_accuracy'] for n, m in zip(names, done.values())} | {
+        f'control_coverage_{n}': m['coverage'] for n, m in zip(names, done.values())
+    }
 
-def control_table(done:dict) -> str: # Markdown
+
+def control_table(done: dict) -> str:  # Markdown
     "A row each request"
-    rows = [f'| {in_cell(k)} | ' + ' | '.join(number_of(m[c]) for c in ('control_accuracy','frechet','density','coverage')) + ' |' for k,m in done.items()]
+    rows = [
+        f'| {in_cell(k)} | '
+        + ' | '.join(number_of(m[c]) for c in ('control_accuracy', 'frechet', 'density', 'coverage'))
+        + ' |'
+        for k, m in done.items()
+    ]
     return '\n'.join(['| asked for | accuracy | FD | density | coverage |', '|---|---:|---:|---:|---:|', *rows])
 
+
 def add_one_by_one(
-    p:ImagePlace, ref:Reference,
-    prior:DiffusionEBM, # Coupled to several attributes
-    wanted:Tensor, # One value for each attribute, shape `(A,)`: asked for in turn
-    n:int=200, # Samples
-    guidance:float=2., # Weight of the requests
-    level:int=1, # How far each edit noises up
-) -> tuple[list,list]: # Latents before and after each request, `(n, d)`; and metrics, one dict each
+    p: ImagePlace,
+    ref: Reference,
+    prior: DiffusionEBM,  # Coupled to several attributes
+    wanted: Tensor,  # One value for each attribute, shape `(A,)`: asked for in turn
+    n: int = 200,  # Samples
+    guidance: float = 2.0,  # Weight of the requests
+    level: int = 1,  # How far each edit noises up
+) -> tuple[list, list]:  # Latents before and after each request, `(n, d)`; and metrics, one dict each
     "Start from unconditional samples and ask for one attribute more at a time, each edit starting from the sample before (the teaser of Cui & Han 2024)"
-    dev,g = ref.generator.start.device,guided(prior, guidance)
-    u,_ = sample_prior(p, prior, n, 'one by one'); steps,table = [u],[]
-    names = list(p.images['train'].attributes); y = torch.full((n, len(wanted)), -1)
-    for a,name in enumerate(names):
-        y[:,a] = wanted[a]
-        u = edit(g, u.to(dev), y if len(names) > 1 else y[:,0], level, gen=make_gen(p.job.seed, 'edit', a, device=dev)).cpu()
-        before,after = predict(ref.net, decode_all(ref.generator, steps[-1])),predict(ref.net, decode_all(ref.generator, u))
+    dev, g = ref.generator.start.device, guided(prior, guidance)
+    u, _ = sample_prior(p, prior, n, 'one by one')
+    steps, table = [u], []
+    names = list(p.images['train'].attributes)
+    y = torch.full((n, len(wanted)), -1)
+    for a, name in enumerate(names):
+        y[:, a] = wanted[a]
+        u = edit(
+            g, u.to(dev), y if len(names) > 1 else y[:, 0], level, gen=make_gen(p.job.seed, 'edit', a, device=dev)
+        ).cpu()
+        before, after = (
+            predict(ref.net, decode_all(ref.generator, steps[-1])),
+            predict(ref.net, decode_all(ref.generator, u)),
+        )
         free = [b for b in range(len(names)) if b > a]
-        kept = (before[:,free] == after[:,free]).float().mean() if free else None
-        table.append(dict(added=name, value=p.images['train'].attributes[name][int(wanted[a])], all_met=float((after[:,:a+1] == y[:,:a+1]).all(1).float().mean()), others_kept=None if kept is None else float(kept),
-                          moved=float((u-steps[-1]).norm(dim=1).mean()), apart=float((u-u.roll(1, 0)).norm(dim=1).mean())))
+        kept = (before[:, free] == after[:, free]).float().mean() if free else None
+        table.append(
+            dict(
+                added=name,
+                value=p.images['train'].attributes[name][int(wanted[a])],
+                all_met=float((after[:, : a + 1] == y[:, : a + 1]).all(1).float().mean()),
+                others_kept=None if kept is None else float(kept),
+                moved=float((u - steps[-1]).norm(dim=1).mean()),
+                apart=float((u - u.roll(1, 0)).norm(dim=1).mean()),
+            )
+        )
         steps.append(u)
-    return steps,table
+    return steps, table
 
-def one_by_one_table(table:list) -> str: # Markdown
+
+def one_by_one_table(table: list) -> str:  # Markdown
     "From `add_one_by_one`"
-    rows = [f'| {in_cell(t["added"])} = {in_cell(t["value"])} | {t["all_met"]:.1%} | ' + ('' if t['others_kept'] is None else f'{t["others_kept"]:.1%}') + f' | {t["moved"]:.2f} | {t["apart"]:.2f} |' for t in table]
-    return '\n'.join(['| added | all requests so far met | attributes not asked for that stay | distance moved in u | distance between samples |', '|---|---:|---:|---:|---:|', *rows])
+    rows = [
+        f'| {in_cell(t["added"])} = {in_cell(t["value"])} | {t["all_met"]:.1%} | '
+        + ('' if t['others_kept'] is None else f'{t["others_kept"]:.1%}')
+        + f' | {t["moved"]:.2f} | {t["apart"]:.2f} |'
+        for t in table
+    ]
+    return '\n'.join(
+        [
+            '| added | all requests so far met | attributes not asked for that stay | distance moved in u | distance between samples |',
+            '|---|---:|---:|---:|---:|',
+            *rows,
+        ]
+    )
 
-def trade_off(p:ImagePlace, ref:Reference, prior:DiffusionEBM, guidances=(0., .5, 1., 1.5, 2., 3., 5.), n:int=0) -> dict: # Guidance -> metrics
+
+def trade_off(
+    p: ImagePlace, ref: Reference, prior: DiffusionEBM, guidances=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0), n: int = 0
+) -> dict:  # Guidance -> metrics
     "Accuracy against coverage over the guidance factor, for a balanced request"
     y = wanted_labels(p, n or len(ref.features))
     return {g: control(p, ref, prior, y, g)[0] for g in guidances}
 
-def control_metrics(curve:dict) -> dict: # Metrics
+
+def control_metrics(curve: dict) -> dict:  # Metrics
     "Accuracy, coverage and distance at each guidance factor, as `control_accuracy_g<factor>`"
-    return {f'{k}_g{g:g}': m[k] if k.startswith('control') else dict(m[k], estimator=f'{m[k]["estimator"]}, requests with guidance {g:g}') for g,m in curve.items() for k in ('control_accuracy','coverage','density','frechet')}
+    return {
+        f'{k}_g{g:g}': m[k]
+        if k.startswith('control')
+        else dict(m[k], estimator=f'{m[k]["estimator"]}, requests with guidance {g:g}')
+        for g, m in curve.items()
+        for k in ('control_accuracy', 'coverage', 'density', 'frechet')
+    }
 
 # %% ../nbs/62_image_job.ipynb #56bd4b55
 def cost(
-    p:ImagePlace, row:str,
-    end, # From `fit`; `None` for a prior that is not trained
-    seconds:float, # Spent on sampling
-    n:int, # Samples drawn in them
-) -> dict: # Metrics
+    p: ImagePlace,
+    row: str,
+    end,  # From `fit`; `None` for a prior that is not trained
+    seconds: float,  # Spent on sampling
+    n: int,  # Samples drawn in them
+) -> dict:  # Metrics
     "What a prior costs"
-    return dict(sample_evaluations=metric(evaluations(p, row), estimator='network evaluations, with their gradient for an EBM, for one sample'), sample_seconds=metric(seconds/n*1000, n=n, estimator='seconds for a thousand latents'),
-                train_seconds=metric(end.seconds if end is not None else 0., estimator='seconds of training of the prior, over all sittings'))
+    return dict(
+        sample_evaluations=metric(
+            evaluations(p, row), estimator='network evaluations, with their gradient for an EBM, for one sample'
+        ),
+        sample_seconds=metric(seconds / n * 1000, n=n, estimator='seconds for a thousand latents'),
+        train_seconds=metric(
+            end.seconds if end is not None else 0.0, estimator='seconds of training of the prior, over all sittings'
+        ),
+    )
+
 
 def finish(
-    p:ImagePlace, row:str,
-    metrics:dict, # From `score` and others
-    end, # From `fit`; `None` for a prior that is not trained
-    seconds:float, # Spent on sampling
-) -> Path: # The record
+    p: ImagePlace,
+    row: str,
+    metrics: dict,  # From `score` and others
+    end,  # From `fit`; `None` for a prior that is not trained
+    seconds: float,  # Spent on sampling
+) -> Path:  # The record
     "Write `result.json` of one row"
-    took = end.seconds if end is not None else 0.
-    folder = p.run.path/row; folder.mkdir(parents=True, exist_ok=True)
-    return write_result(folder, **record_name(p, row), metrics=metrics, settings=record_settings(p, row),
-                        provenance=provenance(time.time()-took-seconds, end.samples/max(end.seconds, 1e-9) if end is not None else None), results_dir=p.job.results or False)
+    took = end.seconds if end is not None else 0.0
+    folder = p.run.path / row
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_result(
+        folder,
+        **record_name(p, row),
+        metrics=metrics,
+        settings=record_settings(p, row),
+        provenance=provenance(
+            time.time() - took - seconds, end.samples / max(end.seconds, 1e-9) if end is not None else None
+        ),
+        results_dir=p.job.results or False,
+    )
 
-def save_prior(p:ImagePlace, row:str, generator:Generator, prior) -> Path: # The file
+
+def save_prior(p: ImagePlace, row: str, generator: Generator, prior) -> Path:  # The file
     "Weights of generator and prior in one file, with every setting needed to build them again"
     net = prior.energy.nets if isinstance(prior, DiffusionEBM) else prior.sampler_net
-    tensors = {f'generator.{k}': v for k,v in generator.state_dict().items()} | {f'prior.{k}': v for k,v in net.state_dict().items()}
-    folder = p.run.path/row; folder.mkdir(parents=True, exist_ok=True)
-    return save_tensors(folder/'model.safetensors', tensors, dict(row=row, objective=p.job.objective, settings=asdict(p.s), generator=asdict(generator.cfg), values=list(n_values(p.images['train']))))
+    tensors = {f'generator.{k}': v for k, v in generator.state_dict().items()} | {
+        f'prior.{k}': v for k, v in net.state_dict().items()
+    }
+    folder = p.run.path / row
+    folder.mkdir(parents=True, exist_ok=True)
+    return save_tensors(
+        folder / 'model.safetensors',
+        tensors,
+        dict(
+            row=row,
+            objective=p.job.objective,
+            settings=asdict(p.s),
+            generator=asdict(generator.cfg),
+            values=list(n_values(p.images['train'])),
+        ),
+    )
+
 
 def load_prior(
-    path, # `model.safetensors` of a row
+    path,  # `model.safetensors` of a row
     device='cpu',
-) -> tuple: # Generator and prior, in evaluation mode
+) -> tuple:  # Generator and prior, in evaluation mode
     "Read what `save_prior` wrote; `ValueError` when it is something else"
     device = pick_device(device)
-    tensors,meta = load_tensors(path, device)
-    if 'row' not in meta or 'generator' not in meta: raise ValueError(f'{path} holds no image prior: it wants the model.safetensors of a row of an image job')
+    tensors, meta = load_tensors(path, device)
+    if 'row' not in meta or 'generator' not in meta:
+        raise ValueError(f'{path} holds no image prior: it wants the model.safetensors of a row of an image job')
     s = check_params(ImageSettings, meta['settings'])
-    g = Generator(GeneratorCfg(**{k: tuple(v) if isinstance(v, list) else v for k,v in meta['generator'].items()})).to(device)
-    part = lambda name: {k.removeprefix(name+'.'): v for k,v in tensors.items() if k.startswith(name+'.')}
-    g.load_state_dict(part('generator')); g.eval().requires_grad_(False)
+    g = Generator(GeneratorCfg(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta['generator'].items()})).to(
+        device
+    )
+
+    def part(name):
+        return {k.removeprefix(name + '.'): v for k, v in tensors.items() if k.startswith(name + '.')}
+
+    g.load_state_dict(part('generator'))
+    g.eval().requires_grad_(False)
     if meta['row'] == 'ddpm':
-        prior = make_score_prior(g.d, replace(score_cfg(s), ema=0.)).to(device)
+        prior = make_score_prior(g.d, replace(score_cfg(s), ema=0.0)).to(device)
         prior.net.load_state_dict(part('prior'))
-        return g,prior.eval()
+        return g, prior.eval()
     prior = layered_prior(s, meta['objective'], meta['row'], g, meta['values']).to(device)
     prior.energy.nets.load_state_dict(part('prior'))
-    return g,prior.eval()
+    return g, prior.eval()
 
 # %% ../nbs/62_image_job.ipynb #b4ef1127
 @dataclass
 class Done:
     "A prior that was trained and measured"
-    prior:nn.Module
-    u:Tensor # Its samples, shape `(n, d)`
-    metrics:dict
-    end:object # From `fit`
-    seconds:float # Spent on sampling
-    log:list # Log lines of its training
 
-def measure(p:ImagePlace, row:str, generator:Generator, ref:Reference, prior, end, log:list) -> Done:
+    prior: nn.Module
+    u: Tensor  # Its samples, shape `(n, d)`
+    metrics: dict
+    end: object  # From `fit`
+    seconds: float  # Spent on sampling
+    log: list  # Log lines of its training
+
+
+def measure(p: ImagePlace, row: str, generator: Generator, ref: Reference, prior, end, log: list) -> Done:
     "Sample a trained prior, measure it, save it, record it"
-    u,seconds = sample_prior(p, prior, len(ref.u))
+    u, seconds = sample_prior(p, prior, len(ref.u))
     m = {**score(p, ref, u), **cost(p, row, end, seconds, len(u))}
-    if isinstance(prior, DiffusionEBM): m.update(chain_health(p, ref, prior))
+    if isinstance(prior, DiffusionEBM):
+        m.update(chain_health(p, ref, prior))
     save_prior(p, row, generator, prior)
     finish(p, row, m, end, seconds)
     return Done(prior, u, m, end, seconds, log)
 
+
 def run_row(
-    p:ImagePlace, row:str, generator:Generator, ref:Reference,
-    on_epoch=None, # Called with each validation's log line
+    p: ImagePlace,
+    row: str,
+    generator: Generator,
+    ref: Reference,
+    on_epoch=None,  # Called with each validation's log line
 ) -> Done:
     "Train a prior, sample it, measure it, save it, record it"
     return measure(p, row, generator, ref, *train_prior(p, row, generator, on_epoch))
 
-def run_joint(
-    p:ImagePlace, row:str, # `ldebm` or `ldebm-coupled`
-    generator:Generator, # Frozen so far; stays as it is
-    prior:DiffusionEBM, # Trained on it
-    net, # Classifier
-    on_epoch=None, # Called with each validation's log line
-) -> tuple: # Fine-tuned generator, its `Reference`, and `Done`
-    "Fine-tune generator and energies together, measure as `run_row` does, record as `<row>-joint`"
-    g,*trained = fine_tune(p, row, generator, prior, on_epoch)
-    ref = make_reference(p, g, net)
-    return g,ref,measure(p, f'{row}-joint', g, ref, *trained)
 
-def add_metrics(p:ImagePlace, row:str, done:Done, more:dict) -> Path: # The record
+def run_joint(
+    p: ImagePlace,
+    row: str,  # `ldebm` or `ldebm-coupled`
+    generator: Generator,  # Frozen so far; stays as it is
+    prior: DiffusionEBM,  # Trained on it
+    net,  # Classifier
+    on_epoch=None,  # Called with each validation's log line
+) -> tuple:  # Fine-tuned generator, its `Reference`, and `Done`
+    "Fine-tune generator and energies together, measure as `run_row` does, record as `<row>-joint`"
+    g, *trained = fine_tune(p, row, generator, prior, on_epoch)
+    ref = make_reference(p, g, net)
+    return g, ref, measure(p, f'{row}-joint', g, ref, *trained)
+
+
+def add_metrics(p: ImagePlace, row: str, done: Done, more: dict) -> Path:  # The record
     "Record further metrics of a row"
     done.metrics.update(more)
     return finish(p, row, done.metrics, done.end, done.seconds)
 
 # %% ../nbs/62_image_job.ipynb #9eb57a5c
 def tune_gaussian(
-    p:ImagePlace, net, # Classifier
-    on_epoch=None, # Called with each validation's log line
-) -> tuple: # Generator, its KL weight, `{weight: distance on validation}`, where its training ended
+    p: ImagePlace,
+    net,  # Classifier
+    on_epoch=None,  # Called with each validation's log line
+) -> tuple:  # Generator, its KL weight, `{weight: distance on validation}`, where its training ended
     "Train generators for the Gaussian prior and keep the best"
-    dist,best,fv = {},None,features_of(net, p.images['valid'])
+    dist, best, fv = {}, None, features_of(net, p.images['valid'])
     for w in numbers(p.s.tune, 'tune'):
-        g,end,_ = train_generator(p, w, on_epoch)
+        g, end, _ = train_generator(p, w, on_epoch)
         x = decode_all(g, torch.randn(p.s.n_samples, g.d, generator=make_gen(p.job.seed, 'tune')))
         dist[w] = frechet(features_of(net, x), fv)
-        if best is None or dist[w] < dist[best[1]]: best = g,w,end
-    return best[0],best[1],dist,best[2]
+        if best is None or dist[w] < dist[best[1]]:
+            best = g, w, end
+    return best[0], best[1], dist, best[2]
 
 # %% ../nbs/62_image_job.ipynb #f231f892
-SHOWN = {'frechet': ('FD', 2), 'frechet_test': ('FD to test', 2), 'gap_closed': ('gap closed', 2), 'density': ('density', 2), 'coverage': ('coverage', 2), 'prior_hole_auroc': ('hole AUROC', 3),
-         'mmd_ratio': ('MMD ratio', 3), 'spread_long': ('long chains', 2), 'nearest': ('nearest', 2), 'sample_evaluations': ('evaluations', 0), 'sample_seconds': ('s / 1000', 1), 'train_seconds': ('training s', 0)}
-def rows_table(results:dict, shown=None) -> str: # Markdown; `results` is row -> metrics
+SHOWN = {
+    'frechet': ('FD', 2),
+    'frechet_test': ('FD to test', 2),
+    'gap_closed': ('gap closed', 2),
+    'density': ('density', 2),
+    'coverage': ('coverage', 2),
+    'prior_hole_auroc': ('hole AUROC', 3),
+    'mmd_ratio': ('MMD ratio', 3),
+    'spread_long': ('long chains', 2),
+    'nearest': ('nearest', 2),
+    'sample_evaluations': ('evaluations', 0),
+    'sample_seconds': ('s / 1000', 1),
+    'train_seconds': ('training s', 0),
+}
+
+
+def rows_table(results: dict, shown=None) -> str:  # Markdown; `results` is row -> metrics
     "Rows by metric"
-    keys = shown or {k: v for k,v in SHOWN.items() if any(k in m for m in results.values())}
-    cell = lambda m, k, f: '' if k not in m or m[k]['value'] is None else f'{m[k]["value"]:.{f}f}'
-    body = [f'| {ROWS.get(r, r)} | ' + ' | '.join(cell(m, k, f) for k,(_,f) in keys.items()) + ' |' for r,m in results.items()]
-    return '\n'.join(['| prior | '+' | '.join(n for n,_ in keys.values())+' |', '|---|'+'---:|'*len(keys), *body])
+    keys = shown or {k: v for k, v in SHOWN.items() if any(k in m for m in results.values())}
 
-def gaussian_metrics(p:ImagePlace, ref:Reference) -> dict: # Metrics
+    def cell(m, k, f):
+        return '' if k not in m or m[k]['value'] is None else f'{m[k]["value"]:.{f}f}'
+
+    body = [
+        f'| {ROWS.get(r, r)} | ' + ' | '.join(cell(m, k, f) for k, (_, f) in keys.items()) + ' |'
+        for r, m in results.items()
+    ]
+    return '\n'.join(
+        ['| prior | ' + ' | '.join(n for n, _ in keys.values()) + ' |', '|---|' + '---:|' * len(keys), *body]
+    )
+
+
+def gaussian_metrics(p: ImagePlace, ref: Reference) -> dict:  # Metrics
     "The row of the Gaussian prior on the same generator"
-    return {**score(p, ref, ref.u_gaussian), **cost(p, 'gaussian', None, 0., len(ref.u))}
+    return {**score(p, ref, ref.u_gaussian), **cost(p, 'gaussian', None, 0.0, len(ref.u))}
 
-def plot_triple(results:dict, ax=None):
+
+def plot_triple(results: dict, ax=None):
     "Reconstructions, Gaussian prior and each prior: Frechet distances beside each other"
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5,.35*len(results)+.9), layout='constrained')[1]
-    for i,(r,m) in enumerate(results.items()):
-        ax.plot([m['frechet_recon']['value'], m['frechet_gaussian']['value']], [i, i], 'k-', lw=.8, alpha=.4)
-        lo,hi = m['frechet'].get('interval') or (m['frechet']['value'],)*2
-        ax.plot([lo, hi], [i, i], 'C0-', lw=3, alpha=.4); ax.plot(m['frechet']['value'], i, 'C0o', ms=5)
-        ax.plot(m['frechet_recon']['value'], i, 'k|', ms=9); ax.plot(m['frechet_gaussian']['value'], i, 'k|', ms=9)
-    ax.set_yticks(range(len(results)), [ROWS.get(r, r) for r in results], fontsize=7); ax.invert_yaxis(); ax.set_xlabel('Fréchet distance: reconstruction | prior | Gaussian', fontsize=8); ax.tick_params(axis='x', labelsize=7)
+
+    ax = ax or plt.subplots(figsize=(5, 0.35 * len(results) + 0.9), layout='constrained')[1]
+    for i, (r, m) in enumerate(results.items()):
+        ax.plot([m['frechet_recon']['value'], m['frechet_gaussian']['value']], [i, i], 'k-', lw=0.8, alpha=0.4)
+        lo, hi = m['frechet'].get('interval') or (m['frechet']['value'],) * 2
+        ax.plot([lo, hi], [i, i], 'C0-', lw=3, alpha=0.4)
+        ax.plot(m['frechet']['value'], i, 'C0o', ms=5)
+        ax.plot(m['frechet_recon']['value'], i, 'k|', ms=9)
+        ax.plot(m['frechet_gaussian']['value'], i, 'k|', ms=9)
+    ax.set_yticks(range(len(results)), [ROWS.get(r, r) for r in results], fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel('Fréchet distance: reconstruction | prior | Gaussian', fontsize=8)
+    ax.tick_params(axis='x', labelsize=7)
     return ax
 
-def plot_rows(rows:list, titles:list, cols:int=12, width:float=7.):
+
+def plot_rows(rows: list, titles: list, cols: int = 12, width: float = 7.0):
     "Rows of pictures `(n, C, H, W)`, each with its title at the left"
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(len(rows), 1, figsize=(width, .62*width/cols*len(rows)+.1), layout='constrained', squeeze=False)
-    for ax,x,t in zip(axs[:,0], rows, titles):
-        plot_grid(x[:cols], cols=cols, ax=ax); ax.text(-.01, .5, t, transform=ax.transAxes, ha='right', va='center', fontsize=7, parse_math=False) # a name may hold dollars
-    return axs[:,0]
 
-def plot_levels_of(p:ImagePlace, prior:DiffusionEBM, generator:Generator, n:int=12):
+    fig, axs = plt.subplots(
+        len(rows), 1, figsize=(width, 0.62 * width / cols * len(rows) + 0.1), layout='constrained', squeeze=False
+    )
+    for ax, x, t in zip(axs[:, 0], rows, titles):
+        plot_grid(x[:cols], cols=cols, ax=ax)
+        ax.text(
+            -0.01, 0.5, t, transform=ax.transAxes, ha='right', va='center', fontsize=7, parse_math=False
+        )  # a name may hold dollars
+    return axs[:, 0]
+
+
+def plot_levels_of(p: ImagePlace, prior: DiffusionEBM, generator: Generator, n: int = 12):
     "The same samples at every diffusion level, decoded, from noise at the top to pictures at the bottom"
     dev = generator.start.device
     path = prior.sample(n, gen=make_gen(p.job.seed, 'levels', device=dev), path=True)
-    return plot_rows([decode_all(generator, u) for u in path.flip(0)], [f'level {t}' for t in range(prior.T, -1, -1)], n)
+    return plot_rows(
+        [decode_all(generator, u) for u in path.flip(0)], [f'level {t}' for t in range(prior.T, -1, -1)], n
+    )
 
-def plot_hierarchy(p:ImagePlace, prior:DiffusionEBM, generator:Generator, n:int=12):
+
+def plot_hierarchy(p: ImagePlace, prior: DiffusionEBM, generator: Generator, n: int = 12):
     "Top: what each layer adds. Bottom: top layers of one sample kept, those below drawn anew from the EBM"
-    dev = generator.start.device; L = generator.L
+    dev = generator.start.device
+    L = generator.L
     u = prior.sample(n, gen=make_gen(p.job.seed, 'hierarchy', device=dev))
     one = u[:1].expand(n, -1)
     parts = [x.cpu() for x in from_top(generator, u)]
-    again = [decode_all(generator, resample_below(prior, one.contiguous(), k, gen=make_gen(p.job.seed, 'below', k, device=dev))) for k in range(1, L+1)]
-    return plot_rows(parts+again, [f'layers {L}..{k}' if k < L else f'layer {L}' for k in range(L, 0, -1)]+[f'new below {k+1}' if k < L else 'all new' for k in range(1, L+1)], n)
+    again = [
+        decode_all(
+            generator, resample_below(prior, one.contiguous(), k, gen=make_gen(p.job.seed, 'below', k, device=dev))
+        )
+        for k in range(1, L + 1)
+    ]
+    return plot_rows(
+        parts + again,
+        [f'layers {L}..{k}' if k < L else f'layer {L}' for k in range(L, 0, -1)]
+        + [f'new below {k + 1}' if k < L else 'all new' for k in range(1, L + 1)],
+        n,
+    )
 
 # %% ../nbs/62_image_job.ipynb #4ac9c84e
-def outliers(p:ImagePlace, n:int=360) -> dict: # Name -> pictures `(n, C, H, W)`
+def outliers(p: ImagePlace, n: int = 360) -> dict:  # Name -> pictures `(n, C, H, W)`
     "Sets that no training picture comes from, by the data set's kind"
-    test = p.images['test']; test = test.subset(slice(0, min(n, len(test)))); gen = make_gen(0, 'outliers'); shape,levels = test.shape,test.levels
-    sets = dict(permuted=permuted(test, gen), inverted=inverted(test), noise=noise_images(shape, len(test), gen, levels), textures=textures(shape, len(test), gen, levels))
-    if shape[0] == 1: sets['turned'] = rotated(test, 1)
-    if shape[0] == 3 and shape[1] >= 8 and test.name != 'shapes': sets['procedural'] = shapes(len(test), gen, size=shape[1])
-    return {k: v.x() for k,v in sets.items()}
+    test = p.images['test']
+    test = test.subset(slice(0, min(n, len(test))))
+    gen = make_gen(0, 'outliers')
+    shape, levels = test.shape, test.levels
+    sets = dict(
+        permuted=permuted(test, gen),
+        inverted=inverted(test),
+        noise=noise_images(shape, len(test), gen, levels),
+        textures=textures(shape, len(test), gen, levels),
+    )
+    if shape[0] == 1:
+        sets['turned'] = rotated(test, 1)
+    if shape[0] == 3 and shape[1] >= 8 and test.name != 'shapes':
+        sets['procedural'] = shapes(len(test), gen, size=shape[1])
+    return {k: v.x() for k, v in sets.items()}
+
 
 def ood(
-    p:ImagePlace,
-    prior:DiffusionEBM,
-    sets:dict, # Name -> pictures
-    n:int=360, # Pictures in each set
-) -> dict: # Scheme -> set -> list over `k` of AUROC metrics; and `scores`: set -> scheme -> `(L, n)`
+    p: ImagePlace,
+    prior: DiffusionEBM,
+    sets: dict,  # Name -> pictures
+    n: int = 360,  # Pictures in each set
+) -> dict:  # Scheme -> set -> list over `k` of AUROC metrics; and `scores`: set -> scheme -> `(L, n)`
     "How well scores of layers above `k` tell test pictures from others"
     dev = prior.energy.generator.start.device
     x = p.images['test'].subset(slice(0, min(n, len(p.images['test'])))).x()
-    scores = {k: ood_scores(prior, v[:n], gen=make_gen(p.job.seed, 'ood', k, device=dev)) for k,v in dict(test=x, **sets).items()}
+    scores = {
+        k: ood_scores(prior, v[:n], gen=make_gen(p.job.seed, 'ood', k, device=dev))
+        for k, v in dict(test=x, **sets).items()
+    }
     L = prior.energy.generator.L
-    for s in ('inference','diffusion','ratio'): # ranks are all that counts: -inf becomes less than any finite score
-        finite = torch.cat([v[s].flatten() for v in scores.values()]); finite = finite[finite.isfinite()]
-        for v in scores.values(): v[s] = v[s].clamp(min=finite.min().item()-1)
-    out = {s: {k: [auroc(scores['test'][s][i], scores[k][s][i]) for i in range(L)] for k in sets} for s in ('inference','diffusion','ratio')}
+    for s in ('inference', 'diffusion', 'ratio'):  # ranks are all that counts: -inf becomes less than any finite score
+        finite = torch.cat([v[s].flatten() for v in scores.values()])
+        finite = finite[finite.isfinite()]
+        for v in scores.values():
+            v[s] = v[s].clamp(min=finite.min().item() - 1)
+    out = {
+        s: {k: [auroc(scores['test'][s][i], scores[k][s][i]) for i in range(L)] for k in sets}
+        for s in ('inference', 'diffusion', 'ratio')
+    }
     return dict(out, scores=scores)
 
-def ood_metrics(res:dict) -> dict: # Metrics
-    "For each set and scheme, AUROC at every `k`, as `ood_<scheme>_<set>_<k>`"
-    return {f'ood_{s}_{k}_{i}': dict(m, estimator=f'AUROC, {s} scheme, layers above {i}') for s in ('inference','diffusion','ratio') for k,v in res[s].items() for i,m in enumerate(v) if not (s == 'ratio' and i == 0)}
 
-def plot_ood(res:dict):
+def ood_metrics(res: dict) -> dict:  # Metrics
+    "For each set and scheme, AUROC at every `k`, as `ood_<scheme>_<set>_<k>`"
+    return {
+        f'ood_{s}_{k}_{i}': dict(m, estimator=f'AUROC, {s} scheme, layers above {i}')
+        for s in ('inference', 'diffusion', 'ratio')
+        for k, v in res[s].items()
+        for i, m in enumerate(v)
+        if not (s == 'ratio' and i == 0)
+    }
+
+
+def plot_ood(res: dict):
     "AUROC by number of layers left out, for each scheme; and histograms of the score of all layers"
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, 4, figsize=(9,2.2), layout='constrained')
-    for ax,s in zip(axs, ('inference','diffusion','ratio')):
-        for k,v in res[s].items():
+
+    fig, axs = plt.subplots(1, 4, figsize=(9, 2.2), layout='constrained')
+    for ax, s in zip(axs, ('inference', 'diffusion', 'ratio')):
+        for k, v in res[s].items():
             i = [j for j in range(len(v)) if not (s == 'ratio' and j == 0)]
             ax.plot(i, [v[j]['value'] for j in i], 'o-', ms=3, label=k)
-        ax.axhline(.5, c='k', lw=.5, ls=':'); ax.set(ylim=(-.03,1.03), xlabel='layers above k', xticks=range(len(next(iter(res[s].values()))))); ax.set_title(f'AUROC, {s}', fontsize=8); ax.tick_params(labelsize=6)
+        ax.axhline(0.5, c='k', lw=0.5, ls=':')
+        ax.set(ylim=(-0.03, 1.03), xlabel='layers above k', xticks=range(len(next(iter(res[s].values())))))
+        ax.set_title(f'AUROC, {s}', fontsize=8)
+        ax.tick_params(labelsize=6)
     axs[0].legend(fontsize=5)
-    s = {k: v['inference'][0] for k,v in res['scores'].items()}; every = torch.cat(list(s.values()))
-    lo,hi = every.quantile(.02).item(),every.quantile(.99).item()
-    for k,v in s.items(): axs[3].hist(v.clamp(lo, hi), 30, range=(lo,hi), histtype='stepfilled' if k == 'test' else 'step', alpha=.4 if k == 'test' else 1, density=True, label=k)
-    axs[3].set_title('score, all layers', fontsize=8); axs[3].set(yticks=[]); axs[3].tick_params(labelsize=6); axs[3].legend(fontsize=5)
+    s = {k: v['inference'][0] for k, v in res['scores'].items()}
+    every = torch.cat(list(s.values()))
+    lo, hi = every.quantile(0.02).item(), every.quantile(0.99).item()
+    for k, v in s.items():
+        axs[3].hist(
+            v.clamp(lo, hi),
+            30,
+            range=(lo, hi),
+            histtype='stepfilled' if k == 'test' else 'step',
+            alpha=0.4 if k == 'test' else 1,
+            density=True,
+            label=k,
+        )
+    axs[3].set_title('score, all layers', fontsize=8)
+    axs[3].set(yticks=[])
+    axs[3].tick_params(labelsize=6)
+    axs[3].legend(fontsize=5)
     return axs
 
-def plot_trade_off(curve:dict, ax=None):
+
+def plot_trade_off(curve: dict, ax=None):
     "Coverage against accuracy along the guidance factor, from `trade_off`"
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(3.6,2.4), layout='constrained')[1]
-    x,y = [m['control_accuracy']['value'] for m in curve.values()],[m['coverage']['value'] for m in curve.values()]
+
+    ax = ax or plt.subplots(figsize=(3.6, 2.4), layout='constrained')[1]
+    x, y = [m['control_accuracy']['value'] for m in curve.values()], [m['coverage']['value'] for m in curve.values()]
     ax.plot(x, y, 'o-', ms=3)
-    for g,a,b in zip(curve, x, y): ax.annotate(f'{g:g}', (a, b), textcoords='offset points', xytext=(3,4), fontsize=6)
-    ax.set(xlabel='accuracy of the wanted class', ylabel='coverage'); ax.tick_params(labelsize=7)
+    for g, a, b in zip(curve, x, y):
+        ax.annotate(f'{g:g}', (a, b), textcoords='offset points', xytext=(3, 4), fontsize=6)
+    ax.set(xlabel='accuracy of the wanted class', ylabel='coverage')
+    ax.tick_params(labelsize=7)
     return ax
 
-def trade_off_table(curve:dict) -> str: # Markdown
+
+def trade_off_table(curve: dict) -> str:  # Markdown
     "Accuracy, distance, density and coverage at each guidance factor"
-    rows = [f'| {g:g} | ' + ' | '.join(number_of(m[k]) for k in ('control_accuracy','frechet','density','coverage')) + ' |' for g,m in curve.items()]
+    rows = [
+        f'| {g:g} | '
+        + ' | '.join(number_of(m[k]) for k in ('control_accuracy', 'frechet', 'density', 'coverage'))
+        + ' |'
+        for g, m in curve.items()
+    ]
     return '\n'.join(['| guidance | accuracy | FD | density | coverage |', '|---:|---:|---:|---:|---:|', *rows])
 
-def plot_layer_energies(p:ImagePlace, prior:DiffusionEBM, ref:Reference, n:int=256):
+
+def plot_layer_energies(p: ImagePlace, prior: DiffusionEBM, ref: Reference, n: int = 256):
     "Energy of each layer along the levels: data (diffused posterior) against samples"
     import matplotlib.pyplot as plt
-    e,dev = prior.energy,ref.generator.start.device; gen = make_gen(p.job.seed, 'layer energies', device=dev); u = ref.u[:n].to(dev)
-    path = prior.sample(len(u), gen=gen, path=True); L = ref.generator.L
-    fig,axs = plt.subplots(1, L, figsize=(min(9, 2.2*L),1.9), layout='constrained', squeeze=False)
-    T = prior.T; at = lambda t: torch.full((len(u),), t, device=dev)
+
+    e, dev = prior.energy, ref.generator.start.device
+    gen = make_gen(p.job.seed, 'layer energies', device=dev)
+    u = ref.u[:n].to(dev)
+    path = prior.sample(len(u), gen=gen, path=True)
+    L = ref.generator.L
+    fig, axs = plt.subplots(1, L, figsize=(min(9, 2.2 * L), 1.9), layout='constrained', squeeze=False)
+    T = prior.T
+
+    def at(t):
+        return torch.full((len(u),), t, device=dev)
+
     with torch.no_grad():
         data = torch.stack([e.layer_energies(diffuse(prior.schedule, u, at(t), gen), at(t)) for t in range(T)]).cpu()
         own = torch.stack([e.layer_energies(path[t], at(t)) for t in range(T)]).cpu()
-    for i,ax in enumerate(axs[0]):
-        for x,l,c in ((data,'data','k'), (own,'samples','C0')):
-            lo,mid,hi = x[:,i].quantile(torch.tensor([.1,.5,.9]), dim=1)
-            ax.plot(range(T), mid, 'o-', color=c, ms=3, label=l); ax.fill_between(range(T), lo, hi, color=c, alpha=.15, lw=0)
-        ax.set_title(f'layer {L-i}', fontsize=8); ax.set_xlabel('level', fontsize=7); ax.tick_params(labelsize=6)
-    axs[0,0].set_ylabel('f (high is likely)', fontsize=7); axs[0,0].legend(fontsize=6)
+    for i, ax in enumerate(axs[0]):
+        for x, l, c in ((data, 'data', 'k'), (own, 'samples', 'C0')):
+            lo, mid, hi = x[:, i].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=1)
+            ax.plot(range(T), mid, 'o-', color=c, ms=3, label=l)
+            ax.fill_between(range(T), lo, hi, color=c, alpha=0.15, lw=0)
+        ax.set_title(f'layer {L - i}', fontsize=8)
+        ax.set_xlabel('level', fontsize=7)
+        ax.tick_params(labelsize=6)
+    axs[0, 0].set_ylabel('f (high is likely)', fontsize=7)
+    axs[0, 0].legend(fontsize=6)
     return axs[0]
 
-def save_figure(p:ImagePlace, name:str, ax) -> None:
+
+def save_figure(p: ImagePlace, name: str, ax) -> None:
     "Save the figure that `ax` (or the first of several) belongs to under `figures/`"
     p.run.file('figures').mkdir(exist_ok=True)
     (ax if hasattr(ax, 'figure') else ax[0]).figure.savefig(p.run.file(f'figures/{name}.png'), dpi=110)

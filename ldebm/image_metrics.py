@@ -13,235 +13,318 @@ __all__ = ['CLASSIFIERS', 'AUGMENTS', 'ResBlock', 'conv_body', 'Classifier', 'ap
 import math
 from collections.abc import Callable
 
-import numpy as np, torch
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .core import load_tensors, metric, pick_device, save_tensors
-from .images import Images, ImageBatch, image_batches
+from .images import ImageBatch, Images, image_batches
 from .stats import share_metric
 
 # %% ../nbs/42_image_metrics.ipynb #b7923891
 class ResBlock(nn.Module):
     "Pre-activation residual block, after halving the picture if `stride` is 2"
-    def __init__(self, i:int, o:int, stride:int=1):
+
+    def __init__(self, i: int, o: int, stride: int = 1):
         super().__init__()
-        self.n1,self.n2 = nn.BatchNorm2d(i),nn.BatchNorm2d(o)
-        self.c1,self.c2 = nn.Conv2d(i, o, 3, stride, 1, bias=False),nn.Conv2d(o, o, 3, 1, 1, bias=False)
+        self.n1, self.n2 = nn.BatchNorm2d(i), nn.BatchNorm2d(o)
+        self.c1, self.c2 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.Conv2d(o, o, 3, 1, 1, bias=False)
         self.skip = nn.Identity() if i == o and stride == 1 else nn.Conv2d(i, o, 1, stride, bias=False)
+
     def forward(self, x):
         h = torch.relu(self.n1(x))
         return (x if isinstance(self.skip, nn.Identity) else self.skip(h)) + self.c2(torch.relu(self.n2(self.c1(h))))
 
+
 def conv_body(
-    C:int, # Channels
-    size:int, # Smaller side in pixels
-    width:int, # Channels of the first stage; each later one, at half the side, has twice as many
-    n_blocks:int, # Residual blocks a stage
-) -> tuple[nn.Module,int]: # Body, and the channels it ends with
+    C: int,  # Channels
+    size: int,  # Smaller side in pixels
+    width: int,  # Channels of the first stage; each later one, at half the side, has twice as many
+    n_blocks: int,  # Residual blocks a stage
+) -> tuple[nn.Module, int]:  # Body, and the channels it ends with
     "ResNet body down to a side of about 8 (never more than four stages); pictures beyond 64 pixels are averaged down first"
-    n_stages,first = min(4, max(2, int(math.log2(size))-2)),max(1, size//64)
+    n_stages, first = min(4, max(2, int(math.log2(size)) - 2)), max(1, size // 64)
     parts = [nn.AvgPool2d(first)] if first > 1 else []
-    parts.append(nn.Conv2d(C, width, 3, 1, 1, bias=False)); w = width
+    parts.append(nn.Conv2d(C, width, 3, 1, 1, bias=False))
+    w = width
     for s in range(n_stages):
         for i in range(n_blocks):
-            o = width*2**s
-            parts.append(ResBlock(w, o, 2 if s and not i else 1)); w = o
-    return nn.Sequential(*parts, nn.BatchNorm2d(w), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),w
+            o = width * 2**s
+            parts.append(ResBlock(w, o, 2 if s and not i else 1))
+            w = o
+    return nn.Sequential(*parts, nn.BatchNorm2d(w), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), w
 
 # %% ../nbs/42_image_metrics.ipynb #196bfcbb
-CLASSIFIERS = dict( # Sizes by preset
+CLASSIFIERS = dict(  # Sizes by preset
     digits=dict(kind='mlp', width=128, n_features=32),
-    small=dict(kind='conv', width=16, n_features=64, n_blocks=1),   # 32x32 on two CPU cores
-    paper=dict(kind='conv', width=64, n_features=128, n_blocks=2))  # on a GPU
+    small=dict(kind='conv', width=16, n_features=64, n_blocks=1),  # 32x32 on two CPU cores
+    paper=dict(kind='conv', width=64, n_features=128, n_blocks=2),
+)  # on a GPU
 
-AUGMENTS = dict(digits=dict(noise=.2), small=dict(shift=2, flip=True), paper=dict(shift=4, flip=True)) # What `augment` does to them
+AUGMENTS = dict(
+    digits=dict(noise=0.2), small=dict(shift=2, flip=True), paper=dict(shift=4, flip=True)
+)  # What `augment` does to them
+
 
 class Classifier(nn.Module):
     "Pictures `(B, C, H, W)` in [0, 1] to class logits, by way of `features`; one head an attribute"
-    def __init__(self,
-        shape:tuple[int,int,int], # `(C, H, W)`
-        n_classes:int|list|dict, # Number of classes; or one number an attribute, as a list or `{name: number}`
-        kind:str='mlp', # Body: `mlp` or `conv`
-        width:int=128, # Width of the MLP, or channels of the first stage
-        n_features:int=32, # Width of the layer before last
-        n_blocks:int=1, # Residual blocks a stage (`conv`)
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],  # `(C, H, W)`
+        n_classes: int | list | dict,  # Number of classes; or one number an attribute, as a list or `{name: number}`
+        kind: str = 'mlp',  # Body: `mlp` or `conv`
+        width: int = 128,  # Width of the MLP, or channels of the first stage
+        n_features: int = 32,  # Width of the layer before last
+        n_blocks: int = 1,  # Residual blocks a stage (`conv`)
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        if kind not in ('mlp','conv'): raise ValueError(f"kind must be 'mlp' or 'conv', got {kind!r}")
+        if kind not in ('mlp', 'conv'):
+            raise ValueError(f"kind must be 'mlp' or 'conv', got {kind!r}")
         self.single = isinstance(n_classes, int)
-        if self.single: n_classes = {'class': n_classes}
-        heads = dict(n_classes) if isinstance(n_classes, dict) else {f'attribute {i}': k for i,k in enumerate(n_classes)}
+        if self.single:
+            n_classes = {'class': n_classes}
+        heads = (
+            dict(n_classes) if isinstance(n_classes, dict) else {f'attribute {i}': k for i, k in enumerate(n_classes)}
+        )
         if not heads or min(heads.values()) < 2:
             raise ValueError(f'a classifier needs at least two classes for each attribute, got {heads}')
-        self.shape,self.heads = tuple(shape),heads
-        self.config = dict(shape=list(shape), n_classes=heads['class'] if self.single else heads, kind=kind, width=width,
-                           n_features=n_features, n_blocks=n_blocks)
+        self.shape, self.heads = tuple(shape), heads
+        self.config = dict(
+            shape=list(shape),
+            n_classes=heads['class'] if self.single else heads,
+            kind=kind,
+            width=width,
+            n_features=n_features,
+            n_blocks=n_blocks,
+        )
         if kind == 'mlp':
-            body,w = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),width
-        else: body,w = conv_body(shape[0], min(shape[1:]), width, n_blocks)
-        self.body,self.penultimate = body,nn.Linear(w, n_features)
+            body, w = (
+                nn.Sequential(
+                    nn.Flatten(), nn.Linear(math.prod(shape), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+                ),
+                width,
+            )
+        else:
+            body, w = conv_body(shape[0], min(shape[1:]), width, n_blocks)
+        self.body, self.penultimate = body, nn.Linear(w, n_features)
         self.out = nn.ModuleList([nn.Linear(n_features, k) for k in heads.values()])
         with torch.no_grad():
             for m in self.modules():
-                if isinstance(m, (nn.Linear, nn.Conv2d)): m.weight.normal_(0, math.sqrt(2/m.weight[0].numel()), generator=gen)
-                if isinstance(m, nn.Linear): m.bias.zero_()
+                if isinstance(m, (nn.Linear, nn.Conv2d)):
+                    m.weight.normal_(0, math.sqrt(2 / m.weight[0].numel()), generator=gen)
+                if isinstance(m, nn.Linear):
+                    m.bias.zero_()
+
     @property
-    def n_features(self) -> int: return self.penultimate.out_features
-    def features(self, x:Tensor) -> Tensor: # Shape `(B, n_features)`
+    def n_features(self) -> int:
+        return self.penultimate.out_features
+
+    def features(self, x: Tensor) -> Tensor:  # Shape `(B, n_features)`
         "The layer before last"
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f'this classifier takes pictures of shape {self.shape}, not {tuple(x.shape[1:])}')
-        return nnf.silu(self.penultimate(self.body(2*x-1)))
-    def logits(self, x:Tensor) -> list[Tensor]: # One `(B, K)` an attribute
+        return nnf.silu(self.penultimate(self.body(2 * x - 1)))
+
+    def logits(self, x: Tensor) -> list[Tensor]:  # One `(B, K)` an attribute
         f = self.features(x)
         return [o(f) for o in self.out]
-    def forward(self, x:Tensor): # `(B, K)`; a list of them if the classes were given as a list or dict
+
+    def forward(self, x: Tensor):  # `(B, K)`; a list of them if the classes were given as a list or dict
         l = self.logits(x)
         return l[0] if self.single else l
 
 # %% ../nbs/42_image_metrics.ipynb #c10729f1
 @torch.no_grad()
 def apply_chunked(
-    f:Callable, # Maps pictures `(b, C, H, W)` to a tensor
-    net:nn.Module, # The network behind `f`: put into evaluation mode meanwhile; says the device
-    x:Tensor|Images, # Pictures in [0, 1], shape `(N, C, H, W)`
-    chunk:int=1024, # Pictures at a time
-) -> Tensor: # Results, concatenated, on the CPU
+    f: Callable,  # Maps pictures `(b, C, H, W)` to a tensor
+    net: nn.Module,  # The network behind `f`: put into evaluation mode meanwhile; says the device
+    x: Tensor | Images,  # Pictures in [0, 1], shape `(N, C, H, W)`
+    chunk: int = 1024,  # Pictures at a time
+) -> Tensor:  # Results, concatenated, on the CPU
     "Run `f` over pictures of any number"
-    if not len(x): raise ValueError('no pictures')
-    p,was = next(net.parameters(), torch.zeros(())),net.training
-    take = (lambda i: x[i:i+chunk]) if isinstance(x, Tensor) else lambda i: x.subset(slice(i, i+chunk)).x()
+    if not len(x):
+        raise ValueError('no pictures')
+    p, was = next(net.parameters(), torch.zeros(())), net.training
+    take = (lambda i: x[i : i + chunk]) if isinstance(x, Tensor) else lambda i: x.subset(slice(i, i + chunk)).x()
     net.eval()
-    try: return torch.cat([f(take(i).to(p)).cpu() for i in range(0, len(x), chunk)])
-    finally: net.train(was)
+    try:
+        return torch.cat([f(take(i).to(p)).cpu() for i in range(0, len(x), chunk)])
+    finally:
+        net.train(was)
 
-def features_of(net:Classifier, x:Tensor|Images, chunk:int=1024) -> Tensor: # Shape `(N, n_features)`
+
+def features_of(net: Classifier, x: Tensor | Images, chunk: int = 1024) -> Tensor:  # Shape `(N, n_features)`
     "Features of pictures"
     return apply_chunked(net.features, net, x, chunk)
 
-def predict(net:Classifier, x:Tensor|Images, chunk:int=1024) -> Tensor: # Long, shape `(N, A)`
+
+def predict(net: Classifier, x: Tensor | Images, chunk: int = 1024) -> Tensor:  # Long, shape `(N, A)`
     "Most likely value of each attribute"
     return apply_chunked(lambda x: torch.stack([l.argmax(-1) for l in net.logits(x)], 1), net, x, chunk)
 
 # %% ../nbs/42_image_metrics.ipynb #ba361149
 def accuracy(
-    net:Classifier, # Classifier
-    x:Tensor|Images, # Pictures
-    labels:Tensor|None=None, # Shape `(N, A)` or `(N,)`, -1 for unknown; those of the `Images` if `None`
-) -> dict[str,dict]: # One metric an attribute
+    net: Classifier,  # Classifier
+    x: Tensor | Images,  # Pictures
+    labels: Tensor | None = None,  # Shape `(N, A)` or `(N,)`, -1 for unknown; those of the `Images` if `None`
+) -> dict[str, dict]:  # One metric an attribute
     "Share of known labels that are predicted, with Wilson's interval"
     y = (x.labels if labels is None else labels).cpu()
-    y,p = y[:,None] if y.ndim == 1 else y,predict(net, x)
-    if y.shape != p.shape: raise ValueError(f'labels of shape {tuple(y.shape)} for predictions of shape {tuple(p.shape)}')
-    right,known = ((p == y) & (y >= 0)).sum(0).tolist(),(y >= 0).sum(0).tolist()
-    return {k: share_metric(right[i], known[i], f'accuracy of {k}, Wilson 95 %') for i,k in enumerate(net.heads)}
+    y, p = y[:, None] if y.ndim == 1 else y, predict(net, x)
+    if y.shape != p.shape:
+        raise ValueError(f'labels of shape {tuple(y.shape)} for predictions of shape {tuple(p.shape)}')
+    right, known = ((p == y) & (y >= 0)).sum(0).tolist(), (y >= 0).sum(0).tolist()
+    return {k: share_metric(right[i], known[i], f'accuracy of {k}, Wilson 95 %') for i, k in enumerate(net.heads)}
 
-def save_classifier(path, net:Classifier, **meta): # Path written
+
+def save_classifier(path, net: Classifier, **meta):  # Path written
     "Weights and configuration in one safetensors file; `meta` is kept beside them"
     return save_tensors(path, net.state_dict(), dict(classifier=net.config, **meta))
+
 
 def load_classifier(path, device='cpu') -> Classifier:
     "Read what `save_classifier` wrote, in evaluation mode; `ValueError` when it is something else"
     device = pick_device(device)
-    tensors,meta = load_tensors(path, device)
-    if 'classifier' not in meta: raise ValueError(f'{path} holds no classifier')
+    tensors, meta = load_tensors(path, device)
+    if 'classifier' not in meta:
+        raise ValueError(f'{path} holds no classifier')
     net = Classifier(**meta['classifier']).to(device)
     net.load_state_dict(tensors)
     return net.eval()
 
 # %% ../nbs/42_image_metrics.ipynb #3d6854e3
 def augment(
-    x:Tensor, # Pictures, shape `(B, C, H, W)`
-    gen:torch.Generator|None=None, # Source of randomness, on the pictures' device
-    shift:int=0, # Largest move in each direction, pixels; the border is repeated
-    flip:bool=False, # Mirror every other picture, left to right
-    noise:float=0., # Standard deviation of Gaussian noise
-) -> Tensor: # Shape `(B, C, H, W)`
+    x: Tensor,  # Pictures, shape `(B, C, H, W)`
+    gen: torch.Generator | None = None,  # Source of randomness, on the pictures' device
+    shift: int = 0,  # Largest move in each direction, pixels; the border is repeated
+    flip: bool = False,  # Mirror every other picture, left to right
+    noise: float = 0.0,  # Standard deviation of Gaussian noise
+) -> Tensor:  # Shape `(B, C, H, W)`
     "Each picture moved, mirrored and made noisy at random"
-    (B,_,H,W),dev = x.shape,x.device
+    (B, _, H, W), dev = x.shape, x.device
     if shift:
-        at = lambda n: (torch.arange(n, device=dev) + torch.randint(-shift, shift+1, (B,1), generator=gen, device=dev)).clamp(0, n-1)
-        x = x[torch.arange(B, device=dev)[:,None,None], :, at(H)[:,:,None], at(W)[:,None]].permute(0,3,1,2)
-    if flip: x = torch.where(torch.rand(B, 1, 1, 1, generator=gen, device=dev) < .5, x.flip(-1), x)
-    return x + noise*torch.randn(x.shape, generator=gen, device=dev, dtype=x.dtype) if noise else x
+
+        def at(n):
+            return (
+                torch.arange(n, device=dev) + torch.randint(-shift, shift + 1, (B, 1), generator=gen, device=dev)
+            ).clamp(0, n - 1)
+
+        x = x[torch.arange(B, device=dev)[:, None, None], :, at(H)[:, :, None], at(W)[:, None]].permute(0, 3, 1, 2)
+    if flip:
+        x = torch.where(torch.rand(B, 1, 1, 1, generator=gen, device=dev) < 0.5, x.flip(-1), x)
+    return x + noise * torch.randn(x.shape, generator=gen, device=dev, dtype=x.dtype) if noise else x
 
 # %% ../nbs/42_image_metrics.ipynb #75f23ae8
 class ClassifierModel(nn.Module):
     "A classifier with its loss, as `ldebm.train.fit` wants a model"
-    def __init__(self,
-        net:Classifier, # The classifier
-        **aug, # See `augment`; applied in training
+
+    def __init__(
+        self,
+        net: Classifier,  # The classifier
+        **aug,  # See `augment`; applied in training
     ):
         super().__init__()
-        self.net,self.aug = net,aug
-    def groups(self) -> dict: return dict(main=list(self.parameters()))
-    def forward(self, batch:ImageBatch, gen:torch.Generator|None=None) -> dict: # `nll` and `error`, each `(B,)`
+        self.net, self.aug = net, aug
+
+    def groups(self) -> dict:
+        return dict(main=list(self.parameters()))
+
+    def forward(self, batch: ImageBatch, gen: torch.Generator | None = None) -> dict:  # `nll` and `error`, each `(B,)`
         x = augment(batch.x, gen, **self.aug) if self.training else batch.x
-        logits,y = self.net.logits(x),batch.labels
-        nll = sum(nnf.cross_entropy(l.float(), y[:,i], ignore_index=-1, reduction='none') for i,l in enumerate(logits))
-        wrong = torch.stack([(l.argmax(-1) != y[:,i]) & (y[:,i] >= 0) for i,l in enumerate(logits)], 1)
+        logits, y = self.net.logits(x), batch.labels
+        nll = sum(
+            nnf.cross_entropy(l.float(), y[:, i], ignore_index=-1, reduction='none') for i, l in enumerate(logits)
+        )
+        wrong = torch.stack([(l.argmax(-1) != y[:, i]) & (y[:, i] >= 0) for i, l in enumerate(logits)], 1)
         return dict(nll=nll, error=wrong.float().mean(1))
+
 
 class ClassifierTask:
     "Training of a classifier, for `ldebm.train.fit`; the last network is kept, so let the rate fall (`warmdown`)"
-    def __init__(self,
-        images:dict[str,Images], # `train` and `valid`
-        net:Classifier, # Classifier to train, one head for each attribute of the images
-        batch_size:int=128,
-        select:str|None=None, # Keep the network that minimises `nll` or `error` on the validation images instead of the last
-        **aug, # See `augment`. Not for attributes that it would change, such as a position
+
+    def __init__(
+        self,
+        images: dict[str, Images],  # `train` and `valid`
+        net: Classifier,  # Classifier to train, one head for each attribute of the images
+        batch_size: int = 128,
+        select: str
+        | None = None,  # Keep the network that minimises `nll` or `error` on the validation images instead of the last
+        **aug,  # See `augment`. Not for attributes that it would change, such as a position
     ):
         names = list(images['train'].attributes)
-        if len(names) != len(net.heads): raise ValueError(f'the images have attributes {names}, the classifier {list(net.heads)}')
-        self.images,self.batch_size,self.select,self.model = images,batch_size,select,ClassifierModel(net, **aug)
-    def weights(self, step, steps): return dict(nll=1.)
-    def start_epoch(self, epoch, state, gen): return None
+        if len(names) != len(net.heads):
+            raise ValueError(f'the images have attributes {names}, the classifier {list(net.heads)}')
+        self.images, self.batch_size, self.select, self.model = images, batch_size, select, ClassifierModel(net, **aug)
+
+    def weights(self, step, steps):
+        return dict(nll=1.0)
+
+    def start_epoch(self, epoch, state, gen):
+        return None
+
     def batches(self, state, gen, start=0):
         "Shuffled batches of one epoch"
         train = self.images['train']
-        return ((b, {}) for b in image_batches(train, self.batch_size, gen=gen, drop_last=len(train) >= self.batch_size, start=start))
+        return (
+            (b, {})
+            for b in image_batches(
+                train, self.batch_size, gen=gen, drop_last=len(train) >= self.batch_size, start=start
+            )
+        )
+
     @torch.no_grad()
     def validate(self) -> dict:
         "Cross-entropy (nats) and share of errors on the validation images"
-        dev,v,sums = next(self.model.parameters()).device,self.images['valid'],{}
+        dev, v, sums = next(self.model.parameters()).device, self.images['valid'], {}
         for b in image_batches(v, 1024):
-            for k,o in self.model(b.to(dev)).items(): sums[k] = sums.get(k, 0.) + float(o.sum())
-        return {k: s/len(v) for k,s in sums.items()}
+            for k, o in self.model(b.to(dev)).items():
+                sums[k] = sums.get(k, 0.0) + float(o.sum())
+        return {k: s / len(v) for k, s in sums.items()}
+
 
 def make_classifier(
-    images:Images, # Says shape and attributes
-    preset:str='digits', # Key of `CLASSIFIERS`
-    gen:torch.Generator|None=None, # Source of the initial weights
+    images: Images,  # Says shape and attributes
+    preset: str = 'digits',  # Key of `CLASSIFIERS`
+    gen: torch.Generator | None = None,  # Source of the initial weights
 ) -> Classifier:
     "A classifier of a preset's size, with a head for each attribute of `images`"
-    if preset not in CLASSIFIERS: raise ValueError(f'preset must be one of {", ".join(CLASSIFIERS)}; got {preset!r}')
-    return Classifier(images.shape, {k: len(v) for k,v in images.attributes.items()}, **CLASSIFIERS[preset], gen=gen)
+    if preset not in CLASSIFIERS:
+        raise ValueError(f'preset must be one of {", ".join(CLASSIFIERS)}; got {preset!r}')
+    return Classifier(images.shape, {k: len(v) for k, v in images.attributes.items()}, **CLASSIFIERS[preset], gen=gen)
 
 # %% ../nbs/42_image_metrics.ipynb #2a4c5e5a
-def moments(f:Tensor) -> tuple[Tensor,Tensor]: # Mean `(d,)` and unbiased covariance `(d, d)`, float64
+def moments(f: Tensor) -> tuple[Tensor, Tensor]:  # Mean `(d,)` and unbiased covariance `(d, d)`, float64
     "Moments of features `(n, d)`; `ValueError` for fewer than `d + 1` points"
-    if f.ndim != 2: raise ValueError(f'features must have shape (n, d), got {tuple(f.shape)}')
-    if len(f) < f.shape[1]+1:
-        raise ValueError(f'{len(f)} samples cannot tell a covariance of {f.shape[1]} dimensions: at least {f.shape[1]+1} are needed')
-    f = f.double(); c = f-f.mean(0)
-    return f.mean(0),c.T@c/(len(f)-1)
+    if f.ndim != 2:
+        raise ValueError(f'features must have shape (n, d), got {tuple(f.shape)}')
+    if len(f) < f.shape[1] + 1:
+        raise ValueError(
+            f'{len(f)} samples cannot tell a covariance of {f.shape[1]} dimensions: at least {f.shape[1] + 1} are needed'
+        )
+    f = f.double()
+    c = f - f.mean(0)
+    return f.mean(0), c.T @ c / (len(f) - 1)
 
-def sym_sqrt(S:Tensor) -> Tensor: # Shape `(d, d)`
+
+def sym_sqrt(S: Tensor) -> Tensor:  # Shape `(d, d)`
     "Symmetric root of a positive semi-definite matrix"
-    l,V = torch.linalg.eigh(S)
-    return (V*l.clamp(min=0).sqrt())@V.T
+    l, V = torch.linalg.eigh(S)
+    return (V * l.clamp(min=0).sqrt()) @ V.T
 
-def frechet_moments(ma:Tensor, Sa:Tensor, mb:Tensor, Sb:Tensor) -> float: # At least 0
+
+def frechet_moments(ma: Tensor, Sa: Tensor, mb: Tensor, Sb: Tensor) -> float:  # At least 0
     "Fréchet distance between two Gaussians with means `(d,)` and covariances `(d, d)`"
-    cross = torch.linalg.svdvals(sym_sqrt(Sb)@sym_sqrt(Sa)).sum()
-    return max(0., float(((ma-mb)**2).sum() + Sa.trace() + Sb.trace() - 2*cross))
+    cross = torch.linalg.svdvals(sym_sqrt(Sb) @ sym_sqrt(Sa)).sum()
+    return max(0.0, float(((ma - mb) ** 2).sum() + Sa.trace() + Sb.trace() - 2 * cross))
+
 
 def frechet(
-    fa:Tensor, # Features, shape `(n, d)`
-    fb:Tensor, # Features, shape `(m, d)`
-) -> float: # At least 0
+    fa: Tensor,  # Features, shape `(n, d)`
+    fb: Tensor,  # Features, shape `(m, d)`
+) -> float:  # At least 0
     "Fréchet distance of two samples (Heusel et al. 2017). `ValueError` when dimensions differ or there are fewer than `d + 1` samples"
     if fa.ndim != 2 or fb.ndim != 2 or fa.shape[1] != fb.shape[1]:
         raise ValueError(f'features of shapes {tuple(fa.shape)} and {tuple(fb.shape)} cannot be compared')
@@ -250,163 +333,224 @@ def frechet(
 # %% ../nbs/42_image_metrics.ipynb #c418524a
 def _boot_moments(f, gen):
     w = torch.bincount(torch.randint(len(f), (len(f),), generator=gen), minlength=len(f)).double()
-    m = w@f/len(f); c = f-m
-    return m,(c*w[:,None]).T@c/(len(f)-1)
+    m = w @ f / len(f)
+    c = f - m
+    return m, (c * w[:, None]).T @ c / (len(f) - 1)
+
 
 def frechet_metric(
-    fa:Tensor, # Features, shape `(n, d)`
-    fb:Tensor, # Features, shape `(m, d)`
-    gen:torch.Generator|None=None, # Source of the bootstrap, on the CPU; no interval if `None`
-    n_boot:int=100, # Bootstrap replicates
-) -> dict: # Metric
+    fa: Tensor,  # Features, shape `(n, d)`
+    fb: Tensor,  # Features, shape `(m, d)`
+    gen: torch.Generator | None = None,  # Source of the bootstrap, on the CPU; no interval if `None`
+    n_boot: int = 100,  # Bootstrap replicates
+) -> dict:  # Metric
     "`frechet` with an interval of 1.96 bootstrap standard deviations; it covers chance, not the bias of order `d/n`"
-    value,interval = frechet(fa, fb),None
+    value, interval = frechet(fa, fb), None
     if gen is not None and n_boot:
-        a,b = fa.double(),fb.double()
+        a, b = fa.double(), fb.double()
         sd = np.std([frechet_moments(*_boot_moments(a, gen), *_boot_moments(b, gen)) for _ in range(n_boot)], ddof=1)
-        interval = max(0., value-1.96*sd),value+1.96*sd
-    return metric(value, interval, min(len(fa), len(fb)),
-                  f'Frechet distance of {fa.shape[1]} features, {len(fa)} against {len(fb)} samples')
+        interval = max(0.0, value - 1.96 * sd), value + 1.96 * sd
+    return metric(
+        value,
+        interval,
+        min(len(fa), len(fb)),
+        f'Frechet distance of {fa.shape[1]} features, {len(fa)} against {len(fb)} samples',
+    )
+
 
 def gap_closed(
-    recon, # Distance of reconstructions: the floor. Numbers, or metrics of which the value is taken
-    gauss, # Distance of samples from the Gaussian prior
-    ebm, # Distance of samples from the prior in question
-) -> float|None: # 1: as good as reconstructions; 0: no better than the Gaussian; `None` when there is no gap to close
+    recon,  # Distance of reconstructions: the floor. Numbers, or metrics of which the value is taken
+    gauss,  # Distance of samples from the Gaussian prior
+    ebm,  # Distance of samples from the prior in question
+) -> (
+    float | None
+):  # 1: as good as reconstructions; 0: no better than the Gaussian; `None` when there is no gap to close
     "`(gauss - ebm)/(gauss - recon)`"
-    r,g,e = (o['value'] if isinstance(o, dict) else float(o) for o in (recon, gauss, ebm))
-    return (g-e)/(g-r) if g > r else None
+    r, g, e = (o['value'] if isinstance(o, dict) else float(o) for o in (recon, gauss, ebm))
+    return (g - e) / (g - r) if g > r else None
 
 # %% ../nbs/42_image_metrics.ipynb #68a483cd
-def _rows(x, chunk): return ((i, x[i:i+chunk]) for i in range(0, len(x), chunk))
-def _dist(a, b): return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
+def _rows(x, chunk):
+    return ((i, x[i : i + chunk]) for i in range(0, len(x), chunk))
+
+
+def _dist(a, b):
+    return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
+
 
 def knn_radii(
-    x:Tensor, # Points, shape `(n, d)`
-    k:int=5, # Which neighbour, not counting the point itself
-    chunk:int=1024, # Rows of the distance matrix held at a time
-) -> Tensor: # Shape `(n,)`
+    x: Tensor,  # Points, shape `(n, d)`
+    k: int = 5,  # Which neighbour, not counting the point itself
+    chunk: int = 1024,  # Rows of the distance matrix held at a time
+) -> Tensor:  # Shape `(n,)`
     "Distance from each point to its `k`-th nearest neighbour; `ValueError` unless there are more than `k` points"
-    if not 1 <= k < len(x): raise ValueError(f'k must lie in 1..{len(x)-1} for {len(x)} points, got {k}')
-    return torch.cat([_dist(c, x).kthvalue(k+1, dim=1).values for _,c in _rows(x, chunk)])
+    if not 1 <= k < len(x):
+        raise ValueError(f'k must lie in 1..{len(x) - 1} for {len(x)} points, got {k}')
+    return torch.cat([_dist(c, x).kthvalue(k + 1, dim=1).values for _, c in _rows(x, chunk)])
+
 
 def density_coverage(
-    real:Tensor, # Features, shape `(n, d)`
-    fake:Tensor, # Features, shape `(m, d)`
-    k:int=5, # Neighbours
-    chunk:int=1024, # Rows of the distance matrix held at a time
-) -> dict[str,dict]: # Metrics `density` and `coverage`
+    real: Tensor,  # Features, shape `(n, d)`
+    fake: Tensor,  # Features, shape `(m, d)`
+    k: int = 5,  # Neighbours
+    chunk: int = 1024,  # Rows of the distance matrix held at a time
+) -> dict[str, dict]:  # Metrics `density` and `coverage`
     "Naeem et al. (2020). `ValueError` for different dimensions, or fewer than `k + 1` real points"
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or not len(fake):
         raise ValueError(f'features of shapes {tuple(real.shape)} and {tuple(fake.shape)} cannot be compared')
-    real,fake = real.double(),fake.double()
-    r,n,m = knn_radii(real, k, chunk),len(real),len(fake)
-    hits,covered = torch.zeros(m, dtype=torch.float64, device=real.device),torch.zeros(n, dtype=torch.bool, device=real.device)
-    for i,c in _rows(real, chunk):
-        inside = _dist(c, fake) < r[i:i+chunk,None]
-        hits += inside.sum(0); covered[i:i+chunk] = inside.any(1)
-    dens = hits/k; half = 1.96*float(dens.std())/math.sqrt(m) if m > 1 else 0.
+    real, fake = real.double(), fake.double()
+    r, n, m = knn_radii(real, k, chunk), len(real), len(fake)
+    hits, covered = (
+        torch.zeros(m, dtype=torch.float64, device=real.device),
+        torch.zeros(n, dtype=torch.bool, device=real.device),
+    )
+    for i, c in _rows(real, chunk):
+        inside = _dist(c, fake) < r[i : i + chunk, None]
+        hits += inside.sum(0)
+        covered[i : i + chunk] = inside.any(1)
+    dens = hits / k
+    half = 1.96 * float(dens.std()) / math.sqrt(m) if m > 1 else 0.0
     d = float(dens.mean())
-    return dict(density=metric(d, (max(0., d-half), d+half), m, f'density, k={k}, {n} real samples'),
-                coverage=share_metric(int(covered.sum()), n, f'coverage, k={k}, {m} samples, Wilson 95 %'))
+    return dict(
+        density=metric(d, (max(0.0, d - half), d + half), m, f'density, k={k}, {n} real samples'),
+        coverage=share_metric(int(covered.sum()), n, f'coverage, k={k}, {m} samples, Wilson 95 %'),
+    )
 
-def precision_recall(real:Tensor, fake:Tensor, k:int=3, chunk:int=1024) -> dict[str,dict]: # Metrics `precision` and `recall`
+
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1024
+) -> dict[str, dict]:  # Metrics `precision` and `recall`
     "Share of samples inside some real point's ball, and of real points inside some sample's (Kynkäänniemi et al. 2019)"
-    def inside(a, b): # Which points of `b` lie in a ball around a point of `a`
-        r,out = knn_radii(a, k, chunk),torch.zeros(len(b), dtype=torch.bool, device=b.device)
-        for i,c in _rows(a, chunk): out |= (_dist(c, b) <= r[i:i+chunk,None]).any(0)
+
+    def inside(a, b):  # Which points of `b` lie in a ball around a point of `a`
+        r, out = knn_radii(a, k, chunk), torch.zeros(len(b), dtype=torch.bool, device=b.device)
+        for i, c in _rows(a, chunk):
+            out |= (_dist(c, b) <= r[i : i + chunk, None]).any(0)
         return share_metric(int(out.sum()), len(b), f'k={k}, {len(a)} centres, Wilson 95 %')
+
     return dict(precision=inside(real.double(), fake.double()), recall=inside(fake.double(), real.double()))
 
 # %% ../nbs/42_image_metrics.ipynb #c638d4a0
-def spread(u:Tensor) -> dict[str,float]: # `std` (root mean variance), `std_min`, `std_max`, `mean_abs`, `mean_max` over dimensions
+def spread(
+    u: Tensor,
+) -> dict[str, float]:  # `std` (root mean variance), `std_min`, `std_max`, `mean_abs`, `mean_max` over dimensions
     "Moments of latents `(n, d)`; `ValueError` for fewer than two"
-    if u.ndim != 2 or len(u) < 2: raise ValueError(f'at least two latents of shape (n, d) are needed, got {tuple(u.shape)}')
-    s,m = u.double().std(0),u.double().mean(0).abs()
-    return dict(std=float(s.square().mean().sqrt()), std_min=float(s.min()), std_max=float(s.max()),
-                mean_abs=float(m.mean()), mean_max=float(m.max()))
+    if u.ndim != 2 or len(u) < 2:
+        raise ValueError(f'at least two latents of shape (n, d) are needed, got {tuple(u.shape)}')
+    s, m = u.double().std(0), u.double().mean(0).abs()
+    return dict(
+        std=float(s.square().mean().sqrt()),
+        std_min=float(s.min()),
+        std_max=float(s.max()),
+        mean_abs=float(m.mean()),
+        mean_max=float(m.max()),
+    )
+
 
 def spread_ratio(
-    u:Tensor, # Latents of a chain, shape `(n, d)`
-    ref:Tensor, # Latents to compare with, shape `(m, d)`
-) -> float: # 1 if equally wide
+    u: Tensor,  # Latents of a chain, shape `(n, d)`
+    ref: Tensor,  # Latents to compare with, shape `(m, d)`
+) -> float:  # 1 if equally wide
     "Ratio of the root mean variances"
-    return spread(u)['std']/spread(ref)['std']
-
-
+    return spread(u)['std'] / spread(ref)['std']
 
 # %% ../nbs/42_image_metrics.ipynb #bbfad6ce
 def class_histogram_kl(
-    pred:Tensor, # Classes of samples, long, shape `(n,)`
-    ref:Tensor, # Classes of real data, long, shape `(m,)`
-    n_classes:int, # Number of classes
-) -> dict: # Metric, nats
+    pred: Tensor,  # Classes of samples, long, shape `(n,)`
+    ref: Tensor,  # Classes of real data, long, shape `(m,)`
+    n_classes: int,  # Number of classes
+) -> dict:  # Metric, nats
     "KL(samples || real) of class frequencies, half a count added to each class"
-    p,q = ((torch.bincount(y.flatten().cpu(), minlength=n_classes).double()+.5)/(y.numel()+.5*n_classes) for y in (pred, ref))
-    if len(p) != n_classes or len(q) != n_classes: raise ValueError(f'classes must lie in 0..{n_classes-1}')
-    return metric(float((p*(p/q).log()).sum()), n=pred.numel(), estimator='KL(samples || real) of class frequencies, +1/2')
+    p, q = (
+        (torch.bincount(y.flatten().cpu(), minlength=n_classes).double() + 0.5) / (y.numel() + 0.5 * n_classes)
+        for y in (pred, ref)
+    )
+    if len(p) != n_classes or len(q) != n_classes:
+        raise ValueError(f'classes must lie in 0..{n_classes - 1}')
+    return metric(
+        float((p * (p / q).log()).sum()), n=pred.numel(), estimator='KL(samples || real) of class frequencies, +1/2'
+    )
+
 
 def control_accuracy(
-    net:Classifier, # A classifier that took no part in sampling
-    x:Tensor|Images, # Samples
-    wanted:Tensor, # Values asked for, long, shape `(n,)` or `(n, A)`; -1: not asked
-) -> dict: # Metric: the share of samples in which everything asked for is there
+    net: Classifier,  # A classifier that took no part in sampling
+    x: Tensor | Images,  # Samples
+    wanted: Tensor,  # Values asked for, long, shape `(n,)` or `(n, A)`; -1: not asked
+) -> dict:  # Metric: the share of samples in which everything asked for is there
     "Accuracy of controlled samples, Wilson's interval. `ValueError` when nothing was asked, or shapes differ"
-    y,p = (wanted[:,None] if wanted.ndim == 1 else wanted).cpu(),predict(net, x)
-    if y.shape != p.shape: raise ValueError(f'wanted values of shape {tuple(y.shape)} for predictions of shape {tuple(p.shape)}')
+    y, p = (wanted[:, None] if wanted.ndim == 1 else wanted).cpu(), predict(net, x)
+    if y.shape != p.shape:
+        raise ValueError(f'wanted values of shape {tuple(y.shape)} for predictions of shape {tuple(p.shape)}')
     asked = (y >= 0).any(1)
-    if not asked.any(): raise ValueError('no value was asked for')
+    if not asked.any():
+        raise ValueError('no value was asked for')
     ok = ((p == y) | (y < 0)).all(1) & asked
     return share_metric(int(ok.sum()), int(asked.sum()), 'all wanted values predicted, Wilson 95 %')
 
+
 def class_coverage(
-    real:Tensor, # Features, shape `(n, d)`
-    real_y:Tensor, # Their classes, shape `(n,)`
-    fake:Tensor, # Features of samples, shape `(m, d)`
-    fake_y:Tensor, # Classes asked for, shape `(m,)`
-    k:int=5, # Neighbours
-) -> dict[int,dict]: # Class -> `density_coverage` within it
+    real: Tensor,  # Features, shape `(n, d)`
+    real_y: Tensor,  # Their classes, shape `(n,)`
+    fake: Tensor,  # Features of samples, shape `(m, d)`
+    fake_y: Tensor,  # Classes asked for, shape `(m,)`
+    k: int = 5,  # Neighbours
+) -> dict[int, dict]:  # Class -> `density_coverage` within it
     "Density and coverage class by class, for classes with more than `k` real points; a class without samples covers nothing"
     out = {}
     for c in real_y.unique().tolist():
-        a,b = real[real_y == c],fake[fake_y == c]
+        a, b = real[real_y == c], fake[fake_y == c]
         if c >= 0 and len(a) > k:
-            none = dict(density=metric(None, n=0, estimator='no samples'), coverage=share_metric(0, len(a), 'no samples'))
+            none = dict(
+                density=metric(None, n=0, estimator='no samples'), coverage=share_metric(0, len(a), 'no samples')
+            )
             out[c] = density_coverage(a, b, k) if len(b) else none
     return out
 
 # %% ../nbs/42_image_metrics.ipynb #c579fda4
 def inception(
-    feature=2048, # Layer of InceptionV3 (64, 192, 768 or 2048), or a module of your own: uint8 `(B, 3, H, W)` to `(B, d)`
+    feature=2048,  # Layer of InceptionV3 (64, 192, 768 or 2048), or a module of your own: uint8 `(B, 3, H, W)` to `(B, d)`
 ) -> nn.Module:
     "Feature network of torchmetrics' FID. `ImportError` when it is not installed, `RuntimeError` when its weights cannot be had"
-    if isinstance(feature, nn.Module): return feature.eval()
-    try: from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as e: raise ImportError('Inception features need torchmetrics and torch-fidelity: pip install "ldebm[fid]"') from e
-    try: return FrechetInceptionDistance(feature=feature).inception.eval()
+    if isinstance(feature, nn.Module):
+        return feature.eval()
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as e:
+        raise ImportError('Inception features need torchmetrics and torch-fidelity: pip install "ldebm[fid]"') from e
+    try:
+        return FrechetInceptionDistance(feature=feature).inception.eval()
     except ModuleNotFoundError as e:
-        raise ImportError('Inception features need torch-fidelity besides torchmetrics: pip install "ldebm[fid]" torch-fidelity') from e
-    except OSError as e: # also urllib's URLError
-        raise RuntimeError(f'the InceptionV3 weights could not be downloaded ({e}): run once where there is a network, '
-                           'or use frechet on features_of a classifier') from e
+        raise ImportError(
+            'Inception features need torch-fidelity besides torchmetrics: pip install "ldebm[fid]" torch-fidelity'
+        ) from e
+    except OSError as e:  # also urllib's URLError
+        raise RuntimeError(
+            f'the InceptionV3 weights could not be downloaded ({e}): run once where there is a network, '
+            'or use frechet on features_of a classifier'
+        ) from e
+
 
 def inception_features(
-    x:Tensor|Images, # Pictures in [0, 1], shape `(N, C, H, W)`, C 1 or 3
-    net:nn.Module|None=None, # From `inception`, which is called if `None`
-    chunk:int=64, # Pictures at a time
-) -> Tensor: # Shape `(N, d)`
+    x: Tensor | Images,  # Pictures in [0, 1], shape `(N, C, H, W)`, C 1 or 3
+    net: nn.Module | None = None,  # From `inception`, which is called if `None`
+    chunk: int = 64,  # Pictures at a time
+) -> Tensor:  # Shape `(N, d)`
     "Features of pictures, grey ones repeated to three channels, as 8-bit values"
     net = inception() if net is None else net
     dev = next(net.parameters(), torch.zeros(())).device
-    eight = lambda x: (x*255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def eight(x):
+        return (x * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
     return apply_chunked(lambda x: net(eight(x.float()).to(dev)).flatten(1).float(), net, x, chunk)
 
+
 def fid(
-    real:Tensor|Images, # Pictures
-    fake:Tensor|Images, # Pictures
-    net:nn.Module|None=None, # From `inception`
-    gen:torch.Generator|None=None, # Source of the bootstrap
-) -> dict: # Metric
+    real: Tensor | Images,  # Pictures
+    fake: Tensor | Images,  # Pictures
+    net: nn.Module | None = None,  # From `inception`
+    gen: torch.Generator | None = None,  # Source of the bootstrap
+) -> dict:  # Metric
     "Fréchet Inception distance (Heusel et al. 2017); comparable with published values only for InceptionV3, 2,048 features and 50,000 samples"
     net = inception() if net is None else net
     return frechet_metric(inception_features(real, net), inception_features(fake, net), gen)

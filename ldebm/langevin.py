@@ -10,11 +10,16 @@ __all__ = ['KEPT', 'ula_step', 'preconditioned_step', 'ChainState', 'Pending', '
            'mala_resident', 'split_rhat', 'ess', 'plot_traces']
 
 # %% ../nbs/12_langevin.ipynb #d49e8c59
-import functools, math, weakref
+import functools
+import math
+import weakref
 from typing import NamedTuple
+
 import torch
 from torch import Tensor
-import ldebm.native, ldebm.resident
+
+import ldebm.native
+import ldebm.resident
 from .core import env_flag
 from .kernels import Recorded
 from .native import MOST_NOISE, launch_native
@@ -23,378 +28,593 @@ from .schedule import randn_like
 
 # %% ../nbs/12_langevin.ipynb #5bd80837
 def ula_step(
-    y:Tensor, # Chain states, shape `(B, d)`
-    g:Tensor, # Gradient of `F` at `y`, shape `(B, d)`
-    m:Tensor, # Mean of the Gaussian, shape `(B, d)`
-    v:Tensor, # Its variance, shape `(B, 1)`
-    s2:Tensor, # Squared step, shape `(B, 1)`
-    tau:Tensor, # Temperature that divides `F`, shape `(B, 1)`
-    noise:Tensor, # Standard normal, shape `(B, d)`
-) -> Tensor: # Next states
+    y: Tensor,  # Chain states, shape `(B, d)`
+    g: Tensor,  # Gradient of `F` at `y`, shape `(B, d)`
+    m: Tensor,  # Mean of the Gaussian, shape `(B, d)`
+    v: Tensor,  # Its variance, shape `(B, 1)`
+    s2: Tensor,  # Squared step, shape `(B, 1)`
+    tau: Tensor,  # Temperature that divides `F`, shape `(B, 1)`
+    noise: Tensor,  # Standard normal, shape `(B, d)`
+) -> Tensor:  # Next states
     "One unadjusted Langevin step on `F/tau - |y-m|^2/2v`"
-    return y + .5*s2*(g/tau - (y-m)/v) + s2.sqrt()*noise
+    return y + 0.5 * s2 * (g / tau - (y - m) / v) + s2.sqrt() * noise
 
 # %% ../nbs/12_langevin.ipynb #f173153b
 def preconditioned_step(
-    y:Tensor, # Chain states, shape `(B, d)`
-    g:Tensor, # Gradient of `F` at `y`
-    m:Tensor, # Mean of the Gaussian, shape `(B, d)`
-    v:Tensor, # Its variance, shape `(B, 1)`
-    rho:float, # Share of the old state kept, in [0, 1)
-    tau:Tensor|float, # Temperature that divides `F`
-    noise:Tensor, # Standard normal
-) -> Tensor: # Next states
+    y: Tensor,  # Chain states, shape `(B, d)`
+    g: Tensor,  # Gradient of `F` at `y`
+    m: Tensor,  # Mean of the Gaussian, shape `(B, d)`
+    v: Tensor,  # Its variance, shape `(B, 1)`
+    rho: float,  # Share of the old state kept, in [0, 1)
+    tau: Tensor | float,  # Temperature that divides `F`
+    noise: Tensor,  # Standard normal
+) -> Tensor:  # Next states
     "One Langevin step that is exact for the Gaussian part"
-    return m + rho*(y-m) + (1-rho)*v/tau*g + (v*(1-rho**2)).sqrt()*noise
+    return m + rho * (y - m) + (1 - rho) * v / tau * g + (v * (1 - rho**2)).sqrt() * noise
 
 # %% ../nbs/12_langevin.ipynb #13a3ff57
 class ChainState(NamedTuple):
     "Where chains stand after a step"
-    y:Tensor # States, shape `(B, d)`
-    F:Tensor # Minus energy there, shape `(B,)`
-    g:Tensor # Its gradient, shape `(B, d)`
-    accept:Tensor|None # Acceptance probability of the last move, shape `(B,)`, `None` without a Metropolis test
+
+    y: Tensor  # States, shape `(B, d)`
+    F: Tensor  # Minus energy there, shape `(B,)`
+    g: Tensor  # Its gradient, shape `(B, d)`
+    accept: Tensor | None  # Acceptance probability of the last move, shape `(B,)`, `None` without a Metropolis test
 
 # %% ../nbs/12_langevin.ipynb #6f0e8331
 class Pending:
     "Checks of chains on a GPU that are put off until their answers have arrived: within `with pending:` nobody waits for the device"
-    now = None # The one whose `with` we are in
-    def __init__(self): self.todo,self.known = [],0
-    def __enter__(self): self.outer,Pending.now = Pending.now,self; return self
-    def __exit__(self, *args): Pending.now = self.outer
-    def takes(self, first:Tensor) -> bool: return first.is_cuda
-    def add(self, first:Tensor, *said):
-        host,there = torch.empty((), dtype=first.dtype, pin_memory=True),torch.cuda.Event()
-        host.copy_(first, non_blocking=True); there.record(torch.cuda.current_stream(first.device))
+
+    now = None  # The one whose `with` we are in
+
+    def __init__(self):
+        self.todo, self.known = [], 0
+
+    def __enter__(self):
+        self.outer, Pending.now = Pending.now, self
+        return self
+
+    def __exit__(self, *args):
+        Pending.now = self.outer
+
+    def takes(self, first: Tensor) -> bool:
+        return first.is_cuda
+
+    def add(self, first: Tensor, *said):
+        host, there = torch.empty((), dtype=first.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(first, non_blocking=True)
+        there.record(torch.cuda.current_stream(first.device))
         self.todo.append((host, there, said))
-    def settle(self, patient:bool=False):
+
+    def settle(self, patient: bool = False):
         "`FloatingPointError` for the first chain that was bad; with `patient`, of those that were there when last asked: their answers have long arrived, while the GPU may still be at later ones"
         n = self.known if patient else len(self.todo)
-        todo,self.todo = self.todo[:n],self.todo[n:]; self.known = len(self.todo)
-        for host,there,said in todo: there.synchronize(); raise_if_bad(int(host), *said)
-    def late(self, patient:bool=False) -> FloatingPointError|None: # What `settle` would raise
-        try: self.settle(patient)
-        except FloatingPointError as e: return e
+        todo, self.todo = self.todo[:n], self.todo[n:]
+        self.known = len(self.todo)
+        for host, there, said in todo:
+            there.synchronize()
+            raise_if_bad(int(host), *said)
+
+    def late(self, patient: bool = False) -> FloatingPointError | None:  # What `settle` would raise
+        try:
+            self.settle(patient)
+        except FloatingPointError as e:
+            return e
+
 
 class Gathered(Pending):
     "Checks that are only kept: inside a recording, whose replays have them made anew"
-    def takes(self, first:Tensor) -> bool: return True
-    def add(self, first:Tensor, *said): self.todo.append((first, said))
 
-def raise_if_bad(i:int, n_steps:int, where, gen:torch.Generator|None):
+    def takes(self, first: Tensor) -> bool:
+        return True
+
+    def add(self, first: Tensor, *said):
+        self.todo.append((first, said))
+
+
+def raise_if_bad(i: int, n_steps: int, where, gen: torch.Generator | None):
     if i <= n_steps:
         seed = 'global' if gen is None else gen.initial_seed()
-        raise FloatingPointError(f'non-finite energy at Langevin step {i} of {n_steps} ({where}), generator seed {seed}; '
-                                 'a smaller step, or an energy of smaller slope, is needed')
+        raise FloatingPointError(
+            f'non-finite energy at Langevin step {i} of {n_steps} ({where}), generator seed {seed}; '
+            'a smaller step, or an energy of smaller slope, is needed'
+        )
+
 
 def stop_if_bad(
-    first:Tensor, # First update at which something was not finite, or more than `n_steps`
-    n_steps:int, where, gen:torch.Generator|None,
+    first: Tensor,  # First update at which something was not finite, or more than `n_steps`
+    n_steps: int,
+    where,
+    gen: torch.Generator | None,
 ):
     "`FloatingPointError` naming step, place and seed; the one wait for the device of a chain, unless there is a `Pending` for it"
-    if Pending.now is not None and Pending.now.takes(first): Pending.now.add(first, n_steps, where, gen)
-    else: raise_if_bad(int(first), n_steps, where, gen)
+    if Pending.now is not None and Pending.now.takes(first):
+        Pending.now.add(first, n_steps, where, gen)
+    else:
+        raise_if_bad(int(first), n_steps, where, gen)
+
+
 class Levels:
     "Names the levels of a batch of chains, only when a message needs them"
-    def __init__(self, t): self.t = t
-    def __str__(self): return 'level '+', '.join(map(str, self.t.unique().tolist()))
+
+    def __init__(self, t):
+        self.t = t
+
+    def __str__(self):
+        return 'level ' + ', '.join(map(str, self.t.unique().tolist()))
 
 # %% ../nbs/12_langevin.ipynb #b5d1ec1d
 @torch.no_grad()
 def chain_states(
-    grad, # `grad(y) -> (F, dF/dy)`
-    step, # `step(y, F, g, noise) -> y`
-    y:Tensor, # Starting states, shape `(B, d)`
-    n_steps:int, # Number of updates
-    noise, # `noise(i) -> (B, d)`
-    on_step=None, # See `chain`
-) -> tuple[Tensor,Tensor]: # Final states, and the first update at which something was not finite (`n_steps+1`: none)
+    grad,  # `grad(y) -> (F, dF/dy)`
+    step,  # `step(y, F, g, noise) -> y`
+    y: Tensor,  # Starting states, shape `(B, d)`
+    n_steps: int,  # Number of updates
+    noise,  # `noise(i) -> (B, d)`
+    on_step=None,  # See `chain`
+) -> tuple[Tensor, Tensor]:  # Final states, and the first update at which something was not finite (`n_steps+1`: none)
     "The updates of `chain`, without a wait for the device"
-    y = y.detach(); seen = y.new_zeros(n_steps+2, len(y)) # `F` before each update, what the last one left, and an end mark
+    y = y.detach()
+    seen = y.new_zeros(n_steps + 2, len(y))  # `F` before each update, what the last one left, and an end mark
     for i in range(n_steps):
-        F,g = grad(y)
+        F, g = grad(y)
         seen[i] = F
-        if on_step: on_step(i, y=y, F=F, g=g)
+        if on_step:
+            on_step(i, y=y, F=F, g=g)
         y = step(y, F, g, noise(i))
-    return y,first_bad(y, seen)
+    return y, first_bad(y, seen)
 
-def first_bad(y:Tensor, seen:Tensor) -> Tensor: # Fills the last two rows of `seen`
-    seen[-2] = y.sum(-1); seen[-1] = torch.inf
+
+def first_bad(y: Tensor, seen: Tensor) -> Tensor:  # Fills the last two rows of `seen`
+    seen[-2] = y.sum(-1)
+    seen[-1] = torch.inf
     return seen.isfinite().all(1).logical_not().long().argmax()
 
+
 def chain(
-    grad, # `grad(y) -> (F, dF/dy)`
-    step, # `step(y, F, g, noise) -> y`
-    y:Tensor, # Starting states, shape `(B, d)`
-    n_steps:int, # Number of updates, >= 0
+    grad,  # `grad(y) -> (F, dF/dy)`
+    step,  # `step(y, F, g, noise) -> y`
+    y: Tensor,  # Starting states, shape `(B, d)`
+    n_steps: int,  # Number of updates, >= 0
     *,
-    gen:torch.Generator|None=None, # Source of noise
-    on_step=None, # Called as `on_step(i, y=y, F=F, g=g)` before each update
-    where='one chain', # Named in the error: level, chain, ...
-) -> Tensor: # Final states, detached
+    gen: torch.Generator | None = None,  # Source of noise
+    on_step=None,  # Called as `on_step(i, y=y, F=F, g=g)` before each update
+    where='one chain',  # Named in the error: level, chain, ...
+) -> Tensor:  # Final states, detached
     "Run `n_steps` updates; `FloatingPointError` naming step, `where` and seed when an energy or state is not finite"
-    if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
-    y,first = chain_states(grad, step, y, n_steps, lambda i: randn_like(y, gen), on_step)
+    if n_steps < 0:
+        raise ValueError(f'n_steps must be >= 0, got {n_steps}')
+    y, first = chain_states(grad, step, y, n_steps, lambda i: randn_like(y, gen), on_step)
     stop_if_bad(first, n_steps, where, gen)
     return y
 
 # %% ../nbs/12_langevin.ipynb #6c643b8e
-_recorded = weakref.WeakKeyDictionary() # Energy network -> recorded chains, the latest few
+_recorded = weakref.WeakKeyDictionary()  # Energy network -> recorded chains, the latest few
 KEPT = 8
 
-def can_record(energy, z:Tensor) -> bool:
-    "Can a chain of this energy be recorded here?"
-    return recording(z) and hasattr(energy, 'tensors') and not isinstance(Pending.now, Gathered) # not twice
 
-def can_reside(energy, z:Tensor, y:Tensor|None) -> bool:
+def can_record(energy, z: Tensor) -> bool:
+    "Can a chain of this energy be recorded here?"
+    return recording(z) and hasattr(energy, 'tensors') and not isinstance(Pending.now, Gathered)  # not twice
+
+
+def can_reside(energy, z: Tensor, y: Tensor | None) -> bool:
     "Can all updates of a chain of this energy be one call here, by `ldebm.resident` on a GPU and by `ldebm.native` on a CPU?"
     sizes = energy.sizes() if hasattr(energy, 'sizes') and (y is None or y.dtype == torch.long and z.is_cpu) else None
-    if z.is_cuda: return not ldebm.resident.why_not(None if sizes is None or energy.precision else sizes, z)
+    if z.is_cuda:
+        return not ldebm.resident.why_not(None if sizes is None or energy.precision else sizes, z)
     return not ldebm.native.why_not(sizes, z, None if sizes is None else energy.precision)
 
-def at_once(energy, z:Tensor, t:Tensor, m:Tensor, rows:Tensor, y:Tensor|None, context:Tensor|None, *draws, start=None, **kw) -> tuple: # As `run_chains`; `start` and `kw` are for it
-    "All updates in one call, on the exact weights of `energy`"
-    e,B = energy.exact,len(z)
-    if start is None: start = launch if z.is_cuda else functools.partial(launch_native, half=energy.precision is not None, kept=e.kept.setdefault('native', {}))
-    with torch.autocast(z.device.type, enabled=False): base = e.base(t, None if context is None else context.to(z.dtype))
-    return run_chains(e.sizes(), e.packed(), base.expand(B, -1), z, m.to(z.dtype).expand_as(z), rows, *draws, symbols=None if y is None else y.expand(B), start=start, **kw)
 
-def stretches(n_steps:int, z:Tensor, *draws): # Pairs of the first update and tensors `(n, *shape)`
+def at_once(
+    energy,
+    z: Tensor,
+    t: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    y: Tensor | None,
+    context: Tensor | None,
+    *draws,
+    start=None,
+    **kw,
+) -> tuple:  # As `run_chains`; `start` and `kw` are for it
+    "All updates in one call, on the exact weights of `energy`"
+    e, B = energy.exact, len(z)
+    if start is None:
+        start = (
+            launch
+            if z.is_cuda
+            else functools.partial(
+                launch_native, half=energy.precision is not None, kept=e.kept.setdefault('native', {})
+            )
+        )
+    with torch.autocast(z.device.type, enabled=False):
+        base = e.base(t, None if context is None else context.to(z.dtype))
+    return run_chains(
+        e.sizes(),
+        e.packed(),
+        base.expand(B, -1),
+        z,
+        m.to(z.dtype).expand_as(z),
+        rows,
+        *draws,
+        symbols=None if y is None else y.expand(B),
+        start=start,
+        **kw,
+    )
+
+
+def stretches(n_steps: int, z: Tensor, *draws):  # Pairs of the first update and tensors `(n, *shape)`
     "What functions of the update give, in the order in which a chain asks that draws as it goes, for as many updates at a time as `MOST_NOISE` allows; tensors as they are"
-    if not callable(draws[0]): yield 0,draws; return
-    most = max(1, MOST_NOISE//max(1, z.numel()*z.element_size()))
+    if not callable(draws[0]):
+        yield 0, draws
+        return
+    most = max(1, MOST_NOISE // max(1, z.numel() * z.element_size()))
     for i in range(0, n_steps, most):
-        n = min(most, n_steps-i); out = None
+        n = min(most, n_steps - i)
+        out = None
         for k in range(n):
-            now = [f(i+k) for f in draws]
-            if out is None: out = tuple(x.new_empty(n, *x.shape) for x in now)
-            for a,x in zip(out, now): a[k] = x
-        yield i,out
+            now = [f(i + k) for f in draws]
+            if out is None:
+                out = tuple(x.new_empty(n, *x.shape) for x in now)
+            for a, x in zip(out, now):
+                a[k] = x
+        yield i, out
+
 
 def by_stretches(
-    run, # `run(z, *noise) -> (states, first bad update)`, or with summed acceptances in between
-    n_steps:int, z:Tensor, *draws, # Of `stretches`
-) -> tuple: # As `run`
+    run,  # `run(z, *noise) -> (states, first bad update)`, or with summed acceptances in between
+    n_steps: int,
+    z: Tensor,
+    *draws,  # Of `stretches`
+) -> tuple:  # As `run`
     "A chain, one stretch after the other"
-    shares,found = [],[]
-    for i,noise in stretches(n_steps, z, *draws):
-        z,*share,first = run(z, *noise); n = len(noise[0])
-        shares.append(share); found.append(torch.where(first <= n, first+i, n_steps+1))
-    return z,*map(sum, zip(*shares)),torch.stack(found).amin()
+    shares, found = [], []
+    for i, noise in stretches(n_steps, z, *draws):
+        z, *share, first = run(z, *noise)
+        n = len(noise[0])
+        shares.append(share)
+        found.append(torch.where(first <= n, first + i, n_steps + 1))
+    return z, *map(sum, zip(*shares)), torch.stack(found).amin()
 
-def recording(z:Tensor) -> bool:
+
+def recording(z: Tensor) -> bool:
     "Is `z` on a GPU, and recording not switched off by `LDEBM_RECORD=0`? `ValueError` for another value than 0 and 1"
     return env_flag('LDEBM_RECORD', True) and z.is_cuda
 
-def uniform_like(x:Tensor, gen:torch.Generator|None=None) -> Tensor: return torch.rand(x.shape, generator=gen, device=x.device, dtype=x.dtype)
+
+def uniform_like(x: Tensor, gen: torch.Generator | None = None) -> Tensor:
+    return torch.rand(x.shape, generator=gen, device=x.device, dtype=x.dtype)
+
 
 def chain_noise(
-    draw, # `draw(x, gen)`: noise shaped, typed and placed like `x`
-    energy, # Of the chain
-    x:Tensor, # Gives the shape of one update's noise
-    n_steps:int, gen:torch.Generator|None,
-    rec:bool, # Is the chain recorded?
-): # A function of the update, or `(n_steps, *x.shape)`
+    draw,  # `draw(x, gen)`: noise shaped, typed and placed like `x`
+    energy,  # Of the chain
+    x: Tensor,  # Gives the shape of one update's noise
+    n_steps: int,
+    gen: torch.Generator | None,
+    rec: bool,  # Is the chain recorded?
+):  # A function of the update, or `(n_steps, *x.shape)`
     "Noise of a chain: on a GPU, for energies that can be recorded, all at once, so that recorded or not they see the same numbers"
-    return draw(x.expand(n_steps, *x.shape), gen) if rec or x.is_cuda and hasattr(energy, 'tensors') else lambda i: draw(x, gen)
+    return (
+        draw(x.expand(n_steps, *x.shape), gen)
+        if rec or x.is_cuda and hasattr(energy, 'tensors')
+        else lambda i: draw(x, gen)
+    )
+
 
 def record(
-    f, # `f(energy, **tensors, **constants) -> tuple of tensors`
-    energy, # With `net`, `tensors()`, and `rebuilt(tensors)`, as `ldebm.energy.FastEnergy`
-    args:dict, # Tensors, or `None`
-    constants:dict, # Numbers
-    recorder=None, # `recorder(function, tensors)`, callable with new tensors; `ldebm.kernels.Recorded` if `None`
-    **draws:Tensor, # Noise
+    f,  # `f(energy, **tensors, **constants) -> tuple of tensors`
+    energy,  # With `net`, `tensors()`, and `rebuilt(tensors)`, as `ldebm.energy.FastEnergy`
+    args: dict,  # Tensors, or `None`
+    constants: dict,  # Numbers
+    recorder=None,  # `recorder(function, tensors)`, callable with new tensors; `ldebm.kernels.Recorded` if `None`
+    **draws: Tensor,  # Noise
 ) -> tuple:
     "Run `f` as a recorded graph, recording it at the first call with these shapes and numbers"
-    named = {k: x for k,x in {**args, **draws}.items() if x is not None}
-    own = energy.tensors(); ins = [*own, *named.values()]
+    named = {k: x for k, x in {**args, **draws}.items() if x is not None}
+    own = energy.tensors()
+    ins = [*own, *named.values()]
     key = (f.__name__, tuple(constants.items()), tuple(named), tuple((tuple(x.shape), x.dtype, x.device) for x in ins))
     kept = _recorded.setdefault(energy.net, {})
     if key not in kept:
-        none = {k: None for k,x in args.items() if x is None}
-        run = lambda *xs: f(energy.rebuilt(xs[:len(own)]), **dict(zip(named, xs[len(own):])), **none, **constants)
-        while len(kept) >= KEPT: kept.pop(next(iter(kept)))
+        none = {k: None for k, x in args.items() if x is None}
+
+        def run(*xs):
+            return f(energy.rebuilt(xs[: len(own)]), **dict(zip(named, xs[len(own) :])), **none, **constants)
+
+        while len(kept) >= KEPT:
+            kept.pop(next(iter(kept)))
         kept[key] = (Recorded if recorder is None else recorder)(run, ins)
     return kept[key](*ins)
 
 # %% ../nbs/12_langevin.ipynb #19123d4f
 def shorten(
-    move:Tensor, # Drifts, shape `(B, d)`
-    drift:float, # Longest, in units of the noise's length
-    sd:Tensor, # Standard deviation of the noise, shape `(B, 1)`
-) -> Tensor: # Shape `(B, d)`
+    move: Tensor,  # Drifts, shape `(B, d)`
+    drift: float,  # Longest, in units of the noise's length
+    sd: Tensor,  # Standard deviation of the noise, shape `(B, 1)`
+) -> Tensor:  # Shape `(B, d)`
     "Drifts no longer than `drift` times the typical length `sd sqrt(d)` of a step's noise"
-    if drift == math.inf: return move
-    return move*(drift*math.sqrt(move.shape[-1])*sd/move.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+    if drift == math.inf:
+        return move
+    return move * (drift * math.sqrt(move.shape[-1]) * sd / move.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(
+        max=1
+    )
 
 # %% ../nbs/12_langevin.ipynb #d0a851ff
 def tilt_chain(
-    energy, # Object with `base(t, context)` and `grad(z, t, y, context, base)`, see `ldebm.energy.fast_energy`
-    z:Tensor, # Starting states, shape `(B, d)`
-    t:Tensor, # Level of each chain, shape `(B,)`, long
-    m:Tensor, # Means of the Gaussians, shape `(B, d)`
-    v:Tensor, # Variances, shape `(B, 1)`
-    n_steps:int, # Number of updates
+    energy,  # Object with `base(t, context)` and `grad(z, t, y, context, base)`, see `ldebm.energy.fast_energy`
+    z: Tensor,  # Starting states, shape `(B, d)`
+    t: Tensor,  # Level of each chain, shape `(B,)`, long
+    m: Tensor,  # Means of the Gaussians, shape `(B, d)`
+    v: Tensor,  # Variances, shape `(B, 1)`
+    n_steps: int,  # Number of updates
     *,
-    rho:float|None=None, # Preconditioned step with this `rho`; or
-    s2:Tensor|None=None, # unadjusted step of this squared size, shape `(B, 1)`
-    tau:Tensor|float=1., # Temperature that divides `F`
-    drift:float=math.inf, # With `rho`: longest drift of a step, in units of its noise
-    y:Tensor|None=None, # Symbols to condition on, shape `(B,)`
-    context:Tensor|None=None, # Context vectors
-    gen:torch.Generator|None=None, # Source of noise
-    on_step=None, # See `chain`
-) -> Tensor: # Final states
+    rho: float | None = None,  # Preconditioned step with this `rho`; or
+    s2: Tensor | None = None,  # unadjusted step of this squared size, shape `(B, 1)`
+    tau: Tensor | float = 1.0,  # Temperature that divides `F`
+    drift: float = math.inf,  # With `rho`: longest drift of a step, in units of its noise
+    y: Tensor | None = None,  # Symbols to condition on, shape `(B,)`
+    context: Tensor | None = None,  # Context vectors
+    gen: torch.Generator | None = None,  # Source of noise
+    on_step=None,  # See `chain`
+) -> Tensor:  # Final states
     "Chains on `exp(F(., t, y)/tau) N(.; m, v)`, one per row, levels mixed freely"
-    if (rho is None) == (s2 is None): raise ValueError('give exactly one of rho (preconditioned step) and s2 (unadjusted step)')
-    if rho is not None and not 0 <= rho < 1: raise ValueError(f'rho must lie in [0, 1), got {rho}')
-    if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
-    args = dict(z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
-    rec = on_step is None and can_record(energy, z); noise = chain_noise(randn_like, energy, z, n_steps, gen, rec)
+    if (rho is None) == (s2 is None):
+        raise ValueError('give exactly one of rho (preconditioned step) and s2 (unadjusted step)')
+    if rho is not None and not 0 <= rho < 1:
+        raise ValueError(f'rho must lie in [0, 1), got {rho}')
+    if n_steps < 0:
+        raise ValueError(f'n_steps must be >= 0, got {n_steps}')
+    args = dict(
+        z=z, t=t, m=m, v=v, s2=s2, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context
+    )
+    rec = on_step is None and can_record(energy, z)
+    noise = chain_noise(randn_like, energy, z, n_steps, gen, rec)
     if n_steps and on_step is None and can_reside(energy, z, y):
-        out,first = by_stretches(lambda z, e: tilt_resident(energy, **{**args, 'z': z}, noise=e, rho=rho, drift=drift), n_steps, z, noise)
-    elif rec: out,first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
-    else: out,first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
+        out, first = by_stretches(
+            lambda z, e: tilt_resident(energy, **{**args, 'z': z}, noise=e, rho=rho, drift=drift), n_steps, z, noise
+        )
+    elif rec:
+        out, first = record(tilt_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise)
+    else:
+        out, first = tilt_states(energy, **args, noise=noise, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
     stop_if_bad(first, n_steps, Levels(t), gen)
     return out
 
+
 @torch.no_grad()
-def tilt_states(energy, z, t, m, v, s2, tau, y, context, noise, n_steps, rho, drift, on_step=None) -> tuple[Tensor,Tensor]: # As `chain_states`
+def tilt_states(
+    energy, z, t, m, v, s2, tau, y, context, noise, n_steps, rho, drift, on_step=None
+) -> tuple[Tensor, Tensor]:  # As `chain_states`
     "The updates of `tilt_chain`; `noise`: function of the update, or `(n_steps, B, d)`"
     base = energy.base(t, context)
-    grad = lambda x: energy.grad(x, t, y, context, base)
-    if rho is None: # `ula_step` with what stays the same along a chain made once
-        keep,start,pull,sd = 1-.5*s2/v,.5*s2/v*m,.5*s2/tau,s2.sqrt()
-        step = lambda x, F, g, e: torch.addcmul(start, keep, x).addcmul_(pull, g).addcmul_(sd, e)
+
+    def grad(x):
+        return energy.grad(x, t, y, context, base)
+
+    if rho is None:  # `ula_step` with what stays the same along a chain made once
+        keep, start, pull, sd = 1 - 0.5 * s2 / v, 0.5 * s2 / v * m, 0.5 * s2 / tau, s2.sqrt()
+
+        def step(x, F, g, e):
+            return torch.addcmul(start, keep, x).addcmul_(pull, g).addcmul_(sd, e)
     else:
-        pull,sd = (1-rho)*v/tau,(v*(1-rho**2)).sqrt()
-        step = lambda x, F, g, e: torch.addcmul(torch.lerp(m, x, rho).add_(shorten(pull*g, drift, sd)) if drift < math.inf else torch.lerp(m, x, rho).addcmul_(pull, g), sd, e)
+        pull, sd = (1 - rho) * v / tau, (v * (1 - rho**2)).sqrt()
+
+        def step(x, F, g, e):
+            return torch.addcmul(
+                torch.lerp(m, x, rho).add_(shorten(pull * g, drift, sd))
+                if drift < math.inf
+                else torch.lerp(m, x, rho).addcmul_(pull, g),
+                sd,
+                e,
+            )
+
     return chain_states(grad, step, z, n_steps, noise if callable(noise) else lambda i: noise[i], on_step)
 
-def step_rows(z:Tensor, v:Tensor, tau:Tensor, rho:float|None, s2:Tensor|None=None) -> Tensor: # Shape `(B, 6)`
+
+def step_rows(
+    z: Tensor, v: Tensor, tau: Tensor, rho: float | None, s2: Tensor | None = None
+) -> Tensor:  # Shape `(B, 6)`
     "Coefficients of each chain's step as `ldebm.resident.run_chains` wants them: preconditioned with `rho`, unadjusted with `s2`"
-    v,tau,s2 = (None if x is None else x.to(z.dtype).expand(len(z), 1) for x in (v, tau, s2))
-    step = (1-.5*s2/v, .5*s2/v, .5*s2/tau, s2.sqrt()) if rho is None else (torch.full_like(v, rho), torch.full_like(v, 1-rho), (1-rho)*v/tau, (v*(1-rho**2)).sqrt())
-    return torch.cat([*step, 1/tau, v], 1)
+    v, tau, s2 = (None if x is None else x.to(z.dtype).expand(len(z), 1) for x in (v, tau, s2))
+    step = (
+        (1 - 0.5 * s2 / v, 0.5 * s2 / v, 0.5 * s2 / tau, s2.sqrt())
+        if rho is None
+        else (torch.full_like(v, rho), torch.full_like(v, 1 - rho), (1 - rho) * v / tau, (v * (1 - rho**2)).sqrt())
+    )
+    return torch.cat([*step, 1 / tau, v], 1)
+
 
 @torch.no_grad()
-def tilt_resident(energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw) -> tuple[Tensor,Tensor]: # `kw`: of `run_chains`
+def tilt_resident(
+    energy, z, t, m, v, s2, tau, y, context, noise, rho, drift, **kw
+) -> tuple[Tensor, Tensor]:  # `kw`: of `run_chains`
     "`tilt_states` in one call"
-    out,seen,*_ = at_once(energy, z, t, m, step_rows(z, v, tau, rho, s2), y, context, noise, drift=math.inf if rho is None else drift, **kw)
-    return out,first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
+    out, seen, *_ = at_once(
+        energy,
+        z,
+        t,
+        m,
+        step_rows(z, v, tau, rho, s2),
+        y,
+        context,
+        noise,
+        drift=math.inf if rho is None else drift,
+        **kw,
+    )
+    return out, first_bad(out, torch.cat([seen, seen.new_empty(2, len(z))]))
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
 def linear_chain_moments(
-    alpha:float, beta:float, kappa:float, # The step `y <- alpha y + beta + kappa eps`
-    mean0:float, var0:float, # Moments of the start
-    n_steps:int,
-) -> tuple[float,float]: # Mean and variance after `n_steps`
+    alpha: float,
+    beta: float,
+    kappa: float,  # The step `y <- alpha y + beta + kappa eps`
+    mean0: float,
+    var0: float,  # Moments of the start
+    n_steps: int,
+) -> tuple[float, float]:  # Mean and variance after `n_steps`
     "Exact moments of a linear Gaussian recursion"
     ak = alpha**n_steps
-    return ak*mean0 + beta*(1-ak)/(1-alpha), ak**2*var0 + kappa**2*(1-ak**2)/(1-alpha**2)
+    return ak * mean0 + beta * (1 - ak) / (1 - alpha), ak**2 * var0 + kappa**2 * (1 - ak**2) / (1 - alpha**2)
 
 # %% ../nbs/12_langevin.ipynb #6f978504
 @torch.no_grad()
 def mala_chain(
-    energy, # Object with `base` and `grad`, see `ldebm.energy.fast_energy`
-    z:Tensor, # Starting states, shape `(B, d)`
-    t:Tensor, # Levels, shape `(B,)`
-    m:Tensor, # Means, shape `(B, d)`
-    v:Tensor, # Variances, shape `(B, 1)`
-    n_steps:int, # Number of proposals
+    energy,  # Object with `base` and `grad`, see `ldebm.energy.fast_energy`
+    z: Tensor,  # Starting states, shape `(B, d)`
+    t: Tensor,  # Levels, shape `(B,)`
+    m: Tensor,  # Means, shape `(B, d)`
+    v: Tensor,  # Variances, shape `(B, 1)`
+    n_steps: int,  # Number of proposals
     *,
-    rho:float=.8, # Share of the old state in a proposal, in (-1, 1)
-    drift:float=math.inf, # Longest drift of a proposal, in units of its noise: truncation (MALTA) keeps chains moving where `F` is steep, and is as exact
-    tau:Tensor|float=1., # Temperature that divides `F`
-    y:Tensor|None=None, # Symbols to condition on
-    context:Tensor|None=None, # Context vectors
-    gen:torch.Generator|None=None, # Source of noise and of the accept draws
-    on_step=None, # Called as `on_step(i, y=states, F=F, g=gradient, accept=probabilities)` after each update
-) -> tuple[Tensor,Tensor]: # Final states `(B, d)`, mean acceptance of each chain `(B,)`
+    rho: float = 0.8,  # Share of the old state in a proposal, in (-1, 1)
+    drift: float = math.inf,  # Longest drift of a proposal, in units of its noise: truncation (MALTA) keeps chains moving where `F` is steep, and is as exact
+    tau: Tensor | float = 1.0,  # Temperature that divides `F`
+    y: Tensor | None = None,  # Symbols to condition on
+    context: Tensor | None = None,  # Context vectors
+    gen: torch.Generator | None = None,  # Source of noise and of the accept draws
+    on_step=None,  # Called as `on_step(i, y=states, F=F, g=gradient, accept=probabilities)` after each update
+) -> tuple[Tensor, Tensor]:  # Final states `(B, d)`, mean acceptance of each chain `(B,)`
     "Metropolis-adjusted preconditioned Langevin chains on `exp(F/tau) N(m, v)` (Roberts and Tweedie 1996)"
-    if n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {n_steps}')
-    if not -1 < rho < 1: raise ValueError(f'rho must lie in (-1, 1), got {rho}')
-    if not drift > 0: raise ValueError(f'drift must be positive, got {drift}')
-    args = dict(z=z, t=t, m=m, v=v, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context)
+    if n_steps < 0:
+        raise ValueError(f'n_steps must be >= 0, got {n_steps}')
+    if not -1 < rho < 1:
+        raise ValueError(f'rho must lie in (-1, 1), got {rho}')
+    if not drift > 0:
+        raise ValueError(f'drift must be positive, got {drift}')
+    args = dict(
+        z=z, t=t, m=m, v=v, tau=tau if isinstance(tau, Tensor) else torch.full_like(v, tau), y=y, context=context
+    )
     rec = on_step is None and can_record(energy, z)
-    noise,uniform = (chain_noise(draw, energy, x, n_steps, gen, rec) for draw,x in ((randn_like, z), (uniform_like, z[:,0])))
+    noise, uniform = (
+        chain_noise(draw, energy, x, n_steps, gen, rec) for draw, x in ((randn_like, z), (uniform_like, z[:, 0]))
+    )
     if n_steps and on_step is None and can_reside(energy, z, y):
-        out,total,first = by_stretches(lambda z, e, u: mala_resident(energy, **{**args, 'z': z}, noise=e, uniform=u, rho=rho, drift=drift), n_steps, z, noise, uniform)
-    elif rec: out,total,first = record(mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform)
-    else: out,total,first = mala_states(energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step)
+        out, total, first = by_stretches(
+            lambda z, e, u: mala_resident(energy, **{**args, 'z': z}, noise=e, uniform=u, rho=rho, drift=drift),
+            n_steps,
+            z,
+            noise,
+            uniform,
+        )
+    elif rec:
+        out, total, first = record(
+            mala_states, energy, args, dict(n_steps=n_steps, rho=rho, drift=drift), noise=noise, uniform=uniform
+        )
+    else:
+        out, total, first = mala_states(
+            energy, **args, noise=noise, uniform=uniform, n_steps=n_steps, rho=rho, drift=drift, on_step=on_step
+        )
     stop_if_bad(first, n_steps, Levels(t), gen)
-    return out, total/max(n_steps, 1)
+    return out, total / max(n_steps, 1)
+
 
 @torch.no_grad()
-def mala_states(energy, z, t, m, v, tau, y, context, noise, uniform, n_steps, rho, drift, on_step=None) -> tuple[Tensor,Tensor,Tensor]: # States, summed acceptance, first bad update
+def mala_states(
+    energy, z, t, m, v, tau, y, context, noise, uniform, n_steps, rho, drift, on_step=None
+) -> tuple[Tensor, Tensor, Tensor]:  # States, summed acceptance, first bad update
     "The updates of `mala_chain`; `noise` and `uniform`: functions of the update, or tensors of all"
-    at = lambda x, i: x(i) if callable(x) else x[i]
-    base = energy.base(t, context)
-    var = v*(1-rho**2); pull,sd = (1-rho)*v/tau,var.sqrt()
-    sq = lambda x, s: (x.square()/(2*s)).sum(-1)
-    mean = lambda x, g: torch.lerp(m, x, rho) + shorten(pull*g, drift, sd)
-    F,g = energy.grad(z, t, y, context, base)
-    seen,slope = (F.new_zeros(n_steps+2, len(z)) for _ in range(2)); seen[0],slope[0],seen[-1] = F,g.sum(-1),torch.nan # `F`, its slopes, and an end mark
-    log_p,to,total = F/tau[:,0]-sq(z-m, v),mean(z, g),torch.zeros_like(F)
-    for i in range(n_steps):
-        e = at(noise, i); x = torch.addcmul(to, sd, e)
-        Fx,gx = energy.grad(x, t, y, context, base)
-        seen[i+1],slope[i+1] = Fx,gx.sum(-1)
-        log_px,back = Fx/tau[:,0]-sq(x-m, v),mean(x, gx)
-        a = (log_px-log_p-sq(z-back, var)+.5*e.square().sum(-1)).clamp(max=0).exp().nan_to_num(0.)
-        take = at(uniform, i) < a; row = take[:,None]
-        z,g,to,F,log_p = torch.where(row, x, z),torch.where(row, gx, g),torch.where(row, back, to),torch.where(take, Fx, F),torch.where(take, log_px, log_p)
-        total = total+a
-        if on_step: on_step(i, y=z, F=F, g=g, accept=a)
-    return z,total,first_lost(seen, slope)
 
-def first_lost(seen:Tensor, slope:Tensor) -> Tensor: # `F` and its summed slopes at every evaluation, and an end mark
+    def at(x, i):
+        return x(i) if callable(x) else x[i]
+
+    base = energy.base(t, context)
+    var = v * (1 - rho**2)
+    pull, sd = (1 - rho) * v / tau, var.sqrt()
+
+    def sq(x, s):
+        return (x.square() / (2 * s)).sum(-1)
+
+    def mean(x, g):
+        return torch.lerp(m, x, rho) + shorten(pull * g, drift, sd)
+
+    F, g = energy.grad(z, t, y, context, base)
+    seen, slope = (F.new_zeros(n_steps + 2, len(z)) for _ in range(2))
+    seen[0], slope[0], seen[-1] = F, g.sum(-1), torch.nan  # `F`, its slopes, and an end mark
+    log_p, to, total = F / tau[:, 0] - sq(z - m, v), mean(z, g), torch.zeros_like(F)
+    for i in range(n_steps):
+        e = at(noise, i)
+        x = torch.addcmul(to, sd, e)
+        Fx, gx = energy.grad(x, t, y, context, base)
+        seen[i + 1], slope[i + 1] = Fx, gx.sum(-1)
+        log_px, back = Fx / tau[:, 0] - sq(x - m, v), mean(x, gx)
+        a = (log_px - log_p - sq(z - back, var) + 0.5 * e.square().sum(-1)).clamp(max=0).exp().nan_to_num(0.0)
+        take = at(uniform, i) < a
+        row = take[:, None]
+        z, g, to, F, log_p = (
+            torch.where(row, x, z),
+            torch.where(row, gx, g),
+            torch.where(row, back, to),
+            torch.where(take, Fx, F),
+            torch.where(take, log_px, log_p),
+        )
+        total = total + a
+        if on_step:
+            on_step(i, y=z, F=F, g=g, accept=a)
+    return z, total, first_lost(seen, slope)
+
+
+def first_lost(seen: Tensor, slope: Tensor) -> Tensor:  # `F` and its summed slopes at every evaluation, and an end mark
     "A proposal of no density (`F` is minus infinity) is only refused"
-    bad = seen.isnan() | (seen == torch.inf) | (seen.isfinite() & ~slope.isfinite()); bad[0] |= ~seen[0].isfinite()
+    bad = seen.isnan() | (seen == torch.inf) | (seen.isfinite() & ~slope.isfinite())
+    bad[0] |= ~seen[0].isfinite()
     return bad.any(1).long().argmax()
 
+
 @torch.no_grad()
-def mala_resident(energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw) -> tuple[Tensor,Tensor,Tensor]: # `kw`: of `run_chains`
+def mala_resident(
+    energy, z, t, m, v, tau, y, context, noise, uniform, rho, drift, **kw
+) -> tuple[Tensor, Tensor, Tensor]:  # `kw`: of `run_chains`
     "`mala_states` in one call"
-    out,seen,slope,total = at_once(energy, z, t, m, step_rows(z, v, tau, rho), y, context, noise, uniform, drift=drift, **kw)
+    out, seen, slope, total = at_once(
+        energy, z, t, m, step_rows(z, v, tau, rho), y, context, noise, uniform, drift=drift, **kw
+    )
     end = seen.new_zeros(1, len(z))
-    return out,total,first_lost(torch.cat([seen, end+torch.nan]), torch.cat([slope, end]))
+    return out, total, first_lost(torch.cat([seen, end + torch.nan]), torch.cat([slope, end]))
 
 # %% ../nbs/12_langevin.ipynb #b2735bce
 def split_rhat(
-    x:Tensor, # Traces, shape `(n_steps, n_chains)`
+    x: Tensor,  # Traces, shape `(n_steps, n_chains)`
 ) -> float:
     "Potential scale reduction of half-chains; `ValueError` for fewer than 4 steps"
-    n = len(x)//2
-    if n < 2: raise ValueError(f'split R-hat needs at least 4 steps, got {len(x)}')
-    x = torch.cat([x[:n], x[len(x)-n:]], 1).double()
-    W,Bn = x.var(0).mean(),x.mean(0).var()
-    return math.sqrt(((n-1)/n*W + Bn)/W)
+    n = len(x) // 2
+    if n < 2:
+        raise ValueError(f'split R-hat needs at least 4 steps, got {len(x)}')
+    x = torch.cat([x[:n], x[len(x) - n :]], 1).double()
+    W, Bn = x.var(0).mean(), x.mean(0).var()
+    return math.sqrt(((n - 1) / n * W + Bn) / W)
 
 # %% ../nbs/12_langevin.ipynb #9edcc30c
 def ess(
-    x:Tensor, # Traces, shape `(n_steps, n_chains)`
-) -> float: # Between 1 and `n_steps*n_chains`, and somewhat above for anticorrelated chains
+    x: Tensor,  # Traces, shape `(n_steps, n_chains)`
+) -> float:  # Between 1 and `n_steps*n_chains`, and somewhat above for anticorrelated chains
     "Effective sample size over all chains (Geyer's initial monotone sequence on the pooled autocorrelation; Vehtari et al. 2021)"
-    x = x.double(); n,c = x.shape
-    if n < 4: raise ValueError(f'ESS needs at least 4 steps, got {n}')
-    xc = x-x.mean(0)
-    f = torch.fft.rfft(xc, 2*n, dim=0)
-    acov = torch.fft.irfft(f*f.conj(), 2*n, dim=0)[:n].mean(1)/n
-    W = acov[0]*n/(n-1)
+    x = x.double()
+    n, c = x.shape
+    if n < 4:
+        raise ValueError(f'ESS needs at least 4 steps, got {n}')
+    xc = x - x.mean(0)
+    f = torch.fft.rfft(xc, 2 * n, dim=0)
+    acov = torch.fft.irfft(f * f.conj(), 2 * n, dim=0)[:n].mean(1) / n
+    W = acov[0] * n / (n - 1)
     varp = acov[0] + (x.mean(0).var() if c > 1 else 0)
-    rho = 1-(W-acov)/varp; rho[0] = 1
-    pairs = rho[:n//2*2].view(-1,2).sum(1)
+    rho = 1 - (W - acov) / varp
+    rho[0] = 1
+    pairs = rho[: n // 2 * 2].view(-1, 2).sum(1)
     stop = (pairs <= 0).nonzero()
-    pairs = pairs[:int(stop[0]) if len(stop) else len(pairs)].cummin(0).values
-    return float(n*c/max(2*pairs.sum()-1, 1/math.log10(n*c) if n*c > 10 else 1.))
+    pairs = pairs[: int(stop[0]) if len(stop) else len(pairs)].cummin(0).values
+    return float(n * c / max(2 * pairs.sum() - 1, 1 / math.log10(n * c) if n * c > 10 else 1.0))
 
 # %% ../nbs/12_langevin.ipynb #93d0f27a
 def plot_traces(traces, labels, ax=None):
     "States of single chains along their updates"
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5,2.4))[1]
-    for x,l,c in zip(traces, labels, ('C0','C1','C2')): ax.plot(x, color=c, alpha=.5, lw=.8); ax.plot([],[],color=c,label=l)
-    ax.set(xlabel='update', ylabel='state'); ax.legend(fontsize=8)
+
+    ax = ax or plt.subplots(figsize=(5, 2.4))[1]
+    for x, l, c in zip(traces, labels, ('C0', 'C1', 'C2')):
+        ax.plot(x, color=c, alpha=0.5, lw=0.8)
+        ax.plot([], [], color=c, label=l)
+    ax.set(xlabel='update', ylabel='state')
+    ax.legend(fontsize=8)
     return ax

@@ -9,9 +9,11 @@ __all__ = ['Stack', 'LevelTables', 'at_level', 'VectorNets', 'MapNets', 'LayerNe
 
 # %% ../nbs/31_layered.ipynb #a4aa7e77
 import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+
 from .energy import MANY, Energy, each, energy_grad, level_table, squared_iterations
 from .generator import Generator
 from .kernels import rows
@@ -21,141 +23,217 @@ from .schedule import diffuse
 # %% ../nbs/31_layered.ipynb #61059408
 class Stack(nn.Module):
     "`G` weight matrices or convolution kernels of one shape, each divided by its own spectral norm when in use"
-    def __init__(self,
-        G:int, # How many
-        shape:tuple, # Of one: `(out, in)` or `(out, in, k, k)`
-        norm:bool=True, # Divide by the spectral norm
-        gain:float=1., # Scale of the initial weights
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        G: int,  # How many
+        shape: tuple,  # Of one: `(out, in)` or `(out, in, k, k)`
+        norm: bool = True,  # Divide by the spectral norm
+        gain: float = 1.0,  # Scale of the initial weights
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        self.norm,fan = norm,math.prod(shape[1:])
-        self.weight = nn.Parameter(gain/math.sqrt(fan)*torch.randn(G, *shape, generator=gen))
+        self.norm, fan = norm, math.prod(shape[1:])
+        self.weight = nn.Parameter(gain / math.sqrt(fan) * torch.randn(G, *shape, generator=gen))
         self.register_buffer('u', nnf.normalize(torch.randn(G, shape[0], generator=gen), dim=-1))
         self.register_buffer('v', torch.zeros(G, fan))
         self.power_iterate(30)
+
     @torch.no_grad()
-    def power_iterate(self, n:int=1):
+    def power_iterate(self, n: int = 1):
         "Improve the estimates of the largest singular values by `n` iterations"
-        if not self.norm: return
-        W,u,v = self.weight.flatten(2),self.u,self.v
+        if not self.norm:
+            return
+        W, u, v = self.weight.flatten(2), self.u, self.v
         for _ in range(n):
             v = nnf.normalize(torch.einsum('goi,go->gi', W, u), dim=-1, eps=1e-12)
             u = nnf.normalize(torch.einsum('goi,gi->go', W, v), dim=-1, eps=1e-12)
-        self.u.copy_(u); self.v.copy_(v)
+        self.u.copy_(u)
+        self.v.copy_(v)
+
     @torch.no_grad()
-    def iterate_squared(self, n:int):
+    def iterate_squared(self, n: int):
         "`power_iterate` by many iterations, of which all but the last are squared"
-        if not self.norm: return
+        if not self.norm:
+            return
         W = self.weight.flatten(2)
-        self.u.copy_(squared_iterations(W@W.mT, self.u, n-1)); self.power_iterate()
-    def normalised(self) -> Tensor: # Shape `(G, out, in, ...)`, gradient reaches the raw weights
+        self.u.copy_(squared_iterations(W @ W.mT, self.u, n - 1))
+        self.power_iterate()
+
+    def normalised(self) -> Tensor:  # Shape `(G, out, in, ...)`, gradient reaches the raw weights
         "The weights in use"
-        if not self.norm: return self.weight
+        if not self.norm:
+            return self.weight
         s = torch.einsum('go,goi,gi->g', self.u, self.weight.flatten(2), self.v)
-        return self.weight/s.view(-1, *[1]*(self.weight.ndim-1))
+        return self.weight / s.view(-1, *[1] * (self.weight.ndim - 1))
 
 # %% ../nbs/31_layered.ipynb #48e903cf
 class LevelTables(nn.Module):
     "Shares of the level in several places: a table of shape `(G, T, width)` for each"
-    def __init__(self, G:int, T:int, widths:list, norm:bool, gen, dim:int=32):
+
+    def __init__(self, G: int, T: int, widths: list, norm: bool, gen, dim: int = 32):
         super().__init__()
         self.register_buffer('table', level_table(T, dim))
-        self.a,self.b = Stack(G, (dim,dim), norm, gen=gen),Stack(G, (dim,dim), norm, gen=gen)
-        self.out = nn.ModuleList([Stack(G, (w,dim), norm, gen=gen) for w in widths])
+        self.a, self.b = Stack(G, (dim, dim), norm, gen=gen), Stack(G, (dim, dim), norm, gen=gen)
+        self.out = nn.ModuleList([Stack(G, (w, dim), norm, gen=gen) for w in widths])
+
     def tables(self) -> list:
         "One `(G, T, width)` tensor for each place"
-        mul = lambda x, s: torch.einsum('gti,goi->gto', x, s.normalised())
+
+        def mul(x, s):
+            return torch.einsum('gti,goi->gto', x, s.normalised())
+
         e = nnf.silu(mul(nnf.silu(mul(self.table.expand(len(self.a.weight), -1, -1), self.a)), self.b))
         return [mul(e, s) for s in self.out]
 
+
 def at_level(
-    x:Tensor, # A table of `LevelTables`, shape `(G, T, width)`
-    t:Tensor, # Levels, shape `(B,)`
-) -> Tensor: # Shape `(G, B, width)`
+    x: Tensor,  # A table of `LevelTables`, shape `(G, T, width)`
+    t: Tensor,  # Levels, shape `(B,)`
+) -> Tensor:  # Shape `(G, B, width)`
     "`x[:,t]`, with the gradient of `rows`"
     return rows(x.transpose(0, 1), t).transpose(0, 1).contiguous()
 
+
 class VectorNets(nn.Module):
     "Networks for `G` vector layers of possibly different widths (padded with zeros to the widest)"
-    def __init__(self,
-        widths:list, # Width of each layer's vector
-        K:int, # Logits
-        T:int, # Levels
-        hidden:int, # Width of the networks
-        n_blocks:int=1, # Residual stages after the first
-        spectral:bool=True, # Normalise hidden weights
-        free_head:bool=False, # Leave the logits' weights unnormalised, started small
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        widths: list,  # Width of each layer's vector
+        K: int,  # Logits
+        T: int,  # Levels
+        hidden: int,  # Width of the networks
+        n_blocks: int = 1,  # Residual stages after the first
+        spectral: bool = True,  # Normalise hidden weights
+        free_head: bool = False,  # Leave the logits' weights unnormalised, started small
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        G,self.pad = len(widths),max(widths)
+        G, self.pad = len(widths), max(widths)
         self.widths = list(widths)
-        S = lambda o,i: Stack(G, (o,i), spectral, gen=gen)
-        self.z,self.s,self.a = S(hidden,self.pad),S(hidden,self.pad),S(hidden,hidden)
-        with torch.no_grad(): # columns of padding are never used
+
+        def S(o, i):
+            return Stack(G, (o, i), spectral, gen=gen)
+
+        self.z, self.s, self.a = S(hidden, self.pad), S(hidden, self.pad), S(hidden, hidden)
+        with torch.no_grad():  # columns of padding are never used
             for m in (self.z, self.s):
-                for g,w in enumerate(widths): m.weight[g,:,w:] = 0; m.weight[g,:,:w] *= math.sqrt(self.pad/w)
+                for g, w in enumerate(widths):
+                    m.weight[g, :, w:] = 0
+                    m.weight[g, :, :w] *= math.sqrt(self.pad / w)
                 m.power_iterate(30)
-        self.b,self.c = nn.ModuleList([S(hidden,hidden) for _ in range(n_blocks)]),nn.ModuleList([S(hidden,hidden) for _ in range(n_blocks)])
-        self.head = Stack(G, (K,hidden), spectral and not free_head, gain=.1 if free_head else 1., gen=gen)
-        self.level = LevelTables(G, T, [hidden]*(1+n_blocks), spectral, gen)
+        self.b, self.c = (
+            nn.ModuleList([S(hidden, hidden) for _ in range(n_blocks)]),
+            nn.ModuleList([S(hidden, hidden) for _ in range(n_blocks)]),
+        )
+        self.head = Stack(G, (K, hidden), spectral and not free_head, gain=0.1 if free_head else 1.0, gen=gen)
+        self.level = LevelTables(G, T, [hidden] * (1 + n_blocks), spectral, gen)
+
     def weights(self) -> dict:
         "Normalised weights and level tables for one step"
-        tr = lambda s: s.normalised().transpose(1, 2)
-        return dict(zs=torch.cat([tr(self.z), tr(self.s)], 2), a=tr(self.a), b=[tr(s) for s in self.b], c=[tr(s) for s in self.c], head=tr(self.head), level=self.level.tables())
-    def base(self, w:dict, t:Tensor) -> list: # One `(G, B, width)` tensor a stage
+
+        def tr(s):
+            return s.normalised().transpose(1, 2)
+
+        return dict(
+            zs=torch.cat([tr(self.z), tr(self.s)], 2),
+            a=tr(self.a),
+            b=[tr(s) for s in self.b],
+            c=[tr(s) for s in self.c],
+            head=tr(self.head),
+            level=self.level.tables(),
+        )
+
+    def base(self, w: dict, t: Tensor) -> list:  # One `(G, B, width)` tensor a stage
         "What of the level stays constant along a chain"
         return [at_level(x, t) for x in w['level']]
-    def logits(self, zs:list, base:list, w:dict) -> Tensor: # Shape `(G, B, K)`
+
+    def logits(self, zs: list, base: list, w: dict) -> Tensor:  # Shape `(G, B, K)`
         "Logits of every layer"
-        x = torch.stack([nnf.pad(z.flatten(1), (0, self.pad-n)) for z,n in zip(zs, self.widths)])
-        a,s = torch.bmm(x, w['zs']).chunk(2, 2)
-        h = torch.baddbmm(s, nnf.silu(a+base[0]), w['a'])
-        for b,c,e in zip(w['b'], w['c'], base[1:]): h = torch.baddbmm(h, nnf.silu(torch.baddbmm(e, nnf.silu(h), b)), c)
+        x = torch.stack([nnf.pad(z.flatten(1), (0, self.pad - n)) for z, n in zip(zs, self.widths)])
+        a, s = torch.bmm(x, w['zs']).chunk(2, 2)
+        h = torch.baddbmm(s, nnf.silu(a + base[0]), w['a'])
+        for b, c, e in zip(w['b'], w['c'], base[1:]):
+            h = torch.baddbmm(h, nnf.silu(torch.baddbmm(e, nnf.silu(h), b)), c)
         return torch.bmm(nnf.silu(h), w['head'])
 
 # %% ../nbs/31_layered.ipynb #7bd8459f
 class MapNets(nn.Module):
     "Networks for `G` layers that are maps of one shape: stem and strided blocks down to 2x2, then two linear residual stages"
-    def __init__(self,
-        G:int, # Layers
-        channels:int, # Of each map
-        size:int, # Its side, a power of two, at least 4
-        K:int, # Logits
-        T:int, # Levels
-        hidden:int, # Channels of the networks
-        spectral:bool=True, # Normalise hidden weights
-        free_head:bool=False, # Leave the logits' weights unnormalised, started small
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        G: int,  # Layers
+        channels: int,  # Of each map
+        size: int,  # Its side, a power of two, at least 4
+        K: int,  # Logits
+        T: int,  # Levels
+        hidden: int,  # Channels of the networks
+        spectral: bool = True,  # Normalise hidden weights
+        free_head: bool = False,  # Leave the logits' weights unnormalised, started small
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        if size < 4 or size & (size-1): raise ValueError(f'maps must have a side that is a power of two from 4 on, got {size}')
-        self.G,n,H = G,int(math.log2(size))-1,hidden
-        S = lambda *shape: Stack(G, shape, spectral, gen=gen)
-        self.down,self.skip = nn.ModuleList([S(H, channels if i == 0 else H, 4, 4) for i in range(n)]),nn.ModuleList([S(H, channels if i == 0 else H, 4, 4) for i in range(n)])
+        if size < 4 or size & (size - 1):
+            raise ValueError(f'maps must have a side that is a power of two from 4 on, got {size}')
+        self.G, n, H = G, int(math.log2(size)) - 1, hidden
+
+        def S(*shape):
+            return Stack(G, shape, spectral, gen=gen)
+
+        self.down, self.skip = (
+            nn.ModuleList([S(H, channels if i == 0 else H, 4, 4) for i in range(n)]),
+            nn.ModuleList([S(H, channels if i == 0 else H, 4, 4) for i in range(n)]),
+        )
         self.conv = nn.ModuleList([S(H, H, 3, 3) for _ in range(n)])
-        self.y,self.a,self.s = (nn.ModuleList([S(o,i) for i,o in ((4*H,2*H),(2*H,H))]),nn.ModuleList([S(o,o) for o in (2*H,H)]),nn.ModuleList([S(o,i) for i,o in ((4*H,2*H),(2*H,H))]))
-        self.head = Stack(G, (K,H), spectral and not free_head, gain=.1 if free_head else 1., gen=gen)
-        self.level = LevelTables(G, T, [H]*n+[2*H,H], spectral, gen, dim=64)
+        self.y, self.a, self.s = (
+            nn.ModuleList([S(o, i) for i, o in ((4 * H, 2 * H), (2 * H, H))]),
+            nn.ModuleList([S(o, o) for o in (2 * H, H)]),
+            nn.ModuleList([S(o, i) for i, o in ((4 * H, 2 * H), (2 * H, H))]),
+        )
+        self.head = Stack(G, (K, H), spectral and not free_head, gain=0.1 if free_head else 1.0, gen=gen)
+        self.level = LevelTables(G, T, [H] * n + [2 * H, H], spectral, gen, dim=64)
+
     def weights(self) -> dict:
         "Normalised weights and level tables for one step"
-        flat = lambda s: s.normalised().flatten(0, 1); tr = lambda s: s.normalised().transpose(1, 2)
-        return dict(down=[flat(s) for s in self.down], skip=[flat(s) for s in self.skip], conv=[flat(s) for s in self.conv],
-                    y=[tr(s) for s in self.y], a=[tr(s) for s in self.a], s=[tr(s) for s in self.s], head=tr(self.head), level=self.level.tables())
-    def base(self, w:dict, t:Tensor) -> list: # `(B, G H, 1, 1)` for each convolution, `(G, B, width)` for each linear stage
+
+        def flat(s):
+            return s.normalised().flatten(0, 1)
+
+        def tr(s):
+            return s.normalised().transpose(1, 2)
+
+        return dict(
+            down=[flat(s) for s in self.down],
+            skip=[flat(s) for s in self.skip],
+            conv=[flat(s) for s in self.conv],
+            y=[tr(s) for s in self.y],
+            a=[tr(s) for s in self.a],
+            s=[tr(s) for s in self.s],
+            head=tr(self.head),
+            level=self.level.tables(),
+        )
+
+    def base(
+        self, w: dict, t: Tensor
+    ) -> list:  # `(B, G H, 1, 1)` for each convolution, `(G, B, width)` for each linear stage
         "What of the level stays constant along a chain"
         n = len(w['conv'])
-        return [rows(x.transpose(0, 1), t).flatten(1)[:,:,None,None] if i < n else at_level(x, t) for i,x in enumerate(w['level'])]
-    def logits(self, zs:list, base:list, w:dict) -> Tensor: # Shape `(G, B, K)`
+        return [
+            rows(x.transpose(0, 1), t).flatten(1)[:, :, None, None] if i < n else at_level(x, t)
+            for i, x in enumerate(w['level'])
+        ]
+
+    def logits(self, zs: list, base: list, w: dict) -> Tensor:  # Shape `(G, B, K)`
         "Logits of every layer"
-        h,G,n = torch.cat(zs, 1),self.G,len(w['conv'])
-        for i,(d,s,c) in enumerate(zip(w['down'], w['skip'], w['conv'])):
+        h, G, n = torch.cat(zs, 1), self.G, len(w['conv'])
+        for i, (d, s, c) in enumerate(zip(w['down'], w['skip'], w['conv'])):
             x = h if i == 0 else nnf.silu(h)
-            a = nnf.conv2d(x, d, stride=2, padding=1, groups=G)+base[i]
+            a = nnf.conv2d(x, d, stride=2, padding=1, groups=G) + base[i]
             h = nnf.conv2d(nnf.silu(a), c, padding=1, groups=G) + nnf.conv2d(x, s, stride=2, padding=1, groups=G)
         h = h.view(len(h), G, -1).transpose(0, 1)
-        for y,a,s,e in zip(w['y'], w['a'], w['s'], base[n:]):
+        for y, a, s, e in zip(w['y'], w['a'], w['s'], base[n:]):
             x = nnf.silu(h)
             h = torch.bmm(nnf.silu(torch.baddbmm(e, x, y)), a) + torch.bmm(x, s)
         return torch.bmm(nnf.silu(h), w['head'])
@@ -163,182 +241,267 @@ class MapNets(nn.Module):
 # %% ../nbs/31_layered.ipynb #c9aac89d
 class LayerNets(nn.Module):
     "Energy networks for every layer of a generator, those of equal shape evaluated together"
-    def __init__(self,
-        sizes:tuple, # Side of each layer's map, top first
-        channels:tuple, # Channels of each layer
-        contexts:tuple=(), # Channels of the features each layer is drawn from; empty: energies see their own layer alone
-        n_symbols:int=1, # Logits K
-        n_levels:int=3, # Levels T
-        hidden:int=64, # Width of the networks
-        n_blocks:int=1, # Residual stages of the networks on vectors
-        spectral:bool=True, # Divide hidden weights by their spectral norms
-        free_head:bool=False, # Leave the logits' weights unnormalised, started small
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        sizes: tuple,  # Side of each layer's map, top first
+        channels: tuple,  # Channels of each layer
+        contexts: tuple = (),  # Channels of the features each layer is drawn from; empty: energies see their own layer alone
+        n_symbols: int = 1,  # Logits K
+        n_levels: int = 3,  # Levels T
+        hidden: int = 64,  # Width of the networks
+        n_blocks: int = 1,  # Residual stages of the networks on vectors
+        spectral: bool = True,  # Divide hidden weights by their spectral norms
+        free_head: bool = False,  # Leave the logits' weights unnormalised, started small
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        self.L,self.members,nets = len(sizes),[],[]
-        if contexts and len(contexts) != len(sizes): raise ValueError(f'{len(contexts)} context widths for {len(sizes)} layers')
-        self.contexts = tuple(contexts) or (0,)*len(sizes)
-        channels = [a+b for a,b in zip(channels, self.contexts)]
-        vectors = [i for i,s in enumerate(sizes) if s <= 2]
+        self.L, self.members, nets = len(sizes), [], []
+        if contexts and len(contexts) != len(sizes):
+            raise ValueError(f'{len(contexts)} context widths for {len(sizes)} layers')
+        self.contexts = tuple(contexts) or (0,) * len(sizes)
+        channels = [a + b for a, b in zip(channels, self.contexts)]
+        vectors = [i for i, s in enumerate(sizes) if s <= 2]
         if vectors:
             self.members.append(vectors)
-            nets.append(VectorNets([channels[i]*sizes[i]**2 for i in vectors], n_symbols, n_levels, hidden, n_blocks, spectral, free_head, gen))
+            nets.append(
+                VectorNets(
+                    [channels[i] * sizes[i] ** 2 for i in vectors],
+                    n_symbols,
+                    n_levels,
+                    hidden,
+                    n_blocks,
+                    spectral,
+                    free_head,
+                    gen,
+                )
+            )
         shapes = {}
-        for i,(s,c) in enumerate(zip(sizes, channels)):
-            if s > 2: shapes.setdefault((s, c), []).append(i)
-        for (s,c),which in shapes.items():
-            self.members.append(which); nets.append(MapNets(len(which), c, s, n_symbols, n_levels, hidden, spectral, free_head, gen))
+        for i, (s, c) in enumerate(zip(sizes, channels)):
+            if s > 2:
+                shapes.setdefault((s, c), []).append(i)
+        for (s, c), which in shapes.items():
+            self.members.append(which)
+            nets.append(MapNets(len(which), c, s, n_symbols, n_levels, hidden, spectral, free_head, gen))
         self.nets = nn.ModuleList(nets)
-    def power_iterate(self, n:int=1):
+
+    def power_iterate(self, n: int = 1):
         "Refresh every spectral norm; call once per optimiser step"
         for m in self.modules():
-            if isinstance(m, Stack): m.iterate_squared(n) if n > MANY else m.power_iterate(n)
+            if isinstance(m, Stack):
+                m.iterate_squared(n) if n > MANY else m.power_iterate(n)
+
     def weights(self) -> list:
         "Weights of every group as used in one step"
         return [n.weights() for n in self.nets]
-    def base(self, t:Tensor, weights:list) -> list:
+
+    def base(self, t: Tensor, weights: list) -> list:
         "The level's share, constant along a chain"
-        return [n.base(w, t) for n,w in zip(self.nets, weights)]
-    def logits(self, zs:list, base:list, weights:list) -> Tensor: # Shape `(L, B, K)`, top layer first
+        return [n.base(w, t) for n, w in zip(self.nets, weights)]
+
+    def logits(self, zs: list, base: list, weights: list) -> Tensor:  # Shape `(L, B, K)`, top layer first
         "Logits of every layer"
-        parts = [n.logits([zs[i] for i in which], b, w) for which,n,b,w in zip(self.members, self.nets, base, weights)]
-        if len(parts) == 1: return parts[0]
+        parts = [
+            n.logits([zs[i] for i in which], b, w) for which, n, b, w in zip(self.members, self.nets, base, weights)
+        ]
+        if len(parts) == 1:
+            return parts[0]
         order = torch.tensor([i for which in self.members for i in which], device=parts[0].device).argsort()
         return torch.cat(parts)[order]
 
+
 class LayerWeights(list):
     "Weights of `LayerNets` in one step"
-    def detach(self): return each(Tensor.detach, self)
+
+    def detach(self):
+        return each(Tensor.detach, self)
+
 
 class LayeredEnergy(Energy):
     "`F(u, t) = sum_i f_i(T(u)_i, t)`, with symbols' logits summed over layers (Cui & Han 2024). The tower gets a gradient only from latents that carry one"
+
     apart = True
-    def __init__(self,
-        generator:Generator, # Gives `T`; not a part of this module, so that neither optimiser nor average takes it along
-        nets:LayerNets, # Networks
-        n_levels:int, # Levels T
-        groups:tuple=(1,), # Number of values of each attribute; `(1,)`: no symbols
-        tau_y:float=1., # Temperature of the symbols
+
+    def __init__(
+        self,
+        generator: Generator,  # Gives `T`; not a part of this module, so that neither optimiser nor average takes it along
+        nets: LayerNets,  # Networks
+        n_levels: int,  # Levels T
+        groups: tuple = (1,),  # Number of values of each attribute; `(1,)`: no symbols
+        tau_y: float = 1.0,  # Temperature of the symbols
     ):
         super().__init__()
-        if any(n and n != w for n,w in zip(nets.contexts, generator.cfg.widths)): raise ValueError(f'networks for contexts of widths {nets.contexts}, and a generator of widths {generator.cfg.widths}')
-        if nets.L != generator.L: raise ValueError(f'networks for {nets.L} layers, and a generator of {generator.L}')
-        self.nets,self._generator,self.n_levels,self.d = nets,[generator],n_levels,generator.d
-        self.n_symbols,self.groups,self.tau_y = sum(groups),(tuple(groups) if len(groups) > 1 else None),tau_y
+        if any(n and n != w for n, w in zip(nets.contexts, generator.cfg.widths)):
+            raise ValueError(
+                f'networks for contexts of widths {nets.contexts}, and a generator of widths {generator.cfg.widths}'
+            )
+        if nets.L != generator.L:
+            raise ValueError(f'networks for {nets.L} layers, and a generator of {generator.L}')
+        self.nets, self._generator, self.n_levels, self.d = nets, [generator], n_levels, generator.d
+        self.n_symbols, self.groups, self.tau_y = sum(groups), (tuple(groups) if len(groups) > 1 else None), tau_y
+
     @property
-    def generator(self) -> Generator: return self._generator[0]
-    def power_iterate(self, n=1): self.nets.power_iterate(n)
-    def weights(self): return LayerWeights(self.nets.weights())
-    def by_layer(self,
-        u:Tensor, # Latents, shape `(B, d)`
-        t:Tensor, # Levels, shape `(B,)`
-        weights=None, # From `weights()`
-        base=None, # From `LayerNets.base`
-    ) -> Tensor: # Shape `(L, B, K)`, top layer first
+    def generator(self) -> Generator:
+        return self._generator[0]
+
+    def power_iterate(self, n=1):
+        self.nets.power_iterate(n)
+
+    def weights(self):
+        return LayerWeights(self.nets.weights())
+
+    def by_layer(
+        self,
+        u: Tensor,  # Latents, shape `(B, d)`
+        t: Tensor,  # Levels, shape `(B,)`
+        weights=None,  # From `weights()`
+        base=None,  # From `LayerNets.base`
+    ) -> Tensor:  # Shape `(L, B, K)`, top layer first
         "Logits of every layer"
         w = self.weights() if weights is None else weights
-        with torch.set_grad_enabled(u.requires_grad and torch.is_grad_enabled()): zs,hs = self.generator.T(u, contexts=True) # held latents hold the tower: its share comes with the latents' own gradient
-        zs = [torch.cat([z, h.expand(len(z), -1, -1, -1)], 1) if n else z for z,h,n in zip(zs, hs, self.nets.contexts)]
+        with torch.set_grad_enabled(u.requires_grad and torch.is_grad_enabled()):
+            zs, hs = self.generator.T(
+                u, contexts=True
+            )  # held latents hold the tower: its share comes with the latents' own gradient
+        zs = [
+            torch.cat([z, h.expand(len(z), -1, -1, -1)], 1) if n else z for z, h, n in zip(zs, hs, self.nets.contexts)
+        ]
         return self.nets.logits(zs, self.nets.base(t, w) if base is None else base, w)
-    def logits(self, z, t, context=None, weights=None): return self.by_layer(z, t, weights).sum(0)
-    def layer_energies(self, u:Tensor, t:Tensor, weights=None) -> Tensor: # Shape `(L, B)`, top layer first
+
+    def logits(self, z, t, context=None, weights=None):
+        return self.by_layer(z, t, weights).sum(0)
+
+    def layer_energies(self, u: Tensor, t: Tensor, weights=None) -> Tensor:  # Shape `(L, B)`, top layer first
         "`F` of each layer alone. With symbols they do not add up to `F`, whose sum over symbols comes after the sum over layers"
         return torch.stack([self.free(f) for f in self.by_layer(u, t, weights)])
-    def fast(self, weights=None): return FastLayered(self, (self.weights() if weights is None else weights).detach())
 
-def context_widths(generator:Generator) -> tuple: # One number a layer, top first
+    def fast(self, weights=None):
+        return FastLayered(self, (self.weights() if weights is None else weights).detach())
+
+
+def context_widths(generator: Generator) -> tuple:  # One number a layer, top first
     "Widths of what each layer is drawn from; 0 at the top, which is drawn from nothing"
     return (0, *generator.cfg.widths[1:])
 
+
 class FastLayered:
     "Frozen weights of a `LayeredEnergy` in the form a sampler wants; the gradient goes through `T` by autograd"
-    def __init__(self, energy:LayeredEnergy, weights): self.energy,self.w = energy,weights
-    def base(self, t, context=None): return self.energy.nets.base(t, self.w)
+
+    def __init__(self, energy: LayeredEnergy, weights):
+        self.energy, self.w = energy, weights
+
+    def base(self, t, context=None):
+        return self.energy.nets.base(t, self.w)
+
     def grad(self, z, t, y=None, context=None, base=None):
         b = self.base(t) if base is None else base
-        return energy_grad(lambda z, t, y=None, context=None: self.energy.free(self.energy.by_layer(z, t, self.w, b).sum(0), y), z, t, y)
+        return energy_grad(
+            lambda z, t, y=None, context=None: self.energy.free(self.energy.by_layer(z, t, self.w, b).sum(0), y),
+            z,
+            t,
+            y,
+        )
 
 # %% ../nbs/31_layered.ipynb #53d73e25
 def resample_below(
-    prior:DiffusionEBM, # Over a `LayeredEnergy`
-    u:Tensor, # Latents, shape `(n, d)`
-    k:int, # Layers 1..k are drawn anew, those above kept; 0 keeps all
+    prior: DiffusionEBM,  # Over a `LayeredEnergy`
+    u: Tensor,  # Latents, shape `(n, d)`
+    k: int,  # Layers 1..k are drawn anew, those above kept; 0 keeps all
     *,
-    gen:torch.Generator|None=None, # Source of noise
-    **kw, # To `DiffusionEBM.sample`: `y`, `n_steps`, ...
-) -> Tensor: # Shape `(n, d)`
+    gen: torch.Generator | None = None,  # Source of noise
+    **kw,  # To `DiffusionEBM.sample`: `y`, `n_steps`, ...
+) -> Tensor:  # Shape `(n, d)`
     "Lower layers from the EBM given the upper ones"
     g = prior.energy.generator
-    if k == 0: return u.clone()
-    if k == g.L: return prior.sample(len(u), gen=gen, **kw)
-    return prior.sample(len(u), known=(g.layer_mask(range(k+1, g.L+1), u.device), u), gen=gen, **kw)
+    if k == 0:
+        return u.clone()
+    if k == g.L:
+        return prior.sample(len(u), gen=gen, **kw)
+    return prior.sample(len(u), known=(g.layer_mask(range(k + 1, g.L + 1), u.device), u), gen=gen, **kw)
+
 
 def edit(
-    prior:DiffusionEBM, # Coupled to symbols
-    u:Tensor, # Latents to start from, shape `(n, d)`
-    y, # Request, as for `DiffusionEBM.sample`
-    level:int=1, # Noised up to this level first, 1..T: the higher, the more may change
+    prior: DiffusionEBM,  # Coupled to symbols
+    u: Tensor,  # Latents to start from, shape `(n, d)`
+    y,  # Request, as for `DiffusionEBM.sample`
+    level: int = 1,  # Noised up to this level first, 1..T: the higher, the more may change
     *,
-    keep:tuple=(), # Layers that stay exactly as they are
-    gen:torch.Generator|None=None, # Source of noise
-    **kw, # To `DiffusionEBM.sample`
-) -> Tensor: # Shape `(n, d)`
+    keep: tuple = (),  # Layers that stay exactly as they are
+    gen: torch.Generator | None = None,  # Source of noise
+    **kw,  # To `DiffusionEBM.sample`
+) -> Tensor:  # Shape `(n, d)`
     "Change latents as little as a request allows"
-    if not 1 <= level <= prior.T: raise ValueError(f'level must lie in 1..{prior.T}, got {level}')
+    if not 1 <= level <= prior.T:
+        raise ValueError(f'level must lie in 1..{prior.T}, got {level}')
     start = diffuse(prior.schedule, u, torch.full((len(u),), level, device=u.device), gen)
     known = dict(known=(prior.energy.generator.layer_mask(keep, u.device), u)) if keep else {}
     return prior.sample(len(u), y=y, start=(start, level), gen=gen, **known, **kw)
 
+
 def from_top(
-    generator:Generator,
-    u:Tensor, # Latents, shape `(n, d)`
-) -> list: # Pictures `(n, C, H, W)` with the top layer alone, the top two, ... all
+    generator: Generator,
+    u: Tensor,  # Latents, shape `(n, d)`
+) -> list:  # Pictures `(n, C, H, W)` with the top layer alone, the top two, ... all
     "What each layer adds: pictures in which the layers below stand at their prior means"
-    return [generator.decode(torch.where(generator.layer_mask(range(k, generator.L+1), u.device), u, 0.)) for k in range(generator.L, 0, -1)]
+    return [
+        generator.decode(torch.where(generator.layer_mask(range(k, generator.L + 1), u.device), u, 0.0))
+        for k in range(generator.L, 0, -1)
+    ]
+
 
 def layer_swaps(
-    generator:Generator,
-    u:Tensor, # Latents of one picture, shape `(1, d)`
-    others:Tensor, # Latents to take a layer from, shape `(n, d)`
-) -> list: # Pictures `(n, C, H, W)` for each layer, top first
+    generator: Generator,
+    u: Tensor,  # Latents of one picture, shape `(1, d)`
+    others: Tensor,  # Latents to take a layer from, shape `(n, d)`
+) -> list:  # Pictures `(n, C, H, W)` for each layer, top first
     "One picture with a single layer's u replaced: what that layer decides"
-    return [generator.decode(torch.where(generator.layer_mask(k, u.device), others, u)) for k in range(generator.L, 0, -1)]
+    return [
+        generator.decode(torch.where(generator.layer_mask(k, u.device), others, u)) for k in range(generator.L, 0, -1)
+    ]
 
 # %% ../nbs/31_layered.ipynb #086073e5
 def upper_score(
-    energy:LayeredEnergy,
-    u:Tensor, # Latents, shape `(B, d)`
-    k:int=0, # Layers above this number count
-    t:int=0, # Level
-    tau:float|Tensor=1., # Divides `F`: the prior's `temperature` there
-) -> Tensor: # Shape `(B,)`: high is likely; nats up to a constant
+    energy: LayeredEnergy,
+    u: Tensor,  # Latents, shape `(B, d)`
+    k: int = 0,  # Layers above this number count
+    t: int = 0,  # Level
+    tau: float | Tensor = 1.0,  # Divides `F`: the prior's `temperature` there
+) -> Tensor:  # Shape `(B,)`: high is likely; nats up to a constant
     "The terms of the unnormalised log density that belong to the layers above `k` (all of it for `k = 0`; the layers below are left out, not summed out)"
     L = energy.generator.L
-    if not 0 <= k < L: raise ValueError(f'k must lie in 0..{L-1}, got {k}')
-    f = energy.by_layer(u, torch.full((len(u),), t, device=u.device))[:L-k].sum(0)
-    return energy.free(f)/tau - .5*torch.where(energy.generator.layer_mask(range(k+1, L+1), u.device), u, 0.).square().sum(1)
+    if not 0 <= k < L:
+        raise ValueError(f'k must lie in 0..{L - 1}, got {k}')
+    f = energy.by_layer(u, torch.full((len(u),), t, device=u.device))[: L - k].sum(0)
+    return energy.free(f) / tau - 0.5 * torch.where(
+        energy.generator.layer_mask(range(k + 1, L + 1), u.device), u, 0.0
+    ).square().sum(1)
+
 
 @torch.no_grad()
 def ood_scores(
-    prior:DiffusionEBM, # Over a `LayeredEnergy`
-    x:Tensor, # Pictures, shape `(B, C, H, W)`
+    prior: DiffusionEBM,  # Over a `LayeredEnergy`
+    x: Tensor,  # Pictures, shape `(B, C, H, W)`
     *,
-    gen:torch.Generator|None=None, # Source of posterior noise and chains
-    chunk:int=256, # Pictures at a time
-    **kw, # To `DiffusionEBM.sample`
-) -> dict: # `inference`, `diffusion`, `ratio`: each `(L, B)`, row `k` for the layers above `k`; high is in distribution
+    gen: torch.Generator | None = None,  # Source of posterior noise and chains
+    chunk: int = 256,  # Pictures at a time
+    **kw,  # To `DiffusionEBM.sample`
+) -> (
+    dict
+):  # `inference`, `diffusion`, `ratio`: each `(L, B)`, row `k` for the layers above `k`; high is in distribution
     "Scores of pictures for every `k`; row 0 of `diffusion` and `ratio` is the scheme that resamples nothing (its ratio is 0). A picture so far out that a score is not finite gets -inf"
-    e,out = prior.energy,[]
-    g,p = e.generator,next(e.parameters())
+    e, out = prior.energy, []
+    g, p = e.generator, next(e.parameters())
     for b in x.split(chunk):
-        b = b.to(p); u = g.encode(b, gen)[1]
+        b = b.to(p)
+        u = g.encode(b, gen)[1]
         tau = prior.temperature(torch.zeros(len(u), dtype=torch.long, device=u.device), u)
         base = upper_score(e, u, tau=tau) - g.nll(b, u)
         rows = dict(inference=[], diffusion=[], ratio=[])
         for k in range(g.L):
             v = resample_below(prior, u, k, gen=gen, **kw)
             f = upper_score(e, v, tau=tau)
-            rows['inference'].append(upper_score(e, u, k, tau=tau)); rows['diffusion'].append(f); rows['ratio'].append(f-g.nll(b, v)-base)
-        out.append({s: torch.stack(r).nan_to_num(-torch.inf, posinf=-torch.inf).cpu() for s,r in rows.items()})
+            rows['inference'].append(upper_score(e, u, k, tau=tau))
+            rows['diffusion'].append(f)
+            rows['ratio'].append(f - g.nll(b, v) - base)
+        out.append({s: torch.stack(r).nan_to_num(-torch.inf, posinf=-torch.inf).cpu() for s, r in rows.items()})
     return {s: torch.cat([o[s] for o in out], 1) for s in out[0]}

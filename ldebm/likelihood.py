@@ -10,14 +10,19 @@ __all__ = ['log_variance', 'trusted', 'AISCfg', 'Point', 'Plan', 'metropolis', '
            'coverage_study', 'write_coverage', 'check_coverage', 'plot_coverage']
 
 # %% ../nbs/40_likelihood.ipynb #92394308
-import json, math, random, time
+import json
+import math
+import random
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from .core import atomic_write, make_gen, metric, progress, provenance
 from .energy import QuadraticEnergy, fast_energy
 from .langevin import shorten
@@ -27,669 +32,1067 @@ from .stats import effective, log_mean_exp, regression_mean
 
 # %% ../nbs/40_likelihood.ipynb #25594fec
 def log_variance(
-    log_w:Tensor, # Log-weights, shape `(S, ...)`
-) -> Tensor: # Shape `(...)`, at most 1
+    log_w: Tensor,  # Log-weights, shape `(S, ...)`
+) -> Tensor:  # Shape `(...)`, at most 1
     "Variance of `log_mean_exp`, to first order: the larger of `1/ess - 1/S` and of what log-normal weights with the same upper half have, `(exp(s2) - 1)/S`"
     S = len(log_w)
-    if S < 2: return torch.ones_like(log_w[0])
-    x = log_w.sort(0).values; median = .5*(x[(S-1)//2]+x[S//2])
-    normal = (x[(S+1)//2:]-median).square().mean(0).nan_to_num(math.inf, math.inf).expm1()/S
-    return torch.maximum(1/effective(log_w)-1/S, normal).clamp(0, 1)
+    if S < 2:
+        return torch.ones_like(log_w[0])
+    x = log_w.sort(0).values
+    median = 0.5 * (x[(S - 1) // 2] + x[S // 2])
+    normal = (x[(S + 1) // 2 :] - median).square().mean(0).nan_to_num(math.inf, math.inf).expm1() / S
+    return torch.maximum(1 / effective(log_w) - 1 / S, normal).clamp(0, 1)
+
 
 def trusted(
-    log_w:Tensor, # Log-weights, shape `(S, ...)`
-) -> Tensor: # Shape `(...)`, at most `effective(log_w)`
+    log_w: Tensor,  # Log-weights, shape `(S, ...)`
+) -> Tensor:  # Shape `(...)`, at most `effective(log_w)`
     "Effective number of draws that `log_variance` leaves"
-    return 1/(log_variance(log_w)+1/len(log_w))
+    return 1 / (log_variance(log_w) + 1 / len(log_w))
 
 # %% ../nbs/40_likelihood.ipynb #4e9bb7a9
 @dataclass(frozen=True)
 class AISCfg:
     "How much work annealing does"
-    chains:int=4 # Chains for each condition
-    variance:float=.05 # Wanted variance of one chain's log-weight
-    least:int=8 # Fewest temperatures
-    most:int=200 # Most temperatures
-    accept:float=.7 # Wanted acceptance
-    long:int=60 # Updates at the end point before chains turn round
-    drift:float=3. # Longest drift of an update, in units of its noise
-    pilot:int=128 # Chains of the pilot
+
+    chains: int = 4  # Chains for each condition
+    variance: float = 0.05  # Wanted variance of one chain's log-weight
+    least: int = 8  # Fewest temperatures
+    most: int = 200  # Most temperatures
+    accept: float = 0.7  # Wanted acceptance
+    long: int = 60  # Updates at the end point before chains turn round
+    drift: float = 3.0  # Longest drift of an update, in units of its noise
+    pilot: int = 128  # Chains of the pilot
+
     def __post_init__(self):
-        for k in ('chains','least','most','pilot'):
-            if getattr(self, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
-        if self.least > self.most: raise ValueError(f'least ({self.least}) must not exceed most ({self.most})')
-        if not 0 < self.accept < 1 or self.variance <= 0: raise ValueError(f'accept must lie in (0, 1) and variance be positive, got {self.accept} and {self.variance}')
+        for k in ('chains', 'least', 'most', 'pilot'):
+            if getattr(self, k) < 1:
+                raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
+        if self.least > self.most:
+            raise ValueError(f'least ({self.least}) must not exceed most ({self.most})')
+        if not 0 < self.accept < 1 or self.variance <= 0:
+            raise ValueError(
+                f'accept must lie in (0, 1) and variance be positive, got {self.accept} and {self.variance}'
+            )
+
 
 class Point(NamedTuple):
     "Chains, with what they need to move"
-    y:Tensor # States, shape `(R, d)`
-    D:Tensor # Log of the tilt there, shape `(R,)`
-    g:Tensor # Its gradient, shape `(R, d)`
+
+    y: Tensor  # States, shape `(R, d)`
+    D: Tensor  # Log of the tilt there, shape `(R,)`
+    g: Tensor  # Its gradient, shape `(R, d)`
+
 
 class Plan(NamedTuple):
     "Temperatures and steps"
-    betas:list # `0 < beta_1 < ... < beta_K = 1`
-    rhos:list # Share of the state that a step keeps, for each of them
-    limited:bool # Whether more temperatures were wanted than allowed
+
+    betas: list  # `0 < beta_1 < ... < beta_K = 1`
+    rhos: list  # Share of the state that a step keeps, for each of them
+    limited: bool  # Whether more temperatures were wanted than allowed
+
 
 @torch.no_grad()
 def metropolis(
-    tilt:Callable, # `tilt(y) -> (D, dD/dy)`
-    p:Point, m:Tensor, v:Tensor, # Mean `(R, d)` and variance `(R, 1)` of the Gaussian
-    beta:float, rho:float, drift:float,
-    gen:torch.Generator|None=None,
-) -> tuple[Point,Tensor]: # Where chains are, and acceptance probabilities `(R,)`
+    tilt: Callable,  # `tilt(y) -> (D, dD/dy)`
+    p: Point,
+    m: Tensor,
+    v: Tensor,  # Mean `(R, d)` and variance `(R, 1)` of the Gaussian
+    beta: float,
+    rho: float,
+    drift: float,
+    gen: torch.Generator | None = None,
+) -> tuple[Point, Tensor]:  # Where chains are, and acceptance probabilities `(R,)`
     "One Metropolis-adjusted preconditioned step on `exp(beta D) N(m, v)`; a point without density is never accepted"
-    var = v*(1-rho**2); sd = var.sqrt()
-    sq = lambda x, s: (x.square()/(2*s)).sum(-1)
-    mean = lambda q: torch.lerp(m, q.y, rho) + shorten((1-rho)*v*beta*q.g, drift, sd)
-    to = mean(p); e = randn_like(p.y, gen)
-    y = to+sd*e; n = Point(y, *tilt(y))
-    log_a = beta*(n.D-p.D) - sq(n.y-m, v) + sq(p.y-m, v) - sq(p.y-mean(n), var) + .5*e.square().sum(-1)
-    a = log_a.clamp(max=0).exp().nan_to_num(0.)
+    var = v * (1 - rho**2)
+    sd = var.sqrt()
+
+    def sq(x, s):
+        return (x.square() / (2 * s)).sum(-1)
+
+    def mean(q):
+        return torch.lerp(m, q.y, rho) + shorten((1 - rho) * v * beta * q.g, drift, sd)
+
+    to = mean(p)
+    e = randn_like(p.y, gen)
+    y = to + sd * e
+    n = Point(y, *tilt(y))
+    log_a = beta * (n.D - p.D) - sq(n.y - m, v) + sq(p.y - m, v) - sq(p.y - mean(n), var) + 0.5 * e.square().sum(-1)
+    a = log_a.clamp(max=0).exp().nan_to_num(0.0)
     take = torch.rand(len(a), generator=gen, device=a.device, dtype=a.dtype) < a
-    return Point(*(torch.where(take.view(-1, *[1]*(x.ndim-1)), x, o) for x,o in zip(n, p))),a
+    return Point(*(torch.where(take.view(-1, *[1] * (x.ndim - 1)), x, o) for x, o in zip(n, p))), a
+
 
 @torch.no_grad()
 def plan_ais(
-    tilt:Callable, # `tilt(y) -> (D, dD/dy)` for the pilot's rows
-    m:Tensor, v:Tensor, # Gaussian of each row, shapes `(R, d)` and `(R, 1)`
-    cfg:AISCfg=AISCfg(),
-    groups:int=1, # Rows are `(R/groups, groups)`: the spread of `D` is taken within each column
-    gen:torch.Generator|None=None,
-    delta:float=.5, # Standard deviations of `D` between the pilot's temperatures
+    tilt: Callable,  # `tilt(y) -> (D, dD/dy)` for the pilot's rows
+    m: Tensor,
+    v: Tensor,  # Gaussian of each row, shapes `(R, d)` and `(R, 1)`
+    cfg: AISCfg = AISCfg(),
+    groups: int = 1,  # Rows are `(R/groups, groups)`: the spread of `D` is taken within each column
+    gen: torch.Generator | None = None,
+    delta: float = 0.5,  # Standard deviations of `D` between the pilot's temperatures
 ) -> Plan:
     "Temperatures and step sizes from a pilot run; `FloatingPointError` where the tilt is not finite at draws from its own Gaussian"
-    y = m+v.sqrt()*randn_like(m, gen); p = Point(y, *tilt(y))
-    if not p.D.isfinite().all(): raise FloatingPointError('the tilt is not finite at draws from its own Gaussian: the energy or the decoder has diverged')
-    beta,h,at,rhos = 0.,math.log(.3/.7),[0.],[]
+    y = m + v.sqrt() * randn_like(m, gen)
+    p = Point(y, *tilt(y))
+    if not p.D.isfinite().all():
+        raise FloatingPointError(
+            'the tilt is not finite at draws from its own Gaussian: the energy or the decoder has diverged'
+        )
+    beta, h, at, rhos = 0.0, math.log(0.3 / 0.7), [0.0], []
     while beta < 1:
-        D = p.D.view(-1, groups); sd = float(D.std(0).mean()) if len(D) > 1 else float(D.std())
-        beta = min(1., beta+delta/max(sd, delta)) if len(at) < 1000 else 1.
+        D = p.D.view(-1, groups)
+        sd = float(D.std(0).mean()) if len(D) > 1 else float(D.std())
+        beta = min(1.0, beta + delta / max(sd, delta)) if len(at) < 1000 else 1.0
         for _ in range(3):
-            rho = math.sqrt(1-1/(1+math.exp(-h)))
-            p,a = metropolis(tilt, p, m, v, beta, rho, cfg.drift, gen)
-            h = max(-12., min(6., h+2*(float(a.mean())-cfg.accept)))
-        at.append(beta); rhos.append(rho)
-    n = delta**2*len(rhos)**2/cfg.variance # wanted: the path's length squared over the variance
+            rho = math.sqrt(1 - 1 / (1 + math.exp(-h)))
+            p, a = metropolis(tilt, p, m, v, beta, rho, cfg.drift, gen)
+            h = max(-12.0, min(6.0, h + 2 * (float(a.mean()) - cfg.accept)))
+        at.append(beta)
+        rhos.append(rho)
+    n = delta**2 * len(rhos) ** 2 / cfg.variance  # wanted: the path's length squared over the variance
     k = int(max(cfg.least, min(cfg.most, math.ceil(n))))
-    grid,x = torch.linspace(0, len(rhos), k+1, dtype=torch.float64)[1:],torch.tensor(at, dtype=torch.float64)
+    grid, x = torch.linspace(0, len(rhos), k + 1, dtype=torch.float64)[1:], torch.tensor(at, dtype=torch.float64)
     i = grid.ceil().long().clamp(1, len(rhos))
-    betas = (x[i-1]+(grid-(i-1))*(x[i]-x[i-1])).tolist(); betas[-1] = 1.
-    return Plan(betas, [rhos[j-1] for j in i.tolist()], n > cfg.most)
+    betas = (x[i - 1] + (grid - (i - 1)) * (x[i] - x[i - 1])).tolist()
+    betas[-1] = 1.0
+    return Plan(betas, [rhos[j - 1] for j in i.tolist()], n > cfg.most)
+
 
 @torch.no_grad()
 def anneal(
-    tilt:Callable, p:Point, m:Tensor, v:Tensor,
-    plan:Plan,
-    cfg:AISCfg=AISCfg(),
-    back:bool=False, # From the tilt to the Gaussian
-    gen:torch.Generator|None=None,
-) -> tuple[Tensor,Point,Tensor]: # Log-weights `(R,)`: of `Z`, or of `1/Z` when going back; end points; mean acceptance `(R,)`
+    tilt: Callable,
+    p: Point,
+    m: Tensor,
+    v: Tensor,
+    plan: Plan,
+    cfg: AISCfg = AISCfg(),
+    back: bool = False,  # From the tilt to the Gaussian
+    gen: torch.Generator | None = None,
+) -> tuple[
+    Tensor, Point, Tensor
+]:  # Log-weights `(R,)`: of `Z`, or of `1/Z` when going back; end points; mean acceptance `(R,)`
     "Annealed importance sampling (Neal 2001) from where chains stand"
-    w,acc,b = torch.zeros_like(p.D),torch.zeros_like(p.D),[0., *plan.betas]
+    w, acc, b = torch.zeros_like(p.D), torch.zeros_like(p.D), [0.0, *plan.betas]
     order = range(len(plan.betas)) if not back else reversed(range(len(plan.betas)))
     for k in order:
-        step = b[k+1]-b[k]
-        w = w+(-step if back else step)*p.D
-        j = k-1 if back else k
-        if j < 0: break
-        p,a = metropolis(tilt, p, m, v, plan.betas[j], plan.rhos[j], cfg.drift, gen); acc = acc+a
-    return w,p,acc/max(1, len(plan.betas)-back)
+        step = b[k + 1] - b[k]
+        w = w + (-step if back else step) * p.D
+        j = k - 1 if back else k
+        if j < 0:
+            break
+        p, a = metropolis(tilt, p, m, v, plan.betas[j], plan.rhos[j], cfg.drift, gen)
+        acc = acc + a
+    return w, p, acc / max(1, len(plan.betas) - back)
 
 # %% ../nbs/40_likelihood.ipynb #26d3bed2
 class LogZ(NamedTuple):
     "`log Z` between two bounds, nats, each `(B,)`"
-    lower:Tensor # From chains that leave the Gaussian: `E[exp(lower)] = Z`
-    upper:Tensor # From chains that come back
-    ess:Tensor # Effective chains behind the lower one
-    accept:float # Mean acceptance
-    steps:int # Temperatures
-    limited:bool # Whether more were wanted than allowed
-    variance:Tensor # Of the upper bound, from the spread of its weights
+
+    lower: Tensor  # From chains that leave the Gaussian: `E[exp(lower)] = Z`
+    upper: Tensor  # From chains that come back
+    ess: Tensor  # Effective chains behind the lower one
+    accept: float  # Mean acceptance
+    steps: int  # Temperatures
+    limited: bool  # Whether more were wanted than allowed
+    variance: Tensor  # Of the upper bound, from the spread of its weights
+
     @property
-    def gap(self) -> Tensor: return self.upper-self.lower # Below zero by chance only
+    def gap(self) -> Tensor:
+        return self.upper - self.lower  # Below zero by chance only
+
 
 def resample(
-    log_w:Tensor, # Shape `(S, B)`
-    n:int, # Draws for each column
-    gen:torch.Generator|None=None,
-) -> Tensor: # Rows, shape `(n, B)`
+    log_w: Tensor,  # Shape `(S, B)`
+    n: int,  # Draws for each column
+    gen: torch.Generator | None = None,
+) -> Tensor:  # Rows, shape `(n, B)`
     "Systematic resampling within each column"
-    c = (log_w-log_w.logsumexp(0)).exp().cumsum(0)
-    u = (torch.arange(n, device=c.device, dtype=c.dtype)[:,None]+torch.rand(1, c.shape[1], generator=gen, device=c.device, dtype=c.dtype))/n
-    return torch.searchsorted(c.T.contiguous(), (u*c[-1]).T.contiguous()).T.clamp(max=len(c)-1)
+    c = (log_w - log_w.logsumexp(0)).exp().cumsum(0)
+    u = (
+        torch.arange(n, device=c.device, dtype=c.dtype)[:, None]
+        + torch.rand(1, c.shape[1], generator=gen, device=c.device, dtype=c.dtype)
+    ) / n
+    return torch.searchsorted(c.T.contiguous(), (u * c[-1]).T.contiguous()).T.clamp(max=len(c) - 1)
 
-def make_plan(tilt_for, m:Tensor, v:Tensor, cfg:AISCfg, gen=None) -> Plan: # Arguments as in `bracket`
+
+def make_plan(tilt_for, m: Tensor, v: Tensor, cfg: AISCfg, gen=None) -> Plan:  # Arguments as in `bracket`
     "A plan from some of the conditions, several chains each"
-    one = torch.randperm(len(m), generator=gen, device=m.device)[:max(1, cfg.pilot//4)]; i = one.repeat(max(2, cfg.pilot//len(one)))
+    one = torch.randperm(len(m), generator=gen, device=m.device)[: max(1, cfg.pilot // 4)]
+    i = one.repeat(max(2, cfg.pilot // len(one)))
     return plan_ais(tilt_for(i), m[i], v[i], cfg, len(one), gen)
+
 
 @torch.no_grad()
 def bracket(
-    tilt_for:Callable, # `tilt_for(index) -> tilt`, for rows that belong to the conditions `index`, long
-    m:Tensor, v:Tensor, # Gaussian of each condition, shapes `(B, d)` and `(B, 1)`
-    cfg:AISCfg=AISCfg(),
-    gen:torch.Generator|None=None,
-    plan:Plan|None=None, # Made here if `None`
+    tilt_for: Callable,  # `tilt_for(index) -> tilt`, for rows that belong to the conditions `index`, long
+    m: Tensor,
+    v: Tensor,  # Gaussian of each condition, shapes `(B, d)` and `(B, 1)`
+    cfg: AISCfg = AISCfg(),
+    gen: torch.Generator | None = None,
+    plan: Plan | None = None,  # Made here if `None`
 ) -> LogZ:
     "Bounds on `log E_{N(m,v)}[exp D]` for every condition"
-    B,dev = len(m),m.device
-    if plan is None: plan = make_plan(tilt_for, m, v, cfg, gen)
-    i = torch.arange(B, device=dev).repeat(cfg.chains); tilt,M,V = tilt_for(i),m[i],v[i]
-    y = M+V.sqrt()*randn_like(M, gen)
-    w,p,acc = anneal(tilt, Point(y, *tilt(y)), M, V, plan, cfg, gen=gen)
+    B, dev = len(m), m.device
+    if plan is None:
+        plan = make_plan(tilt_for, m, v, cfg, gen)
+    i = torch.arange(B, device=dev).repeat(cfg.chains)
+    tilt, M, V = tilt_for(i), m[i], v[i]
+    y = M + V.sqrt() * randn_like(M, gen)
+    w, p, acc = anneal(tilt, Point(y, *tilt(y)), M, V, plan, cfg, gen=gen)
     w = w.view(cfg.chains, B)
-    pick = (resample(w, cfg.chains, gen)*B+torch.arange(B, device=dev)).flatten()
+    pick = (resample(w, cfg.chains, gen) * B + torch.arange(B, device=dev)).flatten()
     p = Point(*(x[pick] for x in p))
-    for _ in range(cfg.long): p,_ = metropolis(tilt, p, M, V, 1., plan.rhos[-1], cfg.drift, gen)
-    back,_,_ = anneal(tilt, p, M, V, plan, cfg, back=True, gen=gen); back = back.view(cfg.chains, B)
-    return LogZ(log_mean_exp(w), -log_mean_exp(back), effective(w), float(acc.mean()), len(plan.betas), plan.limited, log_variance(back))
+    for _ in range(cfg.long):
+        p, _ = metropolis(tilt, p, M, V, 1.0, plan.rhos[-1], cfg.drift, gen)
+    back, _, _ = anneal(tilt, p, M, V, plan, cfg, back=True, gen=gen)
+    back = back.view(cfg.chains, B)
+    return LogZ(
+        log_mean_exp(w),
+        -log_mean_exp(back),
+        effective(w),
+        float(acc.mean()),
+        len(plan.betas),
+        plan.limited,
+        log_variance(back),
+    )
 
 # %% ../nbs/40_likelihood.ipynb #3d569b1a
-def model_temperature(prior:DiffusionEBM, t:Tensor, like:Tensor, as_sampled:bool=False) -> Tensor: # Shape `(B,)`
+def model_temperature(prior: DiffusionEBM, t: Tensor, like: Tensor, as_sampled: bool = False) -> Tensor:  # Shape `(B,)`
     "What divides `F` in the model's density"
-    return prior.temperature(t, like) if as_sampled or not prior.published else torch.ones_like(like[:,0])
+    return prior.temperature(t, like) if as_sampled or not prior.published else torch.ones_like(like[:, 0])
+
 
 def level_tilt(
-    prior:DiffusionEBM,
-    z_next:Tensor, # Conditions, shape `(B, d)`
-    t:int, # Level
-    fast=None, # From `ldebm.energy.fast_energy`
-    as_sampled:bool=False, # `published`: at the sampler's temperature
-) -> tuple[Callable,Tensor,Tensor]: # `tilt_for`, `m (B, d)`, `v (B, 1)`: as `bracket` wants them
+    prior: DiffusionEBM,
+    z_next: Tensor,  # Conditions, shape `(B, d)`
+    t: int,  # Level
+    fast=None,  # From `ldebm.energy.fast_energy`
+    as_sampled: bool = False,  # `published`: at the sampler's temperature
+) -> tuple[Callable, Tensor, Tensor]:  # `tilt_for`, `m (B, d)`, `v (B, 1)`: as `bracket` wants them
     "Level `t` of a diffusion prior as a tilted Gaussian"
     fast = fast_energy(prior.energy) if fast is None else fast
-    m,v = prior.tilt(z_next, torch.full((len(z_next),), t, device=z_next.device))
+    m, v = prior.tilt(z_next, torch.full((len(z_next),), t, device=z_next.device))
+
     def tilt_for(i):
-        lev = torch.full((len(i),), t, device=i.device); base = fast.base(lev, None)
+        lev = torch.full((len(i),), t, device=i.device)
+        base = fast.base(lev, None)
         tau = model_temperature(prior, lev, m[i], as_sampled)
+
         def tilt(y):
-            F,g = fast.grad(y, lev, None, None, base)
-            return F/tau, g/tau[:,None]
+            F, g = fast.grad(y, lev, None, None, base)
+            return F / tau, g / tau[:, None]
+
         return tilt
-    return tilt_for,m,v
+
+    return tilt_for, m, v
+
 
 @torch.no_grad()
 def level_draws(
-    prior:DiffusionEBM, z_next:Tensor, t:int, cfg:AISCfg=AISCfg(), gen:torch.Generator|None=None, fast=None, plan:Plan|None=None, # As in `log_z_bounds`
-    rows:int=16384, as_sampled:bool=False,
-) -> Tensor: # Unknowns of level `t`, shape `(B, d)`
+    prior: DiffusionEBM,
+    z_next: Tensor,
+    t: int,
+    cfg: AISCfg = AISCfg(),
+    gen: torch.Generator | None = None,
+    fast=None,
+    plan: Plan | None = None,  # As in `log_z_bounds`
+    rows: int = 16384,
+    as_sampled: bool = False,
+) -> Tensor:  # Unknowns of level `t`, shape `(B, d)`
     "One draw for each condition, from a chain that was annealed and then run on"
-    fast,out = fast_energy(prior.energy) if fast is None else fast,[]
-    if plan is None: plan = make_plan(*level_tilt(prior, z_next, t, fast, as_sampled), cfg, gen)
+    fast, out = fast_energy(prior.energy) if fast is None else fast, []
+    if plan is None:
+        plan = make_plan(*level_tilt(prior, z_next, t, fast, as_sampled), cfg, gen)
     for part in z_next.split(rows):
-        tilt_for,m,v = level_tilt(prior, part, t, fast, as_sampled); tilt = tilt_for(torch.arange(len(part), device=part.device))
-        y = m+v.sqrt()*randn_like(m, gen); _,p,_ = anneal(tilt, Point(y, *tilt(y)), m, v, plan, cfg, gen=gen)
-        for _ in range(cfg.long): p,_ = metropolis(tilt, p, m, v, 1., plan.rhos[-1], cfg.drift, gen)
+        tilt_for, m, v = level_tilt(prior, part, t, fast, as_sampled)
+        tilt = tilt_for(torch.arange(len(part), device=part.device))
+        y = m + v.sqrt() * randn_like(m, gen)
+        _, p, _ = anneal(tilt, Point(y, *tilt(y)), m, v, plan, cfg, gen=gen)
+        for _ in range(cfg.long):
+            p, _ = metropolis(tilt, p, m, v, 1.0, plan.rhos[-1], cfg.drift, gen)
         out.append(p.y)
     return torch.cat(out)
 
+
 def log_z_bounds(
-    prior:DiffusionEBM,
-    z_next:Tensor, # Conditions, shape `(B, d)`; at the last level, which has none, any one row
-    t:int, # Level, 0..T-1
-    cfg:AISCfg=AISCfg(),
-    gen:torch.Generator|None=None,
-    fast=None, # See `level_tilt`
-    plan:Plan|None=None,
-    rows:int=16384, # Chains at a time
-    as_sampled:bool=False, # See `level_tilt`
+    prior: DiffusionEBM,
+    z_next: Tensor,  # Conditions, shape `(B, d)`; at the last level, which has none, any one row
+    t: int,  # Level, 0..T-1
+    cfg: AISCfg = AISCfg(),
+    gen: torch.Generator | None = None,
+    fast=None,  # See `level_tilt`
+    plan: Plan | None = None,
+    rows: int = 16384,  # Chains at a time
+    as_sampled: bool = False,  # See `level_tilt`
 ) -> LogZ:
     "`log Z_t(z_{t+1})` by annealing in both directions"
-    if not 0 <= t < prior.T: raise ValueError(f'level must lie in 0..{prior.T-1}, got {t}')
+    if not 0 <= t < prior.T:
+        raise ValueError(f'level must lie in 0..{prior.T - 1}, got {t}')
     fast = fast_energy(prior.energy) if fast is None else fast
-    tilt_for,m,v = level_tilt(prior, z_next, t, fast, as_sampled)
-    plan,parts = make_plan(tilt_for, m, v, cfg, gen) if plan is None else plan,[]
-    for part in z_next.split(max(1, rows//cfg.chains)): parts.append(bracket(*level_tilt(prior, part, t, fast, as_sampled), cfg, gen, plan))
-    cat = lambda k: torch.cat([getattr(p, k) for p in parts])
-    return LogZ(cat('lower'), cat('upper'), cat('ess'), sum(p.accept for p in parts)/len(parts), parts[0].steps, parts[0].limited, cat('variance'))
+    tilt_for, m, v = level_tilt(prior, z_next, t, fast, as_sampled)
+    plan, parts = make_plan(tilt_for, m, v, cfg, gen) if plan is None else plan, []
+    for part in z_next.split(max(1, rows // cfg.chains)):
+        parts.append(bracket(*level_tilt(prior, part, t, fast, as_sampled), cfg, gen, plan))
+
+    def cat(k):
+        return torch.cat([getattr(p, k) for p in parts])
+
+    return LogZ(
+        cat('lower'),
+        cat('upper'),
+        cat('ess'),
+        sum(p.accept for p in parts) / len(parts),
+        parts[0].steps,
+        parts[0].limited,
+        cat('variance'),
+    )
 
 # %% ../nbs/40_likelihood.ipynb #3a326bf3
 class Proposal(NamedTuple):
     "Gaussian `N(b + x G, L L')` that follows draws at `x`"
-    b:Tensor # Shape `(d,)`
-    G:Tensor # Shape `(k, d)`
-    L:Tensor # Shape `(d, d)`, lower triangular
+
+    b: Tensor  # Shape `(d,)`
+    G: Tensor  # Shape `(k, d)`
+    L: Tensor  # Shape `(d, d)`, lower triangular
+
 
 def fit_proposal(
-    x:Tensor, # What the mean may depend on, shape `(R, k)`
-    y:Tensor, # Draws, shape `(R, d)`
-    v:float, # Variance without a tilt
-    wide:float=1.1, # Factor on the covariance: a proposal should not be the narrower one
+    x: Tensor,  # What the mean may depend on, shape `(R, k)`
+    y: Tensor,  # Draws, shape `(R, d)`
+    v: float,  # Variance without a tilt
+    wide: float = 1.1,  # Factor on the covariance: a proposal should not be the narrower one
 ) -> Proposal:
     "Linear regression of `y` on `x`, drawn towards mean 0 and covariance `v I` as by `d` rows of such data"
-    R,d = y.shape; k = x.shape[1]; eye = lambda n: torch.eye(n, dtype=y.dtype, device=y.device)
-    one = torch.cat([x, torch.ones_like(x[:,:1])], 1)
-    beta = torch.linalg.solve(one.T@one+eye(k+1)*one.square().mean(), one.T@y)
-    left = y-one@beta
-    C = (left.T@left+d*v*eye(d))/(R+d)
-    return Proposal(*(x.contiguous() for x in (beta[-1], beta[:-1], torch.linalg.cholesky(wide*C)))) # laid out as a file would give them back: products round alike after a resumption
+    R, d = y.shape
+    k = x.shape[1]
+
+    def eye(n):
+        return torch.eye(n, dtype=y.dtype, device=y.device)
+
+    one = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    beta = torch.linalg.solve(one.T @ one + eye(k + 1) * one.square().mean(), one.T @ y)
+    left = y - one @ beta
+    C = (left.T @ left + d * v * eye(d)) / (R + d)
+    return Proposal(
+        *(x.contiguous() for x in (beta[-1], beta[:-1], torch.linalg.cholesky(wide * C)))
+    )  # laid out as a file would give them back: products round alike after a resumption
+
 
 class Paths:
     "Latents of some sentences as functions of standard normal noise, with their log-weight under a prior"
-    def __init__(self,
-        prior, # `DiffusionEBM`, or a prior with `log_weight(z)` such as `StandardNormal`
-        q:DiagGaussian, # Posterior of each sentence, shapes `(B, d)`
-        log_lik:Callable, # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
-        n_z:int=32, # Fixed draws behind each `log Z` of the fast estimate
-        as_sampled:bool=False, # See `level_tilt`
-        gen:torch.Generator|None=None,
+
+    def __init__(
+        self,
+        prior,  # `DiffusionEBM`, or a prior with `log_weight(z)` such as `StandardNormal`
+        q: DiagGaussian,  # Posterior of each sentence, shapes `(B, d)`
+        log_lik: Callable,  # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
+        n_z: int = 32,  # Fixed draws behind each `log Z` of the fast estimate
+        as_sampled: bool = False,  # See `level_tilt`
+        gen: torch.Generator | None = None,
     ):
-        self.prior,self.q,self.log_lik,self.as_sampled = prior,q,log_lik,as_sampled
-        self.diffusion = isinstance(prior, DiffusionEBM); self.d = q.mean.shape[1]
-        self.n = prior.T if self.diffusion else 1 # Noise vectors a path is made of
-        self.proposals,self.better = {},{} # Level -> `Proposal`: of the level's tilt, given its mean; of the path's noise, given what the level is made from
+        self.prior, self.q, self.log_lik, self.as_sampled = prior, q, log_lik, as_sampled
+        self.diffusion = isinstance(prior, DiffusionEBM)
+        self.d = q.mean.shape[1]
+        self.n = prior.T if self.diffusion else 1  # Noise vectors a path is made of
+        self.proposals, self.better = (
+            {},
+            {},
+        )  # Level -> `Proposal`: of the level's tilt, given its mean; of the path's noise, given what the level is made from
         if self.diffusion:
-            self.w = prior.energy.weights(); self.w = None if self.w is None else self.w.detach()
+            self.w = prior.energy.weights()
+            self.w = None if self.w is None else self.w.detach()
             self.fast = fast_energy(prior.energy, self.w)
             self.draws = torch.randn(n_z, self.d, generator=gen, device=q.mean.device, dtype=q.mean.dtype)
-            self.top = 0. # `log Z` of the last level, set by the caller
+            self.top = 0.0  # `log Z` of the last level, set by the caller
+
     @property
-    def width(self) -> int: return self.n*self.d # Of the noise of one path
-    def latents(self, e:Tensor, i:Tensor) -> tuple[list,Tensor]: # `z_0 .. z_{n-1}`, each `(R, d)`, and `log q` of the path, `(R,)`
+    def width(self) -> int:
+        return self.n * self.d  # Of the noise of one path
+
+    def latents(
+        self, e: Tensor, i: Tensor
+    ) -> tuple[list, Tensor]:  # `z_0 .. z_{n-1}`, each `(R, d)`, and `log q` of the path, `(R,)`
         "The path that noise `(R, width)` makes for sentences `i`"
-        s = .5*self.q.logvar[i]; log_q = -.5*(e.square()+math.log(2*math.pi)).sum(1)-s.sum(1)
+        s = 0.5 * self.q.logvar[i]
+        log_q = -0.5 * (e.square() + math.log(2 * math.pi)).sum(1) - s.sum(1)
         e = e.view(len(e), self.n, self.d)
+
         def noise(t, x):
             o = self.better.get(t)
-            return (e[:,t],0.) if o is None else (o.b+x@o.G+e[:,t]@o.L.T,o.L.diagonal().log().sum())
-        u,log_det = noise(0, self.q.mean[i]); zs,log_q = [self.q.mean[i]+s.exp()*u],log_q-log_det
+            return (e[:, t], 0.0) if o is None else (o.b + x @ o.G + e[:, t] @ o.L.T, o.L.diagonal().log().sum())
+
+        u, log_det = noise(0, self.q.mean[i])
+        zs, log_q = [self.q.mean[i] + s.exp() * u], log_q - log_det
         for t in range(1, self.n):
-            (u,log_det),(a,sd) = noise(t, zs[-1]),self.step(t)
-            zs.append(a*zs[-1]+sd*u); log_q = log_q-log_det-self.d*math.log(sd)
-        return zs,log_q
-    def step(self, t:int) -> tuple[float,float]: return float(self.prior.schedule.a[t]),float(self.prior.schedule.sigma[t])
-    def unnormalised(self, zs:list) -> Tensor: # Shape `(R,)`
+            (u, log_det), (a, sd) = noise(t, zs[-1]), self.step(t)
+            zs.append(a * zs[-1] + sd * u)
+            log_q = log_q - log_det - self.d * math.log(sd)
+        return zs, log_q
+
+    def step(self, t: int) -> tuple[float, float]:
+        return float(self.prior.schedule.a[t]), float(self.prior.schedule.sigma[t])
+
+    def unnormalised(self, zs: list) -> Tensor:  # Shape `(R,)`
         "`log p(z_0 .. z_{T-1})` without the levels' `log Z`"
-        p,out = self.prior,0
-        for t,z in enumerate(zs):
-            lev = torch.full((len(z),), t, device=z.device); s = p.scale(lev, z)
-            m,v = p.tilt(zs[t+1] if t+1 < len(zs) else z, lev)
-            out = out + p.energy(s*z, lev, weights=self.w)/model_temperature(p, lev, z, self.as_sampled) - .5*((s*z-m)**2/v+(2*math.pi*v).log()).sum(-1) + self.d*s[:,0].log()
+        p, out = self.prior, 0
+        for t, z in enumerate(zs):
+            lev = torch.full((len(z),), t, device=z.device)
+            s = p.scale(lev, z)
+            m, v = p.tilt(zs[t + 1] if t + 1 < len(zs) else z, lev)
+            out = (
+                out
+                + p.energy(s * z, lev, weights=self.w) / model_temperature(p, lev, z, self.as_sampled)
+                - 0.5 * ((s * z - m) ** 2 / v + (2 * math.pi * v).log()).sum(-1)
+                + self.d * s[:, 0].log()
+            )
         return out
-    def rough_log_z(self, zs:list, t:int) -> Tensor: # Shape `(n_z, R)`: log-weights of the fixed draws
-        p,z = self.prior,zs[t+1]; R,n = len(z),len(self.draws); o = self.proposals[t]
-        lev = torch.full((R,), t, device=z.device); m,v = p.tilt(z, lev)
-        x = (m+o.b+m@o.G+(self.draws@o.L.T)[:,None]).view(n*R, -1); big = lev.repeat(n)
-        F = (p.energy(x, big, weights=self.w)/model_temperature(p, big, x, self.as_sampled)).view(n, R)
-        base = -.5*((x.view(n, R, -1)-m).square()/v+v.log()).sum(-1)
-        return F+base+.5*self.draws.square().sum(-1, keepdim=True)+o.L.diagonal().log().sum()
-    def log_weight(self, e:Tensor, i:Tensor, log_z:list|None=None) -> Tensor: # Shape `(R,)`, nats
+
+    def rough_log_z(self, zs: list, t: int) -> Tensor:  # Shape `(n_z, R)`: log-weights of the fixed draws
+        p, z = self.prior, zs[t + 1]
+        R, n = len(z), len(self.draws)
+        o = self.proposals[t]
+        lev = torch.full((R,), t, device=z.device)
+        m, v = p.tilt(z, lev)
+        x = (m + o.b + m @ o.G + (self.draws @ o.L.T)[:, None]).view(n * R, -1)
+        big = lev.repeat(n)
+        F = (p.energy(x, big, weights=self.w) / model_temperature(p, big, x, self.as_sampled)).view(n, R)
+        base = -0.5 * ((x.view(n, R, -1) - m).square() / v + v.log()).sum(-1)
+        return F + base + 0.5 * self.draws.square().sum(-1, keepdim=True) + o.L.diagonal().log().sum()
+
+    def log_weight(self, e: Tensor, i: Tensor, log_z: list | None = None) -> Tensor:  # Shape `(R,)`, nats
         "`D(e)`; `log_z`: `log Z_t` of these rows for some levels (`None`: the fast estimate)"
-        zs,log_q = self.latents(e, i)
-        if not self.diffusion: return self.log_lik(zs[0], i)+self.prior.log_weight(zs[0])-log_q
-        out = self.log_lik(zs[0], i)+self.unnormalised(zs)-log_q-self.top
-        for t in range(self.n-1): out = out-(log_mean_exp(self.rough_log_z(zs, t)) if log_z is None or log_z[t] is None else log_z[t])
+        zs, log_q = self.latents(e, i)
+        if not self.diffusion:
+            return self.log_lik(zs[0], i) + self.prior.log_weight(zs[0]) - log_q
+        out = self.log_lik(zs[0], i) + self.unnormalised(zs) - log_q - self.top
+        for t in range(self.n - 1):
+            out = out - (log_mean_exp(self.rough_log_z(zs, t)) if log_z is None or log_z[t] is None else log_z[t])
         return out
-    def tilt_for(self, i:Tensor) -> Callable: # See `bracket`
+
+    def tilt_for(self, i: Tensor) -> Callable:  # See `bracket`
         def tilt(e):
             with torch.enable_grad():
-                e = e.detach().requires_grad_(); D = self.log_weight(e, i)
-                return D.detach(),torch.autograd.grad(D.sum(), e)[0]
+                e = e.detach().requires_grad_()
+                D = self.log_weight(e, i)
+                return D.detach(), torch.autograd.grad(D.sum(), e)[0]
+
         return tilt
 
 # %% ../nbs/40_likelihood.ipynb #068c941f
 @dataclass(frozen=True)
 class NLLCfg:
     "How much work a likelihood does"
-    draws:int=32 # Posterior draws a sentence
-    few:float=10. # Effective draws under which annealing takes over,
-    share:float=.1 # or this share of the draws, if more
-    chains:int=8 # Annealed chains of a sentence then
-    variance:float=.5 # Wanted variance of such a chain's log-weight
-    most:int=300 # Most temperatures of such a chain
-    paths:int=4 # Paths of a sentence whose normalisers are bounded
-    n_z:int=32 # Fixed draws behind a fast `log Z`
-    ais:AISCfg=AISCfg() # Annealing of the normalisers
-    top:int=2048 # Chains for the last level, which is one number
-    fit:int=1024 # Draws that a proposal is fitted to, at least,
-    rich:int=64 # or this many a latent dimension
-    dear:int=4 # Divides that where draws cost the decoder's gradient and importance sampling is hopeless anyway
-    fit_chains:int=2 # Annealed chains of a sentence, where a proposal is fitted to their ends
-    rows:int=2048 # Rows at a time through decoder and energy
-    as_sampled:bool=False # `published`: the density at the sampler's temperature instead of the paper's
-    def __post_init__(self):
-        for k in ('draws','chains','paths','n_z','top','dear','fit_chains','rows'):
-            if getattr(self, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
-        if self.draws < 2 or self.chains < 2: raise ValueError('a likelihood needs at least 2 draws and 2 chains: one weight has no spread')
 
-def top_log_z(prior:DiffusionEBM, cfg:NLLCfg, gen=None) -> LogZ: # Each `(1,)`
+    draws: int = 32  # Posterior draws a sentence
+    few: float = 10.0  # Effective draws under which annealing takes over,
+    share: float = 0.1  # or this share of the draws, if more
+    chains: int = 8  # Annealed chains of a sentence then
+    variance: float = 0.5  # Wanted variance of such a chain's log-weight
+    most: int = 300  # Most temperatures of such a chain
+    paths: int = 4  # Paths of a sentence whose normalisers are bounded
+    n_z: int = 32  # Fixed draws behind a fast `log Z`
+    ais: AISCfg = AISCfg()  # Annealing of the normalisers
+    top: int = 2048  # Chains for the last level, which is one number
+    fit: int = 1024  # Draws that a proposal is fitted to, at least,
+    rich: int = 64  # or this many a latent dimension
+    dear: int = 4  # Divides that where draws cost the decoder's gradient and importance sampling is hopeless anyway
+    fit_chains: int = 2  # Annealed chains of a sentence, where a proposal is fitted to their ends
+    rows: int = 2048  # Rows at a time through decoder and energy
+    as_sampled: bool = False  # `published`: the density at the sampler's temperature instead of the paper's
+
+    def __post_init__(self):
+        for k in ('draws', 'chains', 'paths', 'n_z', 'top', 'dear', 'fit_chains', 'rows'):
+            if getattr(self, k) < 1:
+                raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
+        if self.draws < 2 or self.chains < 2:
+            raise ValueError('a likelihood needs at least 2 draws and 2 chains: one weight has no spread')
+
+
+def top_log_z(prior: DiffusionEBM, cfg: NLLCfg, gen=None) -> LogZ:  # Each `(1,)`
     "`log Z` of the last level, from many chains"
     p = next(prior.energy.parameters(), torch.zeros(()))
     z = torch.zeros(1, prior.d, device=p.device, dtype=p.dtype)
-    return log_z_bounds(prior, z, prior.T-1, replace(cfg.ais, chains=cfg.top, pilot=256), gen, rows=cfg.rows, as_sampled=cfg.as_sampled)
+    return log_z_bounds(
+        prior,
+        z,
+        prior.T - 1,
+        replace(cfg.ais, chains=cfg.top, pilot=256),
+        gen,
+        rows=cfg.rows,
+        as_sampled=cfg.as_sampled,
+    )
 
 # %% ../nbs/40_likelihood.ipynb #e86b149b
 class SentenceBounds:
     "What the likelihood of some sentences takes: chains for normalisers and posteriors, and what was fitted to them"
-    def __init__(self,
-        prior, # `DiffusionEBM`, or a prior with an exact `log_weight(z)`
-        q:DiagGaussian, # Posterior of each sentence, shapes `(B, d)`
-        log_lik:Callable, # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, differentiable in `z`
-        cfg:NLLCfg=NLLCfg(),
-        gen:torch.Generator|None=None,
-        top:LogZ|None=None, # From `top_log_z`; made here if `None`
-        plans:dict|None=None, # Plans and proposals, filled here and shared between sets of sentences
+
+    def __init__(
+        self,
+        prior,  # `DiffusionEBM`, or a prior with an exact `log_weight(z)`
+        q: DiagGaussian,  # Posterior of each sentence, shapes `(B, d)`
+        log_lik: Callable,  # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, differentiable in `z`
+        cfg: NLLCfg = NLLCfg(),
+        gen: torch.Generator | None = None,
+        top: LogZ | None = None,  # From `top_log_z`; made here if `None`
+        plans: dict | None = None,  # Plans and proposals, filled here and shared between sets of sentences
     ):
-        self.prior,self.q,self.cfg,self.gen,self.plans = prior,q,cfg,gen,{} if plans is None else plans
+        self.prior, self.q, self.cfg, self.gen, self.plans = prior, q, cfg, gen, {} if plans is None else plans
         self.P = Paths(prior, q, log_lik, cfg.n_z, cfg.as_sampled, gen)
         if self.P.diffusion:
             self.top = top_log_z(prior, cfg, gen) if top is None else top
             self.P.top = float(self.top.upper)
-            self.P.proposals = {k[1]: v for k,v in self.plans.items() if isinstance(k, tuple)}
+            self.P.proposals = {k[1]: v for k, v in self.plans.items() if isinstance(k, tuple)}
         self.P.better = self.plans.get('better', {})
-        self.few = max(cfg.few, cfg.share*cfg.draws)
-        self.ais = AISCfg(chains=cfg.chains, variance=cfg.variance, most=cfg.most, drift=cfg.ais.drift, pilot=max(cfg.chains*4, 128))
+        self.few = max(cfg.few, cfg.share * cfg.draws)
+        self.ais = AISCfg(
+            chains=cfg.chains, variance=cfg.variance, most=cfg.most, drift=cfg.ais.drift, pilot=max(cfg.chains * 4, 128)
+        )
+
     @property
-    def hard(self) -> list: return self.plans.get('hard', []) # Levels whose `log Z` no Gaussian estimates
-    def noise(self, n:int) -> Tensor: return randn_like(self.q.mean.new_empty(n, self.P.width), self.gen)
-    def planned(self, f:Callable, z:Tensor, t:int):
+    def hard(self) -> list:
+        return self.plans.get('hard', [])  # Levels whose `log Z` no Gaussian estimates
+
+    def noise(self, n: int) -> Tensor:
+        return randn_like(self.q.mean.new_empty(n, self.P.width), self.gen)
+
+    def planned(self, f: Callable, z: Tensor, t: int):
         "`f`, `log_z_bounds` or `level_draws`, at level `t` given `z`"
-        cfg,P = self.cfg,self.P
-        if t not in self.plans: self.plans[t] = make_plan(*level_tilt(self.prior, z, t, P.fast, cfg.as_sampled), cfg.ais, self.gen)
+        cfg, P = self.cfg, self.P
+        if t not in self.plans:
+            self.plans[t] = make_plan(*level_tilt(self.prior, z, t, P.fast, cfg.as_sampled), cfg.ais, self.gen)
         return f(self.prior, z, t, cfg.ais, self.gen, P.fast, self.plans[t], cfg.rows, cfg.as_sampled)
-    def log_weights(self, e:Tensor, i:Tensor) -> Tensor: # Shape `(R,)`
+
+    def log_weights(self, e: Tensor, i: Tensor) -> Tensor:  # Shape `(R,)`
         "Fast weights of many rows, with annealed `log Z` at the levels that need it"
-        ws,P = [],self.P
-        for ee,ii in zip(e.split(self.cfg.rows), i.split(self.cfg.rows)):
-            zs,_ = P.latents(ee, ii)
-            ws.append(P.log_weight(ee, ii, [self.planned(log_z_bounds, zs[t+1], t).upper if t in self.hard else None for t in range(P.n-1)] if self.hard else None))
+        ws, P = [], self.P
+        for ee, ii in zip(e.split(self.cfg.rows), i.split(self.cfg.rows)):
+            zs, _ = P.latents(ee, ii)
+            ws.append(
+                P.log_weight(
+                    ee,
+                    ii,
+                    [self.planned(log_z_bounds, zs[t + 1], t).upper if t in self.hard else None for t in range(P.n - 1)]
+                    if self.hard
+                    else None,
+                )
+            )
         return torch.cat(ws)
-    def annealed(self, sentences:Tensor, name:str, chains:int) -> tuple[Tensor,Tensor]: # Log-weights `(chains, n)`, end points `(chains, n, width)`
+
+    def annealed(
+        self, sentences: Tensor, name: str, chains: int
+    ) -> tuple[Tensor, Tensor]:  # Log-weights `(chains, n)`, end points `(chains, n, width)`
         "Chains from the proposal to the posterior; `name`: of their plan, and of the bar"
-        zero = lambda n: (self.q.mean.new_zeros(n, self.P.width), self.q.mean.new_ones(n, 1))
-        if name not in self.plans: self.plans[name] = make_plan(lambda k: self.P.tilt_for(sentences[k]), *zero(len(sentences)), self.ais, self.gen)
-        ws,ends = [],[]
+
+        def zero(n):
+            return (self.q.mean.new_zeros(n, self.P.width), self.q.mean.new_ones(n, 1))
+
+        if name not in self.plans:
+            self.plans[name] = make_plan(
+                lambda k: self.P.tilt_for(sentences[k]), *zero(len(sentences)), self.ais, self.gen
+            )
+        ws, ends = [], []
         with progress(total=len(sentences), desc=name, unit='sentence') as bar:
-            for part in sentences.split(max(1, self.cfg.rows//4//chains)):
-                k = part.repeat(chains); tilt,(m,v) = self.P.tilt_for(k),zero(len(k))
-                y = randn_like(m, self.gen); a,p,_ = anneal(tilt, Point(y, *tilt(y)), m, v, self.plans[name], self.ais, gen=self.gen)
-                ws.append(a.view(chains, -1)); ends.append(p.y.view(chains, len(part), -1)); bar.update(len(part))
-        return torch.cat(ws, 1),torch.cat(ends, 1)
+            for part in sentences.split(max(1, self.cfg.rows // 4 // chains)):
+                k = part.repeat(chains)
+                tilt, (m, v) = self.P.tilt_for(k), zero(len(k))
+                y = randn_like(m, self.gen)
+                a, p, _ = anneal(tilt, Point(y, *tilt(y)), m, v, self.plans[name], self.ais, gen=self.gen)
+                ws.append(a.view(chains, -1))
+                ends.append(p.y.view(chains, len(part), -1))
+                bar.update(len(part))
+        return torch.cat(ws, 1), torch.cat(ends, 1)
 
 # %% ../nbs/40_likelihood.ipynb #c3fc5515
 @patch
 @torch.no_grad()
-def fit(self:SentenceBounds) -> None:
+def fit(self: SentenceBounds) -> None:
     "Fill `plans` with proposals"
-    cfg,P,q,gen,plans = self.cfg,self.P,self.q,self.gen,self.plans; B,dev = len(q.mean),q.mean.device
+    cfg, P, q, gen, plans = self.cfg, self.P, self.q, self.gen, self.plans
+    B, dev = len(q.mean), q.mean.device
     hard = plans['hard'] = []
     test = torch.randperm(B, generator=gen, device=dev)[:64].repeat(cfg.draws)
-    worth = lambda: float(effective(self.log_weights(self.noise(len(test)), test).view(cfg.draws, -1)).log().mean())
+
+    def worth():
+        return float(effective(self.log_weights(self.noise(len(test)), test).view(cfg.draws, -1)).log().mean())
+
     def keep_if_better(found):
-        old,before = P.better,worth(); P.better = {**old, **found}
-        if worth() <= before: P.better = old
+        old, before = P.better, worth()
+        P.better = {**old, **found}
+        if worth() <= before:
+            P.better = old
+
     if P.diffusion and P.n > 1:
-        rows = max(cfg.fit, cfg.rich*P.d); some = torch.arange(B, device=dev).repeat(-(-rows//B))[:rows]; zs,_ = P.latents(self.noise(rows), some)
-        for t in range(P.n-1):
-            m,v = self.prior.tilt(zs[t+1], torch.full((rows,), t, device=dev))
-            P.proposals[t] = plans['fit', t] = fit_proposal(m, self.planned(level_draws, zs[t+1], t)-m, float(v[0]))
-            if effective(P.rough_log_z([z[:256] for z in zs], t)).median() < min(cfg.few, cfg.n_z/3): hard.append(t)
-        z,found = level_draws(self.prior, zs[-1], P.n-1, cfg.ais, gen, P.fast, rows=cfg.rows, as_sampled=cfg.as_sampled),{} # what the model itself says of each level given the one below
+        rows = max(cfg.fit, cfg.rich * P.d)
+        some = torch.arange(B, device=dev).repeat(-(-rows // B))[:rows]
+        zs, _ = P.latents(self.noise(rows), some)
+        for t in range(P.n - 1):
+            m, v = self.prior.tilt(zs[t + 1], torch.full((rows,), t, device=dev))
+            P.proposals[t] = plans['fit', t] = fit_proposal(m, self.planned(level_draws, zs[t + 1], t) - m, float(v[0]))
+            if effective(P.rough_log_z([z[:256] for z in zs], t)).median() < min(cfg.few, cfg.n_z / 3):
+                hard.append(t)
+        z, found = (
+            level_draws(self.prior, zs[-1], P.n - 1, cfg.ais, gen, P.fast, rows=cfg.rows, as_sampled=cfg.as_sampled),
+            {},
+        )  # what the model itself says of each level given the one below
         for t in reversed(range(1, P.n)):
-            below = self.planned(level_draws, z, t-1)/self.prior.scale(torch.full((rows,), t-1, device=dev), z); a,sd = P.step(t)
-            found[t] = fit_proposal(below, (z-a*below)/sd, 1.); z = below
+            below = self.planned(level_draws, z, t - 1) / self.prior.scale(torch.full((rows,), t - 1, device=dev), z)
+            a, sd = P.step(t)
+            found[t] = fit_proposal(below, (z - a * below) / sd, 1.0)
+            z = below
         keep_if_better(found)
     if not hard:
+
         def from_chains(rows, name):
-            n = -(-rows//cfg.fit_chains); some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n//B))[:n]
-            a,ends = self.annealed(some, name, cfg.fit_chains)
-            ends = ends[resample(a, cfg.fit_chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1); k = some.repeat(cfg.fit_chains)
+            n = -(-rows // cfg.fit_chains)
+            some = torch.randperm(B, generator=gen, device=dev).repeat(-(-n // B))[:n]
+            a, ends = self.annealed(some, name, cfg.fit_chains)
+            ends = ends[resample(a, cfg.fit_chains, gen), torch.arange(len(some), device=dev)].flatten(0, 1)
+            k = some.repeat(cfg.fit_chains)
             z = P.latents(ends, k)[0][0]
-            keep_if_better({0: fit_proposal(q.mean[k], (z-q.mean[k])*(-.5*q.logvar[k]).exp(), 1.)})
-        rows = max(cfg.fit, cfg.rich*P.d); from_chains(-(-rows//cfg.dear), 'proposal')
-        if cfg.dear > 1 and math.exp(worth()) > self.few/4: from_chains(rows, 'finer proposal')
+            keep_if_better({0: fit_proposal(q.mean[k], (z - q.mean[k]) * (-0.5 * q.logvar[k]).exp(), 1.0)})
+
+        rows = max(cfg.fit, cfg.rich * P.d)
+        from_chains(-(-rows // cfg.dear), 'proposal')
+        if cfg.dear > 1 and math.exp(worth()) > self.few / 4:
+            from_chains(rows, 'finer proposal')
     plans['better'] = P.better
 
 # %% ../nbs/40_likelihood.ipynb #7ed04ab1
 @patch
 @torch.no_grad()
-def estimate(self:SentenceBounds) -> dict: # As `nll_bounds`
+def estimate(self: SentenceBounds) -> dict:  # As `nll_bounds`
     "The likelihood of each sentence, with the proposals that `fit` left"
-    cfg,P,gen = self.cfg,self.P,self.gen; B,dev = len(self.q.mean),self.q.mean.device; out = {}
+    cfg, P, gen = self.cfg, self.P, self.gen
+    B, dev = len(self.q.mean), self.q.mean.device
+    out = {}
     i = torch.arange(B, device=dev).repeat(cfg.draws)
     e = self.noise(len(i))
     w = self.log_weights(e, i).view(cfg.draws, B)
-    out['is_ess'] = effective(w); ess = trusted(w)
+    out['is_ess'] = effective(w)
+    ess = trusted(w)
     e_sent = e.view(cfg.draws, B, -1)
-    low = (ess < self.few).nonzero()[:,0]
-    chosen = resample(w, cfg.paths, gen) # (paths, B)
+    low = (ess < self.few).nonzero()[:, 0]
+    chosen = resample(w, cfg.paths, gen)  # (paths, B)
     paths = e_sent[chosen, torch.arange(B, device=dev)]
-    log_p,variance = log_mean_exp(w),log_variance(w)
+    log_p, variance = log_mean_exp(w), log_variance(w)
     if len(low) and not self.hard:
-        a,ends = self.annealed(low, 'posterior', cfg.chains)
-        log_p[low],variance[low],ess[low] = log_mean_exp(a),log_variance(a),trusted(a)
-        paths[:,low] = ends[resample(a, cfg.paths, gen), torch.arange(len(low), device=dev)]
-    out.update(ess=ess, annealed=torch.zeros(B, device=dev).index_fill(0, low if not self.hard else low[:0], 1.))
-    up = down = torch.zeros(cfg.paths, B, device=dev, dtype=w.dtype) # log of (rough Z)/(bounds of Z), summed over levels
+        a, ends = self.annealed(low, 'posterior', cfg.chains)
+        log_p[low], variance[low], ess[low] = log_mean_exp(a), log_variance(a), trusted(a)
+        paths[:, low] = ends[resample(a, cfg.paths, gen), torch.arange(len(low), device=dev)]
+    out.update(ess=ess, annealed=torch.zeros(B, device=dev).index_fill(0, low if not self.hard else low[:0], 1.0))
+    up = down = torch.zeros(
+        cfg.paths, B, device=dev, dtype=w.dtype
+    )  # log of (rough Z)/(bounds of Z), summed over levels
     if P.diffusion:
-        flat = torch.arange(B, device=dev).repeat(cfg.paths); zs,_ = P.latents(paths.flatten(0, 1), flat)
-        for t in range(P.n-1):
-            o = self.planned(log_z_bounds, zs[t+1], t); rough = o.upper if t in self.hard else log_mean_exp(P.rough_log_z(zs, t))
-            up,down = up+(rough-o.upper).view(cfg.paths, B),down+(rough-o.lower).view(cfg.paths, B)
+        flat = torch.arange(B, device=dev).repeat(cfg.paths)
+        zs, _ = P.latents(paths.flatten(0, 1), flat)
+        for t in range(P.n - 1):
+            o = self.planned(log_z_bounds, zs[t + 1], t)
+            rough = o.upper if t in self.hard else log_mean_exp(P.rough_log_z(zs, t))
+            up, down = up + (rough - o.upper).view(cfg.paths, B), down + (rough - o.lower).view(cfg.paths, B)
             out[f'gap_{t}'] = o.gap.view(cfg.paths, B).mean(0)
-        out[f'gap_{P.n-1}'] = self.top.gap.expand(B).to(dev)
-        down = down+float(self.top.gap); out['common'] = self.top.variance.expand(B).to(dev)
+        out[f'gap_{P.n - 1}'] = self.top.gap.expand(B).to(dev)
+        down = down + float(self.top.gap)
+        out['common'] = self.top.variance.expand(B).to(dev)
     fix = log_mean_exp(up)
-    out['nll'] = -(log_p+fix)
-    out['gap'] = log_mean_exp(down)-fix
-    out['variance'] = variance+(log_variance(up) if cfg.paths > 1 else 0.)
+    out['nll'] = -(log_p + fix)
+    out['gap'] = log_mean_exp(down) - fix
+    out['variance'] = variance + (log_variance(up) if cfg.paths > 1 else 0.0)
     return out
 
 # %% ../nbs/40_likelihood.ipynb #697e47f9
 def nll_bounds(
-    prior, q:DiagGaussian, log_lik:Callable, cfg:NLLCfg=NLLCfg(), gen:torch.Generator|None=None, top:LogZ|None=None, plans:dict|None=None, # As `SentenceBounds`
-) -> dict: # Name -> `(B,)`: `nll`, `gap`, `variance`, `ess`, `is_ess`, `annealed`, `gap_t` for each level t
+    prior,
+    q: DiagGaussian,
+    log_lik: Callable,
+    cfg: NLLCfg = NLLCfg(),
+    gen: torch.Generator | None = None,
+    top: LogZ | None = None,
+    plans: dict | None = None,  # As `SentenceBounds`
+) -> dict:  # Name -> `(B,)`: `nll`, `gap`, `variance`, `ess`, `is_ess`, `annealed`, `gap_t` for each level t
     "Negative log-likelihood of each sentence, nats, as an upper bound in expectation given exact normalisers, with the parts of its uncertainty"
     b = SentenceBounds(prior, q, log_lik, cfg, gen, top, plans)
-    if 'better' not in b.plans: b.fit()
+    if 'better' not in b.plans:
+        b.fit()
     return b.estimate()
 
 # %% ../nbs/40_likelihood.ipynb #58175d74
 @torch.no_grad()
 def nll_importance(
-    prior, # Any prior with an exact `log_weight(z)`
-    q, # Posterior of each of `B` sentences, with `rsample`, `log_prob`, rows `q[i]`, and `wider` where it has codes
-    log_lik:Callable, # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
-    draws:int=500,
-    rows:int=2048, # Rows at a time
-    gen:torch.Generator|None=None,
-    wide:float=.02, # Share of each code's probability that the proposal spreads over all classes: a posterior that is too sure would never draw what it overlooks (Owen and Zhou 2000)
-) -> dict: # Name -> `(B,)`: as `nll_bounds`
+    prior,  # Any prior with an exact `log_weight(z)`
+    q,  # Posterior of each of `B` sentences, with `rsample`, `log_prob`, rows `q[i]`, and `wider` where it has codes
+    log_lik: Callable,  # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
+    draws: int = 500,
+    rows: int = 2048,  # Rows at a time
+    gen: torch.Generator | None = None,
+    wide: float = 0.02,  # Share of each code's probability that the proposal spreads over all classes: a posterior that is too sure would never draw what it overlooks (Owen and Zhou 2000)
+) -> dict:  # Name -> `(B,)`: as `nll_bounds`
     "Importance-weighted negative log-likelihood, `-log mean_s p(x|z_s) p(z_s)/q(z_s|x)` (Burda et al. 2016, eq. 8): an upper bound in expectation"
-    if draws < 2: raise ValueError(f'a likelihood needs at least 2 draws, got {draws}: one weight has no spread')
-    B,ws = len(q),[]; dev = q[:1].mode.device; q = q.wider(wide) if hasattr(q, 'wider') else q
+    if draws < 2:
+        raise ValueError(f'a likelihood needs at least 2 draws, got {draws}: one weight has no spread')
+    B, ws = len(q), []
+    dev = q[:1].mode.device
+    q = q.wider(wide) if hasattr(q, 'wider') else q
     for part in torch.arange(B, device=dev).repeat(draws).split(rows):
-        p = q[part]; z = p.rsample(gen)
-        ws.append(log_lik(z, part)+prior.log_weight(z)-p.log_prob(z))
-    w = torch.cat(ws).view(draws, B); ess = effective(w); zero = torch.zeros_like(ess)
-    return dict(nll=-log_mean_exp(w), gap=zero, variance=(1/ess-1/draws).clamp(0, 1), ess=ess, is_ess=ess, annealed=zero) # few codes have few weights: nothing log-normal about them
+        p = q[part]
+        z = p.rsample(gen)
+        ws.append(log_lik(z, part) + prior.log_weight(z) - p.log_prob(z))
+    w = torch.cat(ws).view(draws, B)
+    ess = effective(w)
+    zero = torch.zeros_like(ess)
+    return dict(
+        nll=-log_mean_exp(w), gap=zero, variance=(1 / ess - 1 / draws).clamp(0, 1), ess=ess, is_ess=ess, annealed=zero
+    )  # few codes have few weights: nothing log-normal about them
 
 # %% ../nbs/40_likelihood.ipynb #1ca9f086
 def estimation_interval(
-    parts:dict, # From `nll_bounds`, over all sentences
-) -> tuple[float,float,float]: # Lower end, estimate and upper end of the mean NLL of these sentences, nats
+    parts: dict,  # From `nll_bounds`, over all sentences
+) -> tuple[float, float, float]:  # Lower end, estimate and upper end of the mean NLL of these sentences, nats
     "Estimation error alone: bounds of the normalisers, bias of the logarithm and spread of weights"
-    p = {k: parts[k].double() for k in ('nll','gap','variance')}; n = len(p['nll'])
-    se = (p['variance'].sum()/n**2+(parts['common'].double().mean() if 'common' in parts else 0.)).sqrt(); mid = p['nll'].mean()
-    return float(mid-p['gap'].mean().clamp(min=0)-.5*p['variance'].mean()-1.96*se),float(mid),float(mid-p['gap'].mean().clamp(max=0)+1.96*se)
+    p = {k: parts[k].double() for k in ('nll', 'gap', 'variance')}
+    n = len(p['nll'])
+    se = (p['variance'].sum() / n**2 + (parts['common'].double().mean() if 'common' in parts else 0.0)).sqrt()
+    mid = p['nll'].mean()
+    return (
+        float(mid - p['gap'].mean().clamp(min=0) - 0.5 * p['variance'].mean() - 1.96 * se),
+        float(mid),
+        float(mid - p['gap'].mean().clamp(max=0) + 1.96 * se),
+    )
+
 
 def nll_metric(
-    parts:dict, # From `nll_bounds`, over all sentences
-    what:str='', # Added to the estimator's description
-    cheap:tuple[Tensor,Tensor]|None=None, # A bound of these sentences and of all that they were drawn from, shapes `(n,)` and `(N,)`: see `regression_mean`
-) -> dict: # Metrics `nll_valid`, `nll_error`, `nll_gap`, `nll_annealed`
+    parts: dict,  # From `nll_bounds`, over all sentences
+    what: str = '',  # Added to the estimator's description
+    cheap: tuple[Tensor, Tensor]
+    | None = None,  # A bound of these sentences and of all that they were drawn from, shapes `(n,)` and `(N,)`: see `regression_mean`
+) -> dict:  # Metrics `nll_valid`, `nll_error`, `nll_gap`, `nll_annealed`
     "Records of a likelihood: the mean with its 95 % interval (sentences and estimation), the width of the estimation interval, the largest mean gap of a level, the share annealed"
-    lo,mid,hi = estimation_interval(parts); x = parts['nll'].double(); n = len(x); c,every = (x, x) if cheap is None else cheap
-    mean,half = regression_mean(x, c, every)
-    if len(every) > n: what += f'; by regression on the bound of all {len(every):,} sentences'
-    gaps = [float(v.double().mean()) for k,v in parts.items() if k.startswith('gap_')]
-    worst = max(gaps, default=0.)
-    ok = 'valid' if worst <= .1 else 'NOT valid'
-    how = f'upper bound of every log Z; {ok}: largest mean gap of a level {worst:.3f} nats' if gaps else 'the prior has an exact density'
-    out = dict(nll_valid=metric(mean, (mean-math.hypot(half, mid-lo), mean+math.hypot(half, hi-mid)), n, f'-log p(x), nats a sentence; {how}{what}'),
-               nll_error=metric(hi-lo, n=n, estimator='width of the 95 % interval for the mean over these sentences'),
-               nll_annealed=metric(float(parts['annealed'].double().mean()), n=n, estimator='share of sentences whose posterior was annealed'),
-               nll_ess=metric(float(parts['ess'].double().median()), n=n, estimator='effective draws behind a sentence, median'))
-    if gaps: out['nll_gap'] = metric(worst, n=n, estimator='upper minus lower bound of log Z at the worst level, mean over conditions, nats')
+    lo, mid, hi = estimation_interval(parts)
+    x = parts['nll'].double()
+    n = len(x)
+    c, every = (x, x) if cheap is None else cheap
+    mean, half = regression_mean(x, c, every)
+    if len(every) > n:
+        what += f'; by regression on the bound of all {len(every):,} sentences'
+    gaps = [float(v.double().mean()) for k, v in parts.items() if k.startswith('gap_')]
+    worst = max(gaps, default=0.0)
+    ok = 'valid' if worst <= 0.1 else 'NOT valid'
+    how = (
+        f'upper bound of every log Z; {ok}: largest mean gap of a level {worst:.3f} nats'
+        if gaps
+        else 'the prior has an exact density'
+    )
+    out = dict(
+        nll_valid=metric(
+            mean,
+            (mean - math.hypot(half, mid - lo), mean + math.hypot(half, hi - mid)),
+            n,
+            f'-log p(x), nats a sentence; {how}{what}',
+        ),
+        nll_error=metric(hi - lo, n=n, estimator='width of the 95 % interval for the mean over these sentences'),
+        nll_annealed=metric(
+            float(parts['annealed'].double().mean()), n=n, estimator='share of sentences whose posterior was annealed'
+        ),
+        nll_ess=metric(
+            float(parts['ess'].double().median()), n=n, estimator='effective draws behind a sentence, median'
+        ),
+    )
+    if gaps:
+        out['nll_gap'] = metric(
+            worst, n=n, estimator='upper minus lower bound of log Z at the worst level, mean over conditions, nats'
+        )
     return out
 
 # %% ../nbs/40_likelihood.ipynb #53614b54
 def nll_svebm(
-    log_lik:Tensor, # `log p(x|z_i)`, shape `(S, B)`, nats
-    F:Tensor, # Minus energy at the draws, shape `(S, B)`
-    z:Tensor, # Draws of the posterior, shape `(S, B, d)`
-    q:DiagGaussian, # Posterior of each sentence, shapes `(B, d)`
-    chunk:int=100, # Draws that share a denominator
-    density:str='as coded', # Gaussian density: `as coded`, or `right`
-) -> Tensor: # Shape `(B,)`, nats; **not** a likelihood
+    log_lik: Tensor,  # `log p(x|z_i)`, shape `(S, B)`, nats
+    F: Tensor,  # Minus energy at the draws, shape `(S, B)`
+    z: Tensor,  # Draws of the posterior, shape `(S, B, d)`
+    q: DiagGaussian,  # Posterior of each sentence, shapes `(B, d)`
+    chunk: int = 100,  # Draws that share a denominator
+    density: str = 'as coded',  # Gaussian density: `as coded`, or `right`
+) -> Tensor:  # Shape `(B,)`, nats; **not** a likelihood
     "The self-normalised estimate of the released SVEBM code; `ValueError` for draws that do not fill chunks"
-    if len(z)%chunk: raise ValueError(f'{len(z)} draws do not fill chunks of {chunk}')
-    if density not in ('as coded','right'): raise ValueError(f"density must be 'as coded' or 'right', got {density!r}")
+    if len(z) % chunk:
+        raise ValueError(f'{len(z)} draws do not fill chunks of {chunk}')
+    if density not in ('as coded', 'right'):
+        raise ValueError(f"density must be 'as coded' or 'right', got {density!r}")
+
     def log_gauss(z, mean, logvar):
-        c = .5*logvar+.5*math.log(2*math.pi)
-        return (-(z-mean)**2/(2*logvar.exp()-c)).sum(-1) if density == 'as coded' else (-(z-mean)**2/(2*logvar.exp())-c).sum(-1)
+        c = 0.5 * logvar + 0.5 * math.log(2 * math.pi)
+        return (
+            (-((z - mean) ** 2) / (2 * logvar.exp() - c)).sum(-1)
+            if density == 'as coded'
+            else (-((z - mean) ** 2) / (2 * logvar.exp()) - c).sum(-1)
+        )
+
     zero = torch.zeros_like(q.mean)
-    D = (F+log_gauss(z, zero, zero)-log_gauss(z, q.mean, q.logvar)).view(-1, chunk, z.shape[1])
-    return -log_mean_exp((log_lik.view_as(D)+D).logsumexp(1)-D.logsumexp(1))
+    D = (F + log_gauss(z, zero, zero) - log_gauss(z, q.mean, q.logvar)).view(-1, chunk, z.shape[1])
+    return -log_mean_exp((log_lik.view_as(D) + D).logsumexp(1) - D.logsumexp(1))
+
 
 @torch.no_grad()
 def nll_ldebm(
-    prior:DiffusionEBM, # With a schedule whose `a_0 < 1`, as published
-    q:DiagGaussian, # Posterior of each sentence, shapes `(B, d)`
-    log_lik:Callable, # See `nll_bounds`
-    draws:int=500,
-    chunk:int=100, # Draws that share a `log Z`
-    gen:torch.Generator|None=None,
-) -> Tensor: # Shape `(B,)`, nats; **not** a likelihood
+    prior: DiffusionEBM,  # With a schedule whose `a_0 < 1`, as published
+    q: DiagGaussian,  # Posterior of each sentence, shapes `(B, d)`
+    log_lik: Callable,  # See `nll_bounds`
+    draws: int = 500,
+    chunk: int = 100,  # Draws that share a `log Z`
+    gen: torch.Generator | None = None,
+) -> Tensor:  # Shape `(B,)`, nats; **not** a likelihood
     "The estimate of the released LDEBM code; `ValueError` for a schedule with `a_0 = 1`, whose first density has no width"
     s = prior.schedule
-    if s.a[0] == 1: raise ValueError('the published estimate divides by the noise of level 0: it needs a schedule with a_0 < 1')
-    if draws%chunk: raise ValueError(f'{draws} draws do not fill chunks of {chunk}')
-    B,T,out = len(q.mean),prior.T,[]
-    gauss = lambda x, m, v: -.5*((x-m)**2/v+math.log(2*math.pi*v)).sum(-1)
-    i = torch.arange(B, device=q.mean.device).repeat(chunk); mean,logvar = q.mean[i],q.logvar[i]
-    for _ in range(draws//chunk):
-        z = mean+(.5*logvar).exp()*randn_like(mean, gen); lp = torch.zeros_like(z[:,0])
-        noised = [s.abar[t].item()*z+s.sbar[t].item()*randn_like(z, gen) for t in range(T+1)] # each level on its own
-        for t in range(1, T+1):
-            a,a_up,sd,r = s.a[t].item(),s.a_up[t].item(),s.sigma[t].item(),float(t < T)
-            below = noised[t-1]; pair = a*below+sd*randn_like(z, gen)
-            F = prior.energy(a_up*below, torch.full((len(z),), t-1, device=z.device))
-            quad = lambda up: ((a_up*below-r*up)**2).sum(-1)/(2*sd**2)
-            log_Z = log_mean_exp((F-quad(pair)-gauss(below, s.abar[t-1].item()*z, s.sbar[t-1].item()**2)).view(chunk, B))
-            lp = lp+F-quad(noised[t])-log_Z.repeat(chunk)-gauss(pair, a*below, sd**2)
-        lp = lp+gauss(noised[T], 0., 1.)
-        out.append((log_lik(z, i)+lp-DiagGaussian(mean, logvar).log_prob(z)).view(chunk, B))
+    if s.a[0] == 1:
+        raise ValueError('the published estimate divides by the noise of level 0: it needs a schedule with a_0 < 1')
+    if draws % chunk:
+        raise ValueError(f'{draws} draws do not fill chunks of {chunk}')
+    B, T, out = len(q.mean), prior.T, []
+
+    def gauss(x, m, v):
+        return -0.5 * ((x - m) ** 2 / v + math.log(2 * math.pi * v)).sum(-1)
+
+    i = torch.arange(B, device=q.mean.device).repeat(chunk)
+    mean, logvar = q.mean[i], q.logvar[i]
+    for _ in range(draws // chunk):
+        z = mean + (0.5 * logvar).exp() * randn_like(mean, gen)
+        lp = torch.zeros_like(z[:, 0])
+        noised = [
+            s.abar[t].item() * z + s.sbar[t].item() * randn_like(z, gen) for t in range(T + 1)
+        ]  # each level on its own
+        for t in range(1, T + 1):
+            a, a_up, sd, r = s.a[t].item(), s.a_up[t].item(), s.sigma[t].item(), float(t < T)
+            below = noised[t - 1]
+            pair = a * below + sd * randn_like(z, gen)
+            F = prior.energy(a_up * below, torch.full((len(z),), t - 1, device=z.device))
+
+            def quad(up):
+                return ((a_up * below - r * up) ** 2).sum(-1) / (2 * sd**2)
+
+            log_Z = log_mean_exp(
+                (F - quad(pair) - gauss(below, s.abar[t - 1].item() * z, s.sbar[t - 1].item() ** 2)).view(chunk, B)
+            )
+            lp = lp + F - quad(noised[t]) - log_Z.repeat(chunk) - gauss(pair, a * below, sd**2)
+        lp = lp + gauss(noised[T], 0.0, 1.0)
+        out.append((log_lik(z, i) + lp - DiagGaussian(mean, logvar).log_prob(z)).view(chunk, B))
     return -log_mean_exp(torch.cat(out))
 
 # %% ../nbs/40_likelihood.ipynb #1769d359
 class LinearGaussian:
     "`x = W z_0 + noise` under a diffusion prior with quadratic energies, in float64; `log p(x)` in closed form"
-    def __init__(self,
-        T:int, # Levels
-        d:int, # Latent dimension
-        n_x:int=60, # Dimension of x
-        scale:float=.1, # Standard deviation of the entries of W: sets the rate
-        strength:float=.5, # Largest curvature of the energies; 0: the prior is its reference
-        reference:str='gaussian', # See `ldebm.prior.PriorCfg`
-        seed:int=0,
+
+    def __init__(
+        self,
+        T: int,  # Levels
+        d: int,  # Latent dimension
+        n_x: int = 60,  # Dimension of x
+        scale: float = 0.1,  # Standard deviation of the entries of W: sets the rate
+        strength: float = 0.5,  # Largest curvature of the energies; 0: the prior is its reference
+        reference: str = 'gaussian',  # See `ldebm.prior.PriorCfg`
+        seed: int = 0,
     ):
-        gen = torch.Generator().manual_seed(seed); R = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64)
+        gen = torch.Generator().manual_seed(seed)
+
+        def R(*n):
+            return torch.randn(*n, generator=gen, dtype=torch.float64)
+
         turns = [torch.linalg.qr(R(d, d))[0] for _ in range(T)]
-        A = torch.stack([Q@torch.diag(strength*torch.rand(d, generator=gen, dtype=torch.float64))@Q.T for Q in turns])
-        self.prior = p = DiffusionEBM(consistent_schedule(T), QuadraticEnergy(A, .5*R(T, d)), PriorCfg(reference=reference))
-        self.W,self.gen = scale*R(n_x, d),gen
-        with torch.no_grad(): # moments of z_0, level by level from the top
-            zero,eye = torch.zeros(1, d, dtype=torch.float64),torch.eye(d, dtype=torch.float64)
+        A = torch.stack(
+            [Q @ torch.diag(strength * torch.rand(d, generator=gen, dtype=torch.float64)) @ Q.T for Q in turns]
+        )
+        self.prior = p = DiffusionEBM(
+            consistent_schedule(T), QuadraticEnergy(A, 0.5 * R(T, d)), PriorCfg(reference=reference)
+        )
+        self.W, self.gen = scale * R(n_x, d), gen
+        with torch.no_grad():  # moments of z_0, level by level from the top
+            zero, eye = torch.zeros(1, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
             for t in reversed(range(T)):
-                lev = torch.tensor([t]); m,v = p.tilt(zero, lev); s = float(p.scale(lev, zero))
-                mean,cov,_ = p.energy.tilt(m, float(v), t)
-                if t == T-1: self.mean,self.cov = mean[0]/s,cov/s**2
+                lev = torch.tensor([t])
+                m, v = p.tilt(zero, lev)
+                s = float(p.scale(lev, zero))
+                mean, cov, _ = p.energy.tilt(m, float(v), t)
+                if t == T - 1:
+                    self.mean, self.cov = mean[0] / s, cov / s**2
                 else:
-                    J = (p.energy.tilt(p.tilt(eye, lev.expand(d))[0], float(v), t)[0]-mean).T # how the mean follows the level above
-                    self.mean,self.cov = (mean[0]+J@self.mean)/s,(cov+J@self.cov@J.T)/s**2
-    def sample(self, n:int) -> Tensor: # Shape `(n, n_x)`
-        R = lambda *k: torch.randn(*k, generator=self.gen, dtype=torch.float64)
-        return (self.mean+R(n, len(self.mean))@torch.linalg.cholesky(self.cov).T)@self.W.T+R(n, len(self.W))
-    def nll(self, x:Tensor) -> Tensor: # Shape `(n,)`, nats
+                    J = (
+                        p.energy.tilt(p.tilt(eye, lev.expand(d))[0], float(v), t)[0] - mean
+                    ).T  # how the mean follows the level above
+                    self.mean, self.cov = (mean[0] + J @ self.mean) / s, (cov + J @ self.cov @ J.T) / s**2
+
+    def sample(self, n: int) -> Tensor:  # Shape `(n, n_x)`
+        def R(*k):
+            return torch.randn(*k, generator=self.gen, dtype=torch.float64)
+
+        return (self.mean + R(n, len(self.mean)) @ torch.linalg.cholesky(self.cov).T) @ self.W.T + R(n, len(self.W))
+
+    def nll(self, x: Tensor) -> Tensor:  # Shape `(n,)`, nats
         "Exact `-log p(x)`"
-        S = self.W@self.cov@self.W.T+torch.eye(len(self.W), dtype=x.dtype)
-        return -torch.distributions.MultivariateNormal(self.W@self.mean, S).log_prob(x)
-    def posterior(self, x:Tensor) -> DiagGaussian: # Shapes `(n, d)`
+        S = self.W @ self.cov @ self.W.T + torch.eye(len(self.W), dtype=x.dtype)
+        return -torch.distributions.MultivariateNormal(self.W @ self.mean, S).log_prob(x)
+
+    def posterior(self, x: Tensor) -> DiagGaussian:  # Shapes `(n, d)`
         "The diagonal Gaussian nearest to the exact posterior"
-        P = torch.linalg.inv(self.cov); right = x@self.W+P@self.mean
-        P = P+self.W.T@self.W
+        P = torch.linalg.inv(self.cov)
+        right = x @ self.W + P @ self.mean
+        P = P + self.W.T @ self.W
         mu = torch.linalg.solve(P, right.T).T
         return DiagGaussian(mu, -P.diagonal().log().expand_as(mu))
-    def rate(self, q:DiagGaussian) -> Tensor: # Shape `(n,)`, nats
+
+    def rate(self, q: DiagGaussian) -> Tensor:  # Shape `(n,)`, nats
         "KL(q(z_0|x) || p(z_0))"
-        P = torch.linalg.inv(self.cov); x = q.mean-self.mean
-        return .5*((q.logvar.exp()*P.diagonal()).sum(-1)+((x@P)*x).sum(-1)-x.shape[1]+torch.logdet(self.cov)-q.logvar.sum(-1))
-    def log_lik(self, x:Tensor) -> Callable: # As `nll_bounds` wants it
-        return lambda z, i: -.5*((x[i]-z@self.W.T)**2+math.log(2*math.pi)).sum(-1)
+        P = torch.linalg.inv(self.cov)
+        x = q.mean - self.mean
+        return 0.5 * (
+            (q.logvar.exp() * P.diagonal()).sum(-1)
+            + ((x @ P) * x).sum(-1)
+            - x.shape[1]
+            + torch.logdet(self.cov)
+            - q.logvar.sum(-1)
+        )
+
+    def log_lik(self, x: Tensor) -> Callable:  # As `nll_bounds` wants it
+        return lambda z, i: -0.5 * ((x[i] - z @ self.W.T) ** 2 + math.log(2 * math.pi)).sum(-1)
 
 # %% ../nbs/40_likelihood.ipynb #5cec17af
 def study_model(
-    seed:int, # Of the settings, the model and its data
-    n:int=40, # How many x
-    most:float=30., # Largest mean rate, nats
-) -> tuple[dict,LinearGaussian,Tensor]: # Settings with the mean rate, model, x of shape `(n, n_x)`
+    seed: int,  # Of the settings, the model and its data
+    n: int = 40,  # How many x
+    most: float = 30.0,  # Largest mean rate, nats
+) -> tuple[dict, LinearGaussian, Tensor]:  # Settings with the mean rate, model, x of shape `(n, n_x)`
     "A random linear-Gaussian model and data from it"
     r = random.Random(seed)
-    s = {k: r.choice(v) for k,v in dict(T=(1,2,3,4,6), d=(4,10,20,40), scale=(.05,.1,.15,.2), strength=(.1,.2,.5,1.), reference=('gaussian','flat')).items()}
+    s = {
+        k: r.choice(v)
+        for k, v in dict(
+            T=(1, 2, 3, 4, 6),
+            d=(4, 10, 20, 40),
+            scale=(0.05, 0.1, 0.15, 0.2),
+            strength=(0.1, 0.2, 0.5, 1.0),
+            reference=('gaussian', 'flat'),
+        ).items()
+    }
     while True:
-        m = LinearGaussian(**s, seed=seed); x = m.sample(n); rate = float(m.rate(m.posterior(x)).mean())
-        if rate <= most: return dict(seed=seed, **s, rate=rate),m,x
+        m = LinearGaussian(**s, seed=seed)
+        x = m.sample(n)
+        rate = float(m.rate(m.posterior(x)).mean())
+        if rate <= most:
+            return dict(seed=seed, **s, rate=rate), m, x
         s['scale'] /= 2
 
+
 def coverage_study(
-    seeds, # One model each
-    cfg:NLLCfg=NLLCfg(),
-    n:int=40, # How many x a model
-    each:Callable|None=None, # Called with every model's dict as soon as it is there
-) -> list: # Of dicts: settings, `rate`, `exact`, `lower`, `estimate`, `upper` (mean NLL, nats), `covered`, `width`, `ess`, `annealed`, `gap`, `seconds`
+    seeds,  # One model each
+    cfg: NLLCfg = NLLCfg(),
+    n: int = 40,  # How many x a model
+    each: Callable | None = None,  # Called with every model's dict as soon as it is there
+) -> list:  # Of dicts: settings, `rate`, `exact`, `lower`, `estimate`, `upper` (mean NLL, nats), `covered`, `width`, `ess`, `annealed`, `gap`, `seconds`
     "Estimated against exact likelihoods of random models"
     out = []
     for seed in seeds:
-        (s,m,x),start = study_model(seed, n),time.perf_counter()
+        (s, m, x), start = study_model(seed, n), time.perf_counter()
         p = nll_bounds(m.prior, m.posterior(x), m.log_lik(x), cfg, make_gen(seed, 'coverage'))
-        lo,mid,hi = estimation_interval(p); exact = float(m.nll(x).mean())
-        out.append(dict(**s, exact=exact, lower=lo, estimate=mid, upper=hi, covered=lo <= exact <= hi, width=hi-lo, ess=float(p['ess'].median()), annealed=float(p['annealed'].mean()),
-                        gap=max(float(v.mean()) for k,v in p.items() if k.startswith('gap_')), seconds=time.perf_counter()-start))
-        if each: each(out[-1])
+        lo, mid, hi = estimation_interval(p)
+        exact = float(m.nll(x).mean())
+        out.append(
+            dict(
+                **s,
+                exact=exact,
+                lower=lo,
+                estimate=mid,
+                upper=hi,
+                covered=lo <= exact <= hi,
+                width=hi - lo,
+                ess=float(p['ess'].median()),
+                annealed=float(p['annealed'].mean()),
+                gap=max(float(v.mean()) for k, v in p.items() if k.startswith('gap_')),
+                seconds=time.perf_counter() - start,
+            )
+        )
+        if each:
+            each(out[-1])
     return out
 
+
 def write_coverage(
-    file:str|Path, # Such as `results/calibration-likelihood.json`
+    file: str | Path,  # Such as `results/calibration-likelihood.json`
     seeds=range(50),
-    cfg:NLLCfg=NLLCfg(draws=128, chains=40, variance=.3, paths=8),
-    n:int=40,
-    each:Callable|None=None, # See `coverage_study`
+    cfg: NLLCfg = NLLCfg(draws=128, chains=40, variance=0.3, paths=8),
+    n: int = 40,
+    each: Callable | None = None,  # See `coverage_study`
 ) -> None:
     "Run `coverage_study` and keep it as a record"
-    start = time.time(); models = coverage_study(seeds, cfg, n, each)
-    atomic_write(file, json.dumps(check_coverage(dict(calibration='likelihood', n=n, cfg=asdict(cfg), models=models, provenance=provenance(start))), indent=1, allow_nan=False)+'\n')
+    start = time.time()
+    models = coverage_study(seeds, cfg, n, each)
+    atomic_write(
+        file,
+        json.dumps(
+            check_coverage(
+                dict(calibration='likelihood', n=n, cfg=asdict(cfg), models=models, provenance=provenance(start))
+            ),
+            indent=1,
+            allow_nan=False,
+        )
+        + '\n',
+    )
 
-def check_coverage(rec:dict) -> dict: # The record
+
+def check_coverage(rec: dict) -> dict:  # The record
     "`ValueError` for a record that lacks something or contradicts itself"
-    if missing := [k for k in ('calibration','n','cfg','models','provenance') if k not in rec]: raise ValueError(f'calibration record lacks {", ".join(missing)}')
+    if missing := [k for k in ('calibration', 'n', 'cfg', 'models', 'provenance') if k not in rec]:
+        raise ValueError(f'calibration record lacks {", ".join(missing)}')
     for o in rec['models']:
-        if missing := [k for k in ('seed','T','d','scale','strength','reference','rate','exact','lower','estimate','upper','covered','width','ess','annealed','gap','seconds') if k not in o]: raise ValueError(f'a model lacks {", ".join(missing)}')
-        if not o['lower'] <= o['estimate'] <= o['upper'] or o['covered'] != (o['lower'] <= o['exact'] <= o['upper']): raise ValueError(f"the model of seed {o['seed']} contradicts itself")
+        if missing := [
+            k
+            for k in (
+                'seed',
+                'T',
+                'd',
+                'scale',
+                'strength',
+                'reference',
+                'rate',
+                'exact',
+                'lower',
+                'estimate',
+                'upper',
+                'covered',
+                'width',
+                'ess',
+                'annealed',
+                'gap',
+                'seconds',
+            )
+            if k not in o
+        ]:
+            raise ValueError(f'a model lacks {", ".join(missing)}')
+        if not o['lower'] <= o['estimate'] <= o['upper'] or o['covered'] != (o['lower'] <= o['exact'] <= o['upper']):
+            raise ValueError(f"the model of seed {o['seed']} contradicts itself")
     return rec
 
 # %% ../nbs/40_likelihood.ipynb #2e4a362c
 def plot_coverage(
-    models:list, # From `coverage_study`
+    models: list,  # From `coverage_study`
     ax=None,
 ):
     "Estimate minus exact mean NLL with its interval, in order of the rate; open squares where the interval misses"
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(7, 2.8), layout='constrained')[1]
-    for k,o in enumerate(sorted(models, key=lambda o: o['rate'])):
-        mid = o['estimate']-o['exact']
-        ax.errorbar(k, mid, [[o['estimate']-o['lower']], [o['upper']-o['estimate']]], fmt='o' if o['covered'] else 's', ms=4, mfc='C0' if o['covered'] else 'none', color='C0' if o['covered'] else 'C3', capsize=2, lw=1)
-    ax.axhline(0, color='k', lw=.7); ax.set(xlabel='models in order of their rate', ylabel='NLL - exact, nats'); ax.set_xticks([])
+    for k, o in enumerate(sorted(models, key=lambda o: o['rate'])):
+        mid = o['estimate'] - o['exact']
+        ax.errorbar(
+            k,
+            mid,
+            [[o['estimate'] - o['lower']], [o['upper'] - o['estimate']]],
+            fmt='o' if o['covered'] else 's',
+            ms=4,
+            mfc='C0' if o['covered'] else 'none',
+            color='C0' if o['covered'] else 'C3',
+            capsize=2,
+            lw=1,
+        )
+    ax.axhline(0, color='k', lw=0.7)
+    ax.set(xlabel='models in order of their rate', ylabel='NLL - exact, nats')
+    ax.set_xticks([])
     return ax

@@ -10,9 +10,15 @@ __all__ = ['LMS', 'STOP', 'N_TRAIN', 'N_VALID', 'LMCfg', 'lm_cfg', 'check_senten
            'reverse_ppl', 'plot_ppl']
 
 # %% ../nbs/43_lm.ipynb #bfa3b8ee
-import hashlib, itertools, json, math, multiprocessing, time, warnings
-from contextlib import nullcontext
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import time
+import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,7 +27,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
-from .core import check_params, choose, env_flag, exclusive, load_tensors, make_gen, metric, pack_state, pick_device, progress, save_tensors, unpack_state
+from ldebm.core import (
+    check_params,
+    choose,
+    env_flag,
+    exclusive,
+    load_tensors,
+    make_gen,
+    metric,
+    pack_state,
+    pick_device,
+    progress,
+    save_tensors,
+    unpack_state,
+)
 from .kernels import linear, linear_cross_entropy, product
 from .text_metrics import unseen_share
 
@@ -29,261 +48,381 @@ from .text_metrics import unseen_share
 @dataclass(frozen=True)
 class LMCfg:
     "A language model and how it is trained; the defaults are the published AWD-LSTM"
-    layers:int=3 # LSTM layers; the last one is as wide as the embedding, whose table is the output layer too
-    embed:int=400 # Width of embeddings and of the last layer
-    hidden:int=1150 # Width of the other layers
-    dropout:float=.4 # On the last layer's states, one mask along a segment, as the next two
-    dropout_between:float=.25 # On the states of the other layers
-    dropout_input:float=.4 # On embeddings
-    dropout_embed:float=.1 # Share of the dictionary whose embedding reads zero in a segment
-    weight_drop:float=.5 # Share of recurrent weights that are zero in a segment
-    ar:float=2. # Weight of the squared states (after dropout) of the last layer
-    tar:float=1. # Weight of their squared change from word to word (before dropout)
-    weight_decay:float=1.2e-6 # L2, on every parameter
-    optimizer:str='asgd' # `asgd`: SGD, averaged from where validation stalls; `adam`: rate rising, then falling linearly to zero
-    lr:float=30. # Rate; for SGD that of a segment of `bptt` words
-    warmup:float=.1 # `adam`: share of training over which the rate rises
-    clip:float=.25 # Largest gradient norm
-    bptt:int=70 # Words in a segment, on average
-    batch:int=20 # Streams that the training text is cut into
-    epochs:int=20 # Passes; the one with the lowest validation loss is kept
-    nonmono:int=5 # `asgd`: averaging starts when validation is worse than the best of all but so many last epochs
-    parts:tuple[float,...]=() # Shares of the training tokens at which the dictionary, by frequency, is cut for the softmax; none: one softmax
+
+    layers: int = 3  # LSTM layers; the last one is as wide as the embedding, whose table is the output layer too
+    embed: int = 400  # Width of embeddings and of the last layer
+    hidden: int = 1150  # Width of the other layers
+    dropout: float = 0.4  # On the last layer's states, one mask along a segment, as the next two
+    dropout_between: float = 0.25  # On the states of the other layers
+    dropout_input: float = 0.4  # On embeddings
+    dropout_embed: float = 0.1  # Share of the dictionary whose embedding reads zero in a segment
+    weight_drop: float = 0.5  # Share of recurrent weights that are zero in a segment
+    ar: float = 2.0  # Weight of the squared states (after dropout) of the last layer
+    tar: float = 1.0  # Weight of their squared change from word to word (before dropout)
+    weight_decay: float = 1.2e-6  # L2, on every parameter
+    optimizer: str = (
+        'asgd'  # `asgd`: SGD, averaged from where validation stalls; `adam`: rate rising, then falling linearly to zero
+    )
+    lr: float = 30.0  # Rate; for SGD that of a segment of `bptt` words
+    warmup: float = 0.1  # `adam`: share of training over which the rate rises
+    clip: float = 0.25  # Largest gradient norm
+    bptt: int = 70  # Words in a segment, on average
+    batch: int = 20  # Streams that the training text is cut into
+    epochs: int = 20  # Passes; the one with the lowest validation loss is kept
+    nonmono: int = 5  # `asgd`: averaging starts when validation is worse than the best of all but so many last epochs
+    parts: tuple[
+        float, ...
+    ] = ()  # Shares of the training tokens at which the dictionary, by frequency, is cut for the softmax; none: one softmax
+
     def __post_init__(self):
-        for k in ('layers','embed','hidden','bptt','batch','epochs','nonmono'):
-            if getattr(self, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
-        for k in ('dropout','dropout_between','dropout_input','dropout_embed','weight_drop'):
-            if not 0 <= getattr(self, k) < 1: raise ValueError(f'{k} must lie in [0, 1), got {getattr(self, k)}')
-        for k in ('ar','tar','weight_decay','warmup'):
-            if getattr(self, k) < 0: raise ValueError(f'{k} must not be negative, got {getattr(self, k)}')
-        for k in ('lr','clip'):
-            if not getattr(self, k) > 0: raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
-        choose('optimizer', self.optimizer, ('asgd','adam'))
-        if any(not 0 < a < b <= 1 for a,b in itertools.pairwise((*self.parts, 1.))): raise ValueError(f'parts must rise within (0, 1), got {self.parts}')
+        for k in ('layers', 'embed', 'hidden', 'bptt', 'batch', 'epochs', 'nonmono'):
+            if getattr(self, k) < 1:
+                raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
+        for k in ('dropout', 'dropout_between', 'dropout_input', 'dropout_embed', 'weight_drop'):
+            if not 0 <= getattr(self, k) < 1:
+                raise ValueError(f'{k} must lie in [0, 1), got {getattr(self, k)}')
+        for k in ('ar', 'tar', 'weight_decay', 'warmup'):
+            if getattr(self, k) < 0:
+                raise ValueError(f'{k} must not be negative, got {getattr(self, k)}')
+        for k in ('lr', 'clip'):
+            if not getattr(self, k) > 0:
+                raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
+        choose('optimizer', self.optimizer, ('asgd', 'adam'))
+        if any(not 0 < a < b <= 1 for a, b in itertools.pairwise((*self.parts, 1.0))):
+            raise ValueError(f'parts must rise within (0, 1), got {self.parts}')
+
     def _repr_markdown_(self):
-        return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k,v in asdict(self).items())
+        return '| setting | value |\n|---|---|\n' + '\n'.join(f'| `{k}` | {v} |' for k, v in asdict(self).items())
+
 
 LMS = dict(
     paper=LMCfg(),
-    small=LMCfg(layers=1, embed=256, hidden=256, dropout=.3, dropout_between=0., dropout_input=.3, dropout_embed=0., weight_drop=.2, ar=0., tar=0., optimizer='adam', lr=4e-3,
-                clip=1., bptt=35, batch=32, epochs=6, parts=(.79,.94)),
-    quick=LMCfg(layers=1, embed=64, hidden=64, dropout=.1, dropout_between=0., dropout_input=.1, dropout_embed=0., weight_drop=0., ar=0., tar=0., optimizer='adam', lr=1e-2,
-                clip=1., bptt=20, batch=16, epochs=4))
+    small=LMCfg(
+        layers=1,
+        embed=256,
+        hidden=256,
+        dropout=0.3,
+        dropout_between=0.0,
+        dropout_input=0.3,
+        dropout_embed=0.0,
+        weight_drop=0.2,
+        ar=0.0,
+        tar=0.0,
+        optimizer='adam',
+        lr=4e-3,
+        clip=1.0,
+        bptt=35,
+        batch=32,
+        epochs=6,
+        parts=(0.79, 0.94),
+    ),
+    quick=LMCfg(
+        layers=1,
+        embed=64,
+        hidden=64,
+        dropout=0.1,
+        dropout_between=0.0,
+        dropout_input=0.1,
+        dropout_embed=0.0,
+        weight_drop=0.0,
+        ar=0.0,
+        tar=0.0,
+        optimizer='adam',
+        lr=1e-2,
+        clip=1.0,
+        bptt=20,
+        batch=16,
+        epochs=4,
+    ),
+)
 
 # %% ../nbs/43_lm.ipynb #0c3b6edb
 def lm_cfg(
-    cfg:LMCfg|str, # Settings, or the name of a preset
-) -> tuple[LMCfg,str]: # Settings; how a metric names them
+    cfg: LMCfg | str,  # Settings, or the name of a preset
+) -> tuple[LMCfg, str]:  # Settings; how a metric names them
     "Settings by name; `ValueError` for an unknown one"
-    if isinstance(cfg, str): choose('language model', cfg, LMS); return LMS[cfg],cfg
-    if not isinstance(cfg, LMCfg): raise ValueError(f'cfg must be one of {", ".join(LMS)}, or an LMCfg, got {cfg!r}')
-    return next(((c,k) for k,c in LMS.items() if c == cfg), (cfg, ' '.join(f'{f.name}={getattr(cfg, f.name)}' for f in fields(cfg) if getattr(cfg, f.name) != f.default)))
+    if isinstance(cfg, str):
+        choose('language model', cfg, LMS)
+        return LMS[cfg], cfg
+    if not isinstance(cfg, LMCfg):
+        raise ValueError(f'cfg must be one of {", ".join(LMS)}, or an LMCfg, got {cfg!r}')
+    return next(
+        ((c, k) for k, c in LMS.items() if c == cfg),
+        (cfg, ' '.join(f'{f.name}={getattr(cfg, f.name)}' for f in fields(cfg) if getattr(cfg, f.name) != f.default)),
+    )
 
 # %% ../nbs/43_lm.ipynb #8cfff089
 STOP = '<eos>'
 
-def check_sentences(sentences, what:str='text'):
+
+def check_sentences(sentences, what: str = 'text'):
     "`ValueError` unless these are lists of words"
-    if not len(sentences): raise ValueError(f'{what} has no sentences')
-    for i,s in enumerate(sentences):
-        if isinstance(s, str): raise ValueError(f'sentence {i+1} of {what} is one string, {s[:40]!r}: give lists of words, as `line.split()`')
-        if STOP in s: raise ValueError(f'sentence {i+1} of {what} has the word {STOP!r}, which ends sentences here: strip it')
+    if not len(sentences):
+        raise ValueError(f'{what} has no sentences')
+    for i, s in enumerate(sentences):
+        if isinstance(s, str):
+            raise ValueError(
+                f'sentence {i + 1} of {what} is one string, {s[:40]!r}: give lists of words, as `line.split()`'
+            )
+        if STOP in s:
+            raise ValueError(f'sentence {i + 1} of {what} has the word {STOP!r}, which ends sentences here: strip it')
+
 
 def lm_words(
-    train:list[list[str]], # Sentences the model learns from
-    *more:list[list[str]], # Others it must be able to read: validation, test
-) -> tuple[list[str],list[int]]: # The dictionary, most frequent in `train` first; how often each word is there
+    train: list[list[str]],  # Sentences the model learns from
+    *more: list[list[str]],  # Others it must be able to read: validation, test
+) -> tuple[list[str], list[int]]:  # The dictionary, most frequent in `train` first; how often each word is there
     "All words, with `<eos>`"
     freq = Counter(w for s in train for w in (*s, STOP))
-    freq.update(dict.fromkeys(sorted({w for text in more for s in text for w in s}-freq.keys()), 0)) # in an order that does not depend on the text
+    freq.update(
+        dict.fromkeys(sorted({w for text in more for s in text for w in s} - freq.keys()), 0)
+    )  # in an order that does not depend on the text
     words = sorted(freq, key=freq.get, reverse=True)
-    return words,[freq[w] for w in words]
+    return words, [freq[w] for w in words]
+
 
 def as_stream(
-    words:dict[str,int], # Id of each word
-    sentences:list[list[str]], # Text
-) -> Tensor: # Ids, `<eos>` after every sentence, shape `(n,)`
+    words: dict[str, int],  # Id of each word
+    sentences: list[list[str]],  # Text
+) -> Tensor:  # Ids, `<eos>` after every sentence, shape `(n,)`
     "One text; `ValueError` naming a word that the dictionary lacks"
-    try: return torch.tensor([words[w] for s in sentences for w in (*s, STOP)])
-    except KeyError as e: raise ValueError(f'the language model has never heard of {e.args[0]!r}: name the text it will be asked about when it is trained (`also`)') from None
+    try:
+        return torch.tensor([words[w] for s in sentences for w in (*s, STOP)])
+    except KeyError as e:
+        raise ValueError(
+            f'the language model has never heard of {e.args[0]!r}: name the text it will be asked about when it is trained (`also`)'
+        ) from None
+
 
 def side_by_side(
-    ids:Tensor, # Text, shape `(n,)`
-    batch:int, # Streams
-) -> Tensor: # Shape `(n//batch, batch)`
+    ids: Tensor,  # Text, shape `(n,)`
+    batch: int,  # Streams
+) -> Tensor:  # Shape `(n//batch, batch)`
     "Cut a text into streams of equal length; a remainder of less than `batch` words is lost"
-    T = len(ids)//batch
-    return ids[:T*batch].view(batch, T).T.contiguous()
+    T = len(ids) // batch
+    return ids[: T * batch].view(batch, T).T.contiguous()
 
 # %% ../nbs/43_lm.ipynb #5202b472
 class _LSTM(torch.autograd.Function):
     "Gates stand in the order input, forget, output, proposal"
+
     @staticmethod
     def forward(ctx, x, h0, c0, u):
-        T,B,H = len(x),*h0.shape
-        a,hs,cs,tc = x.new_empty(T, B, 4*H),x.new_empty(T+1, B, H),x.new_empty(T+1, B, H),x.new_empty(T, B, H)
-        hs[0],cs[0] = h0,c0
+        T, B, H = len(x), *h0.shape
+        a, hs, cs, tc = (
+            x.new_empty(T, B, 4 * H),
+            x.new_empty(T + 1, B, H),
+            x.new_empty(T + 1, B, H),
+            x.new_empty(T, B, H),
+        )
+        hs[0], cs[0] = h0, c0
         for t in range(T):
             z = product(hs[t], u, None, x[t])
-            torch.sigmoid(z[:,:3*H], out=a[t,:,:3*H]); torch.tanh(z[:,3*H:], out=a[t,:,3*H:])
-            i,f,o,g = a[t].chunk(4, 1)
-            torch.mul(f, cs[t], out=cs[t+1]).addcmul_(i, g)
-            torch.mul(o, torch.tanh(cs[t+1], out=tc[t]), out=hs[t+1])
+            torch.sigmoid(z[:, : 3 * H], out=a[t, :, : 3 * H])
+            torch.tanh(z[:, 3 * H :], out=a[t, :, 3 * H :])
+            i, f, o, g = a[t].chunk(4, 1)
+            torch.mul(f, cs[t], out=cs[t + 1]).addcmul_(i, g)
+            torch.mul(o, torch.tanh(cs[t + 1], out=tc[t]), out=hs[t + 1])
         ctx.save_for_backward(u, a, hs, cs, tc)
         return hs[1:].clone(), hs[T].clone(), cs[T].clone()
+
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dh, dc):
-        u,a,hs,cs,tc = ctx.saved_tensors; T,B,H = tc.shape
-        i,f,o,g = a.chunk(4, 2)
-        k = torch.cat([i*(1-i)*g, f*(1-f)*cs[:-1], o*(1-o)*tc, i*(1-g*g)], 2) # change of the gates' inputs for one of state or memory
-        m = o*(1-tc*tc)
-        dh,dc,ut = dh.clone(),dc.clone(),u.T.contiguous()
+        u, a, hs, cs, tc = ctx.saved_tensors
+        T, B, H = tc.shape
+        i, f, o, g = a.chunk(4, 2)
+        k = torch.cat(
+            [i * (1 - i) * g, f * (1 - f) * cs[:-1], o * (1 - o) * tc, i * (1 - g * g)], 2
+        )  # change of the gates' inputs for one of state or memory
+        m = o * (1 - tc * tc)
+        dh, dc, ut = dh.clone(), dc.clone(), u.T.contiguous()
         for t in reversed(range(T)):
             d = dh.add_(dout[t])
             dc.addcmul_(d, m[t])
-            k[t,:,:2*H].view(B, 2, H).mul_(dc[:,None]); k[t,:,2*H:3*H].mul_(d); k[t,:,3*H:].mul_(dc)
+            k[t, :, : 2 * H].view(B, 2, H).mul_(dc[:, None])
+            k[t, :, 2 * H : 3 * H].mul_(d)
+            k[t, :, 3 * H :].mul_(dc)
             dc.mul_(f[t])
             dh = product(k[t], ut)
-        return k, dh, dc, product(k.view(-1, 4*H).T, hs[:-1].reshape(-1, H).T) if ctx.needs_input_grad[3] else None
+        return k, dh, dc, product(k.view(-1, 4 * H).T, hs[:-1].reshape(-1, H).T) if ctx.needs_input_grad[3] else None
+
 
 def lstm(
-    x:Tensor, # Inputs, shape `(T, B, i)`
-    state:tuple[Tensor,Tensor], # States and memories before the first word, shape `(B, H)` each
-    wi:Tensor, # Weights of the input, shape `(4H, i)`, gates in PyTorch's order
-    wh:Tensor, # Recurrent weights, shape `(4H, H)`
-    bi:Tensor, # Bias, shape `(4H,)`
-    bh:Tensor, # The other bias, shape `(4H,)`
-) -> tuple[Tensor,tuple[Tensor,Tensor]]: # States after every word, shape `(T, B, H)`; the last states and memories
+    x: Tensor,  # Inputs, shape `(T, B, i)`
+    state: tuple[Tensor, Tensor],  # States and memories before the first word, shape `(B, H)` each
+    wi: Tensor,  # Weights of the input, shape `(4H, i)`, gates in PyTorch's order
+    wh: Tensor,  # Recurrent weights, shape `(4H, H)`
+    bi: Tensor,  # Bias, shape `(4H,)`
+    bh: Tensor,  # The other bias, shape `(4H,)`
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # States after every word, shape `(T, B, H)`; the last states and memories
     "One LSTM layer with given weights, with first derivatives"
-    if not x.is_cpu: return own_lstm(x, state, wi, wh, bi, bh)
-    order = lambda w: torch.cat([(p := w.chunk(4))[0], p[1], p[3], p[2]])
-    gates = linear(x.flatten(0, 1), order(wi), order(bi+bh)).view(*x.shape[:2], -1)
-    out,h,c = _LSTM.apply(gates, *state, order(wh))
-    return out,(h, c)
+    if not x.is_cpu:
+        return own_lstm(x, state, wi, wh, bi, bh)
 
-def own_lstm(x, state, wi, wh, bi, bh) -> tuple[Tensor,tuple[Tensor,Tensor]]: # As `lstm`
+    def order(w):
+        return torch.cat([(p := w.chunk(4))[0], p[1], p[3], p[2]])
+
+    gates = linear(x.flatten(0, 1), order(wi), order(bi + bh)).view(*x.shape[:2], -1)
+    out, h, c = _LSTM.apply(gates, *state, order(wh))
+    return out, (h, c)
+
+
+def own_lstm(x, state, wi, wh, bi, bh) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # As `lstm`
     "The same by PyTorch's own kernels"
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'RNN module weights are not part of single contiguous chunk') # they cannot be: they are dropped out anew in every segment
-        out,h,c = torch._VF.lstm(x, (state[0][None], state[1][None]), [wi, wh, bi, bh], True, 1, 0., torch.is_grad_enabled(), False, False) # cuDNN differentiates what ran as training alone; there is no dropout to switch off
-    return out,(h[0], c[0])
+        warnings.filterwarnings(
+            'ignore', 'RNN module weights are not part of single contiguous chunk'
+        )  # they cannot be: they are dropped out anew in every segment
+        out, h, c = torch._VF.lstm(
+            x, (state[0][None], state[1][None]), [wi, wh, bi, bh], True, 1, 0.0, torch.is_grad_enabled(), False, False
+        )  # cuDNN differentiates what ran as training alone; there is no dropout to switch off
+    return out, (h[0], c[0])
 
 # %% ../nbs/43_lm.ipynb #45ebcf22
 def cut_points(
-    freq:list[int], # Frequency of each word, falling
-    parts:tuple[float,...], # Shares of all tokens
-) -> list[int]: # First word of every part but the first, rising
+    freq: list[int],  # Frequency of each word, falling
+    parts: tuple[float, ...],  # Shares of all tokens
+) -> list[int]:  # First word of every part but the first, rising
     "Where the dictionary is cut"
-    total,cum = sum(freq),list(itertools.accumulate(freq))
-    cuts = [next(i for i,c in enumerate(cum) if c >= p*total)+1 for p in parts]
+    total, cum = sum(freq), list(itertools.accumulate(freq))
+    cuts = [next(i for i, c in enumerate(cum) if c >= p * total) + 1 for p in parts]
     last = sum(f > 0 for f in freq)
-    return sorted({c for c in cuts if c < last}) # every part has words to learn from
+    return sorted({c for c in cuts if c < last})  # every part has words to learn from
+
 
 def parts_nll(
-    h:Tensor, # Last layer's states, shape `(n, d)`
-    w:Tensor, # Rows of all words and then of the parts, shape `(V + K, d)`
-    target:Tensor, # Words, shape `(n,)`
-    cuts:list[int], # First word of each of the `K` parts
-) -> Tensor: # Nats, shape `(n,)`
+    h: Tensor,  # Last layer's states, shape `(n, d)`
+    w: Tensor,  # Rows of all words and then of the parts, shape `(V + K, d)`
+    target: Tensor,  # Words, shape `(n,)`
+    cuts: list[int],  # First word of each of the `K` parts
+) -> Tensor:  # Nats, shape `(n,)`
     "`-log p` of every word"
-    if not cuts: return linear_cross_entropy(h, w, target)
-    K,V = len(cuts),len(w)-len(cuts)
-    head,*tails,own = w.split([cuts[0], *(b-a for a,b in itertools.pairwise((*cuts, V))), K])
+    if not cuts:
+        return linear_cross_entropy(h, w, target)
+    K, V = len(cuts), len(w) - len(cuts)
+    head, *tails, own = w.split([cuts[0], *(b - a for a, b in itertools.pairwise((*cuts, V))), K])
     part = torch.bucketize(target, torch.tensor(cuts, device=target.device), right=True)
-    out = linear_cross_entropy(h, torch.cat([head, own]), torch.where(part == 0, target, cuts[0]+part-1))
-    for k,tail in enumerate(tails):
-        at = (part == k+1).nonzero()[:,0]
-        if len(at): out = out.index_add(0, at, linear_cross_entropy(h.index_select(0, at), tail, target[at]-cuts[k]))
+    out = linear_cross_entropy(h, torch.cat([head, own]), torch.where(part == 0, target, cuts[0] + part - 1))
+    for k, tail in enumerate(tails):
+        at = (part == k + 1).nonzero()[:, 0]
+        if len(at):
+            out = out.index_add(0, at, linear_cross_entropy(h.index_select(0, at), tail, target[at] - cuts[k]))
     return out
 
 # %% ../nbs/43_lm.ipynb #7389369c
-def mask(like:Tensor, shape:tuple, p:float, gen:torch.Generator) -> Tensor:
+def mask(like: Tensor, shape: tuple, p: float, gen: torch.Generator) -> Tensor:
     "0 with probability `p`, otherwise `1/(1-p)`"
-    return torch.empty(shape, device=like.device, dtype=like.dtype).bernoulli_(1-p, generator=gen).div_(1-p)
+    return torch.empty(shape, device=like.device, dtype=like.dtype).bernoulli_(1 - p, generator=gen).div_(1 - p)
 
-def locked(x:Tensor, p:float, gen:torch.Generator|None) -> Tensor: # `x` of shape `(T, B, d)`
+
+def locked(x: Tensor, p: float, gen: torch.Generator | None) -> Tensor:  # `x` of shape `(T, B, d)`
     "Dropout with one mask along the first dimension; the identity without a generator"
-    return x if gen is None or p == 0 else x*mask(x, (1, *x.shape[1:]), p, gen)
+    return x if gen is None or p == 0 else x * mask(x, (1, *x.shape[1:]), p, gen)
 
-def drop_weights(w:Tensor, p:float, gen:torch.Generator|None) -> Tensor:
+
+def drop_weights(w: Tensor, p: float, gen: torch.Generator | None) -> Tensor:
     "Dropout of single weights; the identity without a generator"
-    return w if gen is None or p == 0 else w*mask(w, w.shape, p, gen)
+    return w if gen is None or p == 0 else w * mask(w, w.shape, p, gen)
+
 
 class LM(nn.Module):
     "A word language model that carries its state across sentences"
-    def __init__(self,
-        words:list[str], # Dictionary, most frequent first
-        cuts:list[int], # Where its softmax is cut
-        cfg:LMCfg, # Settings
-        gen:torch.Generator, # Draws the weights
+
+    def __init__(
+        self,
+        words: list[str],  # Dictionary, most frequent first
+        cuts: list[int],  # Where its softmax is cut
+        cfg: LMCfg,  # Settings
+        gen: torch.Generator,  # Draws the weights
     ):
         super().__init__()
-        self.words,self.cuts,self.cfg,self.history,self.seed = list(words),list(cuts),cfg,[],None
-        self.ids = {w: i for i,w in enumerate(self.words)}
-        sizes = [cfg.embed, *[cfg.hidden]*(cfg.layers-1), cfg.embed]
-        draw = lambda *shape, bound: nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=gen))
-        self.table = draw(len(words)+len(cuts), cfg.embed+1, bound=.1) # input and output; the last column is the output's bias
-        with torch.no_grad(): self.table[:,-1] = 0
-        self.rnn = nn.ModuleList(nn.ParameterList(draw(*s, bound=o**-.5) for s in ((4*o,i),(4*o,o),(4*o,),(4*o,))) for i,o in itertools.pairwise(sizes))
-    def begin(self, B:int) -> list: # States and memories of every layer, zeros
+        self.words, self.cuts, self.cfg, self.history, self.seed = list(words), list(cuts), cfg, [], None
+        self.ids = {w: i for i, w in enumerate(self.words)}
+        sizes = [cfg.embed, *[cfg.hidden] * (cfg.layers - 1), cfg.embed]
+
+        def draw(*shape, bound):
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=gen))
+
+        self.table = draw(
+            len(words) + len(cuts), cfg.embed + 1, bound=0.1
+        )  # input and output; the last column is the output's bias
+        with torch.no_grad():
+            self.table[:, -1] = 0
+        self.rnn = nn.ModuleList(
+            nn.ParameterList(draw(*s, bound=o**-0.5) for s in ((4 * o, i), (4 * o, o), (4 * o,), (4 * o,)))
+            for i, o in itertools.pairwise(sizes)
+        )
+
+    def begin(self, B: int) -> list:  # States and memories of every layer, zeros
         "State before a text"
         return [(z := self.table.new_zeros(B, r[1].shape[1]), z) for r in self.rnn]
-    def forward(self,
-        ids:Tensor, # Words, shape `(T, B)`
-        state:list, # From `begin`, or the call before
-        gen:torch.Generator|None=None, # Source of masks; needed in training
-    ) -> tuple[Tensor,Tensor,list]: # Last layer's states with dropout and without, shape `(T, B, d)`; state after the last word, cut from the graph
+
+    def forward(
+        self,
+        ids: Tensor,  # Words, shape `(T, B)`
+        state: list,  # From `begin`, or the call before
+        gen: torch.Generator | None = None,  # Source of masks; needed in training
+    ) -> tuple[
+        Tensor, Tensor, list
+    ]:  # Last layer's states with dropout and without, shape `(T, B, d)`; state after the last word, cut from the graph
         "Read a segment"
         c = self.cfg
-        if self.training and gen is None: raise ValueError('a language model in training needs a generator for its masks; call `.eval()` to read without dropout')
+        if self.training and gen is None:
+            raise ValueError(
+                'a language model in training needs a generator for its masks; call `.eval()` to read without dropout'
+            )
         gen = gen if self.training else None
-        x = nnf.embedding(ids, self.table)[...,:-1]
-        if gen is not None and c.dropout_embed: x = x*mask(x, (len(self.words),1), c.dropout_embed, gen)[ids]
-        x,after = locked(x, c.dropout_input, gen),[]
-        for l,((wi,wh,bi,bh),s) in enumerate(zip(self.rnn, state)):
-            raw,s = lstm(x, s, wi, drop_weights(wh, c.weight_drop, gen), bi, bh)
+        x = nnf.embedding(ids, self.table)[..., :-1]
+        if gen is not None and c.dropout_embed:
+            x = x * mask(x, (len(self.words), 1), c.dropout_embed, gen)[ids]
+        x, after = locked(x, c.dropout_input, gen), []
+        for l, ((wi, wh, bi, bh), s) in enumerate(zip(self.rnn, state)):
+            raw, s = lstm(x, s, wi, drop_weights(wh, c.weight_drop, gen), bi, bh)
             after.append(tuple(o.detach() for o in s))
-            x = locked(raw, c.dropout if l == c.layers-1 else c.dropout_between, gen)
-        return x,raw,after
-    def nll(self,
-        h:Tensor, # Last layer's states, shape `(T, B, d)`
-        target:Tensor, # Next words, shape `(T, B)`
-    ) -> Tensor: # Nats, shape `(T, B)`
+            x = locked(raw, c.dropout if l == c.layers - 1 else c.dropout_between, gen)
+        return x, raw, after
+
+    def nll(
+        self,
+        h: Tensor,  # Last layer's states, shape `(T, B, d)`
+        target: Tensor,  # Next words, shape `(T, B)`
+    ) -> Tensor:  # Nats, shape `(T, B)`
         "`-log p` of the next words"
         h = torch.cat([h, h.new_ones(*h.shape[:2], 1)], 2).flatten(0, 1)
         return parts_nll(h, self.table, target.flatten(), self.cuts).view(target.shape)
 
 # %% ../nbs/43_lm.ipynb #62e87407
 def activity(
-    dropped:Tensor, # States after dropout, shape `(T, B, d)`
-    raw:Tensor, # States before it, shape `(T, B, d)`
-    ar:float, # Weight of squared states
-    tar:float, # Weight of squared changes
-) -> Tensor|float:
+    dropped: Tensor,  # States after dropout, shape `(T, B, d)`
+    raw: Tensor,  # States before it, shape `(T, B, d)`
+    ar: float,  # Weight of squared states
+    tar: float,  # Weight of squared changes
+) -> Tensor | float:
     "Activation regularisation and its temporal variant (Merity et al. 2017)"
-    out = ar*dropped.square().mean() if ar else 0.
-    return out + tar*(raw[1:]-raw[:-1]).square().mean() if tar and len(raw) > 1 else out
+    out = ar * dropped.square().mean() if ar else 0.0
+    return out + tar * (raw[1:] - raw[:-1]).square().mean() if tar and len(raw) > 1 else out
 
 # %% ../nbs/43_lm.ipynb #8d91e314
 def segments(
-    T:int, # Words of a stream
-    bptt:int, # Mean length
-    gen:torch.Generator, # Source of the lengths, on the CPU
-) -> list[tuple[int,int,int]]: # First word, words read, length drawn (the last segment may be shorter)
+    T: int,  # Words of a stream
+    bptt: int,  # Mean length
+    gen: torch.Generator,  # Source of the lengths, on the CPU
+) -> list[tuple[int, int, int]]:  # First word, words read, length drawn (the last segment may be shorter)
     "One pass over a stream"
-    i,out = 0,[]
-    while i < T-2:
-        base = bptt if torch.rand((), generator=gen) < .95 else bptt/2
-        n = max(5, int(base + 5*torch.randn((), generator=gen)))
-        out.append((i, min(n, T-1-i), n)); i += n
+    i, out = 0, []
+    while i < T - 2:
+        base = bptt if torch.rand((), generator=gen) < 0.95 else bptt / 2
+        n = max(5, int(base + 5 * torch.randn((), generator=gen)))
+        out.append((i, min(n, T - 1 - i), n))
+        i += n
     return out
 
 # %% ../nbs/43_lm.ipynb #a47bbad2
 def stalled(
-    losses:list[float], # Validation losses of earlier epochs
-    now:float, # Of this one
-    nonmono:int, # Last epochs that do not count
+    losses: list[float],  # Validation losses of earlier epochs
+    now: float,  # Of this one
+    nonmono: int,  # Last epochs that do not count
 ) -> bool:
     "Is it time to average?"
     return len(losses) > nonmono and now > min(losses[:-nonmono])
@@ -291,299 +430,445 @@ def stalled(
 # %% ../nbs/43_lm.ipynb #b755c854
 @torch.no_grad()
 def read_text(
-    lm:LM, # Model
-    ids:Tensor, # Streams, shape `(T, B)`; the first word of each is only read
-    rows:int=2048, # Words predicted at a time
-) -> Tensor: # Nats of all but the first words, shape `(T-1, B)`, double
+    lm: LM,  # Model
+    ids: Tensor,  # Streams, shape `(T, B)`; the first word of each is only read
+    rows: int = 2048,  # Words predicted at a time
+) -> Tensor:  # Nats of all but the first words, shape `(T-1, B)`, double
     "`-log p` along streams, without dropout, the state carried from end to end"
     was = lm.training
     lm.eval()
-    out,state,step = [],lm.begin(ids.shape[1]),max(1, rows//ids.shape[1])
-    for i in range(0, len(ids)-1, step):
-        n = min(step, len(ids)-1-i)
-        h,_,state = lm(ids[i:i+n], state)
-        out.append(lm.nll(h, ids[i+1:i+1+n]).double())
+    out, state, step = [], lm.begin(ids.shape[1]), max(1, rows // ids.shape[1])
+    for i in range(0, len(ids) - 1, step):
+        n = min(step, len(ids) - 1 - i)
+        h, _, state = lm(ids[i : i + n], state)
+        out.append(lm.nll(h, ids[i + 1 : i + 1 + n]).double())
     lm.train(was)
     return torch.cat(out)
 
+
 def lm_nll(
-    lm:LM, # Model
-    sentences:list[list[str]], # Text; its words must be in the dictionary
-) -> Tensor: # Nats of each sentence with its `<eos>`, shape `(n,)`, double
+    lm: LM,  # Model
+    sentences: list[list[str]],  # Text; its words must be in the dictionary
+) -> Tensor:  # Nats of each sentence with its `<eos>`, shape `(n,)`, double
     "`-log p` of a text as one stream that begins after an `<eos>`"
     check_sentences(sentences)
     stream = as_stream(lm.ids, sentences).to(lm.table.device)
-    v = read_text(lm, torch.cat([stream.new_tensor([lm.ids[STOP]]), stream])[:,None])[:,0].cpu()
-    ends = torch.tensor([len(s)+1 for s in sentences]).cumsum(0)
-    return v.cumsum(0)[ends-1].diff(prepend=v.new_zeros(1))
+    v = read_text(lm, torch.cat([stream.new_tensor([lm.ids[STOP]]), stream])[:, None])[:, 0].cpu()
+    ends = torch.tensor([len(s) + 1 for s in sentences]).cumsum(0)
+    return v.cumsum(0)[ends - 1].diff(prepend=v.new_zeros(1))
 
 # %% ../nbs/43_lm.ipynb #9a0007fb
 def save_lm(
-    lm:LM, # Model
-    path, # File
-    state:dict|None=None, # Where an unfinished training stands
-) -> Path: # `path`
+    lm: LM,  # Model
+    path,  # File
+    state: dict | None = None,  # Where an unfinished training stands
+) -> Path:  # `path`
     "Write model, dictionary and history, atomically"
-    return save_tensors(path, *pack_state(dict(words=lm.words, cuts=lm.cuts, cfg=asdict(lm.cfg), seed=lm.seed, history=lm.history,
-                                               weights=lm.state_dict(), training=state)))
+    return save_tensors(
+        path,
+        *pack_state(
+            dict(
+                words=lm.words,
+                cuts=lm.cuts,
+                cfg=asdict(lm.cfg),
+                seed=lm.seed,
+                history=lm.history,
+                weights=lm.state_dict(),
+                training=state,
+            )
+        ),
+    )
 
-def _read_lm(path, device='cpu') -> tuple[LM,dict|None]:
-    device,d = pick_device(device),unpack_state(*load_tensors(path))
+
+def _read_lm(path, device='cpu') -> tuple[LM, dict | None]:
+    device, d = pick_device(device), unpack_state(*load_tensors(path))
     lm = LM(d['words'], d['cuts'], check_params(LMCfg, d['cfg']), torch.Generator())
-    lm.load_state_dict(d['weights']); lm.history,lm.seed = d['history'],d['seed']
-    return lm.to(device).eval(),d['training']
+    lm.load_state_dict(d['weights'])
+    lm.history, lm.seed = d['history'], d['seed']
+    return lm.to(device).eval(), d['training']
+
 
 def load_lm(path, device='cpu') -> LM:
     "Read what `save_lm` wrote; `ValueError` for a training that has not ended"
-    lm,state = _read_lm(path, device)
-    if state is not None: raise ValueError(f'{path} is a language model in training, after {len(lm.history)} of {lm.cfg.epochs} passes: let `train_lm` finish it')
+    lm, state = _read_lm(path, device)
+    if state is not None:
+        raise ValueError(
+            f'{path} is a language model in training, after {len(lm.history)} of {lm.cfg.epochs} passes: let `train_lm` finish it'
+        )
     return lm
 
 # %% ../nbs/43_lm.ipynb #b792a3e2
-def lm_key(words, train, valid, cfg:LMCfg, seed:int, device) -> str: # 16 hexadecimal digits
+def lm_key(words, train, valid, cfg: LMCfg, seed: int, device) -> str:  # 16 hexadecimal digits
     "Fingerprint of everything that shapes a language model"
     h = hashlib.sha256(json.dumps([1, words, asdict(cfg), seed, torch.device(device).type]).encode())
-    for text in (train, valid): h.update(json.dumps(text).encode())
+    for text in (train, valid):
+        h.update(json.dumps(text).encode())
     return h.hexdigest()[:16]
 
-def make_lm_optimizer(lm:LM, averaging:bool): # Adam, SGD, or averaged SGD
+
+def make_lm_optimizer(lm: LM, averaging: bool):  # Adam, SGD, or averaged SGD
     "Optimiser of a language model"
-    c,ps = lm.cfg,lm.parameters()
-    if c.optimizer == 'adam': return torch.optim.Adam(ps, lr=c.lr, weight_decay=c.weight_decay, fused=lm.table.device.type in ('cpu','cuda'))
-    if averaging: return torch.optim.ASGD(ps, lr=c.lr, t0=0, lambd=0., weight_decay=c.weight_decay)
+    c, ps = lm.cfg, lm.parameters()
+    if c.optimizer == 'adam':
+        return torch.optim.Adam(ps, lr=c.lr, weight_decay=c.weight_decay, fused=lm.table.device.type in ('cpu', 'cuda'))
+    if averaging:
+        return torch.optim.ASGD(ps, lr=c.lr, t0=0, lambd=0.0, weight_decay=c.weight_decay)
     return torch.optim.SGD(ps, lr=c.lr, weight_decay=c.weight_decay)
 
-def _pass(lm, opt, text, epoch, seed, bar) -> float: # Mean nats a word, under dropout
+
+def _pass(lm, opt, text, epoch, seed, bar) -> float:  # Mean nats a word, under dropout
     "One pass over the training text"
-    c,state,total,n = lm.cfg,lm.begin(text.shape[1]),0.,0
+    c, state, total, n = lm.cfg, lm.begin(text.shape[1]), 0.0, 0
     gen = make_gen(seed, 'lm', epoch, device=text.device)
-    for i,n_read,n_drawn in segments(len(text), c.bptt, make_gen(seed, 'segments', epoch)):
-        u = (epoch+i/len(text))/c.epochs
-        rate = c.lr*n_drawn/c.bptt if c.optimizer == 'asgd' else c.lr*min(u/c.warmup if c.warmup else 1., (1-u)/(1-c.warmup) if c.warmup < 1 else 1.)
-        for g in opt.param_groups: g['lr'] = rate
-        h,raw,state = lm(text[i:i+n_read], state, gen)
-        loss = lm.nll(h, text[i+1:i+1+n_read]).mean()
+    for i, n_read, n_drawn in segments(len(text), c.bptt, make_gen(seed, 'segments', epoch)):
+        u = (epoch + i / len(text)) / c.epochs
+        rate = (
+            c.lr * n_drawn / c.bptt
+            if c.optimizer == 'asgd'
+            else c.lr * min(u / c.warmup if c.warmup else 1.0, (1 - u) / (1 - c.warmup) if c.warmup < 1 else 1.0)
+        )
+        for g in opt.param_groups:
+            g['lr'] = rate
+        h, raw, state = lm(text[i : i + n_read], state, gen)
+        loss = lm.nll(h, text[i + 1 : i + 1 + n_read]).mean()
         opt.zero_grad()
-        (loss+activity(h, raw, c.ar, c.tar)).backward()
+        (loss + activity(h, raw, c.ar, c.tar)).backward()
         nn.utils.clip_grad_norm_(lm.parameters(), c.clip)
         opt.step()
-        total += loss.detach()*n_read; n += n_read
-        bar.update(n_read*text.shape[1])
-    if not math.isfinite(total := float(total)): raise FloatingPointError(f'the language model diverged in pass {epoch+1} (seed {seed}): give an LMCfg with a lower `lr`, now {c.lr}; in a job, choose another language model by the setting `lm`')
-    return total/n
+        total += loss.detach() * n_read
+        n += n_read
+        bar.update(n_read * text.shape[1])
+    if not math.isfinite(total := float(total)):
+        raise FloatingPointError(
+            f'the language model diverged in pass {epoch + 1} (seed {seed}): give an LMCfg with a lower `lr`, now {c.lr}; in a job, choose another language model by the setting `lm`'
+        )
+    return total / n
 
 # %% ../nbs/43_lm.ipynb #d77f2a69
 class averaged:
     "Within it a model has the weights that ASGD has averaged; the plain ones are back on leaving"
-    def __init__(self, lm:LM, opt): self.lm,self.opt = lm,opt
+
+    def __init__(self, lm: LM, opt):
+        self.lm, self.opt = lm, opt
+
     def __enter__(self):
-        self.plain = {p: p.detach().clone() for p in self.lm.parameters()} if isinstance(self.opt, torch.optim.ASGD) else {}
-        for p in self.plain: p.data.copy_(self.opt.state[p]['ax'])
+        self.plain = (
+            {p: p.detach().clone() for p in self.lm.parameters()} if isinstance(self.opt, torch.optim.ASGD) else {}
+        )
+        for p in self.plain:
+            p.data.copy_(self.opt.state[p]['ax'])
+
     def __exit__(self, *args):
-        for p,v in self.plain.items(): p.data.copy_(v)
+        for p, v in self.plain.items():
+            p.data.copy_(v)
+
 
 def train_lm(
-    train:list[list[str]], # Sentences, in order
-    valid:list[list[str]], # Sentences that choose the pass
-    cfg:LMCfg|str='small', # Settings, or a preset's name
-    seed:int=0, # Of weights, masks and segments
+    train: list[list[str]],  # Sentences, in order
+    valid: list[list[str]],  # Sentences that choose the pass
+    cfg: LMCfg | str = 'small',  # Settings, or a preset's name
+    seed: int = 0,  # Of weights, masks and segments
     *,
-    also:list[list[str]]=(), # Text the model will be asked about: its words join the dictionary
-    folder=None, # Where checkpoints and finished models are kept; nowhere if `None`
-    device='cpu', # Where to train
-    on_pass=None, # Called as `on_pass(line)` with each pass's line of the history
-    wait:bool=True, # For another process that trains this very model in `folder`; otherwise `BlockingIOError`
-) -> LM: # The pass with the lowest validation loss, in evaluation mode; its `history` has one line a pass
+    also: list[list[str]] = (),  # Text the model will be asked about: its words join the dictionary
+    folder=None,  # Where checkpoints and finished models are kept; nowhere if `None`
+    device='cpu',  # Where to train
+    on_pass=None,  # Called as `on_pass(line)` with each pass's line of the history
+    wait: bool = True,  # For another process that trains this very model in `folder`; otherwise `BlockingIOError`
+) -> LM:  # The pass with the lowest validation loss, in evaluation mode; its `history` has one line a pass
     "Train a language model, or fetch it if `folder` has this very one; continues a run that was killed"
-    cfg,device = lm_cfg(cfg)[0],pick_device(device)
-    for text,what in ((train,'train'), (valid,'valid')): check_sentences(text, what)
-    words,freq = lm_words(train, valid, also)
-    ids = {w: i for i,w in enumerate(words)}
-    text,held = as_stream(ids, train),as_stream(ids, valid)
-    if len(text) < 5*cfg.batch or len(held) < 2: raise ValueError(f'too little text: {len(text)} words to train on in {cfg.batch} streams, {len(held)} to validate on; give more sentences, or an LMCfg with a smaller batch')
-    text,held = side_by_side(text, cfg.batch).to(device),side_by_side(held, max(1, min(10, len(held)//50))).to(device)
-    path = None if folder is None else Path(folder)/f'lm-{lm_key(words, train, valid, cfg, seed, device)}.safetensors'
-    if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(path.with_suffix('.lock'), wait) if path is not None else nullcontext(): # of several processes that want this model, one trains it
-        lm,best,averaging = LM(words, cut_points(freq, cfg.parts), cfg, make_gen(seed, 'weights')).to(device),None,False
+    cfg, device = lm_cfg(cfg)[0], pick_device(device)
+    for text, what in ((train, 'train'), (valid, 'valid')):
+        check_sentences(text, what)
+    words, freq = lm_words(train, valid, also)
+    ids = {w: i for i, w in enumerate(words)}
+    text, held = as_stream(ids, train), as_stream(ids, valid)
+    if len(text) < 5 * cfg.batch or len(held) < 2:
+        raise ValueError(
+            f'too little text: {len(text)} words to train on in {cfg.batch} streams, {len(held)} to validate on; give more sentences, or an LMCfg with a smaller batch'
+        )
+    text, held = (
+        side_by_side(text, cfg.batch).to(device),
+        side_by_side(held, max(1, min(10, len(held) // 50))).to(device),
+    )
+    path = None if folder is None else Path(folder) / f'lm-{lm_key(words, train, valid, cfg, seed, device)}.safetensors'
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        exclusive(path.with_suffix('.lock'), wait) if path is not None else nullcontext()
+    ):  # of several processes that want this model, one trains it
+        lm, best, averaging = (
+            LM(words, cut_points(freq, cfg.parts), cfg, make_gen(seed, 'weights')).to(device),
+            None,
+            False,
+        )
         if path is not None and path.exists():
-            kept,state = _read_lm(path, device)
-            if state is None: return kept
-            best,lm.history,averaging = kept.state_dict(),kept.history,state['averaging']
+            kept, state = _read_lm(path, device)
+            if state is None:
+                return kept
+            best, lm.history, averaging = kept.state_dict(), kept.history, state['averaging']
             lm.load_state_dict(state['weights'])
-        lm.seed,opt = seed,make_lm_optimizer(lm, averaging)
-        if lm.history: opt.load_state_dict(state['optimizer'])
-        bar = progress(total=cfg.epochs*text.numel(), desc='language model', unit='word', initial=len(lm.history)*text.numel())
+        lm.seed, opt = seed, make_lm_optimizer(lm, averaging)
+        if lm.history:
+            opt.load_state_dict(state['optimizer'])
+        bar = progress(
+            total=cfg.epochs * text.numel(), desc='language model', unit='word', initial=len(lm.history) * text.numel()
+        )
         for epoch in range(len(lm.history), cfg.epochs):
             start = time.monotonic()
             loss = _pass(lm.train(), opt, text, epoch, seed, bar)
             with averaged(lm, opt):
                 now = read_text(lm, held).mean().item()
-                if best is None or now < min(o['valid'] for o in lm.history): best = {k: v.detach().clone() for k,v in lm.state_dict().items()}
+                if best is None or now < min(o['valid'] for o in lm.history):
+                    best = {k: v.detach().clone() for k, v in lm.state_dict().items()}
             earlier = [o['valid'] for o in lm.history]
-            lm.history.append(dict(epoch=epoch+1, train=loss, valid=now, averaged=averaging, seconds=time.monotonic()-start))
+            lm.history.append(
+                dict(epoch=epoch + 1, train=loss, valid=now, averaged=averaging, seconds=time.monotonic() - start)
+            )
             bar.set_postfix(dict(valid_ppl=math.exp(now)))
-            if on_pass: on_pass(lm.history[-1])
-            if cfg.optimizer == 'asgd' and not averaging and stalled(earlier, now, cfg.nonmono): averaging = True; opt = make_lm_optimizer(lm, True)
-            if path is not None and epoch+1 < cfg.epochs:
-                state = dict(weights={k: v.clone() for k,v in lm.state_dict().items()}, optimizer=opt.state_dict(), averaging=averaging)
-                plain = lm.state_dict(); plain = {k: v.clone() for k,v in plain.items()}
-                lm.load_state_dict(best); save_lm(lm, path, state); lm.load_state_dict(plain)
+            if on_pass:
+                on_pass(lm.history[-1])
+            if cfg.optimizer == 'asgd' and not averaging and stalled(earlier, now, cfg.nonmono):
+                averaging = True
+                opt = make_lm_optimizer(lm, True)
+            if path is not None and epoch + 1 < cfg.epochs:
+                state = dict(
+                    weights={k: v.clone() for k, v in lm.state_dict().items()},
+                    optimizer=opt.state_dict(),
+                    averaging=averaging,
+                )
+                plain = lm.state_dict()
+                plain = {k: v.clone() for k, v in plain.items()}
+                lm.load_state_dict(best)
+                save_lm(lm, path, state)
+                lm.load_state_dict(plain)
         bar.close()
-        lm.load_state_dict(best); lm.eval()
-        if path is not None: save_lm(lm, path)
+        lm.load_state_dict(best)
+        lm.eval()
+        if path is not None:
+            save_lm(lm, path)
         return lm
 
 # %% ../nbs/43_lm.ipynb #3bb0ef37
 def nats_interval(
-    nats:Tensor, # Of each sentence by each model, shape `(S, n)`
-    tokens:Tensor, # Of each sentence, shape `(n,)`
-    gen:torch.Generator, # Source of the bootstrap, on the CPU
-    n_boot:int=1000, # Replicates
-) -> tuple[float,tuple[float,float]]: # Perplexity; its 95 % interval
+    nats: Tensor,  # Of each sentence by each model, shape `(S, n)`
+    tokens: Tensor,  # Of each sentence, shape `(n,)`
+    gen: torch.Generator,  # Source of the bootstrap, on the CPU
+    n_boot: int = 1000,  # Replicates
+) -> tuple[float, tuple[float, float]]:  # Perplexity; its 95 % interval
     "Block bootstrap over sentences, and the spread of seeds"
-    S,n = nats.shape
-    each = nats.sum(1)/tokens.sum()
-    b = max(1, min(50, n//20))
+    S, n = nats.shape
+    each = nats.sum(1) / tokens.sum()
+    b = max(1, min(50, n // 20))
     both = torch.stack([nats.mean(0), tokens.double()])
-    cum = torch.cat([both.new_zeros(2, 1), torch.cat([both, both[:,:b]], 1).cumsum(1)], 1) # blocks go on at the front
-    start = torch.randint(n, (n_boot, -(-n//b)), generator=gen)
-    num,den = (cum[:,start+b]-cum[:,start]).sum(2)
-    var = (num/den).var() + (each.var()/S if S > 1 else 0.)
-    mid,half = each.mean(),1.959964*var.sqrt()
-    return mid.exp().item(),((mid-half).exp().item(), (mid+half).exp().item())
+    cum = torch.cat([both.new_zeros(2, 1), torch.cat([both, both[:, :b]], 1).cumsum(1)], 1)  # blocks go on at the front
+    start = torch.randint(n, (n_boot, -(-n // b)), generator=gen)
+    num, den = (cum[:, start + b] - cum[:, start]).sum(2)
+    var = (num / den).var() + (each.var() / S if S > 1 else 0.0)
+    mid, half = each.mean(), 1.959964 * var.sqrt()
+    return mid.exp().item(), ((mid - half).exp().item(), (mid + half).exp().item())
+
 
 def _ppl(lms, sentences, what) -> dict:
     "Perplexity of a text under several models, as a metric"
     nats = torch.stack([lm_nll(lm, sentences) for lm in lms])
-    tokens = torch.tensor([len(s)+1 for s in sentences])
-    value,interval = nats_interval(nats, tokens, make_gen(0, 'bootstrap'))
-    each = ', '.join(f'{s}: {(v.sum()/tokens.sum()).exp().item():.2f}' for s,v in zip((lm.seed for lm in lms), nats))
+    tokens = torch.tensor([len(s) + 1 for s in sentences])
+    value, interval = nats_interval(nats, tokens, make_gen(0, 'bootstrap'))
+    each = ', '.join(f'{s}: {(v.sum() / tokens.sum()).exp().item():.2f}' for s, v in zip((lm.seed for lm in lms), nats))
     spread = ' and seeds' if len(lms) > 1 else ' alone'
-    return metric(value, interval, len(sentences), f'{what}; {int(tokens.sum())} tokens with {STOP}, one stream; by seed {each}; geometric mean; 95 % from blocks of sentences{spread}')
+    return metric(
+        value,
+        interval,
+        len(sentences),
+        f'{what}; {int(tokens.sum())} tokens with {STOP}, one stream; by seed {each}; geometric mean; 95 % from blocks of sentences{spread}',
+    )
 
 # %% ../nbs/43_lm.ipynb #e2e7debe
-N_TRAIN,N_VALID = 40_000,3_000
+N_TRAIN, N_VALID = 40_000, 3_000
+
 
 def protocol(
-    n:int, # Sentences
-) -> tuple[int,int]: # Sentences before the first that validates, and before the first that does neither
+    n: int,  # Sentences
+) -> tuple[int, int]:  # Sentences before the first that validates, and before the first that does neither
     "Which sentences train a language model, and which choose its pass; `ValueError` for less than 100"
-    if n < 100: raise ValueError(f'{n} sentences are too few to train a language model: generate at least 100, better {N_TRAIN+N_VALID:,}')
-    if n >= N_TRAIN+N_VALID//2: return N_TRAIN,min(n, N_TRAIN+N_VALID)
-    return n*N_TRAIN//(N_TRAIN+N_VALID),n
+    if n < 100:
+        raise ValueError(
+            f'{n} sentences are too few to train a language model: generate at least 100, better {N_TRAIN + N_VALID:,}'
+        )
+    if n >= N_TRAIN + N_VALID // 2:
+        return N_TRAIN, min(n, N_TRAIN + N_VALID)
+    return n * N_TRAIN // (N_TRAIN + N_VALID), n
+
 
 def lm_lacks(
-    sentences:list[list[str]], # Generated or real
-    cfg:LMCfg|str, # Settings
-    what:str='sentences', # Their name
-) -> str: # Reason; empty if they will do
+    sentences: list[list[str]],  # Generated or real
+    cfg: LMCfg | str,  # Settings
+    what: str = 'sentences',  # Their name
+) -> str:  # Reason; empty if they will do
     "Why no language model can be trained on these sentences"
-    n,cfg = len(sentences),lm_cfg(cfg)[0]
-    if n < 100: return f'{n} {what} are fewer than the 100 that a language model needs'
-    words = sum(len(x)+1 for x in sentences[:protocol(n)[0]])
-    return '' if words >= 5*cfg.batch else f'{words} words of {what} are fewer than the {5*cfg.batch} that a language model with {cfg.batch} streams needs'
+    n, cfg = len(sentences), lm_cfg(cfg)[0]
+    if n < 100:
+        return f'{n} {what} are fewer than the 100 that a language model needs'
+    words = sum(len(x) + 1 for x in sentences[: protocol(n)[0]])
+    return (
+        ''
+        if words >= 5 * cfg.batch
+        else f'{words} words of {what} are fewer than the {5 * cfg.batch} that a language model with {cfg.batch} streams needs'
+    )
+
 
 def _check(cfg, seeds, **texts):
     "Errors before any work"
     lm_cfg(cfg)
-    if not len(seeds) or len(set(seeds)) < len(seeds): raise ValueError(f'seeds must be different numbers, at least one, got {seeds!r}')
-    for what,text in texts.items(): check_sentences(text, what)
+    if not len(seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f'seeds must be different numbers, at least one, got {seeds!r}')
+    for what, text in texts.items():
+        check_sentences(text, what)
+
 
 def protocol_lms(
-    sentences:list[list[str]], # Text, generated or real
-    also:list[list[str]], # Text the models will be asked about
-    cfg:LMCfg|str, # Settings
-    seeds:tuple[int,...], # One model each
-    folder=None, # Where models are kept
-    device='cpu', # Where to train
-    apart:bool|None=None, # Train all but the first in processes of their own, which needs a folder; by default where there is one, and a GPU, which one model leaves mostly idle, unless others share it (`LDEBM_SHARED_GPU=1`, which sweeps set)
-) -> tuple[list[LM],str]: # Models; what they are, for the estimator
+    sentences: list[list[str]],  # Text, generated or real
+    also: list[list[str]],  # Text the models will be asked about
+    cfg: LMCfg | str,  # Settings
+    seeds: tuple[int, ...],  # One model each
+    folder=None,  # Where models are kept
+    device='cpu',  # Where to train
+    apart: bool
+    | None = None,  # Train all but the first in processes of their own, which needs a folder; by default where there is one, and a GPU, which one model leaves mostly idle, unless others share it (`LDEBM_SHARED_GPU=1`, which sweeps set)
+) -> tuple[list[LM], str]:  # Models; what they are, for the estimator
     "The language models of a text"
-    (a,b),device = protocol(len(sentences)),pick_device(device)
-    def fetch(s, wait): return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
-    lms,helpers = {},[]
-    if apart and folder is None: raise ValueError('models trained in processes of their own need a folder to be fetched from')
-    if apart is None: apart = not env_flag('LDEBM_SHARED_GPU', False) and folder is not None and torch.device(device).type == 'cuda' and not multiprocessing.current_process().daemon
+    (a, b), device = protocol(len(sentences)), pick_device(device)
+
+    def fetch(s, wait):
+        return train_lm(sentences[:a], sentences[a:b], cfg, s, also=also, folder=folder, device=device, wait=wait)
+
+    lms, helpers = {}, []
+    if apart and folder is None:
+        raise ValueError('models trained in processes of their own need a folder to be fetched from')
+    if apart is None:
+        apart = (
+            not env_flag('LDEBM_SHARED_GPU', False)
+            and folder is not None
+            and torch.device(device).type == 'cuda'
+            and not multiprocessing.current_process().daemon
+        )
     if apart:
         how = dict(cfg=lm_cfg(cfg)[0], also=also, folder=folder, device=device)
-        helpers = [multiprocessing.get_context('spawn').Process(target=train_lm, args=(sentences[:a], sentences[a:b]), kwargs=dict(how, seed=s), daemon=True) for s in seeds[1:]]
-        for p in helpers: p.start()
+        helpers = [
+            multiprocessing.get_context('spawn').Process(
+                target=train_lm, args=(sentences[:a], sentences[a:b]), kwargs=dict(how, seed=s), daemon=True
+            )
+            for s in seeds[1:]
+        ]
+        for p in helpers:
+            p.start()
     try:
         for s in seeds:
-            try: lms[s] = fetch(s, False)
-            except BlockingIOError: pass # another process is at it: first those that nobody is at
-            if helpers: break
-        for p in helpers: p.join() # what they trained is in the folder; what they did not is trained here, or fails here as it did there
+            try:
+                lms[s] = fetch(s, False)
+            except BlockingIOError:
+                pass  # another process is at it: first those that nobody is at
+            if helpers:
+                break
+        for p in helpers:
+            p.join()  # what they trained is in the folder; what they did not is trained here, or fails here as it did there
     finally:
-        for p in helpers: p.terminate()
+        for p in helpers:
+            p.terminate()
     lms = [lms[s] if s in lms else fetch(s, True) for s in seeds]
-    took = sum(o['seconds'] for lm in lms for o in lm.history)/60/len(lms)
-    return lms,f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b-a:,} to choose the pass, trained for {took:.1f} minutes'
+    took = sum(o['seconds'] for lm in lms for o in lm.history) / 60 / len(lms)
+    return (
+        lms,
+        f'language model `{lm_cfg(cfg)[1]}`, {a:,} sentences to train and {b - a:,} to choose the pass, trained for {took:.1f} minutes',
+    )
+
 
 def _reverse(name, lms, what, sentences, test) -> dict:
-    m = unseen_share(test, sentences[:protocol(len(sentences))[0]])
-    return {name: _ppl(lms, test, what), f'{name}_unseen': m|{'estimator': f'words of the test text that the language model never read: {m["estimator"]}'}}
+    m = unseen_share(test, sentences[: protocol(len(sentences))[0]])
+    return {
+        name: _ppl(lms, test, what),
+        f'{name}_unseen': m
+        | {'estimator': f'words of the test text that the language model never read: {m["estimator"]}'},
+    }
 
 # %% ../nbs/43_lm.ipynb #65e09116
 def rppl_floor(
-    train:list[list[str]], # Real training sentences, in file order
-    test:list[list[str]], # Real test sentences, none cut
-    cfg:LMCfg|str='small', # Settings of the language model
+    train: list[list[str]],  # Real training sentences, in file order
+    test: list[list[str]],  # Real test sentences, none cut
+    cfg: LMCfg | str = 'small',  # Settings of the language model
     *,
-    n:int=N_TRAIN+N_VALID, # Sentences used, from the front: as many as are generated
-    seeds:tuple[int,...]=(0,1), # Of the language models
-    folder=None, # Where models are kept, to be learned once
-    device='cpu', # Where to train
-) -> dict: # Metrics `rppl_floor`, `rppl_floor_unseen`
+    n: int = N_TRAIN + N_VALID,  # Sentences used, from the front: as many as are generated
+    seeds: tuple[int, ...] = (0, 1),  # Of the language models
+    folder=None,  # Where models are kept, to be learned once
+    device='cpu',  # Where to train
+) -> dict:  # Metrics `rppl_floor`, `rppl_floor_unseen`
     "Reverse perplexity of real sentences: what a perfect generator gets"
     _check(cfg, seeds, train=train, test=test)
-    lms,what = protocol_lms(train[:n], test, cfg, seeds, folder, device)
+    lms, what = protocol_lms(train[:n], test, cfg, seeds, folder, device)
     return _reverse('rppl_floor', lms, f'perplexity of real test text after real text; {what}', train[:n], test)
 
+
 def forward_ppl(
-    lms:list[LM]|LM, # Trained on real text
-    samples:list[list[str]], # Generated sentences
-) -> dict: # Metric `ppl_forward`
+    lms: list[LM] | LM,  # Trained on real text
+    samples: list[list[str]],  # Generated sentences
+) -> dict:  # Metric `ppl_forward`
     "Perplexity of samples under language models of real text: fluency without variety"
     lms = [lms] if isinstance(lms, LM) else list(lms)
     check_sentences(samples, 'samples')
-    return {'ppl_forward': _ppl(lms, samples, f'perplexity of {len(samples):,} generated sentences under {len(lms)} language model{"s"*(len(lms) > 1)} of real text')}
+    return {
+        'ppl_forward': _ppl(
+            lms,
+            samples,
+            f'perplexity of {len(samples):,} generated sentences under {len(lms)} language model{"s" * (len(lms) > 1)} of real text',
+        )
+    }
+
 
 def reverse_ppl(
-    samples:list[list[str]], # Generated sentences; 46,000 of them in the published protocol
-    test:list[list[str]], # Real test sentences, none cut
-    train:list[list[str]]|None=None, # Real training sentences in file order, for the floor and forward perplexity
-    cfg:LMCfg|str='small', # Settings of the language model
+    samples: list[list[str]],  # Generated sentences; 46,000 of them in the published protocol
+    test: list[list[str]],  # Real test sentences, none cut
+    train: list[list[str]] | None = None,  # Real training sentences in file order, for the floor and forward perplexity
+    cfg: LMCfg | str = 'small',  # Settings of the language model
     *,
-    seeds:tuple[int,...]=(0,1), # Of the language models
-    folder=None, # Where models of real text are kept, which serve all generators
-    own=None, # Where those of the samples are kept
-    device='cpu', # Where to train
-) -> dict: # Metrics `rppl`, `rppl_unseen`; with `train` also `rppl_floor`, `rppl_floor_unseen`, `ppl_forward`
+    seeds: tuple[int, ...] = (0, 1),  # Of the language models
+    folder=None,  # Where models of real text are kept, which serve all generators
+    own=None,  # Where those of the samples are kept
+    device='cpu',  # Where to train
+) -> dict:  # Metrics `rppl`, `rppl_unseen`; with `train` also `rppl_floor`, `rppl_floor_unseen`, `ppl_forward`
     "Reverse perplexity; Shi et al. (2020)"
     _check(cfg, seeds, samples=samples, test=test, **({} if train is None else {'train': train}))
-    a,b = protocol(len(samples))
-    if train is not None: protocol(len(train))
-    lms,what = protocol_lms(samples, test, cfg, seeds, own, device)
+    a, b = protocol(len(samples))
+    if train is not None:
+        protocol(len(train))
+    lms, what = protocol_lms(samples, test, cfg, seeds, own, device)
     out = _reverse('rppl', lms, f'perplexity of real test text after generated text; {what}', samples, test)
-    if train is None: return out
-    real = train[:len(samples)]
-    lms,what = protocol_lms(real, [*test, *train, *samples], cfg, seeds, folder, device) # the same dictionary, and so the same models, for every generator that knows the training words
-    rest = samples[b:] if len(samples)-b >= b-a else samples[a:]
-    return out | _reverse('rppl_floor', lms, f'perplexity of real test text after real text; {what}', real, test) | forward_ppl(lms, rest)
+    if train is None:
+        return out
+    real = train[: len(samples)]
+    lms, what = protocol_lms(
+        real, [*test, *train, *samples], cfg, seeds, folder, device
+    )  # the same dictionary, and so the same models, for every generator that knows the training words
+    rest = samples[b:] if len(samples) - b >= b - a else samples[a:]
+    return (
+        out
+        | _reverse('rppl_floor', lms, f'perplexity of real test text after real text; {what}', real, test)
+        | forward_ppl(lms, rest)
+    )
 
 # %% ../nbs/43_lm.ipynb #6ada51ef
 def plot_ppl(
-    scores:dict[str,dict], # Name of a generator -> metrics of `reverse_ppl` with `train`
+    scores: dict[str, dict],  # Name of a generator -> metrics of `reverse_ppl` with `train`
     ax=None,
 ):
     "Reverse against forward perplexity, with the floor as a line"
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4.5,2.6))[1]
-    for k,m in scores.items():
-        x,y = m['ppl_forward']['value'],m['rppl']['value']
-        ax.plot(x, y, 'o'); ax.annotate(k, (x, y), xytext=(5,3), textcoords='offset points', fontsize=8)
+
+    ax = ax or plt.subplots(figsize=(4.5, 2.6))[1]
+    for k, m in scores.items():
+        x, y = m['ppl_forward']['value'], m['rppl']['value']
+        ax.plot(x, y, 'o')
+        ax.annotate(k, (x, y), xytext=(5, 3), textcoords='offset points', fontsize=8)
     ax.axhline(next(iter(scores.values()))['rppl_floor']['value'], color='grey', ls=':', label='floor')
-    ax.set(xscale='log', yscale='log', xlabel='forward perplexity', ylabel='reverse perplexity'); ax.margins(x=.45, y=.15); ax.legend(fontsize=8)
+    ax.set(xscale='log', yscale='log', xlabel='forward perplexity', ylabel='reverse perplexity')
+    ax.margins(x=0.45, y=0.15)
+    ax.legend(fontsize=8)
     return ax

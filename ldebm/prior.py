@@ -11,104 +11,165 @@ __all__ = ['Posterior', 'DiagGaussian', 'free_bits', 'Prior', 'no_symbols', 'Sta
            'match_labels', 'balance_weights', 'published_draw']
 
 # %% ../nbs/13_prior.ipynb #205197e4
-import math, weakref
+import math
+import weakref
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
+
 from .core import env_flag, to_device
-from .kernels import RecordedGrad, full, rows
 from .energy import Energy, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
+from .kernels import RecordedGrad, full, rows
 from .langevin import KEPT, Gathered, Pending, mala_chain, recording, split_rhat, stop_if_bad, tilt_chain
+from .schedule import Schedule, diffuse, diffuse_pair, diffuse_path, randn_like
 from .stats import effective, log_mean_exp
 
 # %% ../nbs/13_prior.ipynb #b4352371
 class Posterior:
     "What an encoder says of `B` sentences: `rsample`, `log_prob`, `mode`; `q[i]` are some of them"
-    def map(self, f): # A posterior whose tensors are `f` of these
-        return type(self)(**{k: v.map(f) if isinstance(v, Posterior) else f(v) if isinstance(v, Tensor) else v for k,v in vars(self).items()})
-    def __getitem__(self, i): return self.map(lambda x: rows(x, i) if isinstance(i, Tensor) and i.dtype == torch.long else x[i])
-    def __len__(self) -> int: return next(len(v) for v in vars(self).values() if isinstance(v, (Tensor, Posterior)))
-    def to(self, device): return self.map(lambda x: to_device(device, x)[0])
+
+    def map(self, f):  # A posterior whose tensors are `f` of these
+        return type(self)(
+            **{
+                k: v.map(f) if isinstance(v, Posterior) else f(v) if isinstance(v, Tensor) else v
+                for k, v in vars(self).items()
+            }
+        )
+
+    def __getitem__(self, i):
+        return self.map(lambda x: rows(x, i) if isinstance(i, Tensor) and i.dtype == torch.long else x[i])
+
+    def __len__(self) -> int:
+        return next(len(v) for v in vars(self).values() if isinstance(v, (Tensor, Posterior)))
+
+    def to(self, device):
+        return self.map(lambda x: to_device(device, x)[0])
+
     @staticmethod
-    def cat(parts:list): # One posterior of all their sentences
-        same = lambda k: [getattr(p, k) for p in parts]
-        join = lambda v, k: Posterior.cat(same(k)) if isinstance(v, Posterior) else torch.cat(same(k)) if isinstance(v, Tensor) else v
-        return type(parts[0])(**{k: join(v, k) for k,v in vars(parts[0]).items()})
+    def cat(parts: list):  # One posterior of all their sentences
+        def same(k):
+            return [getattr(p, k) for p in parts]
+
+        def join(v, k):
+            return (
+                Posterior.cat(same(k))
+                if isinstance(v, Posterior)
+                else torch.cat(same(k))
+                if isinstance(v, Tensor)
+                else v
+            )
+
+        return type(parts[0])(**{k: join(v, k) for k, v in vars(parts[0]).items()})
+
 
 class DiagGaussian(Posterior):
     "Diagonal Gaussian `q(z|x)`: `rsample`, `log_prob`, `mode`"
-    def __init__(self,
-        mean:Tensor, # Shape `(B, d)`
-        logvar:Tensor, # Log variances, shape `(B, d)`
-    ): self.mean,self.logvar = mean,logvar
+
+    def __init__(
+        self,
+        mean: Tensor,  # Shape `(B, d)`
+        logvar: Tensor,  # Log variances, shape `(B, d)`
+    ):
+        self.mean, self.logvar = mean, logvar
+
     @property
-    def mode(self) -> Tensor: return self.mean
+    def mode(self) -> Tensor:
+        return self.mean
+
     @property
-    def features(self) -> Tensor: return self.mean # What clustering sees, shape `(B, d)`
-    def rsample(self, gen:torch.Generator|None=None) -> Tensor:
+    def features(self) -> Tensor:
+        return self.mean  # What clustering sees, shape `(B, d)`
+
+    def rsample(self, gen: torch.Generator | None = None) -> Tensor:
         "A reparameterised draw, shape `(B, d)`"
-        return self.mean + (.5*self.logvar).exp()*randn_like(self.mean, gen)
-    def log_prob(self, z:Tensor) -> Tensor: # Shape `(B,)`, nats
-        return -.5*((z-self.mean)**2*(-self.logvar).exp() + self.logvar + math.log(2*math.pi)).sum(-1)
-    def pairwise(self, z:Tensor) -> Tensor: # `log q(z_i | x_j)` of every draw under every posterior, shape `(n, B)`
-        w,c = (-self.logvar).exp(),self.mean.mean(0); z,m = z-c,self.mean-c # from a common centre: squares that cancel should be small
-        return -.5*(z.square()@w.T-2*z@(m*w).T+(m.square()*w+self.logvar+math.log(2*math.pi)).sum(1))
-    def kl_standard(self) -> Tensor: # Shape `(B, d)`, nats
+        return self.mean + (0.5 * self.logvar).exp() * randn_like(self.mean, gen)
+
+    def log_prob(self, z: Tensor) -> Tensor:  # Shape `(B,)`, nats
+        return -0.5 * ((z - self.mean) ** 2 * (-self.logvar).exp() + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+    def pairwise(self, z: Tensor) -> Tensor:  # `log q(z_i | x_j)` of every draw under every posterior, shape `(n, B)`
+        w, c = (-self.logvar).exp(), self.mean.mean(0)
+        z, m = z - c, self.mean - c  # from a common centre: squares that cancel should be small
+        return -0.5 * (
+            z.square() @ w.T - 2 * z @ (m * w).T + (m.square() * w + self.logvar + math.log(2 * math.pi)).sum(1)
+        )
+
+    def kl_standard(self) -> Tensor:  # Shape `(B, d)`, nats
         "KL to N(0, 1), one number a dimension"
-        return .5*(self.mean**2 + self.logvar.exp() - 1 - self.logvar)
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
 
 # %% ../nbs/13_prior.ipynb #5c961139
 def free_bits(
-    kl:Tensor, # KL of each sample and dimension, shape `(B, d)`, nats
-    floor:float, # Nats a dimension that cost nothing
-    clamp:bool=True, # Otherwise a mask on each entry, which drops those up to `floor` and keeps the rest whole (the released SVEBM code)
-) -> Tensor: # Shape `(B,)`
+    kl: Tensor,  # KL of each sample and dimension, shape `(B, d)`, nats
+    floor: float,  # Nats a dimension that cost nothing
+    clamp: bool = True,  # Otherwise a mask on each entry, which drops those up to `floor` and keeps the rest whole (the released SVEBM code)
+) -> Tensor:  # Shape `(B,)`
     "Sum over dimensions of `max(batch mean, floor)`: a clamp, so a dimension under its floor is neither paid for nor pushed (Kingma et al. 2016, eq. 15)"
-    if floor == 0: return kl.sum(-1)
-    if not clamp: return (kl*(kl > floor)).sum(-1)
+    if floor == 0:
+        return kl.sum(-1)
+    if not clamp:
+        return (kl * (kl > floor)).sum(-1)
     return kl.mean(0).clamp(min=floor).sum().expand(len(kl))
 
 # %% ../nbs/13_prior.ipynb #abc4c0d7
 class Prior(nn.Module):
     "A prior over latents `(B, d)`: subclasses give `sample` and `log_weight`"
+
     n_symbols = 0
-    def __init__(self, d:int):
+
+    def __init__(self, d: int):
         super().__init__()
         self.d = d
-        self.register_buffer('loc', torch.zeros(d)) # Says where, and in what precision, samples are wanted
-    def sample(self, n:int, *, y=None, gen:torch.Generator|None=None) -> Tensor: # Shape `(n, d)`
+        self.register_buffer('loc', torch.zeros(d))  # Says where, and in what precision, samples are wanted
+
+    def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:  # Shape `(n, d)`
         raise NotImplementedError(f'{type(self).__name__} needs `sample(n, *, y=None, gen=None)`')
-    def log_weight(self, z:Tensor, gen=None) -> Tensor: # Shape `(B,)`: log p(z), nats
+
+    def log_weight(self, z: Tensor, gen=None) -> Tensor:  # Shape `(B,)`: log p(z), nats
         raise NotImplementedError(f'{type(self).__name__} needs `log_weight(z)`')
-    def kl(self, q, z:Tensor, gen=None, n:int=1) -> tuple[Tensor,Tensor]: # Nats, and draws behind it, each `(B,)`
+
+    def kl(self, q, z: Tensor, gen=None, n: int = 1) -> tuple[Tensor, Tensor]:  # Nats, and draws behind it, each `(B,)`
         "`log q(z|x) - log p(z)` at the draw: unbiased for KL(q || p)"
-        kl = q.log_prob(z)-self.log_weight(z)
-        return kl,torch.full_like(kl, n)
-    def terms(self, q, z:Tensor, gen=None, labels=None, label_weights=None) -> dict: # Named terms, each `(B,)`
+        kl = q.log_prob(z) - self.log_weight(z)
+        return kl, torch.full_like(kl, n)
+
+    def terms(self, q, z: Tensor, gen=None, labels=None, label_weights=None) -> dict:  # Named terms, each `(B,)`
         return dict(kl=self.kl(q, z)[0])
 
-def no_symbols(y, what:str):
+
+def no_symbols(y, what: str):
     "`ValueError` naming `what`, of which a symbol was asked that it does not have"
-    if y is not None: raise ValueError(f'{what} has no symbols to condition on')
+    if y is not None:
+        raise ValueError(f'{what} has no symbols to condition on')
+
 
 class StandardNormal(Prior):
     "The prior N(0, I), with the interface of `DiffusionEBM`"
-    def __init__(self,
-        d:int, # Latent dimension
-        floor:float=0., # Free nats a dimension
+
+    def __init__(
+        self,
+        d: int,  # Latent dimension
+        floor: float = 0.0,  # Free nats a dimension
     ):
-        super().__init__(d); self.floor = floor
-    def terms(self, q:DiagGaussian, z:Tensor, gen=None, labels=None, label_weights=None) -> dict:
+        super().__init__(d)
+        self.floor = floor
+
+    def terms(self, q: DiagGaussian, z: Tensor, gen=None, labels=None, label_weights=None) -> dict:
         "`kl` with free bits, `zkl0` without, and `kl_base` for the record"
         kl = q.kl_standard()
         return dict(kl=free_bits(kl, self.floor), zkl0=kl.sum(-1), kl_base=kl.sum(-1).detach())
-    def kl(self, q:DiagGaussian, z:Tensor, gen=None, n:int=1) -> tuple[Tensor,Tensor]: # Exact, in the form of `DiffusionEBM.kl`
+
+    def kl(
+        self, q: DiagGaussian, z: Tensor, gen=None, n: int = 1
+    ) -> tuple[Tensor, Tensor]:  # Exact, in the form of `DiffusionEBM.kl`
         kl = q.kl_standard().sum(-1)
         return kl, torch.full_like(kl, n)
-    def log_weight(self, z:Tensor, gen=None) -> Tensor: # Shape `(B,)`: exactly log p(z)
-        return -.5*(z**2 + math.log(2*math.pi)).sum(-1)
-    def sample(self, n:int, *, y=None, gen:torch.Generator|None=None) -> Tensor: # Shape `(n, d)`
+
+    def log_weight(self, z: Tensor, gen=None) -> Tensor:  # Shape `(B,)`: exactly log p(z)
+        return -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:  # Shape `(n, d)`
         "Draws from N(0, I); `ValueError` when asked for a symbol, of which it has none"
         no_symbols(y, 'a standard normal prior')
         return self.loc + randn_like(self.loc.expand(n, -1), gen)
@@ -117,515 +178,793 @@ class StandardNormal(Prior):
 @dataclass(frozen=True)
 class PriorCfg:
     "How a `DiffusionEBM` is trained and sampled"
-    objective:str='consistent' # `consistent` or `published`
-    reference:str='gaussian' # Gaussian tilted at each level: `gaussian` (Cui & Han 2024) or `flat` (Yu et al. 2022)
-    n_steps:int=20 # Langevin steps a level (50 in the published code)
-    rho:float=.8 # `consistent`: share of the state a preconditioned step keeps
-    mala:bool=True # `consistent`: accept or reject each step, in training too
-    drift:float=math.inf # `consistent`: longest drift of a step, in units of its noise
-    tau:float=1. # `consistent`: temperature of every level, the same in chain, loss and likelihood
-    b2:float=2e-3 # `published`: the squared base step
-    floor:float=0. # `consistent`: free nats a dimension; `published`: threshold kappa of its entropy mask
-    clamp:bool=True # `consistent`: how `floor` works, see `free_bits`
-    weighting:str='drl' # `published`: weight of a level's contrast, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t, the gradient of the likelihood)
-    encoder:bool=True # Terms reach the latents; `False` when what made them is frozen
-    levels:str='one' # `consistent`: `one` stratified random level a sample, times T, or `all`
+
+    objective: str = 'consistent'  # `consistent` or `published`
+    reference: str = 'gaussian'  # Gaussian tilted at each level: `gaussian` (Cui & Han 2024) or `flat` (Yu et al. 2022)
+    n_steps: int = 20  # Langevin steps a level (50 in the published code)
+    rho: float = 0.8  # `consistent`: share of the state a preconditioned step keeps
+    mala: bool = True  # `consistent`: accept or reject each step, in training too
+    drift: float = math.inf  # `consistent`: longest drift of a step, in units of its noise
+    tau: float = 1.0  # `consistent`: temperature of every level, the same in chain, loss and likelihood
+    b2: float = 2e-3  # `published`: the squared base step
+    floor: float = 0.0  # `consistent`: free nats a dimension; `published`: threshold kappa of its entropy mask
+    clamp: bool = True  # `consistent`: how `floor` works, see `free_bits`
+    weighting: str = 'drl'  # `published`: weight of a level's contrast, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t, the gradient of the likelihood)
+    encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
+    levels: str = 'one'  # `consistent`: `one` stratified random level a sample, times T, or `all`
+
     def __post_init__(self):
-        for name,ok in (('objective',('consistent','published')), ('reference',('gaussian','flat')), ('levels',('one','all')), ('weighting',('drl','likelihood'))):
-            if getattr(self, name) not in ok: raise ValueError(f'{name} must be one of {", ".join(ok)}; got {getattr(self, name)!r}')
-        if self.n_steps < 0: raise ValueError(f'n_steps must be >= 0, got {self.n_steps}')
-        if not 0 <= self.rho < 1: raise ValueError(f'rho must lie in [0, 1), got {self.rho}')
-        if self.floor < 0: raise ValueError(f'floor must not be negative, got {self.floor}')
-        if self.tau <= 0 or self.b2 <= 0: raise ValueError(f'tau and b2 must be positive, got {self.tau} and {self.b2}')
+        for name, ok in (
+            ('objective', ('consistent', 'published')),
+            ('reference', ('gaussian', 'flat')),
+            ('levels', ('one', 'all')),
+            ('weighting', ('drl', 'likelihood')),
+        ):
+            if getattr(self, name) not in ok:
+                raise ValueError(f'{name} must be one of {", ".join(ok)}; got {getattr(self, name)!r}')
+        if self.n_steps < 0:
+            raise ValueError(f'n_steps must be >= 0, got {self.n_steps}')
+        if not 0 <= self.rho < 1:
+            raise ValueError(f'rho must lie in [0, 1), got {self.rho}')
+        if self.floor < 0:
+            raise ValueError(f'floor must not be negative, got {self.floor}')
+        if self.tau <= 0 or self.b2 <= 0:
+            raise ValueError(f'tau and b2 must be positive, got {self.tau} and {self.b2}')
 
 # %% ../nbs/13_prior.ipynb #90f294ad
 class DiffusionEBM(nn.Module):
     "Prior `p(z_T) prod_t p(z_t | z_{t+1})` over latents `(B, d)` (Yu et al. 2022, eq. 5-9)"
-    def __init__(self,
-        schedule:Schedule, # Noise levels
-        energy:nn.Module, # `F(z, t, y, context) -> (B,)`, high is likely; `logits(z, t, context) -> (B, K)`; `power_iterate()`, `weights()`
-        cfg:PriorCfg=PriorCfg(), # How it is trained and sampled
+
+    def __init__(
+        self,
+        schedule: Schedule,  # Noise levels
+        energy: nn.Module,  # `F(z, t, y, context) -> (B,)`, high is likely; `logits(z, t, context) -> (B, K)`; `power_iterate()`, `weights()`
+        cfg: PriorCfg = PriorCfg(),  # How it is trained and sampled
     ):
         super().__init__()
-        if energy.n_levels != schedule.T: raise ValueError(f'the energy has {energy.n_levels} levels, the schedule {schedule.T}')
+        if energy.n_levels != schedule.T:
+            raise ValueError(f'the energy has {energy.n_levels} levels, the schedule {schedule.T}')
         if cfg.objective == 'consistent' and schedule.a[0] != 1:
-            raise ValueError("objective 'consistent' needs a schedule with a_0 = 1 (level 0 is the encoder's sample): use consistent_schedule or cosine_schedule")
+            raise ValueError(
+                "objective 'consistent' needs a schedule with a_0 = 1 (level 0 is the encoder's sample): use consistent_schedule or cosine_schedule"
+            )
         if cfg.objective == 'published' and schedule.a[0] == 1:
-            raise ValueError("objective 'published' needs a schedule with a_0 < 1: its step size divides by the noise of level 0")
-        self.schedule,self.energy,self.cfg = schedule,energy,cfg
+            raise ValueError(
+                "objective 'published' needs a schedule with a_0 < 1: its step size divides by the noise of level 0"
+            )
+        self.schedule, self.energy, self.cfg = schedule, energy, cfg
+
     @property
-    def T(self) -> int: return self.schedule.T
+    def T(self) -> int:
+        return self.schedule.T
+
     @property
-    def d(self) -> int: return self.energy.d
+    def d(self) -> int:
+        return self.energy.d
+
     @property
-    def n_symbols(self) -> int: return self.energy.n_symbols
+    def n_symbols(self) -> int:
+        return self.energy.n_symbols
+
     @property
-    def published(self) -> bool: return self.cfg.objective == 'published'
+    def published(self) -> bool:
+        return self.cfg.objective == 'published'
+
     def before_step(self):
         "Once per optimiser step: refresh the spectral norms"
         self.energy.power_iterate(self.power_iterations)
+
     @property
     def power_iterations(self) -> int:
         "Of every weight in an optimiser step: one, or with the constants of released code as many as its forward passes in a step, each of which makes one"
-        K,c = self.cfg.n_steps,self.cfg
-        if not self.published: return 1
-        if c.reference == 'flat': return 2*K+8 # two chains; both ends of each; what the encoder sees at two levels; bottleneck and clusters
-        return K+2 if c.weighting == 'likelihood' else 1 # one chain and its ends
-    def temperature(self, t:Tensor, like:Tensor) -> Tensor: # Shape `(B,)`
+        K, c = self.cfg.n_steps, self.cfg
+        if not self.published:
+            return 1
+        if c.reference == 'flat':
+            return (
+                2 * K + 8
+            )  # two chains; both ends of each; what the encoder sees at two levels; bottleneck and clusters
+        return K + 2 if c.weighting == 'likelihood' else 1  # one chain and its ends
+
+    def temperature(self, t: Tensor, like: Tensor) -> Tensor:  # Shape `(B,)`
         "What divides `F` at level `t`: the log density is `F/temperature` and the level's Gaussian"
-        return published_step(self.schedule, t, self.cfg.b2, like)[:,0] if self.published else torch.full_like(like[:,0], self.cfg.tau)
-    def scale(self, t:Tensor, like:Tensor) -> Tensor: # Shape `(B, 1)`
+        return (
+            published_step(self.schedule, t, self.cfg.b2, like)[:, 0]
+            if self.published
+            else torch.full_like(like[:, 0], self.cfg.tau)
+        )
+
+    def scale(self, t: Tensor, like: Tensor) -> Tensor:  # Shape `(B, 1)`
         "Unknown per latent at level `t`: `y = scale z_t`"
-        return self.schedule.at('a_up', t+1, like) if self.cfg.reference == 'flat' else torch.ones_like(like[:,:1])
-    def tilt(self,
-        z_next:Tensor, # Latents one level up, shape `(B, d)`
-        t:Tensor, # Level of each row, shape `(B,)`
-    ) -> tuple[Tensor,Tensor]: # `m` `(B, d)` and `v` `(B, 1)`
+        return self.schedule.at('a_up', t + 1, like) if self.cfg.reference == 'flat' else torch.ones_like(like[:, :1])
+
+    def tilt(
+        self,
+        z_next: Tensor,  # Latents one level up, shape `(B, d)`
+        t: Tensor,  # Level of each row, shape `(B,)`
+    ) -> tuple[Tensor, Tensor]:  # `m` `(B, d)` and `v` `(B, 1)`
         "Gaussian that level `t` tilts"
-        last,v = (t == self.T-1)[:,None],self.schedule.at('sigma', t+1, z_next)**2
-        if self.cfg.reference == 'flat': return torch.where(last, 0., z_next), v
-        return torch.where(last, 0., self.schedule.at('a', t+1, z_next)*z_next), torch.where(last, 1., v)
+        last, v = (t == self.T - 1)[:, None], self.schedule.at('sigma', t + 1, z_next) ** 2
+        if self.cfg.reference == 'flat':
+            return torch.where(last, 0.0, z_next), v
+        return torch.where(last, 0.0, self.schedule.at('a', t + 1, z_next) * z_next), torch.where(last, 1.0, v)
 
 # %% ../nbs/13_prior.ipynb #8cffd983
 def published_step(
-    sched:Schedule,
-    t:Tensor, # Levels, shape `(B,)`
-    b2:float, # Squared base step
-    like:Tensor, # Gives dtype and device
-) -> Tensor: # `s_t^2`, shape `(B, 1)`
+    sched: Schedule,
+    t: Tensor,  # Levels, shape `(B,)`
+    b2: float,  # Squared base step
+    like: Tensor,  # Gives dtype and device
+) -> Tensor:  # `s_t^2`, shape `(B, 1)`
     "Squared step, and temperature, of the published sampler"
-    return sched.at('sbar', t, like)/sched.at('sbar', torch.zeros_like(t), like)*b2*sched.at('sigma', t+1, like)**2
+    return (
+        sched.at('sbar', t, like)
+        / sched.at('sbar', torch.zeros_like(t), like)
+        * b2
+        * sched.at('sigma', t + 1, like) ** 2
+    )
 
 # %% ../nbs/13_prior.ipynb #0b285e4e
-def chain_from(self:DiffusionEBM,
-    z_next:Tensor, # Condition, shape `(B, d)`
-    t:Tensor, # Level of each row, shape `(B,)`
+def chain_from(
+    self: DiffusionEBM,
+    z_next: Tensor,  # Condition, shape `(B, d)`
+    t: Tensor,  # Level of each row, shape `(B,)`
     *,
-    y:Tensor|None=None, # Symbols to condition on, shape `(B,)`
-    context:Tensor|None=None, # Context vectors
-    fast=None, # Frozen energy; made afresh if `None`
-    n_steps:int|None=None, # Updates; the settings' if `None`
-    mala:bool|None=None, # With a Metropolis test (`consistent` only); the settings' if `None`
-    start:Tensor|None=None, # Where chains start, shape `(B, d)`; the condition (`published`) or a draw of the Gaussian if `None`
-    gen:torch.Generator|None=None, # Source of noise
-    on_step=None, # See `ldebm.langevin.chain`
-    accepted:list|None=None, # Gets the mean acceptance of each chain, shape `(B,)`, where there is a Metropolis test
-) -> Tensor: # Unknowns at level `t`, shape `(B, d)`, detached: divide by `scale` for latents
+    y: Tensor | None = None,  # Symbols to condition on, shape `(B,)`
+    context: Tensor | None = None,  # Context vectors
+    fast=None,  # Frozen energy; made afresh if `None`
+    n_steps: int | None = None,  # Updates; the settings' if `None`
+    mala: bool | None = None,  # With a Metropolis test (`consistent` only); the settings' if `None`
+    start: Tensor
+    | None = None,  # Where chains start, shape `(B, d)`; the condition (`published`) or a draw of the Gaussian if `None`
+    gen: torch.Generator | None = None,  # Source of noise
+    on_step=None,  # See `ldebm.langevin.chain`
+    accepted: list
+    | None = None,  # Gets the mean acceptance of each chain, shape `(B,)`, where there is a Metropolis test
+) -> Tensor:  # Unknowns at level `t`, shape `(B, d)`, detached: divide by `scale` for latents
     "One Langevin chain per row on the tilt of its level. Under autocast the energy's products are in its precision, unless a Metropolis test asks for `F` itself"
-    c,kind = self.cfg,z_next.device.type; n = c.n_steps if n_steps is None else n_steps
-    z_next = z_next.detach(); m,v = self.tilt(z_next, t)
+    c, kind = self.cfg, z_next.device.type
+    n = c.n_steps if n_steps is None else n_steps
+    z_next = z_next.detach()
+    m, v = self.tilt(z_next, t)
     mala = (c.mala and not self.published) if mala is None else mala
-    if self.published and mala: raise ValueError("the published sampler has no fixed target to correct to; mala needs objective 'consistent'")
+    if self.published and mala:
+        raise ValueError("the published sampler has no fixed target to correct to; mala needs objective 'consistent'")
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and not mala else None
     with torch.autocast(kind, enabled=False):
-        if fast is None: fast = fast_energy(self.energy)
-        if half is not None and isinstance(fast, FastEnergy): fast = MixedEnergy(fast, half)
+        if fast is None:
+            fast = fast_energy(self.energy)
+        if half is not None and isinstance(fast, FastEnergy):
+            fast = MixedEnergy(fast, half)
         if self.published:
             s2 = published_step(self.schedule, t, c.b2, z_next)
-            return tilt_chain(fast, z_next if start is None else start, t, m, v, n, s2=s2, tau=s2, y=y, context=context, gen=gen, on_step=on_step)
-        if start is None: start = m + v.sqrt()*randn_like(m, gen)
+            return tilt_chain(
+                fast,
+                z_next if start is None else start,
+                t,
+                m,
+                v,
+                n,
+                s2=s2,
+                tau=s2,
+                y=y,
+                context=context,
+                gen=gen,
+                on_step=on_step,
+            )
+        if start is None:
+            start = m + v.sqrt() * randn_like(m, gen)
         if mala:
-            end,share = mala_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
-            if accepted is not None: accepted.append(share)
+            end, share = mala_chain(
+                fast,
+                start,
+                t,
+                m,
+                v,
+                n,
+                rho=c.rho,
+                drift=c.drift,
+                tau=c.tau,
+                y=y,
+                context=context,
+                gen=gen,
+                on_step=on_step,
+            )
+            if accepted is not None:
+                accepted.append(share)
             return end
-        return tilt_chain(fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step)
+        return tilt_chain(
+            fast, start, t, m, v, n, rho=c.rho, drift=c.drift, tau=c.tau, y=y, context=context, gen=gen, on_step=on_step
+        )
+
+
 DiffusionEBM.chain_from = chain_from
 
 # %% ../nbs/13_prior.ipynb #8290f8d5
 class KnownPart:
     "An energy with some coordinates held at given values: its gradient there is zero, and chains on the others see the conditional"
-    def __init__(self,
-        fast, # From `ldebm.energy.fast_energy`
-        mask:Tensor, # Coordinates that are given, shape `(d,)` or `(B, d)`, bool
-        values:Tensor, # Their values, shape `(B, d)`
-    ): self.fast,self.mask,self.values = fast,mask,values
-    def base(self, t, context=None): return self.fast.base(t, context)
+
+    def __init__(
+        self,
+        fast,  # From `ldebm.energy.fast_energy`
+        mask: Tensor,  # Coordinates that are given, shape `(d,)` or `(B, d)`, bool
+        values: Tensor,  # Their values, shape `(B, d)`
+    ):
+        self.fast, self.mask, self.values = fast, mask, values
+
+    def base(self, t, context=None):
+        return self.fast.base(t, context)
+
     def grad(self, z, t, y=None, context=None, base=None):
-        F,g = self.fast.grad(torch.where(self.mask, self.values, z), t, y, context, base)
-        return F, g.masked_fill(self.mask, 0.)
+        F, g = self.fast.grad(torch.where(self.mask, self.values, z), t, y, context, base)
+        return F, g.masked_fill(self.mask, 0.0)
 
 # %% ../nbs/13_prior.ipynb #ab4aa541
 @torch.no_grad()
-def sample(self:DiffusionEBM,
-    n:int, # How many latents
+def sample(
+    self: DiffusionEBM,
+    n: int,  # How many latents
     *,
-    y:Tensor|int|None=None, # Symbol(s) to condition on, at every level; at level 0 alone in `published` with the `flat` reference
-    context:Tensor|None=None, # Context vectors, shape `(n, context_dim)`
-    gen:torch.Generator|None=None, # Source of noise
-    n_steps:int|None=None, # Updates a level; the settings' if `None`
-    mala:bool|None=None, # With a Metropolis test; the settings' if `None`
-    path:bool=False, # Return every level
-    start:tuple|None=None, # Latents of a level to start from instead of noise: `(z_t (n, d), t)`
-    known:tuple|None=None, # Coordinates that are given: `(mask (d,) or (n, d), clean latents (n, d))`
-    sweeps:int=8, # With `known`: times that level 0 is noised up once and its chain continued at the end; with a Metropolis test each leaves the exact conditional as it is
-    chunk:int=4096, # Latents carried at a time
-    progress=None, # Wraps the iterator over chunks, e.g. `ldebm.core.progress`
-) -> Tensor: # Latents `z_0`, shape `(n, d)`; with `path`, `(T+1, n, d)` from `z_0` to `z_T`
+    y: Tensor
+    | int
+    | None = None,  # Symbol(s) to condition on, at every level; at level 0 alone in `published` with the `flat` reference
+    context: Tensor | None = None,  # Context vectors, shape `(n, context_dim)`
+    gen: torch.Generator | None = None,  # Source of noise
+    n_steps: int | None = None,  # Updates a level; the settings' if `None`
+    mala: bool | None = None,  # With a Metropolis test; the settings' if `None`
+    path: bool = False,  # Return every level
+    start: tuple | None = None,  # Latents of a level to start from instead of noise: `(z_t (n, d), t)`
+    known: tuple | None = None,  # Coordinates that are given: `(mask (d,) or (n, d), clean latents (n, d))`
+    sweeps: int = 8,  # With `known`: times that level 0 is noised up once and its chain continued at the end; with a Metropolis test each leaves the exact conditional as it is
+    chunk: int = 4096,  # Latents carried at a time
+    progress=None,  # Wraps the iterator over chunks, e.g. `ldebm.core.progress`
+) -> Tensor:  # Latents `z_0`, shape `(n, d)`; with `path`, `(T+1, n, d)` from `z_0` to `z_T`
     "Ancestral sampling from `z_T ~ N(0, I)` down, one chain a level; autocast as in `chain_from`. Known coordinates follow a diffusion of their own and condition the others at every level, which is approximate, and in sweeps at level 0, which with a Metropolis test leave the exact conditional as it is"
-    if n < 1: raise ValueError(f'n must be at least 1, got {n}')
+    if n < 1:
+        raise ValueError(f'n must be at least 1, got {n}')
     p = next(self.energy.parameters(), torch.zeros(()))
-    with torch.autocast(p.device.type, enabled=False): fast = fast_energy(self.energy)
-    out,y = [],self.energy.allowed(y, n, p.device)
-    if start is not None and not 1 <= start[1] <= self.T: raise ValueError(f'start at a level from 1 to {self.T}, got {start[1]}')
-    for name,x in (('start',start and start[0]), ('known',known and known[1])):
-        if x is not None and tuple(x.shape) != (n, self.d): raise ValueError(f'{name} must hold latents of shape ({n}, {self.d}), got {tuple(x.shape)}')
+    with torch.autocast(p.device.type, enabled=False):
+        fast = fast_energy(self.energy)
+    out, y = [], self.energy.allowed(y, n, p.device)
+    if start is not None and not 1 <= start[1] <= self.T:
+        raise ValueError(f'start at a level from 1 to {self.T}, got {start[1]}')
+    for name, x in (('start', start and start[0]), ('known', known and known[1])):
+        if x is not None and tuple(x.shape) != (n, self.d):
+            raise ValueError(f'{name} must hold latents of shape ({n}, {self.d}), got {tuple(x.shape)}')
     every_level = not self.published or self.cfg.reference == 'gaussian'
     starts = range(0, n, chunk)
-    for i in (progress(starts) if progress else starts):
-        b = min(chunk, n-i); cut = lambda x: None if x is None else x[i:i+b]
+    for i in progress(starts) if progress else starts:
+        b = min(chunk, n - i)
+
+        def cut(x):
+            return None if x is None else x[i : i + b]
+
         z = torch.randn(b, self.d, generator=gen, device=p.device, dtype=p.dtype) if start is None else cut(start[0])
-        zs,fix = [z],lambda z, lev: z
+        zs, fix = [z], lambda z, lev: z
         if known is not None:
             mask = known[0] if known[0].ndim == 1 else cut(known[0])
             given = diffuse_path(self.schedule, cut(known[1]), gen)
-            if self.schedule.a[0] != 1: given[0] = cut(known[1])
-            fix = lambda z, lev: torch.where(mask, given[lev], z)
+            if self.schedule.a[0] != 1:
+                given[0] = cut(known[1])
+
+            def fix(z, lev):
+                return torch.where(mask, given[lev], z)
+
         top = self.T if start is None else start[1]
         z = fix(z, top)
         for lev in reversed(range(top)):
-            t = torch.full((b,), lev, device=p.device); scale = self.scale(t, z)
+            t = torch.full((b,), lev, device=p.device)
+            scale = self.scale(t, z)
             sym = cut(y) if lev == 0 or every_level else None
-            f = fast if known is None else KnownPart(fast, mask, scale*given[lev])
-            z = fix(self.chain_from(z, t, y=sym, context=cut(context), fast=f, n_steps=n_steps, mala=mala, gen=gen)/scale, lev)
+            f = fast if known is None else KnownPart(fast, mask, scale * given[lev])
+            z = fix(
+                self.chain_from(z, t, y=sym, context=cut(context), fast=f, n_steps=n_steps, mala=mala, gen=gen) / scale,
+                lev,
+            )
             zs.append(z)
         for _ in range(sweeps if known is not None else 0):
-            up = self.schedule.at('a', t+1, z)*z + self.schedule.at('sigma', t+1, z)*randn_like(z, gen)
-            z = zs[-1] = fix(self.chain_from(up, t, y=cut(y), context=cut(context), fast=f, n_steps=n_steps, mala=mala, start=scale*z, gen=gen)/scale, 0)
+            up = self.schedule.at('a', t + 1, z) * z + self.schedule.at('sigma', t + 1, z) * randn_like(z, gen)
+            z = zs[-1] = fix(
+                self.chain_from(
+                    up, t, y=cut(y), context=cut(context), fast=f, n_steps=n_steps, mala=mala, start=scale * z, gen=gen
+                )
+                / scale,
+                0,
+            )
         out.append(torch.stack(zs[::-1]) if path else z)
     return torch.cat(out, 1 if path else 0)
+
+
 DiffusionEBM.sample = sample
 
 # %% ../nbs/13_prior.ipynb #debb8cfe
-def flat_variances(sched:Schedule) -> Tensor: # Shape `(T,)`
+def flat_variances(sched: Schedule) -> Tensor:  # Shape `(T,)`
     "Variance of each level under the `flat` reference with zero energy"
-    v = [sched.sigma[-1]**2]
-    for t in reversed(range(sched.T-1)): v.append((v[-1]+sched.sigma[t+1]**2)/sched.a[t+1]**2)
+    v = [sched.sigma[-1] ** 2]
+    for t in reversed(range(sched.T - 1)):
+        v.append((v[-1] + sched.sigma[t + 1] ** 2) / sched.a[t + 1] ** 2)
     return torch.stack(v[::-1])
 
 # %% ../nbs/13_prior.ipynb #91d9dfbb
-def base_kl(self:DiffusionEBM,
-    q:DiagGaussian, # Posterior, shapes `(B, d)`
-) -> Tensor: # Shape `(B, d)`, nats
+def base_kl(
+    self: DiffusionEBM,
+    q: DiagGaussian,  # Posterior, shapes `(B, d)`
+) -> Tensor:  # Shape `(B, d)`, nats
     "The latent part of the (negative) bound at zero energy, by dimension, in closed form"
-    if self.cfg.reference == 'gaussian': return q.kl_standard()
-    s = self.schedule; sT2 = (s.sigma[-1]**2).item()
-    top = s.abar[-2].item()**2*(q.mean**2+q.logvar.exp()) + s.sbar[-2].item()**2
-    return -.5*(1+math.log(2*math.pi)+q.logvar) - s.a[1:-1].log().sum().item() + .5*(math.log(2*math.pi*sT2) + top/sT2)
+    if self.cfg.reference == 'gaussian':
+        return q.kl_standard()
+    s = self.schedule
+    sT2 = (s.sigma[-1] ** 2).item()
+    top = s.abar[-2].item() ** 2 * (q.mean**2 + q.logvar.exp()) + s.sbar[-2].item() ** 2
+    return (
+        -0.5 * (1 + math.log(2 * math.pi) + q.logvar)
+        - s.a[1:-1].log().sum().item()
+        + 0.5 * (math.log(2 * math.pi * sT2) + top / sT2)
+    )
+
+
 DiffusionEBM.base_kl = base_kl
 
 # %% ../nbs/13_prior.ipynb #d8f2d595
 def mutual_information_terms(
-    logits:Tensor, # Symbol logits of a batch, shape `(B, K)`
-) -> Tensor: # Shape `(B,)`; its mean is the batch estimate of I(x; y), nats
+    logits: Tensor,  # Symbol logits of a batch, shape `(B, K)`
+) -> Tensor:  # Shape `(B,)`; its mean is the batch estimate of I(x; y), nats
     "`H(mean p) - H(p_b)` for each row (Yu et al. 2022, eq. 15)"
-    lp = logits.log_softmax(-1); p = lp.exp(); m = p.mean(0)
-    return -(m*(m+1e-15).log()).sum() + (p*lp).sum(-1)
+    lp = logits.log_softmax(-1)
+    p = lp.exp()
+    m = p.mean(0)
+    return -(m * (m + 1e-15).log()).sum() + (p * lp).sum(-1)
 
 # %% ../nbs/13_prior.ipynb #06d1bf84
 def stratified_levels(
-    B:int, # How many
-    T:int, # Number of levels
-    gen:torch.Generator|None=None, # Source of randomness
+    B: int,  # How many
+    T: int,  # Number of levels
+    gen: torch.Generator | None = None,  # Source of randomness
     device='cpu',
-) -> Tensor: # Shape `(B,)`, long, 0..T-1
+) -> Tensor:  # Shape `(B,)`, long, 0..T-1
     "Random levels, each uniform, spread evenly over the batch"
     u = torch.rand((), generator=gen, device=device)
-    t = ((torch.arange(B, device=device)+u)*T/B).long().clamp(max=T-1)
-    order = torch.rand(B, generator=gen, device=device).argsort() if torch.device(device).type == 'cuda' else torch.randperm(B, generator=gen, device=device) # the latter cannot be recorded
+    t = ((torch.arange(B, device=device) + u) * T / B).long().clamp(max=T - 1)
+    order = (
+        torch.rand(B, generator=gen, device=device).argsort()
+        if torch.device(device).type == 'cuda'
+        else torch.randperm(B, generator=gen, device=device)
+    )  # the latter cannot be recorded
     return t[order]
 
 # %% ../nbs/13_prior.ipynb #835cf170
-def symbol_terms(self:DiffusionEBM,
-    f0:Tensor, # Logits of clean latents at level 0, shape `(B, K)`
-    fp:Tensor, # Logits of positives at their levels, shape `(n B, K)`
-    labels:Tensor|None=None, # Shape `(B,)` or `(B, A)`; -1 is unknown
-    label_weights:Tensor|None=None, # Weight of each label in `cls`, shape `(K,)`; one attribute only
+def symbol_terms(
+    self: DiffusionEBM,
+    f0: Tensor,  # Logits of clean latents at level 0, shape `(B, K)`
+    fp: Tensor,  # Logits of positives at their levels, shape `(n B, K)`
+    labels: Tensor | None = None,  # Shape `(B,)` or `(B, A)`; -1 is unknown
+    label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`; one attribute only
 ) -> dict:
     "`mi` and `sym`; with labels, their cross-entropy at clean latents, `cls`, and at noisy positives, `cls_t`"
-    e = self.energy; sizes = e.groups or (e.n_symbols,)
-    lp0,n = e.symbol_log_probs(f0),len(fp)//len(f0)
-    out = dict(mi=sum(mutual_information_terms(l) for l in lp0.split(sizes, -1)), sym=-(lp0.detach().exp().repeat(n, 1)*e.symbol_log_probs(fp)).sum(-1).view(n, -1).mean(0))
+    e = self.energy
+    sizes = e.groups or (e.n_symbols,)
+    lp0, n = e.symbol_log_probs(f0), len(fp) // len(f0)
+    out = dict(
+        mi=sum(mutual_information_terms(l) for l in lp0.split(sizes, -1)),
+        sym=-(lp0.detach().exp().repeat(n, 1) * e.symbol_log_probs(fp)).sum(-1).view(n, -1).mean(0),
+    )
     if labels is not None:
         ce = e.symbol_nll(f0, labels)
-        out['cls'] = ce if label_weights is None else ce*label_weights[labels]
-        out['cls_t'] = e.symbol_nll(fp, labels.repeat(n, *[1]*(labels.ndim-1))).view(n, -1).mean(0)
+        out['cls'] = ce if label_weights is None else ce * label_weights[labels]
+        out['cls_t'] = e.symbol_nll(fp, labels.repeat(n, *[1] * (labels.ndim - 1))).view(n, -1).mean(0)
     return out
+
+
 DiffusionEBM.symbol_terms = symbol_terms
 
-def terms(self:DiffusionEBM,
-    q:DiagGaussian, # Posterior, shapes `(B, d)`
-    z:Tensor, # A reparameterised draw from it, shape `(B, d)`
-    gen:torch.Generator|None=None, # Source of noise
-    labels:Tensor|None=None, # Cluster or true labels for `cls`, shape `(B,)`
-    label_weights:Tensor|None=None, # Weight of each label in `cls`, shape `(K,)`
-) -> dict: # Named terms, each `(B,)`: to be minimised (`mi`: maximised) after weighting; `kl_base` is for the record
+
+def terms(
+    self: DiffusionEBM,
+    q: DiagGaussian,  # Posterior, shapes `(B, d)`
+    z: Tensor,  # A reparameterised draw from it, shape `(B, d)`
+    gen: torch.Generator | None = None,  # Source of noise
+    labels: Tensor | None = None,  # Cluster or true labels for `cls`, shape `(B,)`
+    label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`
+) -> dict:  # Named terms, each `(B,)`: to be minimised (`mi`: maximised) after weighting; `kl_base` is for the record
     "Training terms of the chosen objective, in full precision also where the rest is trained in half"
     with torch.autocast(z.device.type, enabled=False):
-        q,z = DiagGaussian(full(q.mean), full(q.logvar)),full(z)
+        q, z = DiagGaussian(full(q.mean), full(q.logvar)), full(z)
         f = published_terms if self.published else consistent_terms
-        args = q,z,gen,labels,label_weights
+        args = q, z, gen, labels, label_weights
         return recorded_terms(self, f, *args) if can_record_terms(self, z) else f(self, *args)
+
+
 DiffusionEBM.terms = terms
 
 # %% ../nbs/13_prior.ipynb #dadf624d
 class _With(nn.Module):
     "A function of a module as a module, whose parameters can be replaced for a call"
+
     def __init__(self, module, f):
         super().__init__()
-        self.module,self.f = module,f
-    def forward(self, *args): return self.f(self.module, *args)
+        self.module, self.f = module, f
 
-def frozen_free(energy, z:Tensor, t:Tensor, weights=None) -> Tensor: # `F`, shape `(B,)`
+    def forward(self, *args):
+        return self.f(self.module, *args)
+
+
+def frozen_free(energy, z: Tensor, t: Tensor, weights=None) -> Tensor:  # `F`, shape `(B,)`
     "`F` whose gradient reaches latents alone: every parameter of the energy is held, whether its `weights()` prepare all of them, some or none"
     w = weights.detach() if hasattr(weights, 'detach') else each(Tensor.detach, weights)
     f = _With(energy, lambda e: e.free(e.logits(z, t, weights=w)))
-    held = {'.'.join((k, n)): p.detach() for k,m in f.named_modules() for n,p in m.named_parameters(recurse=False, remove_duplicate=False)} # each place once, also of modules and parameters that are shared
+    held = {
+        '.'.join((k, n)): p.detach()
+        for k, m in f.named_modules()
+        for n, p in m.named_parameters(recurse=False, remove_duplicate=False)
+    }  # each place once, also of modules and parameters that are shared
     return torch.func.functional_call(f, held, (), tie_weights=False)
 
-def pair_logits(self:DiffusionEBM, pos, neg, clean, t, w): # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)
+
+def pair_logits(
+    self: DiffusionEBM, pos, neg, clean, t, w
+):  # `f` of positives, negatives, and of clean latents at level 0 (`None` without symbols)
     "One pass of the energy over everything a step compares"
-    n,zero = len(t),torch.zeros_like(t[:len(clean)])
-    if self.n_symbols < 2: return *self.energy.logits(torch.cat([pos.detach(), neg]), torch.cat([t, t]), weights=w).split([n, n]),None
+    n, zero = len(t), torch.zeros_like(t[: len(clean)])
+    if self.n_symbols < 2:
+        return *self.energy.logits(torch.cat([pos.detach(), neg]), torch.cat([t, t]), weights=w).split([n, n]), None
     if self.energy.apart and clean.requires_grad:
-        return *self.energy.logits(torch.cat([pos.detach(), neg]), torch.cat([t, t]), weights=w).split([n, n]),self.energy.logits(clean, zero, weights=w)
-    return self.energy.logits(torch.cat([pos.detach(), neg, clean]), torch.cat([t, t, zero]), weights=w).split([n, n, len(clean)])
+        return *self.energy.logits(torch.cat([pos.detach(), neg]), torch.cat([t, t]), weights=w).split(
+            [n, n]
+        ), self.energy.logits(clean, zero, weights=w)
+    return self.energy.logits(torch.cat([pos.detach(), neg, clean]), torch.cat([t, t, zero]), weights=w).split(
+        [n, n, len(clean)]
+    )
+
+
 DiffusionEBM.pair_logits = pair_logits
 
 # %% ../nbs/13_prior.ipynb #2a161b30
-def consistent_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
+def consistent_terms(self: DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
     "Terms `kl, ebm, ebm_enc` and the symbols' of the `consistent` objective; `kl_base` and the acceptance of the chains, `accept`, for the record"
-    c,e,(B,T),dev = self.cfg,self.energy,(len(z),self.T),z.device
-    if c.levels == 'all': t,zz,factor = torch.arange(T, device=dev).repeat_interleave(B),z.repeat(T,1),1
-    else: t,zz,factor = stratified_levels(B, T, gen, dev),z,T
-    zt,zn = diffuse_pair(self.schedule, zz, t, gen)
-    pos,(m,_) = self.scale(t, zz)*zt,self.tilt(zn, t)
+    c, e, (B, T), dev = self.cfg, self.energy, (len(z), self.T), z.device
+    if c.levels == 'all':
+        t, zz, factor = torch.arange(T, device=dev).repeat_interleave(B), z.repeat(T, 1), 1
+    else:
+        t, zz, factor = stratified_levels(B, T, gen, dev), z, T
+    zt, zn = diffuse_pair(self.schedule, zz, t, gen)
+    pos, (m, _) = self.scale(t, zz) * zt, self.tilt(zn, t)
     w = e.weights()
     seen = []
     neg = self.chain_from(zn, t, fast=fast_energy(e, w), gen=gen, accepted=seen)
-    fp,fn,f0 = self.pair_logits(pos, neg, self.scale(torch.zeros_like(t[:B]), z)*z, t, w)
+    fp, fn, f0 = self.pair_logits(pos, neg, self.scale(torch.zeros_like(t[:B]), z) * z, t, w)
     kl = self.base_kl(q)
-    by_sample = lambda x: x.view(-1,B).sum(0)
-    out = dict(kl=free_bits(kl, c.floor, c.clamp), kl_base=kl.sum(-1).detach(), ebm=by_sample((e.free(fn)-e.free(fp))/c.tau*factor))
+
+    def by_sample(x):
+        return x.view(-1, B).sum(0)
+
+    out = dict(
+        kl=free_bits(kl, c.floor, c.clamp),
+        kl_base=kl.sum(-1).detach(),
+        ebm=by_sample((e.free(fn) - e.free(fp)) / c.tau * factor),
+    )
     if c.encoder:
-        neg_at = m+(neg-m).detach() # the chain's end, carried along with its Gaussian
-        Fp,Fn = frozen_free(e, torch.cat([pos, neg_at]), torch.cat([t, t]), w).chunk(2)
-        out['ebm_enc'] = by_sample((Fn-Fp)/c.tau*factor)
-    if seen and c.n_steps: out['accept'] = seen[0].view(-1,B).mean(0)
+        neg_at = m + (neg - m).detach()  # the chain's end, carried along with its Gaussian
+        Fp, Fn = frozen_free(e, torch.cat([pos, neg_at]), torch.cat([t, t]), w).chunk(2)
+        out['ebm_enc'] = by_sample((Fn - Fp) / c.tau * factor)
+    if seen and c.n_steps:
+        out['accept'] = seen[0].view(-1, B).mean(0)
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
 
 # %% ../nbs/13_prior.ipynb #f1a91b2c
-def published_terms(self:DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
+def published_terms(self: DiffusionEBM, q, z, gen=None, labels=None, label_weights=None) -> dict:
     "Terms `ebm, ebm_enc` and the symbols' of the `published` objectives; `entropy` and `gauss` with the `flat` reference"
-    c,s,e,B,T,dev = self.cfg,self.schedule,self.energy,len(z),self.T,z.device
+    c, s, e, B, T, dev = self.cfg, self.schedule, self.energy, len(z), self.T, z.device
     flat = c.reference == 'flat'
-    t = torch.full((B,), T-1, device=dev); zz = z
-    if not flat: t = torch.randint(T, (B,), generator=gen, device=dev)
-    elif T > 1: t,zz = torch.cat([torch.randint(T-1, (B,), generator=gen, device=dev), t]),z.repeat(2,1)
-    zt,zn = diffuse_pair(s, zz, t, gen)
-    pos,w = self.scale(t, zz)*zt,e.weights()
+    t = torch.full((B,), T - 1, device=dev)
+    zz = z
+    if not flat:
+        t = torch.randint(T, (B,), generator=gen, device=dev)
+    elif T > 1:
+        t, zz = torch.cat([torch.randint(T - 1, (B,), generator=gen, device=dev), t]), z.repeat(2, 1)
+    zt, zn = diffuse_pair(s, zz, t, gen)
+    pos, w = self.scale(t, zz) * zt, e.weights()
     neg = self.chain_from(zn, t, fast=fast_energy(e, w), gen=gen)
     zero = torch.zeros_like(t[:B])
-    z0 = self.scale(zero, z)*diffuse(s, z, zero, gen)
-    fp,fn,f0 = self.pair_logits(pos, neg, z0, t, w)
-    weight = (s.sigma[1].item()/s.at('sigma', t+1, z))[:,0] if c.weighting == 'drl' else 1/published_step(s, t, c.b2, z)[:,0]
-    out = dict(ebm=(weight*(e.free(fn)-e.free(fp))).view(-1,B).sum(0), kl_base=q.kl_standard().sum(-1).detach())
-    if c.encoder: out['ebm_enc'] = (weight*-frozen_free(e, pos, t, w)).view(-1,B).sum(0)
+    z0 = self.scale(zero, z) * diffuse(s, z, zero, gen)
+    fp, fn, f0 = self.pair_logits(pos, neg, z0, t, w)
+    weight = (
+        (s.sigma[1].item() / s.at('sigma', t + 1, z))[:, 0]
+        if c.weighting == 'drl'
+        else 1 / published_step(s, t, c.b2, z)[:, 0]
+    )
+    out = dict(ebm=(weight * (e.free(fn) - e.free(fp))).view(-1, B).sum(0), kl_base=q.kl_standard().sum(-1).detach())
+    if c.encoder:
+        out['ebm_enc'] = (weight * -frozen_free(e, pos, t, w)).view(-1, B).sum(0)
     if flat:
-        h = -.5*(1+q.logvar)
-        out.update(entropy=(h*(h > c.floor)).sum(-1), gauss=weight[-B:]*.5*(zt[-B:]**2).sum(-1))
+        h = -0.5 * (1 + q.logvar)
+        out.update(entropy=(h * (h > c.floor)).sum(-1), gauss=weight[-B:] * 0.5 * (zt[-B:] ** 2).sum(-1))
     return out if f0 is None else {**out, **self.symbol_terms(f0, fp, labels, label_weights)}
 
 # %% ../nbs/13_prior.ipynb #619b20b3
-def can_record_terms(self:DiffusionEBM, z:Tensor) -> bool:
+def can_record_terms(self: DiffusionEBM, z: Tensor) -> bool:
     "Are these terms, in training, two launches on this GPU?"
-    return recording(z) and torch.is_grad_enabled() and isinstance(self.energy, EnergyNet) and any(p.requires_grad for p in self.parameters()) and not isinstance(Pending.now, Gathered)
+    return (
+        recording(z)
+        and torch.is_grad_enabled()
+        and isinstance(self.energy, EnergyNet)
+        and any(p.requires_grad for p in self.parameters())
+        and not isinstance(Pending.now, Gathered)
+    )
 
-_terms = weakref.WeakKeyDictionary() # Prior -> its recorded terms, the latest few
 
-def recorded_terms(self:DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
+_terms = weakref.WeakKeyDictionary()  # Prior -> its recorded terms, the latest few
+
+
+def recorded_terms(self: DiffusionEBM, f, q, z, gen=None, labels=None, label_weights=None, recorder=None) -> dict:
     "What `f` gives, chains and gradients included, replayed; recorded at the first call with these shapes"
-    ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]; own,params = zip(*((n, p) for n,p in self.named_parameters() if p.requires_grad))
-    key = (f.__name__, self.cfg, self.energy.tau_y, env_flag('LDEBM_RESIDENT', True), labels is None, label_weights is None, *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins), own, *(p.data_ptr() for p in (*self.parameters(), *self.buffers())), id(self.schedule))
+    ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]
+    own, params = zip(*((n, p) for n, p in self.named_parameters() if p.requires_grad))
+    key = (
+        f.__name__,
+        self.cfg,
+        self.energy.tau_y,
+        env_flag('LDEBM_RESIDENT', True),
+        labels is None,
+        label_weights is None,
+        *((tuple(x.shape), x.dtype, x.device, x.requires_grad) for x in ins),
+        own,
+        *(p.data_ptr() for p in (*self.parameters(), *self.buffers())),
+        id(self.schedule),
+    )
     kept = _terms.setdefault(self, {})
     if key not in kept:
-        names,said,mine = [],[],torch.Generator(z.device) # each call lends it its own generator's state
+        names, said, mine = [], [], torch.Generator(z.device)  # each call lends it its own generator's state
+
         def run(mean, logvar, z, *rest):
-            rest = list(rest); lab = None if labels is None else rest.pop(0); lw = None if label_weights is None else rest.pop(0)
-            with Gathered() as seen: out = torch.func.functional_call(_With(self, f), {f'module.{n}': p for n,p in zip(own, rest)}, (DiagGaussian(mean, logvar), z, mine, lab, lw))
-            names[:],said[:] = out,[o for _,o in seen.todo]
-            return torch.stack(list(out.values())),[first for first,_ in seen.todo]
-        while len(kept) >= KEPT: kept.pop(next(iter(kept)))
-        kept[key] = ((RecordedGrad if recorder is None else recorder)(run, ins, params, mine),names,said,mine,[*self.parameters(), *self.buffers(), self.schedule]) # what the key names by its place stays there
-    rec,names,said,mine,_ = kept[key]; gen = gen or (torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator)
-    mine.set_state(gen.get_state()); out = rec(*ins, params=params); gen.set_state(mine.get_state())
-    for first,o in zip(rec.extra, said): stop_if_bad(first, *o)
+            rest = list(rest)
+            lab = None if labels is None else rest.pop(0)
+            lw = None if label_weights is None else rest.pop(0)
+            with Gathered() as seen:
+                out = torch.func.functional_call(
+                    _With(self, f),
+                    {f'module.{n}': p for n, p in zip(own, rest)},
+                    (DiagGaussian(mean, logvar), z, mine, lab, lw),
+                )
+            names[:], said[:] = out, [o for _, o in seen.todo]
+            return torch.stack(list(out.values())), [first for first, _ in seen.todo]
+
+        while len(kept) >= KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = (
+            (RecordedGrad if recorder is None else recorder)(run, ins, params, mine),
+            names,
+            said,
+            mine,
+            [*self.parameters(), *self.buffers(), self.schedule],
+        )  # what the key names by its place stays there
+    rec, names, said, mine, _ = kept[key]
+    gen = gen or (torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator)
+    mine.set_state(gen.get_state())
+    out = rec(*ins, params=params)
+    gen.set_state(mine.get_state())
+    for first, o in zip(rec.extra, said):
+        stop_if_bad(first, *o)
     return dict(zip(names, out.unbind()))
 
 # %% ../nbs/13_prior.ipynb #876af58f
-def symbol_logits(self:DiffusionEBM,
-    z:Tensor, # Clean latents, shape `(B, d)`
-    t:Tensor|int=0, # Level
-    context:Tensor|None=None, # Context vectors
-) -> Tensor: # Shape `(B, K)`; softmax gives `p(y | z)`
+def symbol_logits(
+    self: DiffusionEBM,
+    z: Tensor,  # Clean latents, shape `(B, d)`
+    t: Tensor | int = 0,  # Level
+    context: Tensor | None = None,  # Context vectors
+) -> Tensor:  # Shape `(B, K)`; softmax gives `p(y | z)`
     "Logits of the symbol posterior at a level (clean latents are scaled to that level's mean)"
     t = torch.full((len(z),), t, device=z.device) if isinstance(t, int) else t
-    return self.energy.logits(self.scale(t, z)*self.schedule.at('abar', t, z)*z, t, context)
+    return self.energy.logits(self.scale(t, z) * self.schedule.at('abar', t, z) * z, t, context)
+
+
 DiffusionEBM.symbol_logits = symbol_logits
 
 # %% ../nbs/13_prior.ipynb #d2b56d11
 class MixtureEnergy(Energy):
     "Perfect energies for a Gaussian mixture under the `gaussian` reference: symbol `y` is the component"
-    def __init__(self,
-        schedule:Schedule, # With `a_0 = 1`
-        means:Tensor, # Component means, shape `(K, d)`
-        sd:float, # Their common standard deviation
-        probs:Tensor, # Component probabilities, shape `(K,)`
+
+    def __init__(
+        self,
+        schedule: Schedule,  # With `a_0 = 1`
+        means: Tensor,  # Component means, shape `(K, d)`
+        sd: float,  # Their common standard deviation
+        probs: Tensor,  # Component probabilities, shape `(K,)`
     ):
         super().__init__()
-        self.schedule,self.sd = schedule,sd
-        self.register_buffer('means', means); self.register_buffer('log_probs', probs.log())
-        self.n_symbols,self.d,self.n_levels = len(means),means.shape[1],schedule.T
+        self.schedule, self.sd = schedule, sd
+        self.register_buffer('means', means)
+        self.register_buffer('log_probs', probs.log())
+        self.n_symbols, self.d, self.n_levels = len(means), means.shape[1], schedule.T
+
     def logits(self, z, t, context=None, weights=None):
-        ab,sb = self.schedule.at('abar', t, z),self.schedule.at('sbar', t, z)
-        v = (ab*self.sd)**2+sb**2
-        x2 = ((z[:,None]-ab[:,:,None]*self.means)**2).sum(-1)
-        return self.log_probs - .5*(x2/v + self.d*v.log()) + .5*(z**2).sum(-1, keepdim=True)
+        ab, sb = self.schedule.at('abar', t, z), self.schedule.at('sbar', t, z)
+        v = (ab * self.sd) ** 2 + sb**2
+        x2 = ((z[:, None] - ab[:, :, None] * self.means) ** 2).sum(-1)
+        return self.log_probs - 0.5 * (x2 / v + self.d * v.log()) + 0.5 * (z**2).sum(-1, keepdim=True)
 
 # %% ../nbs/13_prior.ipynb #cad9bc45
 @torch.no_grad()
-def log_z(self:DiffusionEBM,
-    z_next:Tensor, # Conditions, shape `(B, d)`
-    t:Tensor, # Levels, shape `(B,)`
-    n:int=64, # Draws from the Gaussian
-    gen:torch.Generator|None=None, # Source of noise
-) -> tuple[Tensor,Tensor]: # `log Z` in nats and the effective number of draws behind it (1..n), each `(B,)`
+def log_z(
+    self: DiffusionEBM,
+    z_next: Tensor,  # Conditions, shape `(B, d)`
+    t: Tensor,  # Levels, shape `(B,)`
+    n: int = 64,  # Draws from the Gaussian
+    gen: torch.Generator | None = None,  # Source of noise
+) -> tuple[Tensor, Tensor]:  # `log Z` in nats and the effective number of draws behind it (1..n), each `(B,)`
     "`log Z_t(z_{t+1})` by simple importance sampling from the level's own Gaussian"
-    m,v = self.tilt(z_next, t); B,d = m.shape
-    x = (m+v.sqrt()*torch.randn(n, B, d, generator=gen, device=m.device, dtype=m.dtype)).view(n*B, d)
-    F = self.energy(x, t.repeat(n)).view(n, B)/self.cfg.tau
-    return log_mean_exp(F),effective(F)
+    m, v = self.tilt(z_next, t)
+    B, d = m.shape
+    x = (m + v.sqrt() * torch.randn(n, B, d, generator=gen, device=m.device, dtype=m.dtype)).view(n * B, d)
+    F = self.energy(x, t.repeat(n)).view(n, B) / self.cfg.tau
+    return log_mean_exp(F), effective(F)
+
+
 DiffusionEBM.log_z = log_z
 
 # %% ../nbs/13_prior.ipynb #8ee47672
 @torch.no_grad()
-def kl(self:DiffusionEBM,
-    q:DiagGaussian, # Posterior
-    z:Tensor, # A draw from it, shape `(B, d)`
-    gen:torch.Generator|None=None, # Source of noise
-    n:int=64, # Draws for each `log Z`
-) -> tuple[Tensor,Tensor]: # Nats, and the smallest effective number of draws over levels, each `(B,)`
+def kl(
+    self: DiffusionEBM,
+    q: DiagGaussian,  # Posterior
+    z: Tensor,  # A draw from it, shape `(B, d)`
+    gen: torch.Generator | None = None,  # Source of noise
+    n: int = 64,  # Draws for each `log Z`
+) -> tuple[Tensor, Tensor]:  # Nats, and the smallest effective number of draws over levels, each `(B,)`
     "One-path estimate of the latent part of the negative bound (`consistent` only)"
-    if self.published: raise ValueError("the published objective defines no normalised model, so it has no KL; see base_kl or kl_base")
-    out,zs = self.base_kl(q).sum(-1),diffuse_path(self.schedule, z, gen)
+    if self.published:
+        raise ValueError("the published objective defines no normalised model, so it has no KL; see base_kl or kl_base")
+    out, zs = self.base_kl(q).sum(-1), diffuse_path(self.schedule, z, gen)
     least = torch.full_like(out, n)
     for lev in range(self.T):
         t = torch.full((len(z),), lev, device=z.device)
-        lz,ess = self.log_z(zs[lev+1], t, n, gen)
-        out,least = out - self.energy(self.scale(t, z)*zs[lev], t)/self.cfg.tau + lz,torch.minimum(least, ess)
-    return out,least
+        lz, ess = self.log_z(zs[lev + 1], t, n, gen)
+        out, least = out - self.energy(self.scale(t, z) * zs[lev], t) / self.cfg.tau + lz, torch.minimum(least, ess)
+    return out, least
+
+
 DiffusionEBM.kl = kl
 
 # %% ../nbs/13_prior.ipynb #6fe17174
 @torch.no_grad()
-def energy_traces(self:DiffusionEBM,
-    n:int=64, # Conditions a level
-    copies:int=4, # Chains for each condition
+def energy_traces(
+    self: DiffusionEBM,
+    n: int = 64,  # Conditions a level
+    copies: int = 4,  # Chains for each condition
     *,
-    gen:torch.Generator|None=None, # Source of noise
-    n_steps:int|None=None, # Updates a level; the settings' if `None`
-) -> Tensor: # `F` along the chains (after each update; before it for chains without a Metropolis test), shape `(T, n_steps, copies, n)`, level 0 first
+    gen: torch.Generator | None = None,  # Source of noise
+    n_steps: int | None = None,  # Updates a level; the settings' if `None`
+) -> Tensor:  # `F` along the chains (after each update; before it for chains without a Metropolis test), shape `(T, n_steps, copies, n)`, level 0 first
     "Sample from the top, several chains from each condition, and keep `F` at every update; one chain of each goes on to the next level"
-    p = next(self.energy.parameters(), torch.zeros(())); z,out = torch.randn(n, self.d, generator=gen, device=p.device, dtype=p.dtype),[]
+    p = next(self.energy.parameters(), torch.zeros(()))
+    z, out = torch.randn(n, self.d, generator=gen, device=p.device, dtype=p.dtype), []
     for lev in reversed(range(self.T)):
-        t,tr = torch.full((n*copies,), lev, device=p.device),[]
-        y = self.chain_from(z.repeat(copies, 1), t, n_steps=n_steps, gen=gen, on_step=lambda i, F, **kw: tr.append(F.view(copies, n).clone()))
-        z = (y/self.scale(t, y))[:n]
+        t, tr = torch.full((n * copies,), lev, device=p.device), []
+        y = self.chain_from(
+            z.repeat(copies, 1),
+            t,
+            n_steps=n_steps,
+            gen=gen,
+            on_step=lambda i, F, **kw: tr.append(F.view(copies, n).clone()),
+        )
+        z = (y / self.scale(t, y))[:n]
         out.append(torch.stack(tr))
     return torch.stack(out[::-1])
+
+
 DiffusionEBM.energy_traces = energy_traces
 
 # %% ../nbs/13_prior.ipynb #cbd1dc65
 def trace_rhat(
-    traces:Tensor, # `F` along chains, `(T, n_steps, copies, n)`: from `energy_traces`
-) -> Tensor: # Shape `(T, n)`, on the CPU
+    traces: Tensor,  # `F` along chains, `(T, n_steps, copies, n)`: from `energy_traces`
+) -> Tensor:  # Shape `(T, n)`, on the CPU
     "Split R-hat of the second half of the chains, for each level and condition; `ValueError` for chains of fewer than 8 updates"
-    tr = traces.float().cpu(); T,K,_,n = tr.shape
-    if K < 8: raise ValueError(f'chains of {K} updates say nothing of their convergence: at least 8 are needed')
-    return torch.tensor([[split_rhat(tr[t,K//2:,:,k]) for k in range(n)] for t in range(T)])
+    tr = traces.float().cpu()
+    T, K, _, n = tr.shape
+    if K < 8:
+        raise ValueError(f'chains of {K} updates say nothing of their convergence: at least 8 are needed')
+    return torch.tensor([[split_rhat(tr[t, K // 2 :, :, k]) for k in range(n)] for t in range(T)])
+
 
 def plot_energy_traces(
-    traces:Tensor, # From `energy_traces`, `(T, n_steps, copies, n)`
+    traces: Tensor,  # From `energy_traces`, `(T, n_steps, copies, n)`
 ):
     "Mean and middle 80 % of `F` along the chains, top level first; titles carry the median over conditions of R-hat (second half of the chains)"
     import matplotlib.pyplot as plt
-    T,n = traces.shape[:2]; tr = traces.float().cpu(); rhat = trace_rhat(tr).median(1).values if n >= 8 else None
-    fig,axs = plt.subplots(1, T, figsize=(7,1.8), layout='constrained', squeeze=False)
-    for ax,lev in zip(axs[0], reversed(range(T))):
-        x = tr[lev].flatten(1); lo,hi = x.quantile(torch.tensor([.1,.9]), dim=1)
-        ax.fill_between(range(1, n+1), lo, hi, alpha=.3); ax.plot(range(1, n+1), x.mean(1))
-        ax.set_title(f'level {lev}' + ('' if rhat is None else f', R-hat {rhat[lev]:.2f}'), fontsize=7); ax.tick_params(labelsize=6); ax.set_xlabel('update', fontsize=7)
-    axs[0,0].set_ylabel('F (high is likely)', fontsize=7)
+
+    T, n = traces.shape[:2]
+    tr = traces.float().cpu()
+    rhat = trace_rhat(tr).median(1).values if n >= 8 else None
+    fig, axs = plt.subplots(1, T, figsize=(7, 1.8), layout='constrained', squeeze=False)
+    for ax, lev in zip(axs[0], reversed(range(T))):
+        x = tr[lev].flatten(1)
+        lo, hi = x.quantile(torch.tensor([0.1, 0.9]), dim=1)
+        ax.fill_between(range(1, n + 1), lo, hi, alpha=0.3)
+        ax.plot(range(1, n + 1), x.mean(1))
+        ax.set_title(f'level {lev}' + ('' if rhat is None else f', R-hat {rhat[lev]:.2f}'), fontsize=7)
+        ax.tick_params(labelsize=6)
+        ax.set_xlabel('update', fontsize=7)
+    axs[0, 0].set_ylabel('F (high is likely)', fontsize=7)
     return axs[0]
 
 # %% ../nbs/13_prior.ipynb #99ec2f74
 def cluster_targets(
-    means:Tensor, # Posterior means, shape `(N, d)`
-    K:int, # Number of clusters
+    means: Tensor,  # Posterior means, shape `(N, d)`
+    K: int,  # Number of clusters
     *,
-    dims:int=3, # Dimensions kept after whitening
-    n_init:int=1, # Restarts of k-means without previous labels
-    gen:torch.Generator|None=None, # Seeds k-means; on the CPU
-    previous:Tensor|None=None, # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
-    starts:Tensor|None=None, # `K` different points, shape `(K,)`: k-means starts from where they now are, once, and takes all its iterations
-) -> Tensor: # Labels, shape `(N,)`, long
+    dims: int = 3,  # Dimensions kept after whitening
+    n_init: int = 1,  # Restarts of k-means without previous labels
+    gen: torch.Generator | None = None,  # Seeds k-means; on the CPU
+    previous: Tensor
+    | None = None,  # Labels of the epoch before, shape `(N,)`: k-means starts from their centres, and numbers are matched to them
+    starts: Tensor
+    | None = None,  # `K` different points, shape `(K,)`: k-means starts from where they now are, once, and takes all its iterations
+) -> Tensor:  # Labels, shape `(N,)`, long
     "PCA whitening, unit sphere, k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
     from threadpoolctl import threadpool_limits
-    if len(means) < K: raise ValueError(f'{len(means)} points cannot make {K} clusters: lower the number of symbols or use more data')
-    x = means.detach().double().cpu().numpy(); dims = min(dims, x.shape[1], len(x))
+
+    if len(means) < K:
+        raise ValueError(f'{len(means)} points cannot make {K} clusters: lower the number of symbols or use more data')
+    x = means.detach().double().cpu().numpy()
+    dims = min(dims, x.shape[1], len(x))
     x = PCA(dims, whiten=True, svd_solver='full').fit_transform(x)
-    x /= (x**2).sum(1, keepdims=True)**.5 + 1e-12
-    seed,init = int(torch.randint(2**31-1, (), generator=gen)),'k-means++'
+    x /= (x**2).sum(1, keepdims=True) ** 0.5 + 1e-12
+    seed, init = int(torch.randint(2**31 - 1, (), generator=gen)), 'k-means++'
     if previous is not None and len(previous.unique()) == K:
-        n_init,init = 1,torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()/previous.cpu().bincount(minlength=K)[:,None].numpy()
-    if starts is not None: n_init,init = 1,x[starts.cpu().numpy()]
-    with threadpool_limits(1): # sums over several threads differ in their last bits
-        labels = torch.from_numpy(KMeans(K, init=init, n_init=n_init, max_iter=20, tol=1e-4 if starts is None else 0., random_state=seed).fit_predict(x)).long()
+        n_init, init = (
+            1,
+            torch.zeros(K, dims, dtype=torch.float64).index_add_(0, previous.cpu(), torch.from_numpy(x)).numpy()
+            / previous.cpu().bincount(minlength=K)[:, None].numpy(),
+        )
+    if starts is not None:
+        n_init, init = 1, x[starts.cpu().numpy()]
+    with threadpool_limits(1):  # sums over several threads differ in their last bits
+        labels = torch.from_numpy(
+            KMeans(
+                K, init=init, n_init=n_init, max_iter=20, tol=1e-4 if starts is None else 0.0, random_state=seed
+            ).fit_predict(x)
+        ).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)
 
 # %% ../nbs/13_prior.ipynb #bfd0d55d
 def match_labels(
-    labels:Tensor, # New labels, shape `(N,)`
-    previous:Tensor, # Old labels, shape `(N,)`
-    K:int, # Number of labels
-) -> Tensor: # The new labels renumbered
+    labels: Tensor,  # New labels, shape `(N,)`
+    previous: Tensor,  # Old labels, shape `(N,)`
+    K: int,  # Number of labels
+) -> Tensor:  # The new labels renumbered
     "Renumber clusters so that as many points as possible keep their label (Hungarian assignment)"
     from scipy.optimize import linear_sum_assignment
-    table = torch.bincount(labels*K+previous, minlength=K*K).view(K, K)
-    _,to = linear_sum_assignment(-table.numpy())
+
+    table = torch.bincount(labels * K + previous, minlength=K * K).view(K, K)
+    _, to = linear_sum_assignment(-table.numpy())
     return torch.from_numpy(to)[labels]
 
 # %% ../nbs/13_prior.ipynb #6e2291b3
 def balance_weights(
-    labels:Tensor, # Labels, shape `(N,)`
-    K:int, # Number of labels
-) -> Tensor: # Shape `(K,)`: mean over the data is 1, empty clusters 0
+    labels: Tensor,  # Labels, shape `(N,)`
+    K: int,  # Number of labels
+) -> Tensor:  # Shape `(K,)`: mean over the data is 1, empty clusters 0
     "Weights that make each non-empty cluster count the same in a loss"
     n = labels.bincount(minlength=K).float()
-    return torch.where(n > 0, len(labels)/((n > 0).sum()*n.clamp(min=1)), 0.)
+    return torch.where(n > 0, len(labels) / ((n > 0).sum() * n.clamp(min=1)), 0.0)
 
 # %% ../nbs/13_prior.ipynb #0daf365d
 def published_draw(
-    labels:Tensor, # Cluster labels, shape `(N,)`
-    gen:torch.Generator|None=None, # Source of randomness; on the CPU
-) -> Tensor: # Sentence indices of one epoch, shape `(N,)`
+    labels: Tensor,  # Cluster labels, shape `(N,)`
+    gen: torch.Generator | None = None,  # Source of randomness; on the CPU
+) -> Tensor:  # Sentence indices of one epoch, shape `(N,)`
     "The original's epoch: indices drawn evenly over clusters, then looked up in data sorted by cluster, so the balance is lost"
-    N,parts = len(labels),[]
-    groups = [g for k in range(int(labels.max())+1) if len(g := (labels == k).nonzero()[:,0])]
-    per = N//len(groups)+1
+    N, parts = len(labels), []
+    groups = [g for k in range(int(labels.max()) + 1) if len(g := (labels == k).nonzero()[:, 0])]
+    per = N // len(groups) + 1
     for g in groups:
-        parts.append(g[torch.randint(len(g), (per,), generator=gen)] if len(g) < per else g[torch.randperm(len(g), generator=gen)[:per]])
+        parts.append(
+            g[torch.randint(len(g), (per,), generator=gen)]
+            if len(g) < per
+            else g[torch.randperm(len(g), generator=gen)[:per]]
+        )
     idx = torch.cat(parts)
     idx = idx[torch.randperm(len(idx), generator=gen)[:N]]
     return labels.argsort(stable=True)[idx]

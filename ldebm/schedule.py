@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'Schedule', 'published_schedule', 'consistent_schedule',
 # %% ../nbs/10_schedule.ipynb #41cf2dbb
 import math
 from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -16,141 +17,172 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Schedule:
     "Amplitudes `a_0..a_T` of a diffusion with `T` energy levels, and everything derived from them"
-    a:Tensor # Amplitude kept by each step, shape `(T+1,)`, float64, each in (0, 1]
-    name:str='schedule' # Shown in tables and records
-    _cache:dict = field(default_factory=dict, repr=False, compare=False)
+
+    a: Tensor  # Amplitude kept by each step, shape `(T+1,)`, float64, each in (0, 1]
+    name: str = 'schedule'  # Shown in tables and records
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
     def __post_init__(self):
         a = self.a
-        if a.ndim != 1 or len(a) < 2: raise ValueError(f'a schedule needs T >= 1 levels, so at least two amplitudes; got shape {tuple(a.shape)}')
-        if not ((a > 0) & (a <= 1)).all(): raise ValueError(f'amplitudes must lie in (0, 1], got {a.tolist()}')
-        if (a[1:] == 1).any(): raise ValueError('only a_0 may be 1: a later step that adds no noise has no conditional to learn')
+        if a.ndim != 1 or len(a) < 2:
+            raise ValueError(f'a schedule needs T >= 1 levels, so at least two amplitudes; got shape {tuple(a.shape)}')
+        if not ((a > 0) & (a <= 1)).all():
+            raise ValueError(f'amplitudes must lie in (0, 1], got {a.tolist()}')
+        if (a[1:] == 1).any():
+            raise ValueError('only a_0 may be 1: a later step that adds no noise has no conditional to learn')
+
     @property
-    def T(self) -> int: return len(self.a)-1
+    def T(self) -> int:
+        return len(self.a) - 1
+
     @property
-    def sigma(self) -> Tensor: return (1-self.a**2).sqrt()
+    def sigma(self) -> Tensor:
+        return (1 - self.a**2).sqrt()
+
     @property
-    def abar(self) -> Tensor: return self.a.cumprod(0)
+    def abar(self) -> Tensor:
+        return self.a.cumprod(0)
+
     @property
-    def sbar(self) -> Tensor: return (1-self.abar**2).sqrt()
+    def sbar(self) -> Tensor:
+        return (1 - self.abar**2).sqrt()
+
     @property
     def a_up(self) -> Tensor:
         "`a_t`, except 1 at `t=T`: the last level is not rescaled"
         return torch.cat([self.a[:-1], torch.ones(1, dtype=self.a.dtype)])
-    def at(self,
-        name:str, # Which array: `a`, `sigma`, `abar`, `sbar` or `a_up`
-        t:Tensor, # Levels, shape `(B,)`, long, 0..T
-        like:Tensor, # Gives dtype and device
-    ) -> Tensor: # Shape `(B, 1)`
+
+    def at(
+        self,
+        name: str,  # Which array: `a`, `sigma`, `abar`, `sbar` or `a_up`
+        t: Tensor,  # Levels, shape `(B,)`, long, 0..T
+        like: Tensor,  # Gives dtype and device
+    ) -> Tensor:  # Shape `(B, 1)`
         "Entry `t` of an array for each sample, on the device and in the dtype of `like`"
         key = name, like.dtype, like.device
-        if key not in self._cache: self._cache[key] = getattr(self, name).to(like)
-        return self._cache[key][t][:,None]
+        if key not in self._cache:
+            self._cache[key] = getattr(self, name).to(like)
+        return self._cache[key][t][:, None]
+
     def _repr_markdown_(self):
         rows = ['| t | a | sigma | abar | sbar |', '|---|---|---|---|---|']
         cols = zip(self.a, self.sigma, self.abar, self.sbar)
-        return '\n'.join(rows + [f'| {i} | ' + ' | '.join(f'{x:.6f}' for x in r) + ' |' for i,r in enumerate(cols)])
+        return '\n'.join(rows + [f'| {i} | ' + ' | '.join(f'{x:.6f}' for x in r) + ' |' for i, r in enumerate(cols)])
 
 # %% ../nbs/10_schedule.ipynb #f5c44801
 def published_schedule(
-    T:int, # Number of energy levels, 1..250
-    a0:float|None=None, # Replaces the first amplitude; 1 makes level 0 the clean latent
+    T: int,  # Number of energy levels, 1..250
+    a0: float | None = None,  # Replaces the first amplitude; 1 makes level 0 the clean latent
 ) -> Schedule:
     "The schedule of the published code (Yu et al. 2022); `ValueError` if `T` is not an integer in 1..250"
     if isinstance(T, bool) or not isinstance(T, int) or not 1 <= T <= 250:
         raise ValueError(f'the number of diffusion levels T must be an integer from 1 to 250, got {T!r}')
     beta = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
-    s = 1000//(2*(T-1)) if T > 1 else 0
-    idx = [i*s for i in range(T)] + [999]
-    cum = (1-beta).sqrt().log().cumsum(0)[idx]
+    s = 1000 // (2 * (T - 1)) if T > 1 else 0
+    idx = [i * s for i in range(T)] + [999]
+    cum = (1 - beta).sqrt().log().cumsum(0)[idx]
     a = torch.cat([cum[:1], cum.diff()]).exp()
-    if a0 is not None: a = torch.cat([torch.tensor([a0], dtype=a.dtype), a[1:]])
+    if a0 is not None:
+        a = torch.cat([torch.tensor([a0], dtype=a.dtype), a[1:]])
     return Schedule(a, f'published, T={T}' if a0 is None else f'linear, T={T}, a0={a0:g}')
 
 # %% ../nbs/10_schedule.ipynb #5bc44a82
 def consistent_schedule(
-    T:int, # Number of energy levels
+    T: int,  # Number of energy levels
 ) -> Schedule:
     "Published noise levels with `a_0 = 1`: level 0 is the encoder's own sample"
-    return published_schedule(T, a0=1.)
+    return published_schedule(T, a0=1.0)
 
 # %% ../nbs/10_schedule.ipynb #9035875e
 def cosine_schedule(
-    T:int, # Number of energy levels
-    s:float=0.1, # How far from pure noise level `T` stays: the angle runs to `T/(T+s)` of a right angle
+    T: int,  # Number of energy levels
+    s: float = 0.1,  # How far from pure noise level `T` stays: the angle runs to `T/(T+s)` of a right angle
 ) -> Schedule:
     "Levels evenly spaced in angle, `abar_t = cos(pi/2 t/(T+s))`, with `a_0 = 1`"
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1: raise ValueError(f'the number of diffusion levels T must be a positive integer, got {T!r}')
-    if s <= 0: raise ValueError(f'the offset s must be positive, got {s}')
-    abar = torch.cos(math.pi/2*torch.arange(T+1, dtype=torch.float64)/(T+s))
-    return Schedule(torch.cat([abar[:1], abar[1:]/abar[:-1]]), f'cosine, T={T}')
+    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise ValueError(f'the number of diffusion levels T must be a positive integer, got {T!r}')
+    if s <= 0:
+        raise ValueError(f'the offset s must be positive, got {s}')
+    abar = torch.cos(math.pi / 2 * torch.arange(T + 1, dtype=torch.float64) / (T + s))
+    return Schedule(torch.cat([abar[:1], abar[1:] / abar[:-1]]), f'cosine, T={T}')
 
 # %% ../nbs/10_schedule.ipynb #e4a83d5a
 SCHEDULES = dict(published=published_schedule, consistent=consistent_schedule, cosine=cosine_schedule)
+
+
 def make_schedule(
-    name:str, # `published`, `consistent` or `cosine`
-    T:int, # Number of energy levels
+    name: str,  # `published`, `consistent` or `cosine`
+    T: int,  # Number of energy levels
 ) -> Schedule:
     "Schedule by name; `ValueError` names the known ones"
-    if name not in SCHEDULES: raise ValueError(f'unknown schedule {name!r}; known: {", ".join(SCHEDULES)}')
+    if name not in SCHEDULES:
+        raise ValueError(f'unknown schedule {name!r}; known: {", ".join(SCHEDULES)}')
     return SCHEDULES[name](T)
 
 # %% ../nbs/10_schedule.ipynb #5e7c777d
-def plot_schedules(schedules:list, ax=None):
+def plot_schedules(schedules: list, ax=None):
     "Amplitude of the clean latent left at each level, for several schedules"
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4.5,2.6))[1]
-    for s,m in zip(schedules, 'osv^'): ax.plot(s.abar, marker=m, label=s.name)
-    ax.set(xlabel='level $t$', ylabel=r'signal left $\bar a_t$'); ax.legend(fontsize=8)
+
+    ax = ax or plt.subplots(figsize=(4.5, 2.6))[1]
+    for s, m in zip(schedules, 'osv^'):
+        ax.plot(s.abar, marker=m, label=s.name)
+    ax.set(xlabel='level $t$', ylabel=r'signal left $\bar a_t$')
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/10_schedule.ipynb #5c09f765
-def randn_like(x:Tensor, # Gives shape, dtype and device
-    gen:torch.Generator|None=None, # Source of noise; torch's global one if `None`
+def randn_like(
+    x: Tensor,  # Gives shape, dtype and device
+    gen: torch.Generator | None = None,  # Source of noise; torch's global one if `None`
 ) -> Tensor:
     "Standard normal noise shaped, typed and placed like `x`"
     return torch.randn(x.shape, generator=gen, device=x.device, dtype=x.dtype)
 
 # %% ../nbs/10_schedule.ipynb #a11b996b
 def diffuse(
-    sched:Schedule,
-    z:Tensor, # Clean latents, shape `(B, d)`
-    t:Tensor, # Level of each sample, shape `(B,)`, long, 0..T
-    gen:torch.Generator|None=None, # Source of noise
-) -> Tensor: # Level-`t` latents, shape `(B, d)`
+    sched: Schedule,
+    z: Tensor,  # Clean latents, shape `(B, d)`
+    t: Tensor,  # Level of each sample, shape `(B,)`, long, 0..T
+    gen: torch.Generator | None = None,  # Source of noise
+) -> Tensor:  # Level-`t` latents, shape `(B, d)`
     "Draw `z_t` given the clean `z`"
-    return sched.at('abar', t, z)*z + sched.at('sbar', t, z)*randn_like(z, gen)
+    return sched.at('abar', t, z) * z + sched.at('sbar', t, z) * randn_like(z, gen)
 
 # %% ../nbs/10_schedule.ipynb #bef97b1a
 def diffuse_pair(
-    sched:Schedule,
-    z:Tensor, # Clean latents, shape `(B, d)`
-    t:Tensor, # Lower level of each pair, shape `(B,)`, long, 0..T-1
-    gen:torch.Generator|None=None, # Source of noise
-) -> tuple[Tensor,Tensor]: # `z_t` and `z_{t+1}`, each `(B, d)`
+    sched: Schedule,
+    z: Tensor,  # Clean latents, shape `(B, d)`
+    t: Tensor,  # Lower level of each pair, shape `(B,)`, long, 0..T-1
+    gen: torch.Generator | None = None,  # Source of noise
+) -> tuple[Tensor, Tensor]:  # `z_t` and `z_{t+1}`, each `(B, d)`
     "Draw neighbours `z_t`, `z_{t+1}` of one diffusion path from the clean `z`"
     zt = diffuse(sched, z, t, gen)
-    return zt, sched.at('a', t+1, z)*zt + sched.at('sigma', t+1, z)*randn_like(z, gen)
+    return zt, sched.at('a', t + 1, z) * zt + sched.at('sigma', t + 1, z) * randn_like(z, gen)
 
 # %% ../nbs/10_schedule.ipynb #6390c0f4
 def diffuse_path(
-    sched:Schedule,
-    z:Tensor, # Clean latents, shape `(B, d)`
-    gen:torch.Generator|None=None, # Source of noise
-) -> Tensor: # All levels of one path, shape `(T+1, B, d)`
+    sched: Schedule,
+    z: Tensor,  # Clean latents, shape `(B, d)`
+    gen: torch.Generator | None = None,  # Source of noise
+) -> Tensor:  # All levels of one path, shape `(T+1, B, d)`
     "Draw `z_0..z_T` along one path"
-    zs,x = [],z
-    for a,s in zip(sched.a.tolist(), sched.sigma.tolist()):
-        x = a*x + s*randn_like(z, gen)
+    zs, x = [], z
+    for a, s in zip(sched.a.tolist(), sched.sigma.tolist()):
+        x = a * x + s * randn_like(z, gen)
         zs.append(x)
     return torch.stack(zs)
 
 # %% ../nbs/10_schedule.ipynb #6107cbe9
-def plot_levels(sched:Schedule, z:Tensor, gen=None, levels=None):
+def plot_levels(sched: Schedule, z: Tensor, gen=None, levels=None):
     "Scatter of two-dimensional latents at several levels"
     import matplotlib.pyplot as plt
-    levels = range(sched.T+1) if levels is None else levels
+
+    levels = range(sched.T + 1) if levels is None else levels
     zs = [z, *diffuse_path(sched, z, gen)]
-    fig,axs = plt.subplots(1, len(levels), figsize=(7,1.5), sharex=True, sharey=True)
-    for ax,i in zip(axs, levels):
-        ax.scatter(*zs[i+1].T, s=.3, alpha=.4, rasterized=True); ax.set_title(f'level {i}', fontsize=8); ax.set(xticks=[], yticks=[])
+    fig, axs = plt.subplots(1, len(levels), figsize=(7, 1.5), sharex=True, sharey=True)
+    for ax, i in zip(axs, levels):
+        ax.scatter(*zs[i + 1].T, s=0.3, alpha=0.4, rasterized=True)
+        ax.set_title(f'level {i}', fontsize=8)
+        ax.set(xticks=[], yticks=[])
     return axs

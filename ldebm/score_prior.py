@@ -7,11 +7,15 @@ __all__ = ['linear_schedule', 'ScorePriorCfg', 'ScoreNet', 'ScorePrior', 'make_s
            'step_coefficients', 'sample', 'GaussianScore', 'gaussian_moments']
 
 # %% ../nbs/14_score_prior.ipynb #0160439d
-import copy, itertools, math
+import copy
+import itertools
+import math
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+
 from .energy import level_table
 from .kernels import full
 from .prior import stratified_levels
@@ -19,40 +23,50 @@ from .schedule import Schedule, cosine_schedule, randn_like
 
 # %% ../nbs/14_score_prior.ipynb #fd640c5d
 def linear_schedule(
-    T:int, # Number of levels, at least 25
+    T: int,  # Number of levels, at least 25
 ) -> Schedule:
     "Variances of Ho et al. (2020), linear in the level, rescaled from 1,000 levels to `T`; `ValueError` for fewer than 25"
     if isinstance(T, bool) or not isinstance(T, int) or T < 25:
         raise ValueError(f'the linear schedule needs at least 25 levels, got {T!r}: use cosine')
-    beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)*1000/T
-    return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), (1-beta).sqrt()]), f'linear, T={T}')
+    beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64) * 1000 / T
+    return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).sqrt()]), f'linear, T={T}')
 
 # %% ../nbs/14_score_prior.ipynb #e6485842
 @dataclass(frozen=True)
 class ScorePriorCfg:
     "How a `ScorePrior` is built, trained and sampled"
-    n_levels:int=100 # Diffusion levels T
-    schedule:str='cosine' # `cosine`, or `linear` as in Ho et al.
-    predict:str='v' # What the network puts out: `eps`, the noise, or `v` (Salimans & Ho 2022)
-    hidden:int=128 # Width of the network
-    n_blocks:int=3 # Residual blocks
-    draws:int=4 # Levels drawn for each latent in a training step
-    ema:float=.999 # Weight average used for sampling, updated by `before_step`; 0 for none
-    drop:float=.1 # Share of labels hidden in training, which is what guidance needs
-    sample_steps:int|None=None # Levels visited by `sample`; `None` for all
-    eta:float=1. # Noise put back in a step: 1 is ancestral sampling (DDPM), 0 deterministic (DDIM)
-    variance:str='large' # Of that noise: `large` is right for latents of unit variance, `small` for latents that are a single point
-    guidance:float=0. # Classifier-free guidance: 0 is the plain conditional
+
+    n_levels: int = 100  # Diffusion levels T
+    schedule: str = 'cosine'  # `cosine`, or `linear` as in Ho et al.
+    predict: str = 'v'  # What the network puts out: `eps`, the noise, or `v` (Salimans & Ho 2022)
+    hidden: int = 128  # Width of the network
+    n_blocks: int = 3  # Residual blocks
+    draws: int = 4  # Levels drawn for each latent in a training step
+    ema: float = 0.999  # Weight average used for sampling, updated by `before_step`; 0 for none
+    drop: float = 0.1  # Share of labels hidden in training, which is what guidance needs
+    sample_steps: int | None = None  # Levels visited by `sample`; `None` for all
+    eta: float = 1.0  # Noise put back in a step: 1 is ancestral sampling (DDPM), 0 deterministic (DDIM)
+    variance: str = 'large'  # Of that noise: `large` is right for latents of unit variance, `small` for latents that are a single point
+    guidance: float = 0.0  # Classifier-free guidance: 0 is the plain conditional
+
     def __post_init__(self):
-        for name,ok in (('schedule',('cosine','linear')), ('predict',('eps','v')), ('variance',('large','small'))):
-            if getattr(self, name) not in ok: raise ValueError(f'{name} must be one of {", ".join(ok)}; got {getattr(self, name)!r}')
-        for name,lo in (('n_levels',2), ('hidden',2), ('n_blocks',0), ('draws',1)):
-            if getattr(self, name) < lo: raise ValueError(f'{name} must be at least {lo}, got {getattr(self, name)}')
+        for name, ok in (
+            ('schedule', ('cosine', 'linear')),
+            ('predict', ('eps', 'v')),
+            ('variance', ('large', 'small')),
+        ):
+            if getattr(self, name) not in ok:
+                raise ValueError(f'{name} must be one of {", ".join(ok)}; got {getattr(self, name)!r}')
+        for name, lo in (('n_levels', 2), ('hidden', 2), ('n_blocks', 0), ('draws', 1)):
+            if getattr(self, name) < lo:
+                raise ValueError(f'{name} must be at least {lo}, got {getattr(self, name)}')
         if self.sample_steps is not None and not 1 <= self.sample_steps <= self.n_levels:
             raise ValueError(f'sample_steps must lie in 1..{self.n_levels}, got {self.sample_steps}')
         if not 0 <= self.ema < 1 or not 0 <= self.drop < 1:
             raise ValueError(f'ema and drop must lie in [0, 1), got {self.ema} and {self.drop}')
-        if not 0 <= self.eta <= 1: raise ValueError(f'eta must lie in [0, 1], got {self.eta}')
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f'eta must lie in [0, 1], got {self.eta}')
+
     def levels(self) -> Schedule:
         "The schedule that these settings name"
         return cosine_schedule(self.n_levels) if self.schedule == 'cosine' else linear_schedule(self.n_levels)
@@ -60,212 +74,283 @@ class ScorePriorCfg:
 # %% ../nbs/14_score_prior.ipynb #e313daa8
 class ScoreNet(nn.Module):
     "Residual MLP `(z_t, t, y) -> (B, d)` with sinusoidal levels"
-    def __init__(self,
-        d:int, # Latent dimension
-        n_levels:int, # Number of levels T; `t` runs over 1..T
-        hidden:int=128, # Width
-        n_blocks:int=3, # Residual blocks
-        n_symbols:int=0, # Number of classes K, 0 for none
-        gen:torch.Generator|None=None, # Source of the initial weights
+
+    def __init__(
+        self,
+        d: int,  # Latent dimension
+        n_levels: int,  # Number of levels T; `t` runs over 1..T
+        hidden: int = 128,  # Width
+        n_blocks: int = 3,  # Residual blocks
+        n_symbols: int = 0,  # Number of classes K, 0 for none
+        gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
         H = hidden
-        self.d,self.n_levels,self.n_symbols = d,n_levels,n_symbols
-        self.register_buffer('table', level_table(n_levels+1, H), persistent=False)
-        self.inp,self.out = nn.Linear(d, H),nn.Linear(H, d)
-        self.t1,self.t2 = nn.Linear(H, H),nn.Linear(H, H)
-        if n_symbols: self.symbol = nn.Embedding(n_symbols+1, H)
-        self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)]) for _ in range(n_blocks)])
+        self.d, self.n_levels, self.n_symbols = d, n_levels, n_symbols
+        self.register_buffer('table', level_table(n_levels + 1, H), persistent=False)
+        self.inp, self.out = nn.Linear(d, H), nn.Linear(H, d)
+        self.t1, self.t2 = nn.Linear(H, H), nn.Linear(H, H)
+        if n_symbols:
+            self.symbol = nn.Embedding(n_symbols + 1, H)
+        self.blocks = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)]) for _ in range(n_blocks)]
+        )
         with torch.no_grad():
             for m in self.modules():
                 if isinstance(m, nn.Linear):
-                    b = 1/math.sqrt(m.in_features)
-                    m.weight.uniform_(-b, b, generator=gen); m.bias.uniform_(-b, b, generator=gen)
-                elif isinstance(m, nn.Embedding): m.weight.normal_(0, .5, generator=gen)
-            self.out.weight.zero_(); self.out.bias.zero_()
-    def forward(self,
-        z:Tensor, # Noisy latents, shape `(B, d)`
-        t:Tensor, # Levels, shape `(B,)`, long, 1..T
-        y:Tensor|None=None, # Classes, shape `(B,)`; `None` or -1 for unknown
-    ) -> Tensor: # Shape `(B, d)`
+                    b = 1 / math.sqrt(m.in_features)
+                    m.weight.uniform_(-b, b, generator=gen)
+                    m.bias.uniform_(-b, b, generator=gen)
+                elif isinstance(m, nn.Embedding):
+                    m.weight.normal_(0, 0.5, generator=gen)
+            self.out.weight.zero_()
+            self.out.bias.zero_()
+
+    def forward(
+        self,
+        z: Tensor,  # Noisy latents, shape `(B, d)`
+        t: Tensor,  # Levels, shape `(B,)`, long, 1..T
+        y: Tensor | None = None,  # Classes, shape `(B,)`; `None` or -1 for unknown
+    ) -> Tensor:  # Shape `(B, d)`
         e = self.t2(nnf.silu(self.t1(self.table[t])))
         if self.n_symbols:
             y = torch.full_like(t, -1) if y is None else y
             e = e + self.symbol(torch.where(y < 0, self.n_symbols, y))
-        e,h = nnf.silu(e),self.inp(z)
-        for w1,w2,we in self.blocks: h = h + w2(nnf.silu(w1(nnf.silu(h)) + we(e)))
+        e, h = nnf.silu(e), self.inp(z)
+        for w1, w2, we in self.blocks:
+            h = h + w2(nnf.silu(w1(nnf.silu(h)) + we(e)))
         return self.out(nnf.silu(h))
 
 # %% ../nbs/14_score_prior.ipynb #976495cf
 class ScorePrior(nn.Module):
     "Denoising diffusion prior over latents `(B, d)` (Ho et al. 2020), for latents that stay as they are"
-    def __init__(self,
-        net:nn.Module, # `net(z, t, y) -> (B, d)` with attributes `d`, `n_levels`, `n_symbols`
-        cfg:ScorePriorCfg=ScorePriorCfg(), # Settings
+
+    def __init__(
+        self,
+        net: nn.Module,  # `net(z, t, y) -> (B, d)` with attributes `d`, `n_levels`, `n_symbols`
+        cfg: ScorePriorCfg = ScorePriorCfg(),  # Settings
     ):
         super().__init__()
-        if net.n_levels != cfg.n_levels: raise ValueError(f'the network has {net.n_levels} levels, the settings {cfg.n_levels}')
-        self.net,self.cfg,self.schedule = net,cfg,cfg.levels()
+        if net.n_levels != cfg.n_levels:
+            raise ValueError(f'the network has {net.n_levels} levels, the settings {cfg.n_levels}')
+        self.net, self.cfg, self.schedule = net, cfg, cfg.levels()
         self.register_buffer('n_averaged', torch.zeros((), dtype=torch.long))
         self.average = copy.deepcopy(net).requires_grad_(False) if cfg.ema else None
+
     @property
-    def T(self) -> int: return self.cfg.n_levels
+    def T(self) -> int:
+        return self.cfg.n_levels
+
     @property
-    def d(self) -> int: return self.net.d
+    def d(self) -> int:
+        return self.net.d
+
     @property
-    def n_symbols(self) -> int: return self.net.n_symbols
+    def n_symbols(self) -> int:
+        return self.net.n_symbols
+
     @property
     def sampler_net(self) -> nn.Module:
         "The averaged network once there is an average, else the trained one"
         return self.average if self.average is not None and self.n_averaged > 0 else self.net
+
     @torch.no_grad()
     def before_step(self):
         "Update the weight average: call once per optimiser step, as `fit` does for a model that has this method"
-        if self.average is None: return
-        self.n_averaged += 1; n = int(self.n_averaged)
-        decay = min(self.cfg.ema, n/(n+9))
-        for a,p in zip(self.average.parameters(), self.net.parameters()): a.lerp_(p, 1-decay)
+        if self.average is None:
+            return
+        self.n_averaged += 1
+        n = int(self.n_averaged)
+        decay = min(self.cfg.ema, n / (n + 9))
+        for a, p in zip(self.average.parameters(), self.net.parameters()):
+            a.lerp_(p, 1 - decay)
+
 
 def make_score_prior(
-    d:int, # Latent dimension
-    cfg:ScorePriorCfg=ScorePriorCfg(), # Settings
-    n_symbols:int=0, # Number of classes, 0 for none
-    gen:torch.Generator|None=None, # Source of the initial weights
+    d: int,  # Latent dimension
+    cfg: ScorePriorCfg = ScorePriorCfg(),  # Settings
+    n_symbols: int = 0,  # Number of classes, 0 for none
+    gen: torch.Generator | None = None,  # Source of the initial weights
 ) -> ScorePrior:
     "A `ScorePrior` with a `ScoreNet` of the settings' size"
     return ScorePrior(ScoreNet(d, cfg.n_levels, cfg.hidden, cfg.n_blocks, n_symbols, gen), cfg)
 
 # %% ../nbs/14_score_prior.ipynb #85dbf6cc
-def denoise(self:ScorePrior,
-    z:Tensor, # Latents at level `t`, shape `(B, d)`
-    t:Tensor, # Levels, shape `(B,)`
-    y:Tensor|None=None, # Classes, shape `(B,)`
-    guidance:float=0., # Extrapolate from the unconditional prediction through the conditional one
-    net:nn.Module|None=None, # Network to ask; the trained one if `None`
-) -> tuple[Tensor,Tensor]: # Expected clean latent and noise, each `(B, d)`
+def denoise(
+    self: ScorePrior,
+    z: Tensor,  # Latents at level `t`, shape `(B, d)`
+    t: Tensor,  # Levels, shape `(B,)`
+    y: Tensor | None = None,  # Classes, shape `(B,)`
+    guidance: float = 0.0,  # Extrapolate from the unconditional prediction through the conditional one
+    net: nn.Module | None = None,  # Network to ask; the trained one if `None`
+) -> tuple[Tensor, Tensor]:  # Expected clean latent and noise, each `(B, d)`
     "What the network believes of the clean latent and of the noise; guidance as in Ho & Salimans (2022), eq. 6"
     net = self.net if net is None else net
     out = net(z, t, y)
-    if guidance and y is not None: out = out + guidance*(out - net(z, t, None))
-    a,s = self.schedule.at('abar', t, z),self.schedule.at('sbar', t, z)
-    return ((z-s*out)/a, out) if self.cfg.predict == 'eps' else (a*z-s*out, s*z+a*out)
+    if guidance and y is not None:
+        out = out + guidance * (out - net(z, t, None))
+    a, s = self.schedule.at('abar', t, z), self.schedule.at('sbar', t, z)
+    return ((z - s * out) / a, out) if self.cfg.predict == 'eps' else (a * z - s * out, s * z + a * out)
+
+
 ScorePrior.denoise = denoise
 
 # %% ../nbs/14_score_prior.ipynb #c5e2d67d
-def terms(self:ScorePrior,
-    q, # Posterior `DiagGaussian`, for the record only; may be `None`
-    z:Tensor, # Draws from it, shape `(B, d)`
-    gen:torch.Generator|None=None, # Source of noise
-    labels:Tensor|None=None, # Classes, shape `(B,)`, -1 for unknown
-    label_weights:Tensor|None=None, # Weight of each class in the loss, shape `(K,)`
-) -> dict: # `score`, shape `(B,)`, to be minimised; and `kl_base` if there is a posterior
+def terms(
+    self: ScorePrior,
+    q,  # Posterior `DiagGaussian`, for the record only; may be `None`
+    z: Tensor,  # Draws from it, shape `(B, d)`
+    gen: torch.Generator | None = None,  # Source of noise
+    labels: Tensor | None = None,  # Classes, shape `(B,)`, -1 for unknown
+    label_weights: Tensor | None = None,  # Weight of each class in the loss, shape `(K,)`
+) -> dict:  # `score`, shape `(B,)`, to be minimised; and `kl_base` if there is a posterior
     "The simple loss of each sample, mean over the settings' number of stratified random levels; no gradient reaches `z`"
     if labels is not None and not self.n_symbols:
         raise ValueError('this score prior was built without classes: pass n_symbols, or no labels')
     with torch.autocast(z.device.type, enabled=False):
         z = full(z.detach())
-        B,z,y = len(z),z.repeat(self.cfg.draws, 1),None if labels is None else labels.repeat(self.cfg.draws)
-        t = stratified_levels(len(z), self.T, gen, z.device)+1
+        B, z, y = len(z), z.repeat(self.cfg.draws, 1), None if labels is None else labels.repeat(self.cfg.draws)
+        t = stratified_levels(len(z), self.T, gen, z.device) + 1
         eps = randn_like(z, gen)
-        a,s = self.schedule.at('abar', t, z),self.schedule.at('sbar', t, z)
-        if y is not None: y = torch.where(torch.rand(len(z), generator=gen, device=z.device) < self.cfg.drop, -1, y)
-        want = eps if self.cfg.predict == 'eps' else a*eps-s*z
-        loss = (self.net(a*z+s*eps, t, y)-want).square().mean(-1).view(-1, B).mean(0)
-    if label_weights is not None and labels is not None: loss = loss*torch.where(labels < 0, 1., label_weights[labels.clamp(min=0)])
+        a, s = self.schedule.at('abar', t, z), self.schedule.at('sbar', t, z)
+        if y is not None:
+            y = torch.where(torch.rand(len(z), generator=gen, device=z.device) < self.cfg.drop, -1, y)
+        want = eps if self.cfg.predict == 'eps' else a * eps - s * z
+        loss = (self.net(a * z + s * eps, t, y) - want).square().mean(-1).view(-1, B).mean(0)
+    if label_weights is not None and labels is not None:
+        loss = loss * torch.where(labels < 0, 1.0, label_weights[labels.clamp(min=0)])
     return dict(score=loss) if q is None else dict(score=loss, kl_base=q.kl_standard().sum(-1).detach())
+
+
 ScorePrior.terms = terms
 
 # %% ../nbs/14_score_prior.ipynb #19095f87
 def step_levels(
-    T:int, # Number of levels
-    n:int, # Levels to visit
-) -> list[int]: # Descending, from `T` to 0: `n + 1` numbers
+    T: int,  # Number of levels
+    n: int,  # Levels to visit
+) -> list[int]:  # Descending, from `T` to 0: `n + 1` numbers
     "`n` levels of `T..1`, evenly spread and with the highest among them, and 0 at the end; `ValueError` unless `1 <= n <= T`"
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= T:
         raise ValueError(f'n_steps must be an integer in 1..{T}, got {n!r}')
-    return [round(T*i/n) for i in range(n, -1, -1)]
+    return [round(T * i / n) for i in range(n, -1, -1)]
+
 
 def step_coefficients(
-    sched:Schedule, # Levels
-    t:int, # From
-    s:int, # To
-    eta:float=1., # 0..1
-    variance:str='large', # `large` or `small`
-) -> tuple[float,float]: # `k`, the weight of the expected noise, and the standard deviation of the fresh noise
+    sched: Schedule,  # Levels
+    t: int,  # From
+    s: int,  # To
+    eta: float = 1.0,  # 0..1
+    variance: str = 'large',  # `large` or `small`
+) -> tuple[float, float]:  # `k`, the weight of the expected noise, and the standard deviation of the fresh noise
     "Step from level `t` to `s`; the last one, to level 0, adds no noise"
-    a,b = sched.abar,sched.sbar
-    beta = float(1-(a[t]/a[s])**2); small = eta*float(b[s]/b[t])*math.sqrt(beta)
-    return math.sqrt(max(float(b[s])**2-small**2, 0.)),small if variance == 'small' or s == 0 else eta*math.sqrt(beta)
+    a, b = sched.abar, sched.sbar
+    beta = float(1 - (a[t] / a[s]) ** 2)
+    small = eta * float(b[s] / b[t]) * math.sqrt(beta)
+    return math.sqrt(
+        max(float(b[s]) ** 2 - small**2, 0.0)
+    ), small if variance == 'small' or s == 0 else eta * math.sqrt(beta)
 
 # %% ../nbs/14_score_prior.ipynb #836e5d09
 @torch.no_grad()
-def sample(self:ScorePrior,
-    n:int, # How many latents
+def sample(
+    self: ScorePrior,
+    n: int,  # How many latents
     *,
-    y:Tensor|int|None=None, # Class or classes wanted
-    gen:torch.Generator|None=None, # Source of noise
-    n_steps:int|None=None, # Levels visited; the settings' if `None`
-    eta:float|None=None, # 1 ancestral, 0 deterministic; the settings' if `None`
-    guidance:float|None=None, # The settings' if `None`
-    path:bool=False, # Return every level visited
-    chunk:int=16384, # Latents carried at a time
-) -> Tensor: # Latents, shape `(n, d)`; with `path`, `(n_steps+1, n, d)` from `z_0` to `z_T`
+    y: Tensor | int | None = None,  # Class or classes wanted
+    gen: torch.Generator | None = None,  # Source of noise
+    n_steps: int | None = None,  # Levels visited; the settings' if `None`
+    eta: float | None = None,  # 1 ancestral, 0 deterministic; the settings' if `None`
+    guidance: float | None = None,  # The settings' if `None`
+    path: bool = False,  # Return every level visited
+    chunk: int = 16384,  # Latents carried at a time
+) -> Tensor:  # Latents, shape `(n, d)`; with `path`, `(n_steps+1, n, d)` from `z_0` to `z_T`
     "Draws from the prior, with one network evaluation a step (two under guidance); `ValueError` for a class it does not have"
-    c,p = self.cfg,next(itertools.chain(self.net.parameters(), self.net.buffers()), torch.zeros(()))
-    if n < 1: raise ValueError(f'n must be at least 1, got {n}')
-    if isinstance(y, int): y = torch.full((n,), y, device=p.device)
+    c, p = self.cfg, next(itertools.chain(self.net.parameters(), self.net.buffers()), torch.zeros(()))
+    if n < 1:
+        raise ValueError(f'n must be at least 1, got {n}')
+    if isinstance(y, int):
+        y = torch.full((n,), y, device=p.device)
     if y is not None and not 0 <= int(y.min()) <= int(y.max()) < self.n_symbols:
-        raise ValueError(f'classes must lie in 0..{self.n_symbols-1}, got {int(y.min())}..{int(y.max())}' if self.n_symbols
-                         else 'this score prior was built without classes')
+        raise ValueError(
+            f'classes must lie in 0..{self.n_symbols - 1}, got {int(y.min())}..{int(y.max())}'
+            if self.n_symbols
+            else 'this score prior was built without classes'
+        )
     n_steps = n_steps if n_steps is not None else c.sample_steps or c.n_levels
-    eta,guidance,net,out = c.eta if eta is None else eta,c.guidance if guidance is None else guidance,self.sampler_net,[]
+    eta, guidance, net, out = (
+        c.eta if eta is None else eta,
+        c.guidance if guidance is None else guidance,
+        self.sampler_net,
+        [],
+    )
     levels = step_levels(self.T, n_steps)
     for i in range(0, n, chunk):
-        z = torch.randn(min(chunk, n-i), self.d, generator=gen, device=p.device, dtype=p.dtype); zs = [z]
-        for t,s in zip(levels, levels[1:]):
-            z0,eps = self.denoise(z, torch.full((len(z),), t, device=z.device), None if y is None else y[i:i+chunk], guidance, net)
-            k,sd = step_coefficients(self.schedule, t, s, eta, c.variance)
-            z = float(self.schedule.abar[s])*z0 + k*eps
-            if sd > 0: z = z + sd*randn_like(z, gen)
+        z = torch.randn(min(chunk, n - i), self.d, generator=gen, device=p.device, dtype=p.dtype)
+        zs = [z]
+        for t, s in zip(levels, levels[1:]):
+            z0, eps = self.denoise(
+                z, torch.full((len(z),), t, device=z.device), None if y is None else y[i : i + chunk], guidance, net
+            )
+            k, sd = step_coefficients(self.schedule, t, s, eta, c.variance)
+            z = float(self.schedule.abar[s]) * z0 + k * eps
+            if sd > 0:
+                z = z + sd * randn_like(z, gen)
             zs.append(z)
         out.append(torch.stack(zs[::-1]) if path else z)
     return torch.cat(out, 1 if path else 0)
+
+
 ScorePrior.sample = sample
 
 # %% ../nbs/14_score_prior.ipynb #85eed74a
 class GaussianScore(nn.Module):
     "The perfect network for Gaussian latents"
+
     n_symbols = 0
-    def __init__(self,
-        mean:Tensor, # Shape `(d,)`
-        cov:Tensor, # Shape `(d, d)`
-        cfg:ScorePriorCfg, # Says the levels, and whether `eps` or `v` is wanted
+
+    def __init__(
+        self,
+        mean: Tensor,  # Shape `(d,)`
+        cov: Tensor,  # Shape `(d, d)`
+        cfg: ScorePriorCfg,  # Says the levels, and whether `eps` or `v` is wanted
     ):
         super().__init__()
-        self.schedule,self.predict,self.variance,self.d,self.n_levels = cfg.levels(),cfg.predict,cfg.variance,len(mean),cfg.n_levels
-        self.register_buffer('mean', mean); self.register_buffer('cov', cov)
-    def gain(self, t:int) -> Tensor: # Shape `(d, d)`
+        self.schedule, self.predict, self.variance, self.d, self.n_levels = (
+            cfg.levels(),
+            cfg.predict,
+            cfg.variance,
+            len(mean),
+            cfg.n_levels,
+        )
+        self.register_buffer('mean', mean)
+        self.register_buffer('cov', cov)
+
+    def gain(self, t: int) -> Tensor:  # Shape `(d, d)`
         "Matrix `G` of the expected noise `G (z_t - abar_t m)`"
-        a,b = float(self.schedule.abar[t]),float(self.schedule.sbar[t])
-        return b*torch.linalg.inv(a*a*self.cov + b*b*torch.eye(self.d).to(self.cov))
+        a, b = float(self.schedule.abar[t]), float(self.schedule.sbar[t])
+        return b * torch.linalg.inv(a * a * self.cov + b * b * torch.eye(self.d).to(self.cov))
+
     def forward(self, z, t, y=None):
-        if (t != t[0]).any(): raise ValueError('GaussianScore takes one level at a time')
-        t0 = int(t[0]); a,b = float(self.schedule.abar[t0]),float(self.schedule.sbar[t0])
-        eps = (z-a*self.mean)@self.gain(t0)
-        return eps if self.predict == 'eps' else (eps-b*z)/a  # v = a eps - b z0 with z0 = (z - b eps)/a
+        if (t != t[0]).any():
+            raise ValueError('GaussianScore takes one level at a time')
+        t0 = int(t[0])
+        a, b = float(self.schedule.abar[t0]), float(self.schedule.sbar[t0])
+        eps = (z - a * self.mean) @ self.gain(t0)
+        return eps if self.predict == 'eps' else (eps - b * z) / a  # v = a eps - b z0 with z0 = (z - b eps)/a
+
 
 def gaussian_moments(
-    net:GaussianScore, # The perfect network
-    n_steps:int, # Levels visited
-    eta:float, # Noise put back
-) -> tuple[Tensor,Tensor]: # Mean `(d,)` and covariance `(d, d)` of the sampler's output
+    net: GaussianScore,  # The perfect network
+    n_steps: int,  # Levels visited
+    eta: float,  # Noise put back
+) -> tuple[Tensor, Tensor]:  # Mean `(d,)` and covariance `(d, d)` of the sampler's output
     "Exact moments of `ScorePrior.sample` with a perfect network, by recursion over its steps"
-    sch,m,I = net.schedule,net.mean,torch.eye(net.d).to(net.cov)
-    mu,C = torch.zeros_like(m),I
+    sch, m, I = net.schedule, net.mean, torch.eye(net.d).to(net.cov)
+    mu, C = torch.zeros_like(m), I
     levels = step_levels(net.n_levels, n_steps)
-    for t,s in zip(levels, levels[1:]):
-        at,bt,as_ = (float(x) for x in (sch.abar[t], sch.sbar[t], sch.abar[s]))
-        (k,sd),G = step_coefficients(sch, t, s, eta, net.variance),net.gain(t)
-        A = as_/at*I + (k-as_*bt/at)*G
-        mu,C = A@mu - at*(k-as_*bt/at)*(G@m),A@C@A.T + sd*sd*I
-    return mu,C
+    for t, s in zip(levels, levels[1:]):
+        at, bt, as_ = (float(x) for x in (sch.abar[t], sch.sbar[t], sch.abar[s]))
+        (k, sd), G = step_coefficients(sch, t, s, eta, net.variance), net.gain(t)
+        A = as_ / at * I + (k - as_ * bt / at) * G
+        mu, C = A @ mu - at * (k - as_ * bt / at) * (G @ m), A @ C @ A.T + sd * sd * I
+    return mu, C

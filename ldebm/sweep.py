@@ -10,317 +10,529 @@ __all__ = ['STATES', 'GRACE', 'CONNECT', 'SweepJob', 'read_json', 'finished', 'f
            'Local', 'Remote', 'sweep_status', 'sweep', 'run_all', 'died', 'settle']
 
 # %% ../nbs/51_sweep.ipynb #0a4daf5e
-import contextlib, importlib.util, inspect, json, logging, math, os, queue, signal, socket, subprocess, sys, threading, time, traceback, uuid
+import contextlib
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+
 import torch
 from tqdm import tqdm
+
 from .core import atomic_write, choose, graceful_stop, progress, settings_hash
 
 # %% ../nbs/51_sweep.ipynb #e542d6a3
 @dataclass(frozen=True)
 class SweepJob:
     "One run of one notebook"
-    name:str # Unique in its sweep
-    notebook:str # Path of the notebook; it runs in that folder
-    folder:str # Folder of the run, its own; created when missing
-    parameters:dict = field(default_factory=dict) # For papermill: texts, numbers, bools and None
-    memory_gb:float=0. # Memory it needs, 1e9 bytes; 0 is not counted
-    gpus:float=0. # GPUs it needs: a share such as .1, or a whole number; 0 hides them from the notebook
-    cost:float=0. # How long it takes, in any unit; longest first
-    done:str='result.json' # File that the notebook leaves when it is finished; empty asks for none
-    key:dict|None=None # What makes the run what it is, JSON values; `None` takes the parameters
+
+    name: str  # Unique in its sweep
+    notebook: str  # Path of the notebook; it runs in that folder
+    folder: str  # Folder of the run, its own; created when missing
+    parameters: dict = field(default_factory=dict)  # For papermill: texts, numbers, bools and None
+    memory_gb: float = 0.0  # Memory it needs, 1e9 bytes; 0 is not counted
+    gpus: float = 0.0  # GPUs it needs: a share such as .1, or a whole number; 0 hides them from the notebook
+    cost: float = 0.0  # How long it takes, in any unit; longest first
+    done: str = 'result.json'  # File that the notebook leaves when it is finished; empty asks for none
+    key: dict | None = None  # What makes the run what it is, JSON values; `None` takes the parameters
+
     def __post_init__(self):
-        for k in ('notebook','folder'): object.__setattr__(self, k, str(Path(getattr(self, k)).expanduser().absolute()))
+        for k in ('notebook', 'folder'):
+            object.__setattr__(self, k, str(Path(getattr(self, k)).expanduser().absolute()))
+
     @property
-    def fingerprint(self) -> str: return settings_hash(self.parameters if self.key is None else self.key)
-    def file(self, name:str) -> Path: return Path(self.folder)/name
+    def fingerprint(self) -> str:
+        return settings_hash(self.parameters if self.key is None else self.key)
+
+    def file(self, name: str) -> Path:
+        return Path(self.folder) / name
 
 # %% ../nbs/51_sweep.ipynb #21c623cb
-def read_json(path:Path) -> dict:
+def read_json(path: Path) -> dict:
     "A record, empty when there is none or it is damaged"
-    try: o = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError): return {}
+    try:
+        o = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
     return o if isinstance(o, dict) else {}
 
-def finished(job:SweepJob) -> bool:
-    "Did this job run to its end, with this key?"
-    return read_json(job.file('sweep.json')).get('fingerprint') == job.fingerprint and (not job.done or job.file(job.done).exists())
 
-def failure(job:SweepJob) -> dict: # Content of `failed.json`, or empty
+def finished(job: SweepJob) -> bool:
+    "Did this job run to its end, with this key?"
+    return read_json(job.file('sweep.json')).get('fingerprint') == job.fingerprint and (
+        not job.done or job.file(job.done).exists()
+    )
+
+
+def failure(job: SweepJob) -> dict:  # Content of `failed.json`, or empty
     "Has this job failed, with this key?"
     o = read_json(job.file('failed.json'))
     return o if o.get('fingerprint') == job.fingerprint else {}
 
+
 def outcome(
-    job:SweepJob, state:str, # See the table below
-    minutes:float|None=None, error:str='', # Of the run; last line of the exception, and its cell
-) -> dict: # Also `folder` and `log`
+    job: SweepJob,
+    state: str,  # See the table below
+    minutes: float | None = None,
+    error: str = '',  # Of the run; last line of the exception, and its cell
+) -> dict:  # Also `folder` and `log`
     "What became of a job"
-    return dict(name=job.name, state=state, minutes=minutes, error=error, folder=job.folder, log=str(job.file('sweep.log')))
+    return dict(
+        name=job.name, state=state, minutes=minutes, error=error, folder=job.folder, log=str(job.file('sweep.log'))
+    )
 
 # %% ../nbs/51_sweep.ipynb #52ca1e37
 STATES = ('done', 'skipped', 'failed', 'busy', 'stopped', 'left')
 
-def minutes_text(m:float|None) -> str: return '' if m is None else '< 1' if m < 1 else f'{m:.0f}'
+
+def minutes_text(m: float | None) -> str:
+    return '' if m is None else '< 1' if m < 1 else f'{m:.0f}'
+
 
 class Outcomes(list):
     "What became of the jobs of a sweep, in their order; shows itself as a table"
-    def __getitem__(self, i): return next(o for o in self if o['name'] == i) if isinstance(i, str) else super().__getitem__(i)
+
+    def __getitem__(self, i):
+        return next(o for o in self if o['name'] == i) if isinstance(i, str) else super().__getitem__(i)
+
     @property
-    def counts(self) -> dict: # State -> number of jobs, where there are any
+    def counts(self) -> dict:  # State -> number of jobs, where there are any
         n = Counter(o['state'] for o in self)
         return {k: n[k] for k in STATES if n[k]}
+
     @property
-    def ok(self) -> bool: return all(o['state'] in ('done', 'skipped') for o in self)
-    def __str__(self): return ', '.join(f'{n} {k}' for k,n in self.counts.items()) or 'no jobs'
+    def ok(self) -> bool:
+        return all(o['state'] in ('done', 'skipped') for o in self)
+
+    def __str__(self):
+        return ', '.join(f'{n} {k}' for k, n in self.counts.items()) or 'no jobs'
+
     __repr__ = __str__
+
     def _repr_markdown_(self):
-        cell = lambda s: s.replace('|', '\\|').replace('\n', ' ')
-        return '\n'.join([f'**{self}**\n', '| run | state | minutes | error |', '|---|---|---|---|'] + [
-            f'| {cell(o["name"])} | {o["state"]} | {minutes_text(o["minutes"])} | {cell(o["error"])} |' for o in self])
+        def cell(s):
+            return s.replace('|', '\\|').replace('\n', ' ')
+
+        return '\n'.join(
+            [f'**{self}**\n', '| run | state | minutes | error |', '|---|---|---|---|']
+            + [
+                f'| {cell(o["name"])} | {o["state"]} | {minutes_text(o["minutes"])} | {cell(o["error"])} |'
+                for o in self
+            ]
+        )
+
 
 class NoBar:
     "In place of a progress bar"
-    def update(self, n): pass
-    def set_postfix(self, d): pass
-    def close(self): pass
 
-def tell(s:str):
+    def update(self, n):
+        pass
+
+    def set_postfix(self, d):
+        pass
+
+    def close(self):
+        pass
+
+
+def tell(s: str):
     "A line that does not tear the bar, and reaches a log at once"
-    tqdm.write(s); sys.stdout.flush()
+    tqdm.write(s)
+    sys.stdout.flush()
+
 
 class SweepStopped(KeyboardInterrupt):
     "A sweep was stopped; the same call does what is left"
-    def __init__(self, outcomes:Outcomes):
+
+    def __init__(self, outcomes: Outcomes):
         super().__init__(f'sweep stopped: {outcomes}; run the same command again to go on')
         self.outcomes = outcomes
 
 # %% ../nbs/51_sweep.ipynb #da8854b9
 @contextlib.contextmanager
 def claim(
-    folder:Path, # Of the run
-    wait:float=5., # Seconds to wait for a kernel whose worker was killed
-): # Yields the lock's file descriptor, or `None` and who holds it
+    folder: Path,  # Of the run
+    wait: float = 5.0,  # Seconds to wait for a kernel whose worker was killed
+):  # Yields the lock's file descriptor, or `None` and who holds it
     "Hold the lock of a folder"
     import fcntl
+
     folder.mkdir(parents=True, exist_ok=True)
-    fd,end = os.open(folder/'.lock', os.O_RDWR|os.O_CREAT, 0o666),time.monotonic()+wait
+    fd, end = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + wait
     try:
         while True:
-            try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB); break
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                if time.monotonic() >= end: yield None,os.pread(fd, 200, 0).decode(errors='replace') or 'another process'; return
-                time.sleep(.1)
-        os.ftruncate(fd, 0); os.pwrite(fd, f'process {os.getpid()} on {socket.gethostname()} since {now()}'.encode(), 0)
-        yield fd,''
-    finally: os.close(fd) # no explicit unlock: a kernel that is still alive keeps it
+                if time.monotonic() >= end:
+                    yield None, os.pread(fd, 200, 0).decode(errors='replace') or 'another process'
+                    return
+                time.sleep(0.1)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f'process {os.getpid()} on {socket.gethostname()} since {now()}'.encode(), 0)
+        yield fd, ''
+    finally:
+        os.close(fd)  # no explicit unlock: a kernel that is still alive keeps it
 
-def now() -> str: return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-def locked(folder:Path) -> bool:
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
+
+
+def locked(folder: Path) -> bool:
     "Is somebody running the job of this folder?"
-    if not (folder/'.lock').exists(): return False
-    with claim(folder, 0) as (fd,_): return fd is None
+    if not (folder / '.lock').exists():
+        return False
+    with claim(folder, 0) as (fd, _):
+        return fd is None
 
 # %% ../nbs/51_sweep.ipynb #86334847
-GRACE = 20. # Seconds that a notebook has to save its state
-CONNECT = 10. # Seconds that a scheduler has to answer
+GRACE = 20.0  # Seconds that a notebook has to save its state
+CONNECT = 10.0  # Seconds that a scheduler has to answer
 
-def kernel_manager(started:list, **launch):
+
+def kernel_manager(started: list, **launch):
     "A class of kernel managers that start kernels with `launch` and put themselves into `started`"
     from jupyter_client.manager import AsyncKernelManager
+
     class Manager(AsyncKernelManager):
         async def start_kernel(self, **kw):
             await super().start_kernel(**{**kw, **launch})
             started.append(self)
+
     return Manager
 
-def signal_kernels(started:list, sig:int):
+
+def signal_kernels(started: list, sig: int):
     "Send a signal to each kernel and the processes that it has started"
     for m in started:
-        with contextlib.suppress(ProcessLookupError, AttributeError): os.killpg(m.provisioner.process.pid, sig) # no process: it has ended
+        with contextlib.suppress(ProcessLookupError, AttributeError):
+            os.killpg(m.provisioner.process.pid, sig)  # no process: it has ended
+
 
 def unwanted():
     "A function that says whether the Dask task of this thread has lost its purpose; outside a worker it never does"
-    try: from distributed import get_worker; worker = get_worker()
-    except (ImportError, ValueError): return lambda: False
+    try:
+        from distributed import get_worker
+
+        worker = get_worker()
+    except (ImportError, ValueError):
+        return lambda: False
     key = worker.get_current_task()
+
     def f():
         task = worker.state.tasks.get(key)
-        return task is None or task.state in ('cancelled', 'released', 'forgotten') or worker.status.name not in ('running', 'paused')
+        return (
+            task is None
+            or task.state in ('cancelled', 'released', 'forgotten')
+            or worker.status.name not in ('running', 'paused')
+        )
+
     return f
+
 
 @contextlib.contextmanager
 def stoppable(
-    started:list, # Kernel managers
-    grace:float=GRACE, # Seconds between asking and killing
-): # Yields an event, set once the run has been told to stop
+    started: list,  # Kernel managers
+    grace: float = GRACE,  # Seconds between asking and killing
+):  # Yields an event, set once the run has been told to stop
     "End the kernels when the run is no longer wanted"
-    lost,stopped,over = unwanted(),threading.Event(),threading.Event()
+    lost, stopped, over = unwanted(), threading.Event(), threading.Event()
+
     def watch():
-        while not over.wait(.5):
-            if not started or not lost(): continue
+        while not over.wait(0.5):
+            if not started or not lost():
+                continue
             stopped.set()
             for sig in (signal.SIGINT, signal.SIGKILL):
                 signal_kernels(started, sig)
-                if over.wait(grace): return
+                if over.wait(grace):
+                    return
+
     t = threading.Thread(target=watch, daemon=True, name='is this run wanted?')
     t.start()
-    try: yield stopped
-    finally: over.set(); t.join()
+    try:
+        yield stopped
+    finally:
+        over.set()
+        t.join()
 
 # %% ../nbs/51_sweep.ipynb #cd87ecee
-def explain(e:Exception) -> tuple[str,str]: # Last line with the cell, and all of it
+def explain(e: Exception) -> tuple[str, str]:  # Last line with the cell, and all of it
     "An exception of papermill, for readers"
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError, strip_color
+
     if isinstance(e, PapermillExecutionError):
         last = (e.evalue.strip().splitlines() or [''])[-1]
-        return f'{e.ename}: {last} (cell [{e.exec_count}])',strip_color('\n'.join(e.traceback)) or str(e)
-    if isinstance(e, DeadKernelError): return 'the kernel died: killed, for want of memory perhaps, or crashed; see the end of sweep.log',str(e)
-    return f'{type(e).__name__}: {e}',''.join(traceback.format_exception(e))
+        return f'{e.ename}: {last} (cell [{e.exec_count}])', strip_color('\n'.join(e.traceback)) or str(e)
+    if isinstance(e, DeadKernelError):
+        return 'the kernel died: killed, for want of memory perhaps, or crashed; see the end of sweep.log', str(e)
+    return f'{type(e).__name__}: {e}', ''.join(traceback.format_exception(e))
 
-def write_failure(job:SweepJob, error:str, trace:str='', minutes:float|None=None) -> dict:
+
+def write_failure(job: SweepJob, error: str, trace: str = '', minutes: float | None = None) -> dict:
     "Put a failure on record"
     job.file('').mkdir(parents=True, exist_ok=True)
-    atomic_write(job.file('failed.json'), json.dumps(dict(name=job.name, error=error, traceback=trace, when=now(), minutes=minutes, parameters=job.parameters, fingerprint=job.fingerprint), indent=1))
+    atomic_write(
+        job.file('failed.json'),
+        json.dumps(
+            dict(
+                name=job.name,
+                error=error,
+                traceback=trace,
+                when=now(),
+                minutes=minutes,
+                parameters=job.parameters,
+                fingerprint=job.fingerprint,
+            ),
+            indent=1,
+        ),
+    )
     return outcome(job, 'failed', minutes, error)
 
-def execute(job:SweepJob, threads:int, devices:str|None, fd:int, log, started:list):
+
+def execute(job: SweepJob, threads: int, devices: str | None, fd: int, log, started: list):
     "The notebook, from its first cell to its last"
     import papermill
+
     env = {**os.environ, **{k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}}
-    if not job.gpus: env['CUDA_VISIBLE_DEVICES'] = ''
-    elif devices is not None: env['CUDA_VISIBLE_DEVICES'] = devices
-    if 0 < job.gpus < 1: env['LDEBM_SHARED_GPU'] = '1'
-    papermill.execute_notebook(job.notebook, str(job.file('notebook.ipynb')), job.parameters, kernel_name='python3', progress_bar=False,
-        stdout_file=log, stderr_file=log, start_timeout=300, iopub_timeout=60, extra_arguments=['--log-level=ERROR'],
-        kernel_manager_class=kernel_manager(started, env=env, cwd=str(Path(job.notebook).parent), pass_fds=(fd,), stdout=subprocess.DEVNULL, stderr=log))
+    if not job.gpus:
+        env['CUDA_VISIBLE_DEVICES'] = ''
+    elif devices is not None:
+        env['CUDA_VISIBLE_DEVICES'] = devices
+    if 0 < job.gpus < 1:
+        env['LDEBM_SHARED_GPU'] = '1'
+    papermill.execute_notebook(
+        job.notebook,
+        str(job.file('notebook.ipynb')),
+        job.parameters,
+        kernel_name='python3',
+        progress_bar=False,
+        stdout_file=log,
+        stderr_file=log,
+        start_timeout=300,
+        iopub_timeout=60,
+        extra_arguments=['--log-level=ERROR'],
+        kernel_manager_class=kernel_manager(
+            started, env=env, cwd=str(Path(job.notebook).parent), pass_fds=(fd,), stdout=subprocess.DEVNULL, stderr=log
+        ),
+    )
+
 
 def run_one(
-    job:SweepJob,
-    threads:int=1, # CPU threads of the notebook
-    devices:str|None=None, # GPUs it may see, as in `CUDA_VISIBLE_DEVICES`; `None` leaves the worker's
-) -> dict: # See `outcome`
+    job: SweepJob,
+    threads: int = 1,  # CPU threads of the notebook
+    devices: str | None = None,  # GPUs it may see, as in `CUDA_VISIBLE_DEVICES`; `None` leaves the worker's
+) -> dict:  # See `outcome`
     "Run a job here and now, unless it is finished or somebody is at it; an exception in the notebook is an outcome"
-    with claim(Path(job.folder)) as (fd,who):
-        if fd is None: return outcome(job, 'busy', error=f'being run by {who}')
-        if finished(job): return outcome(job, 'skipped')
-        start,started = time.monotonic(),[]
-        for k in ('sweep.json','failed.json'): job.file(k).unlink(missing_ok=True)
+    with claim(Path(job.folder)) as (fd, who):
+        if fd is None:
+            return outcome(job, 'busy', error=f'being run by {who}')
+        if finished(job):
+            return outcome(job, 'skipped')
+        start, started = time.monotonic(), []
+        for k in ('sweep.json', 'failed.json'):
+            job.file(k).unlink(missing_ok=True)
         with open(job.file('sweep.log'), 'a', buffering=1) as log, stoppable(started) as stopped:
             log.write(f'--- {job.name}, {now()}, {socket.gethostname()}\n')
             try:
                 execute(job, threads, devices, fd, log, started)
-                if job.done and not job.file(job.done).exists(): raise FileNotFoundError(f'the notebook ended and left no {job.done} in its folder')
+                if job.done and not job.file(job.done).exists():
+                    raise FileNotFoundError(f'the notebook ended and left no {job.done} in its folder')
             except Exception as e:
-                error,trace = explain(e)
+                error, trace = explain(e)
                 log.write(f'{trace}\n--- {"stopped" if stopped.is_set() else "failed"}, {now()}\n')
-                minutes = (time.monotonic()-start)/60
-                if getattr(e, 'ename', '') == 'FolderInUse': return outcome(job, 'busy', minutes, error)
-                return outcome(job, 'stopped', minutes) if stopped.is_set() else write_failure(job, error, trace, minutes)
-            minutes = (time.monotonic()-start)/60
+                minutes = (time.monotonic() - start) / 60
+                if getattr(e, 'ename', '') == 'FolderInUse':
+                    return outcome(job, 'busy', minutes, error)
+                return (
+                    outcome(job, 'stopped', minutes) if stopped.is_set() else write_failure(job, error, trace, minutes)
+                )
+            minutes = (time.monotonic() - start) / 60
             log.write(f'--- done, {now()}\n')
-        atomic_write(job.file('sweep.json'), json.dumps(dict(name=job.name, notebook=Path(job.notebook).name, parameters=job.parameters, key=job.key,
-                                                             fingerprint=job.fingerprint, minutes=minutes, finished=now()), indent=1))
+        atomic_write(
+            job.file('sweep.json'),
+            json.dumps(
+                dict(
+                    name=job.name,
+                    notebook=Path(job.notebook).name,
+                    parameters=job.parameters,
+                    key=job.key,
+                    fingerprint=job.fingerprint,
+                    minutes=minutes,
+                    finished=now(),
+                ),
+                indent=1,
+            ),
+        )
         return outcome(job, 'done', minutes)
 
 # %% ../nbs/51_sweep.ipynb #9be4d317
-def papermill_command(args:list) -> int: # Exit status
+def papermill_command(args: list) -> int:  # Exit status
     "`papermill`, whose Ctrl-C, like SIGTERM, first asks the notebook to stop"
     from papermill.cli import papermill
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
-    started,asked = [],[]
+
+    started, asked = [], []
+
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
-            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=kernel_manager(started), extra_arguments=['--log-level=ERROR'], **kw)
+            return super().execute_managed_notebook(
+                nb_man,
+                kernel_name,
+                kernel_manager_class=kernel_manager(started),
+                extra_arguments=['--log-level=ERROR'],
+                **kw,
+            )
+
     def ask(signum, frame):
         signal_kernels(started, signal.SIGKILL if asked else signal.SIGINT)
-        if asked or not started: raise KeyboardInterrupt
+        if asked or not started:
+            raise KeyboardInterrupt
         asked.append(signum)
         print('\nstopping, once the state is saved (again: at once)', file=sys.stderr, flush=True)
+
     papermill_engines.register(None, Engine)
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, ask)
-    try: papermill(args, prog_name='python -m ldebm.sweep')
-    except SystemExit as e: return e.code
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, ask)
+    try:
+        papermill(args, prog_name='python -m ldebm.sweep')
+    except SystemExit as e:
+        return e.code
     except PapermillExecutionError as e:
-        if not asked: raise
+        if not asked:
+            raise
         print(explain(e)[0], file=sys.stderr)
         return 130
 
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(papermill_command(sys.argv[1:]))
+
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(papermill_command(sys.argv[1:]))
 
 # %% ../nbs/51_sweep.ipynb #a333e3f7
-def notebook_parameters(path:str) -> set:
+def notebook_parameters(path: str) -> set:
     "Names in the parameters cell of a notebook"
     import papermill
-    if not Path(path).is_file(): raise FileNotFoundError(f'no notebook at {path}')
-    try: return set(papermill.inspect_notebook(path))
-    except Exception as e: raise ValueError(f'{path} cannot be read as a notebook with a Python kernel ({type(e).__name__}: {e}); open it in Jupyter and save it') from e
 
-def unique(values, what:str):
-    for v,n in Counter(values).items():
-        if n > 1: raise ValueError(f'{n} jobs have the {what} {v}: give each its own')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no notebook at {path}')
+    try:
+        return set(papermill.inspect_notebook(path))
+    except Exception as e:
+        raise ValueError(
+            f'{path} cannot be read as a notebook with a Python kernel ({type(e).__name__}: {e}); open it in Jupyter and save it'
+        ) from e
+
+
+def unique(values, what: str):
+    for v, n in Counter(values).items():
+        if n > 1:
+            raise ValueError(f'{n} jobs have the {what} {v}: give each its own')
+
 
 def check_jobs(jobs) -> list[SweepJob]:
     "The jobs, or an error that names the first that cannot work"
-    jobs,known = list(jobs),{}
-    unique((j.name for j in jobs), 'name'); unique((os.path.realpath(j.folder) for j in jobs), 'folder')
+    jobs, known = list(jobs), {}
+    unique((j.name for j in jobs), 'name')
+    unique((os.path.realpath(j.folder) for j in jobs), 'folder')
     for j in jobs:
-        if j.notebook not in known: known[j.notebook] = notebook_parameters(j.notebook)
-        for k,v in j.parameters.items():
+        if j.notebook not in known:
+            known[j.notebook] = notebook_parameters(j.notebook)
+        for k, v in j.parameters.items():
             choose(f'parameter of {Path(j.notebook).name}', k, sorted(known[j.notebook]))
-            if not (v is None or type(v) in (str, int, bool) or type(v) is float and math.isfinite(v)): raise ValueError(f'job {j.name}: parameter {k} = {v!r} must be a text, a finite number, a bool or None')
-        if Path(j.folder).exists() and not Path(j.folder).is_dir(): raise ValueError(f'job {j.name}: {j.folder} is a file; a run needs a folder')
-        if j.memory_gb < 0 or j.gpus < 0 or j.gpus > 1 and j.gpus != int(j.gpus): raise ValueError(f'job {j.name}: memory_gb must not be negative, gpus be a share of one GPU or a whole number; got {j.memory_gb}, {j.gpus}')
-        j.fingerprint # a key that JSON cannot hold
+            if not (v is None or type(v) in (str, int, bool) or type(v) is float and math.isfinite(v)):
+                raise ValueError(f'job {j.name}: parameter {k} = {v!r} must be a text, a finite number, a bool or None')
+        if Path(j.folder).exists() and not Path(j.folder).is_dir():
+            raise ValueError(f'job {j.name}: {j.folder} is a file; a run needs a folder')
+        if j.memory_gb < 0 or j.gpus < 0 or j.gpus > 1 and j.gpus != int(j.gpus):
+            raise ValueError(
+                f'job {j.name}: memory_gb must not be negative, gpus be a share of one GPU or a whole number; got {j.memory_gb}, {j.gpus}'
+            )
+        j.fingerprint  # a key that JSON cannot hold
     return jobs
 
 # %% ../nbs/51_sweep.ipynb #c6b72324
 class Machine:
     "Room on this machine"
-    def __init__(self, places:int, memory_gb:float, gpus:list[str]): # `gpus` as in `CUDA_VISIBLE_DEVICES`
-        self.places,self.memory_gb,self.free = places,memory_gb,{g: 1. for g in gpus}
-    def take(self, job:SweepJob) -> tuple[str,...]|None: # The GPUs, possibly none; `None` when it does not fit
-        "Make room for a job"
-        need = min(job.gpus, 1.)
-        cards = [g for g in sorted(self.free, key=self.free.get) if self.free[g] >= need-1e-9][:math.ceil(job.gpus)] # fill one before the next
-        if self.places < 1 or job.memory_gb > self.memory_gb+1e-9 or len(cards) < math.ceil(job.gpus): return None
-        self.places -= 1; self.memory_gb -= job.memory_gb
-        for g in cards: self.free[g] -= need
-        return tuple(cards)
-    def give(self, job:SweepJob, cards:tuple):
-        "The job is over"
-        self.places += 1; self.memory_gb += job.memory_gb
-        for g in cards: self.free[g] += min(job.gpus, 1.)
-    def check(self, job:SweepJob):
-        "`ValueError` when a job will never fit"
-        if job.memory_gb > self.memory_gb: raise ValueError(f'job {job.name} needs {job.memory_gb:g} GB of memory and this machine offers {self.memory_gb:.1f}: raise memory_gb= of the sweep, shrink the job, or use a scheduler with larger workers')
-        if math.ceil(job.gpus) > len(self.free): raise ValueError(f'job {job.name} needs {job.gpus:g} GPUs and this machine offers {len(self.free)}: run it without (gpus=0), or use a scheduler with GPU workers')
 
-def visible_gpus(n:int|None=None) -> list[str]: # As in `CUDA_VISIBLE_DEVICES`
+    def __init__(self, places: int, memory_gb: float, gpus: list[str]):  # `gpus` as in `CUDA_VISIBLE_DEVICES`
+        self.places, self.memory_gb, self.free = places, memory_gb, {g: 1.0 for g in gpus}
+
+    def take(self, job: SweepJob) -> tuple[str, ...] | None:  # The GPUs, possibly none; `None` when it does not fit
+        "Make room for a job"
+        need = min(job.gpus, 1.0)
+        cards = [g for g in sorted(self.free, key=self.free.get) if self.free[g] >= need - 1e-9][
+            : math.ceil(job.gpus)
+        ]  # fill one before the next
+        if self.places < 1 or job.memory_gb > self.memory_gb + 1e-9 or len(cards) < math.ceil(job.gpus):
+            return None
+        self.places -= 1
+        self.memory_gb -= job.memory_gb
+        for g in cards:
+            self.free[g] -= need
+        return tuple(cards)
+
+    def give(self, job: SweepJob, cards: tuple):
+        "The job is over"
+        self.places += 1
+        self.memory_gb += job.memory_gb
+        for g in cards:
+            self.free[g] += min(job.gpus, 1.0)
+
+    def check(self, job: SweepJob):
+        "`ValueError` when a job will never fit"
+        if job.memory_gb > self.memory_gb:
+            raise ValueError(
+                f'job {job.name} needs {job.memory_gb:g} GB of memory and this machine offers {self.memory_gb:.1f}: raise memory_gb= of the sweep, shrink the job, or use a scheduler with larger workers'
+            )
+        if math.ceil(job.gpus) > len(self.free):
+            raise ValueError(
+                f'job {job.name} needs {job.gpus:g} GPUs and this machine offers {len(self.free)}: run it without (gpus=0), or use a scheduler with GPU workers'
+            )
+
+
+def visible_gpus(n: int | None = None) -> list[str]:  # As in `CUDA_VISIBLE_DEVICES`
     "The first `n` GPUs of this machine, all by default"
-    have,names = torch.cuda.device_count(),os.environ.get('CUDA_VISIBLE_DEVICES')
+    have, names = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES')
     ids = [o.strip() for o in names.split(',')][:have] if names else [str(i) for i in range(have)]
-    if n is not None and n > len(ids): raise ValueError(f'gpus={n}, and PyTorch sees {len(ids)} here')
+    if n is not None and n > len(ids):
+        raise ValueError(f'gpus={n}, and PyTorch sees {len(ids)} here')
     return ids[:n]
 
 # %% ../nbs/51_sweep.ipynb #d2b8b8c3
-def demands(job:SweepJob) -> dict: return {k: v for k,v in dict(MEMORY=job.memory_gb*1e9, GPU=job.gpus).items() if v}
+def demands(job: SweepJob) -> dict:
+    return {k: v for k, v in dict(MEMORY=job.memory_gb * 1e9, GPU=job.gpus).items() if v}
 
-def check_cluster(jobs:list, offers:list[dict]) -> list[str]: # Resources to ask for
+
+def check_cluster(jobs: list, offers: list[dict]) -> list[str]:  # Resources to ask for
     "What the workers declare (a dictionary each); `ValueError` when a job fits none of them"
     declared = [k for k in ('MEMORY', 'GPU') if any(k in o for o in offers)]
     for j in jobs:
-        need = {k: v for k,v in demands(j).items() if k in declared}
-        if not any(all(o.get(k, 0) >= v for k,v in need.items()) for o in offers):
-            text = ', '.join(f'{k}={v:g}' for k,v in need.items())
-            raise ValueError(f'job {j.name} needs {text} and no worker of the scheduler offers that (largest: {", ".join(f"{k}={max(o.get(k, 0) for o in offers):g}" for k in need)}): start a larger worker, or shrink the job')
+        need = {k: v for k, v in demands(j).items() if k in declared}
+        if not any(all(o.get(k, 0) >= v for k, v in need.items()) for o in offers):
+            text = ', '.join(f'{k}={v:g}' for k, v in need.items())
+            raise ValueError(
+                f'job {j.name} needs {text} and no worker of the scheduler offers that (largest: {", ".join(f"{k}={max(o.get(k, 0) for o in offers):g}" for k in need)}): start a larger worker, or shrink the job'
+            )
     return declared
 
 # %% ../nbs/51_sweep.ipynb #6f9a6f50
@@ -328,142 +540,264 @@ def dask_setup(worker):
     "Dask calls this in each local worker. Ctrl-C reaches all processes of a terminal, and it is the sweep that decides what becomes of the runs"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-def probe(notebooks:list[str]) -> list[str]: # Those that are not there
+
+def probe(notebooks: list[str]) -> list[str]:  # Those that are not there
     "Called on a worker"
-    import papermill # noqa: F401
+    import papermill  # noqa: F401
+
     return [o for o in notebooks if not Path(o).is_file()]
+
 
 class Local:
     "Worker processes on this machine, one run each"
+
     def __init__(self, jobs, workers, threads, memory_gb, gpus, say):
         from dask.system import CPU_COUNT
         from distributed.system import MEMORY_LIMIT
-        places = workers or max(1, CPU_COUNT//threads)
-        self.machine = Machine(places, MEMORY_LIMIT*.9/1e9 if memory_gb is None else memory_gb, visible_gpus(gpus))
-        for j in jobs: self.machine.check(j)
-        self.places,self.say = min(places, len(jobs)),say
+
+        places = workers or max(1, CPU_COUNT // threads)
+        self.machine = Machine(places, MEMORY_LIMIT * 0.9 / 1e9 if memory_gb is None else memory_gb, visible_gpus(gpus))
+        for j in jobs:
+            self.machine.check(j)
+        self.places, self.say = min(places, len(jobs)), say
+
     def __enter__(self):
         import dask
         from distributed import Client, LocalCluster
-        with dask.config.set({'distributed.worker.profile.enabled': False, 'distributed.admin.tick.interval': '1s'}): # profiles of calls that take hours say nothing, and cost 7 % of a core with one worker
-            self.cluster = LocalCluster(n_workers=self.places, threads_per_worker=1, processes=True, memory_limit=None, preload=['ldebm.sweep'],
-                                        dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL)
+
+        with dask.config.set(
+            {'distributed.worker.profile.enabled': False, 'distributed.admin.tick.interval': '1s'}
+        ):  # profiles of calls that take hours say nothing, and cost 7 % of a core with one worker
+            self.cluster = LocalCluster(
+                n_workers=self.places,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=None,
+                preload=['ldebm.sweep'],
+                dashboard_address='127.0.0.1:0',
+                silence_logs=logging.CRITICAL,
+            )
         self.client = Client(self.cluster)
-        if importlib.util.find_spec('bokeh'): self.say(f'dashboard: {self.cluster.dashboard_link}')
+        if importlib.util.find_spec('bokeh'):
+            self.say(f'dashboard: {self.cluster.dashboard_link}')
         return self
-    def __exit__(self, *args): self.client.close(); self.cluster.close(timeout=10)
-    def take(self, job): return self.machine.take(job)
-    def give(self, job, cards): self.machine.give(job, cards)
-    def options(self, job, cards): return dict(devices=','.join(cards)),{}
+
+    def __exit__(self, *args):
+        self.client.close()
+        self.cluster.close(timeout=10)
+
+    def take(self, job):
+        return self.machine.take(job)
+
+    def give(self, job, cards):
+        self.machine.give(job, cards)
+
+    def options(self, job, cards):
+        return dict(devices=','.join(cards)), {}
+
 
 class Remote:
     "A scheduler that is running already"
+
     def __init__(self, jobs, scheduler, say):
         from distributed import Client
-        try: self.client = Client(scheduler, timeout=CONNECT)
+
+        try:
+            self.client = Client(scheduler, timeout=CONNECT)
         except (OSError, ValueError, TimeoutError) as e:
-            raise ConnectionError(f'no Dask scheduler answers at {scheduler!r} ({e}): check the address, which `dask scheduler` prints as tcp://HOST:8786, and that this machine may reach it') from None
-        try: self.check(jobs, scheduler, say)
-        except BaseException: self.client.close(); raise
+            raise ConnectionError(
+                f'no Dask scheduler answers at {scheduler!r} ({e}): check the address, which `dask scheduler` prints as tcp://HOST:8786, and that this machine may reach it'
+            ) from None
+        try:
+            self.check(jobs, scheduler, say)
+        except BaseException:
+            self.client.close()
+            raise
+
     def check(self, jobs, scheduler, say):
-        if not self.client.nthreads(): say(f'{scheduler} has no worker yet: waiting for one (`dask worker {scheduler}` starts one)')
-        while not self.client.nthreads(): time.sleep(.5)
+        if not self.client.nthreads():
+            say(f'{scheduler} has no worker yet: waiting for one (`dask worker {scheduler}` starts one)')
+        while not self.client.nthreads():
+            time.sleep(0.5)
         every = {'n_workers': -1} if 'n_workers' in inspect.signature(self.client.scheduler_info).parameters else {}
         offers = [o.get('resources') or {} for o in self.client.scheduler_info(**every)['workers'].values()]
         self.declared = check_cluster(jobs, offers)
         for k in ('MEMORY', 'GPU'):
-            if k not in self.declared and any(k in demands(j) for j in jobs): say(f'no worker declares {k}: what the jobs need of it is not counted; start workers with `--resources "{k}=..."`')
-        try: missing = self.client.run(probe, sorted({j.notebook for j in jobs}))
-        except Exception as e: raise RuntimeError(f'the workers at {scheduler} cannot run notebooks ({type(e).__name__}: {e}): install ldebm with papermill and ipykernel in their environment') from e
-        for w,names in missing.items():
-            if names: raise FileNotFoundError(f'worker {w} does not see {names[0]}: notebooks and run folders must lie on a file system that all share')
-    def __enter__(self): return self
-    def __exit__(self, *args): self.client.close()
-    def take(self, job): return ()
-    def give(self, job, cards): pass
-    def options(self, job, cards): return {},{k: v for k,v in demands(job).items() if k in self.declared}
+            if k not in self.declared and any(k in demands(j) for j in jobs):
+                say(
+                    f'no worker declares {k}: what the jobs need of it is not counted; start workers with `--resources "{k}=..."`'
+                )
+        try:
+            missing = self.client.run(probe, sorted({j.notebook for j in jobs}))
+        except Exception as e:
+            raise RuntimeError(
+                f'the workers at {scheduler} cannot run notebooks ({type(e).__name__}: {e}): install ldebm with papermill and ipykernel in their environment'
+            ) from e
+        for w, names in missing.items():
+            if names:
+                raise FileNotFoundError(
+                    f'worker {w} does not see {names[0]}: notebooks and run folders must lie on a file system that all share'
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.client.close()
+
+    def take(self, job):
+        return ()
+
+    def give(self, job, cards):
+        pass
+
+    def options(self, job, cards):
+        return {}, {k: v for k, v in demands(job).items() if k in self.declared}
 
 # %% ../nbs/51_sweep.ipynb #211abbe4
 def sweep_status(jobs) -> Outcomes:
     "How the jobs stand, from their folders alone: `skipped` when finished, `failed`, `busy`, or `left`"
+
     def look(j):
-        if finished(j): return outcome(j, 'skipped', read_json(j.file('sweep.json')).get('minutes'))
-        if locked(Path(j.folder)): return outcome(j, 'busy')
-        if f := failure(j): return outcome(j, 'failed', f.get('minutes'), f['error'])
+        if finished(j):
+            return outcome(j, 'skipped', read_json(j.file('sweep.json')).get('minutes'))
+        if locked(Path(j.folder)):
+            return outcome(j, 'busy')
+        if f := failure(j):
+            return outcome(j, 'failed', f.get('minutes'), f['error'])
         return outcome(j, 'left')
+
     return Outcomes(look(j) for j in jobs)
 
+
 def sweep(
-    jobs, # Any number of `SweepJob`
-    scheduler:str='', # Address such as `tcp://head:8786`; empty starts workers on this machine
-    workers:int=0, # Runs at once on this machine; 0: CPUs // threads
-    threads:int=1, # CPU threads of a run
-    memory_gb:float|None=None, # Memory for all runs on this machine; `None`: nine tenths of it
-    gpus:int|None=None, # GPUs of this machine to use; `None`: all
-    retry:bool=False, # Run again what has failed
-    show:bool=True, # A line for every run, and a progress bar
-) -> Outcomes: # In the order of `jobs`
+    jobs,  # Any number of `SweepJob`
+    scheduler: str = '',  # Address such as `tcp://head:8786`; empty starts workers on this machine
+    workers: int = 0,  # Runs at once on this machine; 0: CPUs // threads
+    threads: int = 1,  # CPU threads of a run
+    memory_gb: float | None = None,  # Memory for all runs on this machine; `None`: nine tenths of it
+    gpus: int | None = None,  # GPUs of this machine to use; `None`: all
+    retry: bool = False,  # Run again what has failed
+    show: bool = True,  # A line for every run, and a progress bar
+) -> Outcomes:  # In the order of `jobs`
     "Run what is not finished. Everything is checked first; raises `SweepStopped` on Ctrl-C or SIGTERM, when the running notebooks have had time to save"
     say = tell if show else lambda s: None
-    for k,v in dict(workers=workers, threads=threads).items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < (k == 'threads'): raise ValueError(f'{k} must be a {"positive" if k == "threads" else "non-negative"} int, got {v!r}')
-    if scheduler and (workers or memory_gb is not None or gpus is not None): raise ValueError('workers, memory_gb and gpus are for runs on this machine; at a scheduler its workers decide')
+    for k, v in dict(workers=workers, threads=threads).items():
+        if isinstance(v, bool) or not isinstance(v, int) or v < (k == 'threads'):
+            raise ValueError(f'{k} must be a {"positive" if k == "threads" else "non-negative"} int, got {v!r}')
+    if scheduler and (workers or memory_gb is not None or gpus is not None):
+        raise ValueError('workers, memory_gb and gpus are for runs on this machine; at a scheduler its workers decide')
     if missing := [o for o in ('distributed', 'papermill', 'ipykernel') if importlib.util.find_spec(o) is None]:
         raise ImportError(f'sweeps need {", ".join(missing)}: pip install "dask[distributed]" papermill ipykernel')
-    if importlib.util.find_spec('fcntl') is None: raise RuntimeError('sweeps need POSIX file locks: run them under Linux, macOS or WSL')
+    if importlib.util.find_spec('fcntl') is None:
+        raise RuntimeError('sweeps need POSIX file locks: run them under Linux, macOS or WSL')
     jobs = check_jobs(jobs)
-    results = {o['name']: o for o in sweep_status(jobs) if o['state'] == 'skipped' or o['state'] == 'failed' and not retry}
+    results = {
+        o['name']: o for o in sweep_status(jobs) if o['state'] == 'skipped' or o['state'] == 'failed' and not retry
+    }
     for o in results.values():
-        if o['state'] == 'failed': o['error'] += ' [earlier; retry to run it again]'
-    todo = sorted((j for j in jobs if j.name not in results), key=lambda j: -j.cost) # stable
+        if o['state'] == 'failed':
+            o['error'] += ' [earlier; retry to run it again]'
+    todo = sorted((j for j in jobs if j.name not in results), key=lambda j: -j.cost)  # stable
     if todo:
         pool = Remote(todo, scheduler, say) if scheduler else Local(todo, workers, threads, memory_gb, gpus, say)
         with graceful_stop() as stop, pool:
             bar = progress(total=len(jobs), desc='sweep', unit='run', initial=len(results)) if show else NoBar()
-            try: run_all(pool, todo, results, threads, stop, bar, say)
-            finally: bar.close()
+            try:
+                run_all(pool, todo, results, threads, stop, bar, say)
+            finally:
+                bar.close()
     out = Outcomes(results.get(j.name) or outcome(j, 'left') for j in jobs)
-    if todo and stop.stop and not out.ok: say(str(out)); raise SweepStopped(out)
+    if todo and stop.stop and not out.ok:
+        say(str(out))
+        raise SweepStopped(out)
     return out
 
 # %% ../nbs/51_sweep.ipynb #9e1065a3
-def run_all(pool, todo:list, results:dict, threads:int, stop, bar, say):
+def run_all(pool, todo: list, results: dict, threads: int, stop, bar, say):
     "Start what fits, collect what has ended, until nothing is left or a signal comes"
-    todo,running,ended = list(todo),{},queue.Queue()
+    todo, running, ended = list(todo), {}, queue.Queue()
+
     def submit(job, cards):
-        kw,resources = pool.options(job, cards)
-        f = pool.client.submit(run_one, job, threads, **kw, key=f'{job.name}-{uuid.uuid4().hex}', pure=False, resources=resources or None, priority=job.cost)
-        running[f.key] = f,job,cards
+        kw, resources = pool.options(job, cards)
+        f = pool.client.submit(
+            run_one,
+            job,
+            threads,
+            **kw,
+            key=f'{job.name}-{uuid.uuid4().hex}',
+            pure=False,
+            resources=resources or None,
+            priority=job.cost,
+        )
+        running[f.key] = f, job, cards
         f.add_done_callback(ended.put)
+
     while (todo or running) and not stop.stop:
         for j in list(todo):
-            if (cards := pool.take(j)) is not None: todo.remove(j); submit(j, cards)
-        bar.set_postfix(dict(running=min(len(running), sum(pool.client.nthreads().values())), failed=sum(o['state'] == 'failed' for o in results.values())))
-        try: f = ended.get(timeout=.25)
-        except queue.Empty: continue
-        _,job,cards = running.pop(f.key)
+            if (cards := pool.take(j)) is not None:
+                todo.remove(j)
+                submit(j, cards)
+        bar.set_postfix(
+            dict(
+                running=min(len(running), sum(pool.client.nthreads().values())),
+                failed=sum(o['state'] == 'failed' for o in results.values()),
+            )
+        )
+        try:
+            f = ended.get(timeout=0.25)
+        except queue.Empty:
+            continue
+        _, job, cards = running.pop(f.key)
         pool.give(job, cards)
-        if f.status == 'finished': o = f.result()
-        elif f.status == 'error': o = write_failure(job, died(f.exception()))
-        else: raise ConnectionError(f'the scheduler lost job {job.name} ({f.status}); {len(results)} runs are settled, start the sweep again for the others')
-        if o['state'] == 'stopped': todo.append(job); continue # its worker was told to close: another may go on
-        results[job.name] = o; bar.update(1)
-        say(' '.join([f'{o["state"]:8}{job.name}', f'({minutes_text(o["minutes"])} min)'*(o['minutes'] is not None), o['error']]).rstrip() + (f'; see {o["log"]}' if o['state'] == 'failed' else ''))
+        if f.status == 'finished':
+            o = f.result()
+        elif f.status == 'error':
+            o = write_failure(job, died(f.exception()))
+        else:
+            raise ConnectionError(
+                f'the scheduler lost job {job.name} ({f.status}); {len(results)} runs are settled, start the sweep again for the others'
+            )
+        if o['state'] == 'stopped':
+            todo.append(job)
+            continue  # its worker was told to close: another may go on
+        results[job.name] = o
+        bar.update(1)
+        say(
+            ' '.join(
+                [
+                    f'{o["state"]:8}{job.name}',
+                    f'({minutes_text(o["minutes"])} min)' * (o['minutes'] is not None),
+                    o['error'],
+                ]
+            ).rstrip()
+            + (f'; see {o["log"]}' if o['state'] == 'failed' else '')
+        )
     if stop.stop and running:
         say(f'stopping {len(running)} runs, which may save their state ...')
-        settle(pool, [(f,j) for f,j,_ in running.values()], results)
+        settle(pool, [(f, j) for f, j, _ in running.values()], results)
 
-def died(e:Exception) -> str:
+
+def died(e: Exception) -> str:
     "A worker's death, for readers"
-    if type(e).__name__ == 'KilledWorker': return 'its worker died, and those that took over as well: killed, for want of memory perhaps'
+    if type(e).__name__ == 'KilledWorker':
+        return 'its worker died, and those that took over as well: killed, for want of memory perhaps'
     return f'{type(e).__name__}: {e}'
 
-def settle(pool, running:list, results:dict):
+
+def settle(pool, running: list, results: dict):
     "Cancel, and wait until the notebooks have ended"
-    held = [j for _,j in running if locked(Path(j.folder))]
-    pool.client.cancel([f for f,_ in running])
-    end = time.monotonic()+GRACE+10
-    while any(locked(Path(j.folder)) for j in held) and time.monotonic() < end: time.sleep(.2)
+    held = [j for _, j in running if locked(Path(j.folder))]
+    pool.client.cancel([f for f, _ in running])
+    end = time.monotonic() + GRACE + 10
+    while any(locked(Path(j.folder)) for j in held) and time.monotonic() < end:
+        time.sleep(0.2)
     for j in held:
         f = failure(j)
-        results[j.name] = outcome(j, 'done') if finished(j) else outcome(j, 'failed', f.get('minutes'), f['error']) if f else outcome(j, 'stopped')
+        results[j.name] = (
+            outcome(j, 'done')
+            if finished(j)
+            else outcome(j, 'failed', f.get('minutes'), f['error'])
+            if f
+            else outcome(j, 'stopped')
+        )

@@ -11,345 +11,454 @@ __all__ = ['TextCfg', 'dropout', 'drop_words', 'draw_parameters', 'Packing', 'pa
 import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
+
 from .core import to_device
-from .kernels import as_autocast, first_largest, full, gru, gru_ends, gru_cell, gru_weights, laid_out, linear_cross_entropy, product
+from ldebm.kernels import (
+    as_autocast,
+    first_largest,
+    full,
+    gru,
+    gru_cell,
+    gru_ends,
+    gru_weights,
+    laid_out,
+    linear_cross_entropy,
+    product,
+)
 from .prior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
 @dataclass(frozen=True)
 class TextCfg:
     "Sizes of a text model; the defaults are the published ones for PTB"
-    embed:int=512 # Width of word embeddings; the tied output layer needs `hidden == embed`
-    hidden:int=512 # Units of the decoder GRU, and of each direction of the encoder
-    d:int=40 # Latent dimension; 0 is a plain recurrent language model
-    dropout:float=.3 # On embedded words and on decoder outputs
-    word_dropout:float=0. # Share of words the decoder reads as padding in training, so that it must ask the latent
-    packed:bool=True # Encoder stops at each sentence's end; `False` runs over padding
-    init:float=.1 # Every parameter starts from U(-init, init)
-    bow:bool=False # Add a linear layer that predicts the words of a sentence, in no order, from its latent
-    start:tuple|None=None # Part `(from, to)` of the latent that sets the decoder's first state; `None`: all of it
-    step:tuple|None=None # Part that the decoder reads with every word; `None`: all of it
-    tied:bool=True # The output layer shares the decoder's embedding; otherwise it has weights and a bias of its own
-    shared:bool=False # Encoder and decoder share one embedding
-    draws:int=1 # Posterior draws of a sentence in training
-    noise:bool=True # Training decodes draws of the posterior; otherwise its mode
+
+    embed: int = 512  # Width of word embeddings; the tied output layer needs `hidden == embed`
+    hidden: int = 512  # Units of the decoder GRU, and of each direction of the encoder
+    d: int = 40  # Latent dimension; 0 is a plain recurrent language model
+    dropout: float = 0.3  # On embedded words and on decoder outputs
+    word_dropout: float = 0.0  # Share of words the decoder reads as padding in training, so that it must ask the latent
+    packed: bool = True  # Encoder stops at each sentence's end; `False` runs over padding
+    init: float = 0.1  # Every parameter starts from U(-init, init)
+    bow: bool = False  # Add a linear layer that predicts the words of a sentence, in no order, from its latent
+    start: tuple | None = None  # Part `(from, to)` of the latent that sets the decoder's first state; `None`: all of it
+    step: tuple | None = None  # Part that the decoder reads with every word; `None`: all of it
+    tied: bool = True  # The output layer shares the decoder's embedding; otherwise it has weights and a bias of its own
+    shared: bool = False  # Encoder and decoder share one embedding
+    draws: int = 1  # Posterior draws of a sentence in training
+    noise: bool = True  # Training decodes draws of the posterior; otherwise its mode
+
     def __post_init__(self):
-        if self.tied and self.embed != self.hidden: raise ValueError(f'the output layer is tied to the embedding, so hidden ({self.hidden}) must equal embed ({self.embed})')
-        if self.d < 0 or self.hidden < 1: raise ValueError(f'd must be >= 0 and hidden >= 1, got {self.d} and {self.hidden}')
-        if self.draws < 1: raise ValueError(f'draws must be at least 1, got {self.draws}')
-        for k in ('start','step'):
-            a,b = getattr(self, k) or (0, self.d)
-            if not 0 <= a <= b <= self.d: raise ValueError(f'{k} must be a part of the {self.d} latent dimensions, got {(a, b)}')
-        for k in ('dropout','word_dropout'):
-            if not 0 <= getattr(self, k) < 1: raise ValueError(f'{k} must lie in [0, 1), got {getattr(self, k)}')
+        if self.tied and self.embed != self.hidden:
+            raise ValueError(
+                f'the output layer is tied to the embedding, so hidden ({self.hidden}) must equal embed ({self.embed})'
+            )
+        if self.d < 0 or self.hidden < 1:
+            raise ValueError(f'd must be >= 0 and hidden >= 1, got {self.d} and {self.hidden}')
+        if self.draws < 1:
+            raise ValueError(f'draws must be at least 1, got {self.draws}')
+        for k in ('start', 'step'):
+            a, b = getattr(self, k) or (0, self.d)
+            if not 0 <= a <= b <= self.d:
+                raise ValueError(f'{k} must be a part of the {self.d} latent dimensions, got {(a, b)}')
+        for k in ('dropout', 'word_dropout'):
+            if not 0 <= getattr(self, k) < 1:
+                raise ValueError(f'{k} must lie in [0, 1), got {getattr(self, k)}')
 
 # %% ../nbs/20_text_vae.ipynb #b82aa294
 def dropout(
-    x:Tensor, # Any shape
-    p:float, # Share dropped, in [0, 1)
-    gen:torch.Generator|None=None, # Source of the mask
+    x: Tensor,  # Any shape
+    p: float,  # Share dropped, in [0, 1)
+    gen: torch.Generator | None = None,  # Source of the mask
 ) -> Tensor:
     "Inverted dropout with an explicit generator; the identity when `p` is 0"
-    if p == 0: return x
-    return x*torch.empty_like(x).bernoulli_(1-p, generator=gen).div_(1-p)
+    if p == 0:
+        return x
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=gen).div_(1 - p)
 
 # %% ../nbs/20_text_vae.ipynb #901a99cc
 def drop_words(
-    ids:Tensor, # Words read by the decoder, any shape
-    first:Tensor, # Which of them begin a sentence, bool, same shape
-    p:float, # Share replaced by 0
-    gen:torch.Generator|None=None, # Source of the mask
+    ids: Tensor,  # Words read by the decoder, any shape
+    first: Tensor,  # Which of them begin a sentence, bool, same shape
+    p: float,  # Share replaced by 0
+    gen: torch.Generator | None = None,  # Source of the mask
 ) -> Tensor:
     "Word dropout (Bowman et al. 2016): some inputs after the first read as padding"
-    if p == 0: return ids
-    return ids*((torch.rand(ids.shape, generator=gen, device=ids.device) >= p) | first)
+    if p == 0:
+        return ids
+    return ids * ((torch.rand(ids.shape, generator=gen, device=ids.device) >= p) | first)
 
 # %% ../nbs/20_text_vae.ipynb #5ac68b91
 @torch.no_grad()
-def draw_parameters(module:nn.Module, bound:float, gen:torch.Generator|None=None):
+def draw_parameters(module: nn.Module, bound: float, gen: torch.Generator | None = None):
     "Every parameter of a module from U(-bound, bound), biases and padding rows included (the published text scripts)"
-    for p in module.parameters(): p.uniform_(-bound, bound, generator=gen)
+    for p in module.parameters():
+        p.uniform_(-bound, bound, generator=gen)
 
 # %% ../nbs/20_text_vae.ipynb #d6480102
 class Packing(NamedTuple):
     "Where the words of a batch stand in reading order"
-    row:Tensor # Sentence of each word, shape `(N,)`
-    col:Tensor # Its place in the sentence, shape `(N,)`
-    back:Tensor # Where in this list the same sentence's word is that is as far from the end, shape `(N,)`
-    sizes:Tensor # Words read at each step, shape `(L,)`, on the CPU
-    order:Tensor # Sentences, longest first, shape `(B,)`
-    def pack(self, data:Tensor) -> PackedSequence: return PackedSequence(data, self.sizes)
+
+    row: Tensor  # Sentence of each word, shape `(N,)`
+    col: Tensor  # Its place in the sentence, shape `(N,)`
+    back: Tensor  # Where in this list the same sentence's word is that is as far from the end, shape `(N,)`
+    sizes: Tensor  # Words read at each step, shape `(L,)`, on the CPU
+    order: Tensor  # Sentences, longest first, shape `(B,)`
+
+    def pack(self, data: Tensor) -> PackedSequence:
+        return PackedSequence(data, self.sizes)
+
 
 def packing(
-    lengths:Tensor, # Words of each sentence, at least 1, shape `(B,)`; on the CPU, or a GPU waits
-    device='cpu', # Where indices are wanted
+    lengths: Tensor,  # Words of each sentence, at least 1, shape `(B,)`; on the CPU, or a GPU waits
+    device='cpu',  # Where indices are wanted
 ) -> Packing:
     "Reading order of sentences of given lengths; `ValueError` for an empty one"
     n = lengths.cpu()
-    if len(n) == 0 or int(n.min()) < 1: raise ValueError('every sentence needs at least one word to read')
-    n,order = n.sort(descending=True, stable=True)
-    on = n > torch.arange(int(n[0]))[:,None] # (L, B)
-    col,at = on.nonzero(as_tuple=True); sizes = on.sum(1); start = sizes.cumsum(0)-sizes
-    row,col,back,order = to_device(device, order[at], col, start[n[at]-1-col]+at, order)
+    if len(n) == 0 or int(n.min()) < 1:
+        raise ValueError('every sentence needs at least one word to read')
+    n, order = n.sort(descending=True, stable=True)
+    on = n > torch.arange(int(n[0]))[:, None]  # (L, B)
+    col, at = on.nonzero(as_tuple=True)
+    sizes = on.sum(1)
+    start = sizes.cumsum(0) - sizes
+    row, col, back, order = to_device(device, order[at], col, start[n[at] - 1 - col] + at, order)
     return Packing(row, col, back, sizes, order)
 
 # %% ../nbs/20_text_vae.ipynb #9c5a31d9
 class GaussianHead(nn.Module):
     "`q(z|x)` of a sentence from the encoder's summary: two linear maps"
-    def __init__(self,
-        n_in:int, # Width of the summary
-        d:int, # Latent dimension
+
+    def __init__(
+        self,
+        n_in: int,  # Width of the summary
+        d: int,  # Latent dimension
     ):
         super().__init__()
-        self.d,self.mean,self.logvar = d,nn.Linear(n_in, d),nn.Linear(n_in, d)
-    def forward(self, h:Tensor) -> DiagGaussian: return DiagGaussian(self.mean(h), self.logvar(h)) # From `(B, n_in)` to `(B, d)`
+        self.d, self.mean, self.logvar = d, nn.Linear(n_in, d), nn.Linear(n_in, d)
+
+    def forward(self, h: Tensor) -> DiagGaussian:
+        return DiagGaussian(self.mean(h), self.logvar(h))  # From `(B, n_in)` to `(B, d)`
 
 # %% ../nbs/20_text_vae.ipynb #0968a7e1
 class Encoder(nn.Module):
     "Bidirectional GRU with a posterior head"
-    def __init__(self,
-        n_words:int, cfg:TextCfg,
-        head=None, # `head(n_in)` makes the posterior head; a diagonal Gaussian if `None`
+
+    def __init__(
+        self,
+        n_words: int,
+        cfg: TextCfg,
+        head=None,  # `head(n_in)` makes the posterior head; a diagonal Gaussian if `None`
     ):
         super().__init__()
         self.packed = cfg.packed
         self.embed = nn.Embedding(n_words, cfg.embed, padding_idx=0)
         self.rnn = nn.GRU(cfg.embed, cfg.hidden, batch_first=True, bidirectional=True)
-        self.head = GaussianHead(2*cfg.hidden, cfg.d) if head is None else head(2*cfg.hidden)
-    def forward(self,
-        ids:Tensor, # Sentences with `<s>` and `</s>`, padded with 0, shape `(B, L)`
-        lengths:Tensor, # Their lengths, shape `(B,)`; on the CPU, or a GPU waits
-    ): # Posterior of each sentence, such as a `DiagGaussian`
+        self.head = GaussianHead(2 * cfg.hidden, cfg.d) if head is None else head(2 * cfg.hidden)
+
+    def forward(
+        self,
+        ids: Tensor,  # Sentences with `<s>` and `</s>`, padded with 0, shape `(B, L)`
+        lengths: Tensor,  # Their lengths, shape `(B,)`; on the CPU, or a GPU waits
+    ):  # Posterior of each sentence, such as a `DiagGaussian`
         "Posterior of each sentence"
         B = len(ids)
         p = packing(lengths if self.packed else torch.full((B,), ids.shape[1]), ids.device)
-        x = self.embed(ids[p.row,p.col])
-        if x.is_cuda: ends = gru_ends(self.rnn, p.pack(x))
+        x = self.embed(ids[p.row, p.col])
+        if x.is_cuda:
+            ends = gru_ends(self.rnn, p.pack(x))
         else:
             h0 = self.embed.weight.new_zeros(B, self.rnn.hidden_size)
-            ends = [gru(self.rnn, p.pack(v), h0, reverse=r)[1] for r,v in ((False, x), (True, x[p.back]))]
+            ends = [gru(self.rnn, p.pack(v), h0, reverse=r)[1] for r, v in ((False, x), (True, x[p.back]))]
         h = nnf.leaky_relu(torch.cat(ends, 1))[p.order.argsort()]
-        return self.head(h).map(full) # the latent is never in half precision
+        return self.head(h).map(full)  # the latent is never in half precision
 
 # %% ../nbs/20_text_vae.ipynb #c4a12e62
 class Decoder(nn.Module):
     "GRU decoder; the latent enters the first state and every step"
-    def __init__(self, n_words:int, cfg:TextCfg, bos:int, eos:int):
+
+    def __init__(self, n_words: int, cfg: TextCfg, bos: int, eos: int):
         super().__init__()
-        self.d,self.p,self.p_word,self.bos,self.eos = cfg.d,cfg.dropout,cfg.word_dropout,bos,eos
+        self.d, self.p, self.p_word, self.bos, self.eos = cfg.d, cfg.dropout, cfg.word_dropout, bos, eos
         self.embed = nn.Embedding(n_words, cfg.embed)
-        self.at = {k: slice(*(getattr(cfg, k) or (0, cfg.d))) for k in ('start','step')} # Which part of the latent goes where
-        n = {k: p.stop-p.start for k,p in self.at.items()}
-        self.rnn = nn.GRU(cfg.embed+n['step'], cfg.hidden, batch_first=True)
-        if n['start']: self.start = nn.Linear(n['start'], cfg.hidden, bias=False)
-        if not cfg.tied: self.out = nn.Linear(cfg.hidden, n_words)
-    def part(self, z:Tensor|None, where:str) -> Tensor|None: # What of the latent goes there, shape `(B, n)`; `None` for nothing
+        self.at = {
+            k: slice(*(getattr(cfg, k) or (0, cfg.d))) for k in ('start', 'step')
+        }  # Which part of the latent goes where
+        n = {k: p.stop - p.start for k, p in self.at.items()}
+        self.rnn = nn.GRU(cfg.embed + n['step'], cfg.hidden, batch_first=True)
+        if n['start']:
+            self.start = nn.Linear(n['start'], cfg.hidden, bias=False)
+        if not cfg.tied:
+            self.out = nn.Linear(cfg.hidden, n_words)
+
+    def part(
+        self, z: Tensor | None, where: str
+    ) -> Tensor | None:  # What of the latent goes there, shape `(B, n)`; `None` for nothing
         p = self.at[where]
-        return None if p.start == p.stop else z[:,p]
-    def first(self, z:Tensor|None, B:int) -> Tensor: # State before the first word, shape `(B, H)`
+        return None if p.start == p.stop else z[:, p]
+
+    def first(self, z: Tensor | None, B: int) -> Tensor:  # State before the first word, shape `(B, H)`
         z = self.part(z, 'start')
         return self.embed.weight.new_zeros(B, self.rnn.hidden_size) if z is None else self.start(z)
-    def output(self) -> tuple[Tensor,Tensor|None]: # Weight `(V, H)` and bias of the output layer
-        return (self.out.weight,self.out.bias) if hasattr(self, 'out') else (self.embed.weight,None)
-    def nll(self,
-        ids:Tensor, # Sentences, shape `(B, L)`
-        lengths:Tensor, # Shape `(B,)`; on the CPU, or a GPU waits
-        z:Tensor|None, # Latents, shape `(B, d)`; ignored when `d` is 0
-        gen:torch.Generator|None=None, # Source of dropout masks, in training
-    ) -> Tensor: # Shape `(B,)`: nats a sentence, `</s>` counted
+
+    def output(self) -> tuple[Tensor, Tensor | None]:  # Weight `(V, H)` and bias of the output layer
+        return (self.out.weight, self.out.bias) if hasattr(self, 'out') else (self.embed.weight, None)
+
+    def nll(
+        self,
+        ids: Tensor,  # Sentences, shape `(B, L)`
+        lengths: Tensor,  # Shape `(B,)`; on the CPU, or a GPU waits
+        z: Tensor | None,  # Latents, shape `(B, d)`; ignored when `d` is 0
+        gen: torch.Generator | None = None,  # Source of dropout masks, in training
+    ) -> Tensor:  # Shape `(B,)`: nats a sentence, `</s>` counted
         "`-log p(x | z)`"
-        drop,p = self.p if self.training else 0.,packing(lengths-1, ids.device)
-        read = ids[p.row,p.col]
-        if self.training: read = drop_words(read, p.col == 0, self.p_word, gen)
+        drop, p = self.p if self.training else 0.0, packing(lengths - 1, ids.device)
+        read = ids[p.row, p.col]
+        if self.training:
+            read = drop_words(read, p.col == 0, self.p_word, gen)
         z = z[p.order] if self.d else None
-        h,_ = gru(self.rnn, p.pack(dropout(self.embed(read), drop, gen)), self.first(z, len(ids)), extra=self.part(z, 'step'))
-        h,(W,b) = dropout(h, drop, gen),self.output()
-        if b is not None: h,W = torch.cat([h, h.new_ones(len(h), 1)], 1),torch.cat([W, b[:,None]], 1)
-        loss = linear_cross_entropy(h, W, ids[p.row,p.col+1])
+        h, _ = gru(
+            self.rnn, p.pack(dropout(self.embed(read), drop, gen)), self.first(z, len(ids)), extra=self.part(z, 'step')
+        )
+        h, (W, b) = dropout(h, drop, gen), self.output()
+        if b is not None:
+            h, W = torch.cat([h, h.new_ones(len(h), 1)], 1), torch.cat([W, b[:, None]], 1)
+        loss = linear_cross_entropy(h, W, ids[p.row, p.col + 1])
         return torch.zeros(len(ids), device=loss.device, dtype=loss.dtype).index_add(0, p.row, loss)
+
     @torch.no_grad()
-    def generate(self,
-        z:Tensor|None, # Latents, shape `(B, d)`; or `None` with `n`
+    def generate(
+        self,
+        z: Tensor | None,  # Latents, shape `(B, d)`; or `None` with `n`
         *,
-        n:int|None=None, # How many sentences, for a model without latent
-        max_len:int=40, # Words at most, `</s>` included
-        temperature:float=0., # 0: greedy; else the softmax temperature of word sampling
-        top_p:float=1., # Nucleus: smallest set of words with this probability (Holtzman et al. 2020)
-        gen:torch.Generator|None=None, # Source of randomness when temperature > 0
-    ) -> Tensor: # Word ids without `<s>`, ending in `</s>` where it came, padded with 0: `(B, <=max_len)`
+        n: int | None = None,  # How many sentences, for a model without latent
+        max_len: int = 40,  # Words at most, `</s>` included
+        temperature: float = 0.0,  # 0: greedy; else the softmax temperature of word sampling
+        top_p: float = 1.0,  # Nucleus: smallest set of words with this probability (Holtzman et al. 2020)
+        gen: torch.Generator | None = None,  # Source of randomness when temperature > 0
+    ) -> Tensor:  # Word ids without `<s>`, ending in `</s>` where it came, padded with 0: `(B, <=max_len)`
         "Decode sentences, which `</s>` ends, or padding; finished ones leave the batch. Under autocast states and products are in its precision"
-        if temperature < 0 or not 0 < top_p <= 1: raise ValueError(f'temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}')
-        B,table,(W,b) = n if z is None else len(z),self.embed.weight,self.output()
-        words,each,h,wi,wh,bi,bh,b = as_autocast(table.device.type, table, self.part(z, 'step'), self.first(z, B), *gru_weights(self.rnn), b)
-        W,E = words if W is table else as_autocast(table.device.type, W)[0],words.shape[1]
-        same = bi.expand(B, -1).contiguous() if each is None else product(each, wi[:,E:], bi) # what of the gates stays the same along a sentence
-        dev = W.device; W,wh,wi = (laid_out(w, min(B, 256)) for w in (W, wh, wi[:,:E]))
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f'temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}')
+        B, table, (W, b) = n if z is None else len(z), self.embed.weight, self.output()
+        words, each, h, wi, wh, bi, bh, b = as_autocast(
+            table.device.type, table, self.part(z, 'step'), self.first(z, B), *gru_weights(self.rnn), b
+        )
+        W, E = words if W is table else as_autocast(table.device.type, W)[0], words.shape[1]
+        same = (
+            bi.expand(B, -1).contiguous() if each is None else product(each, wi[:, E:], bi)
+        )  # what of the gates stays the same along a sentence
+        dev = W.device
+        W, wh, wi = (laid_out(w, min(B, 256)) for w in (W, wh, wi[:, :E]))
         out = torch.zeros(B, max_len, dtype=torch.long, device=dev)
         live = torch.arange(B, device=dev)
-        word,pick = torch.full((B,), self.bos, device=dev),lambda f: first_largest(f) if temperature == 0 else pick_word(full(f)/temperature, top_p, gen)
+        word, pick = (
+            torch.full((B,), self.bos, device=dev),
+            lambda f: first_largest(f) if temperature == 0 else pick_word(full(f) / temperature, top_p, gen),
+        )
         for i in range(max_len):
             h = gru_cell(product(nnf.embedding(word, words), wi, add=same), product(h, wh, bh), h)
             word = torch.cat([pick(product(c, W, b)) for c in h.split(256 if dev.type == 'cpu' else 8192)])
-            out[live,i] = word
-            if i%4 == 3 or i == max_len-1: # dropping finished rows costs a copy, and on a GPU a wait: not at every step
-                keep = (out[live,:i+1] != self.eos).all(1)
-                if not keep.any(): break
-                live,word,h,same = live[keep],word[keep],h[keep],same[keep]
+            out[live, i] = word
+            if (
+                i % 4 == 3 or i == max_len - 1
+            ):  # dropping finished rows costs a copy, and on a GPU a wait: not at every step
+                keep = (out[live, : i + 1] != self.eos).all(1)
+                if not keep.any():
+                    break
+                live, word, h, same = live[keep], word[keep], h[keep], same[keep]
         return cut_after(out, self.eos)
 
 # %% ../nbs/20_text_vae.ipynb #21832684
 def pick_word(
-    logits:Tensor, # Shape `(B, V)`, already divided by the temperature
-    top_p:float, # Nucleus mass
-    gen:torch.Generator|None=None, # Source of randomness
-) -> Tensor: # Word ids, shape `(B,)`
+    logits: Tensor,  # Shape `(B, V)`, already divided by the temperature
+    top_p: float,  # Nucleus mass
+    gen: torch.Generator | None = None,  # Source of randomness
+) -> Tensor:  # Word ids, shape `(B,)`
     "Sample one word a row from the smallest set whose probability reaches `top_p`"
     p = logits.softmax(-1)
     if top_p < 1:
-        ps,order = p.sort(-1, descending=True)
-        ps = ps*((ps.cumsum(-1)-ps) < top_p)
-        return order.gather(1, torch.multinomial(ps, 1, generator=gen))[:,0]
-    return torch.multinomial(p, 1, generator=gen)[:,0]
+        ps, order = p.sort(-1, descending=True)
+        ps = ps * ((ps.cumsum(-1) - ps) < top_p)
+        return order.gather(1, torch.multinomial(ps, 1, generator=gen))[:, 0]
+    return torch.multinomial(p, 1, generator=gen)[:, 0]
 
 # %% ../nbs/20_text_vae.ipynb #6e63b23f
 def cut_after(
-    ids:Tensor, # Word ids, shape `(B, L)`
-    eos:int, # End mark
-) -> Tensor: # The same with everything after the first `eos` or 0 set to 0, and empty columns dropped
+    ids: Tensor,  # Word ids, shape `(B, L)`
+    eos: int,  # End mark
+) -> Tensor:  # The same with everything after the first `eos` or 0 set to 0, and empty columns dropped
     "Blank what follows the end: the end mark, or padding, which a model may generate"
-    end = (ids == eos) | (ids == 0); after = end.cumsum(1)-end.long() > 0
+    end = (ids == eos) | (ids == 0)
+    after = end.cumsum(1) - end.long() > 0
     ids = ids.masked_fill(after, 0)
     used = (ids != 0).any(0).nonzero()
-    return ids[:,:int(used[-1])+1 if len(used) else 1]
+    return ids[:, : int(used[-1]) + 1 if len(used) else 1]
 
 # %% ../nbs/20_text_vae.ipynb #86a27ba8
 def bag_of_words(
-    logits:Tensor, # One softmax over the vocabulary a sentence, shape `(B, V)`
-    ids:Tensor, # Sentences with both tags, padded with 0, shape `(B, L)`
-    lengths:Tensor, # Shape `(B,)`
-) -> Tensor: # Shape `(B,)`: nats a sentence
+    logits: Tensor,  # One softmax over the vocabulary a sentence, shape `(B, V)`
+    ids: Tensor,  # Sentences with both tags, padded with 0, shape `(B, L)`
+    lengths: Tensor,  # Shape `(B,)`
+) -> Tensor:  # Shape `(B,)`: nats a sentence
     "`-sum_i log softmax(logits)[x_i]` over the words of a sentence, tags apart (Zhao et al. 2017, eq. 8)"
-    inner = torch.arange(ids.shape[1], device=ids.device) < (lengths-1)[:,None]
-    inner[:,0] = False
-    return -(logits.log_softmax(-1).gather(1, ids)*inner).sum(1)
+    inner = torch.arange(ids.shape[1], device=ids.device) < (lengths - 1)[:, None]
+    inner[:, 0] = False
+    return -(logits.log_softmax(-1).gather(1, ids) * inner).sum(1)
 
 # %% ../nbs/20_text_vae.ipynb #ee5e846e
 class TextModel(nn.Module):
     "Encoder, decoder and prior; `forward` gives named per-sentence terms"
-    def __init__(self,
-        n_words:int, # Vocabulary size
-        cfg:TextCfg, # Sizes
-        prior:nn.Module|None, # `DiffusionEBM`, `StandardNormal`, or `None` when `cfg.d` is 0
+
+    def __init__(
+        self,
+        n_words: int,  # Vocabulary size
+        cfg: TextCfg,  # Sizes
+        prior: nn.Module | None,  # `DiffusionEBM`, `StandardNormal`, or `None` when `cfg.d` is 0
         *,
-        bos:int, eos:int, # Ids of `<s>` and `</s>`
-        gen:torch.Generator|None=None, # Source of the initial weights of encoder and decoder
-        head=None, # See `Encoder`
+        bos: int,
+        eos: int,  # Ids of `<s>` and `</s>`
+        gen: torch.Generator | None = None,  # Source of the initial weights of encoder and decoder
+        head=None,  # See `Encoder`
     ):
         super().__init__()
-        if (cfg.d == 0) != (prior is None): raise ValueError('a model without latent (d=0) takes prior=None, one with a latent needs a prior')
-        if prior is not None and prior.d != cfg.d: raise ValueError(f'the prior has dimension {prior.d}, the text model {cfg.d}')
-        self.cfg,self.n_words = cfg,n_words
+        if (cfg.d == 0) != (prior is None):
+            raise ValueError('a model without latent (d=0) takes prior=None, one with a latent needs a prior')
+        if prior is not None and prior.d != cfg.d:
+            raise ValueError(f'the prior has dimension {prior.d}, the text model {cfg.d}')
+        self.cfg, self.n_words = cfg, n_words
         self.encoder = Encoder(n_words, cfg, head) if cfg.d else None
-        if cfg.d and self.encoder.head.d != cfg.d: raise ValueError(f'the posterior head has dimension {self.encoder.head.d}, the text model {cfg.d}')
+        if cfg.d and self.encoder.head.d != cfg.d:
+            raise ValueError(f'the posterior head has dimension {self.encoder.head.d}, the text model {cfg.d}')
         self.decoder = Decoder(n_words, cfg, bos, eos)
         self.bow = nn.Linear(cfg.d, n_words) if cfg.bow else None
         for m in (self.encoder, self.decoder, self.bow):
-            if m is not None: draw_parameters(m, cfg.init, gen)
-        if cfg.shared and cfg.d: self.encoder.embed.weight = self.decoder.embed.weight
+            if m is not None:
+                draw_parameters(m, cfg.init, gen)
+        if cfg.shared and cfg.d:
+            self.encoder.embed.weight = self.decoder.embed.weight
         self.prior = prior
-    def encode(self, batch): # A posterior, such as a `DiagGaussian` of shapes `(B, d)`
+
+    def encode(self, batch):  # A posterior, such as a `DiagGaussian` of shapes `(B, d)`
         "Posterior of a batch (see `ldebm.text.Batch`)"
         return self.encoder(batch.ids, batch.host_lengths)
-    def forward(self,
-        batch, # `ldebm.text.Batch`
-        gen:torch.Generator|None=None, # Source of posterior noise, dropout and chains
-        labels:Tensor|None=None, # Cluster labels of the batch, shape `(B,)`
-        label_weights:Tensor|None=None, # Weight of each label, shape `(K,)`
-    ) -> dict: # Named terms, each `(B,)`, nats a sentence
+
+    def forward(
+        self,
+        batch,  # `ldebm.text.Batch`
+        gen: torch.Generator | None = None,  # Source of posterior noise, dropout and chains
+        labels: Tensor | None = None,  # Cluster labels of the batch, shape `(B,)`
+        label_weights: Tensor | None = None,  # Weight of each label, shape `(K,)`
+    ) -> dict:  # Named terms, each `(B,)`, nats a sentence
         "All terms of the objective for one batch"
-        if not self.cfg.d: return dict(nll=self.decoder.nll(batch.ids, batch.host_lengths, None, gen))
-        q,n = self.encode(batch),self.cfg.draws if self.training else 1
-        if n > 1: # the terms of the prior see the first of the draws
-            rows = torch.arange(len(batch)).repeat(n); zs = self.draw(q[rows.to(batch.ids.device)], gen); z = zs[:len(batch)]
+        if not self.cfg.d:
+            return dict(nll=self.decoder.nll(batch.ids, batch.host_lengths, None, gen))
+        q, n = self.encode(batch), self.cfg.draws if self.training else 1
+        if n > 1:  # the terms of the prior see the first of the draws
+            rows = torch.arange(len(batch)).repeat(n)
+            zs = self.draw(q[rows.to(batch.ids.device)], gen)
+            z = zs[: len(batch)]
             nll = self.decoder.nll(batch.ids.repeat(n, 1), batch.host_lengths.repeat(n), zs, gen).view(n, -1).mean(0)
-        else: z = self.draw(q, gen); nll = self.decoder.nll(batch.ids, batch.host_lengths, z, gen)
+        else:
+            z = self.draw(q, gen)
+            nll = self.decoder.nll(batch.ids, batch.host_lengths, z, gen)
         bow = {} if self.bow is None else dict(bow=bag_of_words(self.bow(z), batch.ids, batch.lengths))
         return dict(nll=nll, **bow, **self.prior.terms(q, z, gen, labels, label_weights))
-    def draw(self, q, gen:torch.Generator|None=None) -> Tensor: # Latents, shape `(B, d)`
+
+    def draw(self, q, gen: torch.Generator | None = None) -> Tensor:  # Latents, shape `(B, d)`
         "A draw of a posterior, or its mode for a model without noise"
         return q.rsample(gen) if self.cfg.noise else q.mode
+
     def before_step(self):
         "Once per optimiser step: refresh the spectral norms of an energy"
-        if hasattr(self.prior, 'before_step'): self.prior.before_step()
-        elif hasattr(self.prior, 'energy'): self.prior.energy.power_iterate()
-    def groups(self) -> dict: # Parameters of the two optimiser groups
+        if hasattr(self.prior, 'before_step'):
+            self.prior.before_step()
+        elif hasattr(self.prior, 'energy'):
+            self.prior.energy.power_iterate()
+
+    def groups(self) -> dict:  # Parameters of the two optimiser groups
         "`main`: encoder, decoder and a prior without energies; `ebm`: a prior with energies"
-        own = lambda n: n.startswith('prior.') and hasattr(self.prior, 'energy')
-        return dict(main=[p for n,p in self.named_parameters() if not own(n)], ebm=[p for n,p in self.named_parameters() if own(n)])
+
+        def own(n):
+            return n.startswith('prior.') and hasattr(self.prior, 'energy')
+
+        return dict(
+            main=[p for n, p in self.named_parameters() if not own(n)],
+            ebm=[p for n, p in self.named_parameters() if own(n)],
+        )
 
 # %% ../nbs/20_text_vae.ipynb #f427d558
 def objective(
-    terms:dict, # Named per-sentence terms, each `(B,)`
-    weights:dict, # Weight of each name; names without a weight are for the record
-) -> Tensor: # Scalar
+    terms: dict,  # Named per-sentence terms, each `(B,)`
+    weights: dict,  # Weight of each name; names without a weight are for the record
+) -> Tensor:  # Scalar
     "Weighted sum of batch means; `ValueError` for a weight whose term does not exist"
-    if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
-    return sum(w*terms[k].mean() for k,w in weights.items() if w != 0)
+    if missing := set(weights) - set(terms):
+        raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
+    return sum(w * terms[k].mean() for k, w in weights.items() if w != 0)
 
 # %% ../nbs/20_text_vae.ipynb #5f06d64e
 @torch.no_grad()
-def reconstruct(model:TextModel, batch, max_len:int=40) -> Tensor: # Ids, shape `(B, <=max_len)`
+def reconstruct(model: TextModel, batch, max_len: int = 40) -> Tensor:  # Ids, shape `(B, <=max_len)`
     "Greedy decoding from the posterior mode"
     return model.decoder.generate(model.encode(batch).mode, max_len=max_len)
 
 # %% ../nbs/20_text_vae.ipynb #c370f98d
 @torch.no_grad()
 def sample_sentences(
-    model:TextModel,
-    n:int, # How many
+    model: TextModel,
+    n: int,  # How many
     *,
-    y:int|None=None, # Symbol to condition on
-    gen:torch.Generator|None=None, # Source of latents and words
-    max_len:int=40, # Words at most
-    temperature:float=0., # 0 is greedy: all variety from `z`; a model without latent needs > 0
-    top_p:float=1., # Nucleus
-    n_steps:int|None=None, # Updates a level, for a prior that is sampled by chains; the settings' if `None`
-    chunk:int=2048, # Sentences decoded at a time
-    progress=None, # Wraps the iterator over chunks
-) -> list: # `n` lists of word ids, without the end mark
+    y: int | None = None,  # Symbol to condition on
+    gen: torch.Generator | None = None,  # Source of latents and words
+    max_len: int = 40,  # Words at most
+    temperature: float = 0.0,  # 0 is greedy: all variety from `z`; a model without latent needs > 0
+    top_p: float = 1.0,  # Nucleus
+    n_steps: int | None = None,  # Updates a level, for a prior that is sampled by chains; the settings' if `None`
+    chunk: int = 2048,  # Sentences decoded at a time
+    progress=None,  # Wraps the iterator over chunks
+) -> list:  # `n` lists of word ids, without the end mark
     "Sentences from the prior; `ValueError` for greedy decoding without a latent, which would give one sentence, and for `n_steps` where nothing is sampled by chains"
-    if n_steps is not None and (model.prior is None or 'n_steps' not in inspect.signature(model.prior.sample).parameters):
-        raise ValueError(f'n_steps is the number of updates of a chain; {"a model without prior" if model.prior is None else type(model.prior).__name__} has none: leave n_steps out')
+    if n_steps is not None and (
+        model.prior is None or 'n_steps' not in inspect.signature(model.prior.sample).parameters
+    ):
+        raise ValueError(
+            f'n_steps is the number of updates of a chain; {"a model without prior" if model.prior is None else type(model.prior).__name__} has none: leave n_steps out'
+        )
     chains = {} if n_steps is None else dict(n_steps=n_steps)
-    if model.prior is None and temperature == 0: raise ValueError('a model without latent always decodes the same sentence greedily: give temperature > 0')
-    out,starts = [],range(0, n, chunk)
-    for i in (progress(starts) if progress else starts):
-        b = min(chunk, n-i)
+    if model.prior is None and temperature == 0:
+        raise ValueError('a model without latent always decodes the same sentence greedily: give temperature > 0')
+    out, starts = [], range(0, n, chunk)
+    for i in progress(starts) if progress else starts:
+        b = min(chunk, n - i)
         z = None if model.prior is None else model.prior.sample(b, y=y, gen=gen, **chains)
-        out += strip(model.decoder.generate(z, n=b, max_len=max_len, temperature=temperature, top_p=top_p, gen=gen), model.decoder.eos)
+        out += strip(
+            model.decoder.generate(z, n=b, max_len=max_len, temperature=temperature, top_p=top_p, gen=gen),
+            model.decoder.eos,
+        )
     return out
 
 # %% ../nbs/20_text_vae.ipynb #0226acfc
 def strip(
-    ids:Tensor, # Generated ids, shape `(B, L)`
-    eos:int, # End mark
-) -> list: # Lists of ids up to, not including, the end mark
+    ids: Tensor,  # Generated ids, shape `(B, L)`
+    eos: int,  # End mark
+) -> list:  # Lists of ids up to, not including, the end mark
     "Rows of a generated batch as lists"
     return [[w for w in row if w not in (0, eos)] for row in ids.tolist()]
 
 # %% ../nbs/20_text_vae.ipynb #62aa1f60
 @torch.no_grad()
 def interpolate(
-    model:TextModel,
-    batch, # Two sentences
-    n:int=7, # Points on the way, ends included
-    max_len:int=40, # Words at most
-) -> Tensor: # Ids, shape `(n, <=max_len)`
+    model: TextModel,
+    batch,  # Two sentences
+    n: int = 7,  # Points on the way, ends included
+    max_len: int = 40,  # Words at most
+) -> Tensor:  # Ids, shape `(n, <=max_len)`
     "Greedy decodings along the line between two posterior modes"
-    a,b = model.encode(batch).mode
-    w = torch.linspace(0, 1, n, device=a.device, dtype=a.dtype)[:,None]
-    return model.decoder.generate((1-w)*a + w*b, max_len=max_len)
+    a, b = model.encode(batch).mode
+    w = torch.linspace(0, 1, n, device=a.device, dtype=a.dtype)[:, None]
+    return model.decoder.generate((1 - w) * a + w * b, max_len=max_len)

@@ -10,572 +10,936 @@ __all__ = ['CHANGEABLE', 'TrainCfg', 'parse_changes', 'linear_warmup', 'logistic
            'share_of_threads', 'launch', 'start_processes', 'run_notebook', 'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
-import gc, io, json, logging, math, multiprocessing, os, signal, socket, sys, tempfile, threading, time
+import gc
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+
 import torch
 import torch.distributed as dist
-from torch import nn
-from .core import Run, atomic_write, choose, graceful_stop, make_gen, pick_device, progress, to_device
-from .langevin import Pending
 from accelerate import Accelerator, DistributedDataParallelKwargs, notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+
+from .core import Run, atomic_write, choose, graceful_stop, make_gen, pick_device, progress, to_device
+from .langevin import Pending
 
 # %% ../nbs/50_train.ipynb #d13309d5
 @dataclass(frozen=True)
 class TrainCfg:
     "How `fit` trains"
-    steps:int=1000 # Optimiser steps in all: a count, never a clock
-    lr:float=1e-3 # Adam's rate for encoder and decoder
-    lr_ebm:float=1e-4 # Adam's rate for the energy
-    decay_ebm:float=0. # L2 weight decay of the energy
-    clip:float=.5 # Largest gradient norm of encoder and decoder; 0: any
-    clip_ebm:float=10. # Largest gradient norm of the energy; 0: any
-    warmup:int=0 # Steps over which both rates rise linearly
-    warmdown:float=0. # Last share of the steps over which both rates fall linearly to zero
-    rate_decay:float=1. # Factor on both rates every 1,000 steps
-    beta1:float=.9 # Adam's first decay
-    accumulate:int=1 # Batches summed into one optimiser step
-    mixed_precision:str='no' # `no`, `bf16` or `fp16`, as in Accelerate
-    log_every:int=20 # Steps averaged into one line of the log
-    checkpoint_every:int=200 # Steps between checkpoints
-    changes:tuple=() # `(step, name, value)`: from that step on, one of `CHANGEABLE` is another
+
+    steps: int = 1000  # Optimiser steps in all: a count, never a clock
+    lr: float = 1e-3  # Adam's rate for encoder and decoder
+    lr_ebm: float = 1e-4  # Adam's rate for the energy
+    decay_ebm: float = 0.0  # L2 weight decay of the energy
+    clip: float = 0.5  # Largest gradient norm of encoder and decoder; 0: any
+    clip_ebm: float = 10.0  # Largest gradient norm of the energy; 0: any
+    warmup: int = 0  # Steps over which both rates rise linearly
+    warmdown: float = 0.0  # Last share of the steps over which both rates fall linearly to zero
+    rate_decay: float = 1.0  # Factor on both rates every 1,000 steps
+    beta1: float = 0.9  # Adam's first decay
+    accumulate: int = 1  # Batches summed into one optimiser step
+    mixed_precision: str = 'no'  # `no`, `bf16` or `fp16`, as in Accelerate
+    log_every: int = 20  # Steps averaged into one line of the log
+    checkpoint_every: int = 200  # Steps between checkpoints
+    changes: tuple = ()  # `(step, name, value)`: from that step on, one of `CHANGEABLE` is another
+
     def __post_init__(self):
-        for k in ('steps','accumulate','log_every','checkpoint_every'):
-            if getattr(self, k) < 1: raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
-        for k in ('lr','lr_ebm'):
-            if not getattr(self, k) > 0: raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
-        for k in ('clip','clip_ebm'):
-            if not getattr(self, k) >= 0: raise ValueError(f'{k} must be positive, or 0 for gradients of any norm, got {getattr(self, k)}')
-        if self.mixed_precision not in ('no','bf16','fp16'): raise ValueError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
-        if self.warmup < 0 or not 0 < self.rate_decay <= 1 or not 0 <= self.beta1 < 1: raise ValueError(f'warmup must not be negative, rate_decay lie in (0, 1], beta1 in [0, 1); got {self.warmup}, {self.rate_decay}, {self.beta1}')
-        if not 0 <= self.warmdown <= 1: raise ValueError(f'warmdown must lie in [0, 1], got {self.warmdown}')
-        for i,(step,name,value) in enumerate(self.changes):
+        for k in ('steps', 'accumulate', 'log_every', 'checkpoint_every'):
+            if getattr(self, k) < 1:
+                raise ValueError(f'{k} must be at least 1, got {getattr(self, k)}')
+        for k in ('lr', 'lr_ebm'):
+            if not getattr(self, k) > 0:
+                raise ValueError(f'{k} must be positive, got {getattr(self, k)}')
+        for k in ('clip', 'clip_ebm'):
+            if not getattr(self, k) >= 0:
+                raise ValueError(f'{k} must be positive, or 0 for gradients of any norm, got {getattr(self, k)}')
+        if self.mixed_precision not in ('no', 'bf16', 'fp16'):
+            raise ValueError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+        if self.warmup < 0 or not 0 < self.rate_decay <= 1 or not 0 <= self.beta1 < 1:
+            raise ValueError(
+                f'warmup must not be negative, rate_decay lie in (0, 1], beta1 in [0, 1); got {self.warmup}, {self.rate_decay}, {self.beta1}'
+            )
+        if not 0 <= self.warmdown <= 1:
+            raise ValueError(f'warmdown must lie in [0, 1], got {self.warmdown}')
+        for i, (step, name, value) in enumerate(self.changes):
             choose('setting to change', name, CHANGEABLE)
             before = replace(self, changes=tuple(o for o in self.changes[:i] if o[0] < step)).at(step)
-            if not 0 <= step <= before.steps or i and step < self.changes[i-1][0]: raise ValueError(f'changes: {name}={value} at step {step}: steps must rise, from 0 to the last, which is {before.steps} there')
-            if self.at(step).steps <= step: raise ValueError(f'changes: at step {step} there must be more steps than that, got steps={self.at(step).steps}')
-    def at(self, step:float):
-        "The settings in force at a step"
-        return replace(self, changes=(), **{name: value for at,name,value in self.changes if at <= step})
-    @property
-    def total(self) -> int: return self.at(math.inf).steps # Steps in all, in the end
+            if not 0 <= step <= before.steps or i and step < self.changes[i - 1][0]:
+                raise ValueError(
+                    f'changes: {name}={value} at step {step}: steps must rise, from 0 to the last, which is {before.steps} there'
+                )
+            if self.at(step).steps <= step:
+                raise ValueError(
+                    f'changes: at step {step} there must be more steps than that, got steps={self.at(step).steps}'
+                )
 
-CHANGEABLE = ('steps','lr','lr_ebm','clip','clip_ebm','warmdown')
+    def at(self, step: float):
+        "The settings in force at a step"
+        return replace(self, changes=(), **{name: value for at, name, value in self.changes if at <= step})
+
+    @property
+    def total(self) -> int:
+        return self.at(math.inf).steps  # Steps in all, in the end
+
+
+CHANGEABLE = ('steps', 'lr', 'lr_ebm', 'clip', 'clip_ebm', 'warmdown')
+
 
 def parse_changes(
-    text:str, # As `"800:lr=1e-3,800:clip=1"`
-    names:dict, # Setting -> field of `TrainCfg`; others are left out
-    check:bool=False, # Others are a `ValueError`
-) -> tuple: # For `TrainCfg.changes`
+    text: str,  # As `"800:lr=1e-3,800:clip=1"`
+    names: dict,  # Setting -> field of `TrainCfg`; others are left out
+    check: bool = False,  # Others are a `ValueError`
+) -> tuple:  # For `TrainCfg.changes`
     "Read what changes at which step; `ValueError` naming the part that cannot be read"
     out = []
     for part in filter(None, text.split(',')):
-        step,colon,rest = part.partition(':')
-        name,eq,value = rest.partition('=')
-        try: got = int(step),name,float(value)
-        except ValueError: raise ValueError(f'changes: {part!r} must be step:name=value, such as 800:lr=1e-3; several are separated by commas') from None
-        if check: choose('setting to change', name, names)
-        if (field := names.get(name)) is None: continue
-        if field.endswith('steps') and got[2] != int(got[2]): raise ValueError(f'changes: {part!r}: {name} must be a whole number')
+        step, colon, rest = part.partition(':')
+        name, eq, value = rest.partition('=')
+        try:
+            got = int(step), name, float(value)
+        except ValueError:
+            raise ValueError(
+                f'changes: {part!r} must be step:name=value, such as 800:lr=1e-3; several are separated by commas'
+            ) from None
+        if check:
+            choose('setting to change', name, names)
+        if (field := names.get(name)) is None:
+            continue
+        if field.endswith('steps') and got[2] != int(got[2]):
+            raise ValueError(f'changes: {part!r}: {name} must be a whole number')
         out.append((got[0], field, int(got[2]) if field.endswith('steps') else got[2]))
     return tuple(out)
 
 # %% ../nbs/50_train.ipynb #0439a249
 def linear_warmup(
-    x:float, # Share of training done, 0..1
-    share:float, # Share over which the weight rises
-    start:float=0., # Weight at the beginning, relative to the end
-) -> float: # Between `start` and 1
+    x: float,  # Share of training done, 0..1
+    share: float,  # Share over which the weight rises
+    start: float = 0.0,  # Weight at the beginning, relative to the end
+) -> float:  # Between `start` and 1
     "Rise linearly to 1 over the first `share` of training, then stay"
-    return 1. if share <= 0 else min(1., start+(1-start)*x/share)
+    return 1.0 if share <= 0 else min(1.0, start + (1 - start) * x / share)
+
 
 def logistic(
-    x:float, # Share of training done, 0..1
-    share:float, # Share over which the weight rises, from .002 to .998
-) -> float: # Between 0 and 1
+    x: float,  # Share of training done, 0..1
+    share: float,  # Share over which the weight rises, from .002 to .998
+) -> float:  # Between 0 and 1
     "Logistic annealing (Bowman et al. 2016): half at the middle of `share`; with `share` at 5,000 updates, the curve of Shi et al. (2020)"
-    return 1. if share <= 0 else 1/(1+math.exp(-12.5*(x/share-.5)))
+    return 1.0 if share <= 0 else 1 / (1 + math.exp(-12.5 * (x / share - 0.5)))
 
 # %% ../nbs/50_train.ipynb #94be75d2
 def cyclical(
-    x:float, # Share of training done, 0..1
-    cycles:int=10, # Number of cycles
-    zero:float=.5, # Share of a cycle at 0
-    ramp:float=.25, # Share of a cycle spent rising
-) -> float: # Between 0 and 1
+    x: float,  # Share of training done, 0..1
+    cycles: int = 10,  # Number of cycles
+    zero: float = 0.5,  # Share of a cycle at 0
+    ramp: float = 0.25,  # Share of a cycle spent rising
+) -> float:  # Between 0 and 1
     "Cyclical annealing: at 0, rising, at 1, and again (Fu et al. 2019)"
-    u = x*cycles % 1.
-    return min(max((u-zero)/ramp, 0.), 1.)
+    u = x * cycles % 1.0
+    return min(max((u - zero) / ramp, 0.0), 1.0)
 
 # %% ../nbs/50_train.ipynb #6b276ee8
 @dataclass
 class Progress:
     "Where a run stands; all of it is in the checkpoint"
-    step:int=0 # Optimiser steps done
-    epoch:int=0 # Epoch now
-    batch:int=0 # Batches of this epoch done
-    best:float|None=None # Best value of the selected metric
-    best_step:int=0 # Step of the best model
-    seconds:float=0. # Training time so far, over all sittings
-    samples:int=0 # Samples seen
-    sums:dict|None=None # Running sums for the next line of the log
-    count:dict|None=None # Steps in each of those sums: a term may begin between two lines
+
+    step: int = 0  # Optimiser steps done
+    epoch: int = 0  # Epoch now
+    batch: int = 0  # Batches of this epoch done
+    best: float | None = None  # Best value of the selected metric
+    best_step: int = 0  # Step of the best model
+    seconds: float = 0.0  # Training time so far, over all sittings
+    samples: int = 0  # Samples seen
+    sums: dict | None = None  # Running sums for the next line of the log
+    count: dict | None = None  # Steps in each of those sums: a term may begin between two lines
 
 # %% ../nbs/50_train.ipynb #6f6cff5d
 class Interrupted(KeyboardInterrupt):
     "A run was asked to stop; its checkpoint is complete and `fit` continues from it"
 
 # %% ../nbs/50_train.ipynb #93ad85a7
-def make_optimizer(model:nn.Module, cfg:TrainCfg) -> torch.optim.Adam:
+def make_optimizer(model: nn.Module, cfg: TrainCfg) -> torch.optim.Adam:
     "Adam over the groups `main` and `ebm` (torch's L2 decay, as in the published code)"
     g = model.groups()
     out = [dict(params=g['main'], lr=cfg.lr, name='main', clip=cfg.clip)]
-    if g.get('ebm'): out.append(dict(params=g['ebm'], lr=cfg.lr_ebm, weight_decay=cfg.decay_ebm, name='ebm', clip=cfg.clip_ebm))
-    fused = all(p.device.type in ('cpu','cuda') for g in out for p in g['params']) # one pass over weights, gradients and moments
-    return torch.optim.Adam([g for g in out if g['params']], betas=(cfg.beta1,.999), fused=fused)
+    if g.get('ebm'):
+        out.append(dict(params=g['ebm'], lr=cfg.lr_ebm, weight_decay=cfg.decay_ebm, name='ebm', clip=cfg.clip_ebm))
+    fused = all(
+        p.device.type in ('cpu', 'cuda') for g in out for p in g['params']
+    )  # one pass over weights, gradients and moments
+    return torch.optim.Adam([g for g in out if g['params']], betas=(cfg.beta1, 0.999), fused=fused)
 
 # %% ../nbs/50_train.ipynb #829d592a
-def check_finite_terms(terms:dict, step:int, epoch:int, seed:int):
+def check_finite_terms(terms: dict, step: int, epoch: int, seed: int):
     "`FloatingPointError` naming the term, step, epoch and seed if a term's mean is not finite"
-    for k,v in terms.items():
-        if not math.isfinite(v): raise FloatingPointError(f'{k} is {v} at step {step} (epoch {epoch}, seed {seed})')
+    for k, v in terms.items():
+        if not math.isfinite(v):
+            raise FloatingPointError(f'{k} is {v} at step {step} (epoch {epoch}, seed {seed})')
+
 
 def way_out(
-    task, # Its `rates`, setting -> field of `TrainCfg`, are those that `changes` may lower; or `rate`, the name of one that only a new run can have
-    run:Run,
-    cfg:TrainCfg,
+    task,  # Its `rates`, setting -> field of `TrainCfg`, are those that `changes` may lower; or `rate`, the name of one that only a new run can have
+    run: Run,
+    cfg: TrainCfg,
 ) -> str:
     "What can be done about numbers that are not finite, which depends on whether there is a checkpoint"
     rates = getattr(task, 'rates', {})
     anew = f'train anew in another folder, with a lower {" or ".join(rates) or getattr(task, "rate", "learning rate")}'
-    if not run.file('checkpoint.safetensors').exists(): return f'there is no checkpoint yet: {anew}'
+    if not run.file('checkpoint.safetensors').exists():
+        return f'there is no checkpoint yet: {anew}'
     step = run.load()['progress']['step']
     found = f'the last checkpoint is intact (step {step})'
-    if not rates or step >= cfg.total: return f'{found}, but of weights that led here: {anew}'
-    lower = ','.join(f'{step}:{k}={getattr(cfg.at(step), field)/10:.2g}' for k,field in rates.items())
+    if not rates or step >= cfg.total:
+        return f'{found}, but of weights that led here: {anew}'
+    lower = ','.join(f'{step}:{k}={getattr(cfg.at(step), field) / 10:.2g}' for k, field in rates.items())
     return f'{found}: to go on from it under a tenth of the rates, put changes={lower} into the settings, behind a comma where there are changes already; or {anew}'
 
+
 @contextmanager
-def advised(task, run:Run, cfg:TrainCfg): # As for `way_out`
+def advised(task, run: Run, cfg: TrainCfg):  # As for `way_out`
     "Adds the way out to a `FloatingPointError`"
-    try: yield
-    except FloatingPointError as e: raise FloatingPointError(f'{e}; {way_out(task, run, cfg)}') from e
+    try:
+        yield
+    except FloatingPointError as e:
+        raise FloatingPointError(f'{e}; {way_out(task, run, cfg)}') from e
 
 # %% ../nbs/50_train.ipynb #cca7f84f
-def trim_log(run:Run, at:Progress) -> None:
+def trim_log(run: Run, at: Progress) -> None:
     "Drop the lines that a killed run wrote after its checkpoint: of later steps, and of a validation that the checkpoint still owes"
-    keep = [o for o in run.log_lines() if o.get('step', 0) <= at.step and not (o.get('kind') == 'valid' and o['epoch'] >= at.epoch)]
-    if len(keep) < len(run.log_lines()): atomic_write(run.file('log.jsonl'), ''.join(json.dumps(o)+'\n' for o in keep))
+    keep = [
+        o
+        for o in run.log_lines()
+        if o.get('step', 0) <= at.step and not (o.get('kind') == 'valid' and o['epoch'] >= at.epoch)
+    ]
+    if len(keep) < len(run.log_lines()):
+        atomic_write(run.file('log.jsonl'), ''.join(json.dumps(o) + '\n' for o in keep))
 
 # %% ../nbs/50_train.ipynb #e378ac08
 def launched() -> int:
     "How many processes a launcher has started, of which this is one"
     return int(os.environ.get('WORLD_SIZE', 1))
 
-def portable(e:Exception|None, rank:int) -> Exception|None: # The same kind of error where that is a plain one
+
+def portable(e: Exception | None, rank: int) -> Exception | None:  # The same kind of error where that is a plain one
     "An error that can be sent to another process"
-    if e is None: return None
-    return type(e)(str(e)) if type(e) in (FloatingPointError, ValueError, TypeError) else RuntimeError(f'{type(e).__name__} in process {rank}: {e}')
+    if e is None:
+        return None
+    return (
+        type(e)(str(e))
+        if type(e) in (FloatingPointError, ValueError, TypeError)
+        else RuntimeError(f'{type(e).__name__} in process {rank}: {e}')
+    )
 
 # %% ../nbs/50_train.ipynb #bac7aef1
 class Peers:
     "The processes of one `fit`, and what they agree on; a single one agrees with itself"
-    def __init__(self,
-        acc:Accelerator, # Knows how many there are
-        alone:bool=False, # This one trains by itself
+
+    def __init__(
+        self,
+        acc: Accelerator,  # Knows how many there are
+        alone: bool = False,  # This one trains by itself
     ):
-        self.rank,self.n = (0,1) if alone else (acc.process_index,acc.num_processes)
-        self.main = self.rank == 0 # Writes files; the others only train
-        self.chains = Pending() # What a step's chains on a GPU still have to say: looked at two steps later
-        self.group = dist.new_group(backend='gloo', timeout=timedelta(days=7)) if self.n > 1 else None # a validation may take its time; a process that dies is noticed at once
-    def every(self, o) -> list: # What each process gave, by rank
+        self.rank, self.n = (0, 1) if alone else (acc.process_index, acc.num_processes)
+        self.main = self.rank == 0  # Writes files; the others only train
+        self.chains = Pending()  # What a step's chains on a GPU still have to say: looked at two steps later
+        self.group = (
+            dist.new_group(backend='gloo', timeout=timedelta(days=7)) if self.n > 1 else None
+        )  # a validation may take its time; a process that dies is noticed at once
+
+    def every(self, o) -> list:  # What each process gave, by rank
         "Exchange anything that can be pickled"
-        if self.n == 1: return [o]
-        out = [None]*self.n
+        if self.n == 1:
+            return [o]
+        out = [None] * self.n
         dist.all_gather_object(out, o, group=self.group)
         return out
-    def agree(self,
-        error:Exception|None=None, # What went wrong here
-        flag:bool=False, # A question to all
-    ) -> bool: # Did anyone say yes?
+
+    def agree(
+        self,
+        error: Exception | None = None,  # What went wrong here
+        flag: bool = False,  # A question to all
+    ) -> bool:  # Did anyone say yes?
         "One answer for all; an error in any process is raised in every one"
         if self.n == 1:
-            if error is not None: raise error
+            if error is not None:
+                raise error
             return flag
         x = torch.tensor([error is not None, flag], dtype=torch.int32)
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
-        if x[0]: raise next(e for e in self.every(portable(error, self.rank)) if e is not None) from error
+        if x[0]:
+            raise next(e for e in self.every(portable(error, self.rank)) if e is not None) from error
         return bool(x[1])
-    def first(self,
-        f, # Called without arguments
-    ): # What it returned, in every process
+
+    def first(
+        self,
+        f,  # Called without arguments
+    ):  # What it returned, in every process
         "Call `f` in the main process alone; its error is raised in every process"
-        if self.n == 1: return f()
-        out = [None,None]
+        if self.n == 1:
+            return f()
+        out = [None, None]
         if self.main:
-            try: out = [f(),None]
-            except Exception as e: out = [None,portable(e, 0)]
+            try:
+                out = [f(), None]
+            except Exception as e:
+                out = [None, portable(e, 0)]
         dist.broadcast_object_list(out, src=0, group=self.group)
-        if out[1] is not None: raise out[1]
+        if out[1] is not None:
+            raise out[1]
         return out[0]
 
 # %% ../nbs/50_train.ipynb #295c9f81
 class Shared(nn.Module):
     "A model whose gradients are averaged. Terms come and go, and with them the parameters that have a gradient; one that never has keeps PyTorch from warning, in each process, that there are none such at first"
-    def __init__(self, model:nn.Module):
+
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model,self.idle = model,nn.Parameter(torch.zeros(()))
-    def forward(self, *args, **kw): return self.model(*args, **kw)
+        self.model, self.idle = model, nn.Parameter(torch.zeros(()))
+
+    def forward(self, *args, **kw):
+        return self.model(*args, **kw)
 
 # %% ../nbs/50_train.ipynb #6ad1ab82
 class Sparing:
     "Says when the next checkpoint is due, so that they take no more than a share of the time; entered while one is written"
-    def __init__(self,
-        share:float, # Of the time; 1: always
-        now=time.monotonic, # Clock, seconds
-    ): self.share,self.now,self.cost,self.since = share,now,0.,now()
-    def due(self) -> bool: return self.share == 1 or self.now()-self.since >= self.cost*(1/self.share-1)
-    def __enter__(self): self.start = self.now(); return self
-    def __exit__(self, *args): self.since = self.now(); self.cost = self.since-self.start
+
+    def __init__(
+        self,
+        share: float,  # Of the time; 1: always
+        now=time.monotonic,  # Clock, seconds
+    ):
+        self.share, self.now, self.cost, self.since = share, now, 0.0, now()
+
+    def due(self) -> bool:
+        return self.share == 1 or self.now() - self.since >= self.cost * (1 / self.share - 1)
+
+    def __enter__(self):
+        self.start = self.now()
+        return self
+
+    def __exit__(self, *args):
+        self.since = self.now()
+        self.cost = self.since - self.start
+
 
 class PatientStop(graceful_stop):
     "`graceful_stop` for one of several processes: another signal counts only when it comes three seconds later"
+
     def _handle(self, signum, frame):
         now = time.monotonic()
-        if self.stop and now-self.since < 3: return
+        if self.stop and now - self.since < 3:
+            return
         self.since = now
         super()._handle(signum, frame)
 
 # %% ../nbs/50_train.ipynb #080e78e3
-def is_over(saved:dict, cfg:TrainCfg) -> bool: return saved['progress']['step'] >= cfg.total and saved['progress']['batch'] == 0 # Whether nothing is left to train
+def is_over(saved: dict, cfg: TrainCfg) -> bool:
+    return (
+        saved['progress']['step'] >= cfg.total and saved['progress']['batch'] == 0
+    )  # Whether nothing is left to train
 
-def check_saved(saved:dict, run:Run, kind:str, processes:int, cfg:TrainCfg):
+
+def check_saved(saved: dict, run: Run, kind: str, processes: int, cfg: TrainCfg):
     "`ValueError` unless a checkpoint can go on here; one of a finished run may be scored on another device"
-    step,went = saved['progress']['step'],saved.get('changes', [])
-    show = lambda changes: ','.join(f'{at}:{name}={value:g}' for at,name,value in changes)
-    if went != [list(o) for o in cfg.changes[:len(went)]]: raise ValueError(f'{run.path} went on under changes={show(went)}: begin `changes` with these, or choose another folder')
-    if late := [o for o in cfg.changes[len(went):] if o[0] < step]: raise ValueError(f'{run.path} is at step {step}, and changes={show(late)} would have come before: give step {step} or a later one, or choose another folder')
-    if saved['device'] != kind and not is_over(saved, cfg): raise ValueError(f'{run.path} was trained on {saved["device"]} and cannot continue on {kind}: random streams differ; pass device={saved["device"]!r} or another folder')
-    if (n := saved.get('processes', 1)) != processes: raise ValueError(f'{run.path} was trained in {n} process{"es"*(n > 1)} and cannot continue in {processes}: random streams differ; start {n}, or choose another folder')
-    if saved['best'] is None and saved['progress']['best'] is not None: raise ValueError(f'{run.path} lost its selected model: delete the folder and train again')
+    step, went = saved['progress']['step'], saved.get('changes', [])
+
+    def show(changes):
+        return ','.join(f'{at}:{name}={value:g}' for at, name, value in changes)
+
+    if went != [list(o) for o in cfg.changes[: len(went)]]:
+        raise ValueError(
+            f'{run.path} went on under changes={show(went)}: begin `changes` with these, or choose another folder'
+        )
+    if late := [o for o in cfg.changes[len(went) :] if o[0] < step]:
+        raise ValueError(
+            f'{run.path} is at step {step}, and changes={show(late)} would have come before: give step {step} or a later one, or choose another folder'
+        )
+    if saved['device'] != kind and not is_over(saved, cfg):
+        raise ValueError(
+            f'{run.path} was trained on {saved["device"]} and cannot continue on {kind}: random streams differ; pass device={saved["device"]!r} or another folder'
+        )
+    if (n := saved.get('processes', 1)) != processes:
+        raise ValueError(
+            f'{run.path} was trained in {n} process{"es" * (n > 1)} and cannot continue in {processes}: random streams differ; start {n}, or choose another folder'
+        )
+    if saved['best'] is None and saved['progress']['best'] is not None:
+        raise ValueError(f'{run.path} lost its selected model: delete the folder and train again')
 
 # %% ../nbs/50_train.ipynb #17f4e68a
 def fit(
-    task, # See the table above
-    run:Run, # Folder for log, checkpoints and the selected model
-    cfg:TrainCfg, # Settings of the loop
-    seed:int, # Of this run: data order, noise, chains, dropout
-    device:torch.device|str='cpu', # Where to train
-    on_epoch=None, # Called as `on_epoch(line)` with each epoch's log line, in the main process
-    alone:bool=False, # Train in this process by itself, whatever a launcher has started
-) -> Progress: # Where the run ended; the selected model's weights are loaded into `task.model`
+    task,  # See the table above
+    run: Run,  # Folder for log, checkpoints and the selected model
+    cfg: TrainCfg,  # Settings of the loop
+    seed: int,  # Of this run: data order, noise, chains, dropout
+    device: torch.device | str = 'cpu',  # Where to train
+    on_epoch=None,  # Called as `on_epoch(line)` with each epoch's log line, in the main process
+    alone: bool = False,  # Train in this process by itself, whatever a launcher has started
+) -> Progress:  # Where the run ended; the selected model's weights are loaded into `task.model`
     "Train, validate every epoch, keep the best model; continues from the run's checkpoint if there is one. Raises `Interrupted` after saving when signalled. In each of several launched processes, it trains with the others"
     device = pick_device(device)
-    if launched() > 1: count_processes(launched(), device)
-    if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
-    AcceleratorState._reset_state(reset_partial_state=False) # a second `fit` in one process may want another precision
-    acc = Accelerator(cpu=device.type == 'cpu', mixed_precision=cfg.mixed_precision, gradient_accumulation_steps=1,
-                      kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    if acc.device.type != device.type: raise ValueError(f'asked for {device}, but Accelerate already runs on {acc.device} in this process: start a new one')
-    if acc.num_processes != launched(): raise ValueError(f'{launched()} processes were launched, but Accelerate already runs in {acc.num_processes} here: start new ones')
-    peers = Peers(acc, alone); W,group_size = peers.n,cfg.accumulate*peers.n
+    if launched() > 1:
+        count_processes(launched(), device)
+    if device.type == 'cuda' and device.index is not None:
+        torch.cuda.set_device(device)
+    AcceleratorState._reset_state(reset_partial_state=False)  # a second `fit` in one process may want another precision
+    acc = Accelerator(
+        cpu=device.type == 'cpu',
+        mixed_precision=cfg.mixed_precision,
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if acc.device.type != device.type:
+        raise ValueError(
+            f'asked for {device}, but Accelerate already runs on {acc.device} in this process: start a new one'
+        )
+    if acc.num_processes != launched():
+        raise ValueError(
+            f'{launched()} processes were launched, but Accelerate already runs in {acc.num_processes} here: start new ones'
+        )
+    peers = Peers(acc, alone)
+    W, group_size = peers.n, cfg.accumulate * peers.n
     opt = make_optimizer(task.model, cfg)
-    if alone: model,opt = acc.prepare_model(task.model, evaluation_mode=True),acc.prepare_optimizer(opt) # `evaluation_mode`: the only way to keep it from the other processes
-    else: model,opt = acc.prepare(task.model if W == 1 else Shared(task.model), opt)
+    if alone:
+        model, opt = (
+            acc.prepare_model(task.model, evaluation_mode=True),
+            acc.prepare_optimizer(opt),
+        )  # `evaluation_mode`: the only way to keep it from the other processes
+    else:
+        model, opt = acc.prepare(task.model if W == 1 else Shared(task.model), opt)
     task.processes = W
-    plain,gen,at,state = acc.unwrap_model(model) if W == 1 else task.model,make_gen(seed, 'train', *[peers.rank][:peers.rank], device=acc.device),Progress(),None
+    plain, gen, at, state = (
+        acc.unwrap_model(model) if W == 1 else task.model,
+        make_gen(seed, 'train', *[peers.rank][: peers.rank], device=acc.device),
+        Progress(),
+        None,
+    )
     if (saved := peers.first(lambda: run.load(device='cpu'))) is not None:
         check_saved(saved, run, acc.device.type, W, cfg)
         plain.load_state_dict(saved['model'])
         if not is_over(saved, cfg):
-            if acc.scaler is not None: acc.scaler.load_state_dict(saved['scaler'])
-            opt.load_state_dict(saved['optimizer']); gen.set_state(saved['gen'] if W == 1 else saved['gen'][peers.rank])
-        at,state = Progress(**saved['progress']),saved['epoch_state']
+            if acc.scaler is not None:
+                acc.scaler.load_state_dict(saved['scaler'])
+            opt.load_state_dict(saved['optimizer'])
+            gen.set_state(saved['gen'] if W == 1 else saved['gen'][peers.rank])
+        at, state = Progress(**saved['progress']), saved['epoch_state']
     best = saved['best'] if saved else None
     peers.first(lambda: trim_log(run, at))
+
     def save():
         peers.agree(at_step(peers.chains.late(), 'before', at, seed))
-        if at.sums: check_finite_terms({k: float(v) for k,v in at.sums.items()}, at.step, at.epoch, seed)
+        if at.sums:
+            check_finite_terms({k: float(v) for k, v in at.sums.items()}, at.step, at.epoch, seed)
         gens = peers.every(gen.get_state())
-        def write(): run.save(dict(model=plain.state_dict(), optimizer=opt.state_dict(), gen=gens if W > 1 else gens[0], progress=asdict(at), epoch_state=state, best=best,
-                                   device=acc.device.type, processes=W, changes=[list(o) for o in cfg.changes if o[0] < at.step], scaler=None if acc.scaler is None else acc.scaler.state_dict()))
+
+        def write():
+            run.save(
+                dict(
+                    model=plain.state_dict(),
+                    optimizer=opt.state_dict(),
+                    gen=gens if W > 1 else gens[0],
+                    progress=asdict(at),
+                    epoch_state=state,
+                    best=best,
+                    device=acc.device.type,
+                    processes=W,
+                    changes=[list(o) for o in cfg.changes if o[0] < at.step],
+                    scaler=None if acc.scaler is None else acc.scaler.state_dict(),
+                )
+            )
+
         peers.first(write)
-    sparing = Sparing(.02 if acc.device.type == 'cuda' else 1.)
+
+    sparing = Sparing(0.02 if acc.device.type == 'cuda' else 1.0)
+
     def keep():
-        if not peers.agree(flag=sparing.due()): return
-        with sparing: save()
+        if not peers.agree(flag=sparing.due()):
+            return
+        with sparing:
+            save()
+
     clock = time.monotonic()
-    def tick(): nonlocal clock; now = time.monotonic(); at.seconds += now-clock; clock = now
+
+    def tick():
+        nonlocal clock
+        now = time.monotonic()
+        at.seconds += now - clock
+        clock = now
+
     bar = progress(total=cfg.total, desc='training', unit='step', initial=at.step)
-    def last(): return cfg.at(at.step-(at.batch > 0)).steps # step before which it goes on: a change at the last one comes after its validation
+
+    def last():
+        return cfg.at(
+            at.step - (at.batch > 0)
+        ).steps  # step before which it goes on: a change at the last one comes after its validation
+
     with graceful_stop() if W == 1 else PatientStop() as stop, advised(task, run, cfg):
-        while at.step < cfg.total or at.batch: # a run killed between its last step and its last validation still owes the latter
-            if at.batch == 0: state = peers.first(lambda: task.start_epoch(at.epoch, state, make_gen(seed, 'epoch', at.epoch)))
-            todo,group,sizes = iter(task.batches(state, make_gen(seed, 'batches', at.epoch), at.batch)),[],[]
+        while (
+            at.step < cfg.total or at.batch
+        ):  # a run killed between its last step and its last validation still owes the latter
+            if at.batch == 0:
+                state = peers.first(lambda: task.start_epoch(at.epoch, state, make_gen(seed, 'epoch', at.epoch)))
+            todo, group, sizes = iter(task.batches(state, make_gen(seed, 'batches', at.epoch), at.batch)), [], []
             model.train()
             for batch in todo if at.step < last() else ():
-                if len(sizes)%W == peers.rank: group.append(batch)
+                if len(sizes) % W == peers.rank:
+                    group.append(batch)
                 sizes.append(len(batch[0]))
-                if len(sizes) < group_size: continue
-                halt = train_step(task, model, plain, opt, acc, peers, cfg.at(at.step), at, group, sizes, gen, seed, stop)
-                group,sizes = [],[]; bar.update(1)
+                if len(sizes) < group_size:
+                    continue
+                halt = train_step(
+                    task, model, plain, opt, acc, peers, cfg.at(at.step), at, group, sizes, gen, seed, stop
+                )
+                group, sizes = [], []
+                bar.update(1)
                 if at.step % cfg.log_every == 0:
-                    line = {k: v/at.count[k] for k,v in at.sums.items()}
+                    line = {k: v / at.count[k] for k, v in at.sums.items()}
                     check_finite_terms(line, at.step, at.epoch, seed)
-                    if peers.main: run.log(dict(step=at.step, epoch=at.epoch, kind='train', **line))
+                    if peers.main:
+                        run.log(dict(step=at.step, epoch=at.epoch, kind='train', **line))
                     bar.set_postfix(dict(nll=line.get('nll', line['loss'])))
                     at.sums = at.count = None
-                if halt: tick(); save()
-                elif at.step % cfg.checkpoint_every == 0: tick(); keep()
-                if halt and at.step < cfg.total: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.total}; run the same command again to continue from {run.path}')
-                if at.step >= last(): break
-            if at.batch == 0: raise ValueError(f'an epoch has fewer than {group_size} batches: use more data, a smaller batch, {"fewer processes, " if W > 1 else ""}or a smaller accumulate')
+                if halt:
+                    tick()
+                    save()
+                elif at.step % cfg.checkpoint_every == 0:
+                    tick()
+                    keep()
+                if halt and at.step < cfg.total:
+                    bar.close()
+                    raise Interrupted(
+                        f'stopped at step {at.step} of {cfg.total}; run the same command again to continue from {run.path}'
+                    )
+                if at.step >= last():
+                    break
+            if at.batch == 0:
+                raise ValueError(
+                    f'an epoch has fewer than {group_size} batches: use more data, a smaller batch, {"fewer processes, " if W > 1 else ""}or a smaller accumulate'
+                )
             peers.agree(at_step(peers.chains.late(), 'before', at, seed))
             model.eval()
-            val = peers.first(lambda: {k: float(v) for k,v in task.validate().items()})
+            val = peers.first(lambda: {k: float(v) for k, v in task.validate().items()})
             check_finite_terms(val, at.step, at.epoch, seed)
             score = val[task.select] if task.select else -at.step
             may = task.selectable(at.epoch) if hasattr(task, 'selectable') else True
             if may and (at.best is None or score < at.best):
-                at.best,at.best_step = score,at.step
-                if peers.main: best = {k: v.detach().cpu().clone() for k,v in plain.state_dict().items()}
+                at.best, at.best_step = score, at.step
+                if peers.main:
+                    best = {k: v.detach().cpu().clone() for k, v in plain.state_dict().items()}
             tick()
-            line = dict(step=at.step, epoch=at.epoch, kind='valid', best_step=at.best_step, minutes=at.seconds/60, **val)
+            line = dict(
+                step=at.step, epoch=at.epoch, kind='valid', best_step=at.best_step, minutes=at.seconds / 60, **val
+            )
+
             def tell():
                 run.log(line)
-                if on_epoch: on_epoch(line)
+                if on_epoch:
+                    on_epoch(line)
+
             peers.first(tell)
-            at.epoch += 1; at.batch = 0
+            at.epoch += 1
+            at.batch = 0
             halt = peers.agree(flag=stop.stop)
-            if halt or at.step >= cfg.total: save()
-            else: keep()
-            if halt: bar.close(); raise Interrupted(f'stopped at step {at.step} of {cfg.total}; run the same command again to continue from {run.path}')
+            if halt or at.step >= cfg.total:
+                save()
+            else:
+                keep()
+            if halt:
+                bar.close()
+                raise Interrupted(
+                    f'stopped at step {at.step} of {cfg.total}; run the same command again to continue from {run.path}'
+                )
     bar.close()
     load_best(plain, at, peers.first(lambda: best))
     return at
 
-def load_best(model:nn.Module, at:Progress, best:dict|None):
+
+def load_best(model: nn.Module, at: Progress, best: dict | None):
     "Load the selected weights; without any, because no epoch qualified, the last model stands"
-    if best is None: at.best_step = at.step
-    else: model.load_state_dict(best)
+    if best is None:
+        at.best_step = at.step
+    else:
+        model.load_state_dict(best)
     model.eval()
 
 # %% ../nbs/50_train.ipynb #1f44192f
-def rate_at(cfg:TrainCfg, step:int) -> float:
+def rate_at(cfg: TrainCfg, step: int) -> float:
     "Factor on the learning rates at a step"
-    up = min(1., (step+1)/cfg.warmup) if cfg.warmup else 1.
-    down = 1. if cfg.warmdown == 0 else min(1., (1-step/cfg.steps)/cfg.warmdown)
-    return min(up, down)*cfg.rate_decay**(step/1000)
+    up = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    down = 1.0 if cfg.warmdown == 0 else min(1.0, (1 - step / cfg.steps) / cfg.warmdown)
+    return min(up, down) * cfg.rate_decay ** (step / 1000)
+
 
 @torch.no_grad()
-def means(terms:dict) -> dict: # Name -> scalar, double
+def means(terms: dict) -> dict:  # Name -> scalar, double
     "Batch mean of each term; on a GPU in one pass for all that have one shape, because every launch costs"
     vs = list(terms.values())
-    if not vs[0].is_cuda or not vs[0].ndim or len({v.shape for v in vs}) > 1: return {k: v.mean().double() for k,v in terms.items()}
+    if not vs[0].is_cuda or not vs[0].ndim or len({v.shape for v in vs}) > 1:
+        return {k: v.mean().double() for k, v in terms.items()}
     return dict(zip(terms, torch.stack([v.float() for v in vs]).flatten(1).mean(1).double().unbind()))
 
-def at_step(e:FloatingPointError|None, where:str, at:Progress, seed:int) -> FloatingPointError|None: # `where`: 'at' or 'before' the step
+
+def at_step(
+    e: FloatingPointError | None, where: str, at: Progress, seed: int
+) -> FloatingPointError | None:  # `where`: 'at' or 'before' the step
     return e and FloatingPointError(f'{e}; met {where} step {at.step} (epoch {at.epoch}, seed {seed})')
+
 
 def train_step(task, model, plain, opt, acc, peers, cfg, at, group, sizes, gen, seed, stop):
     "One optimiser step over this process's share `group` of the batches that have `sizes`; advances `at`. True when any process was told to stop"
     rate = rate_at(cfg, at.step)
-    for g in opt.param_groups: g['lr'],g['clip'] = (rate*cfg.lr, cfg.clip) if g['name'] == 'main' else (rate*cfg.lr_ebm, cfg.clip_ebm)
-    if hasattr(plain, 'before_step'): plain.before_step()
-    weights,n = task.weights(at.step, cfg.steps),sum(sizes)
-    seen,error,halt = {},None,False
-    for i,(batch,extra) in enumerate(group):
-        last = i == len(group)-1
+    for g in opt.param_groups:
+        g['lr'], g['clip'] = (rate * cfg.lr, cfg.clip) if g['name'] == 'main' else (rate * cfg.lr_ebm, cfg.clip_ebm)
+    if hasattr(plain, 'before_step'):
+        plain.before_step()
+    weights, n = task.weights(at.step, cfg.steps), sum(sizes)
+    seen, error, halt = {}, None, False
+    for i, (batch, extra) in enumerate(group):
+        last = i == len(group) - 1
         with nullcontext() if last else acc.no_sync(model):
             error = at_step(peers.chains.late(patient=True), 'before', at, seed)
-            if error is not None and peers.n == 1: raise error # several processes go through the forward pass, in which they meet, together
+            if error is not None and peers.n == 1:
+                raise error  # several processes go through the forward pass, in which they meet, together
             try:
-                batch,extra = batch.to(acc.device),dict(zip(extra, to_device(acc.device, *extra.values())))
-                with acc.autocast(), peers.chains: terms = model(batch, gen, **extra)
-                if missing := set(weights)-set(terms): raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
-            except FloatingPointError as e: error = at_step(e, 'at', at, seed); error.__cause__ = e
-            except Exception as e: error = e
-            if last or error is not None: halt = peers.agree(error, stop.stop)
-            share = len(batch)/n
-            loss = sum(w*terms[k].float().mean() for k,w in weights.items() if w != 0)*share
-            acc.backward(loss if peers.n == 1 else loss*peers.n) # the mean over processes of these is the gradient of the whole group
-        for k,v in means(terms).items(): seen[k] = seen.get(k, 0.)+v*share
-        seen['loss'] = seen.get('loss', 0.)+loss.detach().double()
+                batch, extra = batch.to(acc.device), dict(zip(extra, to_device(acc.device, *extra.values())))
+                with acc.autocast(), peers.chains:
+                    terms = model(batch, gen, **extra)
+                if missing := set(weights) - set(terms):
+                    raise ValueError(f'no term called {", ".join(sorted(missing))}; terms are {", ".join(terms)}')
+            except FloatingPointError as e:
+                error = at_step(e, 'at', at, seed)
+                error.__cause__ = e
+            except Exception as e:
+                error = e
+            if last or error is not None:
+                halt = peers.agree(error, stop.stop)
+            share = len(batch) / n
+            loss = sum(w * terms[k].float().mean() for k, w in weights.items() if w != 0) * share
+            acc.backward(
+                loss if peers.n == 1 else loss * peers.n
+            )  # the mean over processes of these is the gradient of the whole group
+        for k, v in means(terms).items():
+            seen[k] = seen.get(k, 0.0) + v * share
+        seen['loss'] = seen.get('loss', 0.0) + loss.detach().double()
     if peers.n > 1:
-        sums = torch.stack(list(seen.values())); dist.all_reduce(sums)
+        sums = torch.stack(list(seen.values()))
+        dist.all_reduce(sums)
         seen = dict(zip(seen, sums.unbind()))
     for g in opt.param_groups:
         norm = acc.clip_grad_norm_(g['params'], g['clip'] or math.inf).double()
-        seen[f'norm_{g["name"]}'] = norm if acc.scaler is None else norm.nan_to_num(0., 0., 0.) # in `fp16` a step that overflows is skipped, not an error
+        seen[f'norm_{g["name"]}'] = (
+            norm if acc.scaler is None else norm.nan_to_num(0.0, 0.0, 0.0)
+        )  # in `fp16` a step that overflows is skipped, not an error
     if acc.device.type == 'cpu':
-        seen = {k: float(v) for k,v in seen.items()}
+        seen = {k: float(v) for k, v in seen.items()}
         check_finite_terms(seen, at.step, at.epoch, seed)
-    opt.step(); opt.zero_grad()
-    sums,count = at.sums or {},at.count or {}
-    at.sums,at.count = {**sums, **{k: sums[k]+v if k in sums else v for k,v in seen.items()}},{**count, **{k: count.get(k, 0)+1 for k in seen}}
-    at.step += 1; at.batch += len(sizes); at.samples += n
+    opt.step()
+    opt.zero_grad()
+    sums, count = at.sums or {}, at.count or {}
+    at.sums, at.count = (
+        {**sums, **{k: sums[k] + v if k in sums else v for k, v in seen.items()}},
+        {**count, **{k: count.get(k, 0) + 1 for k in seen}},
+    )
+    at.step += 1
+    at.batch += len(sizes)
+    at.samples += n
     return stop.stop if peers.n == 1 else halt
 
 # %% ../nbs/50_train.ipynb #76544654
-os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1') # `torch.cuda.is_available()` then leaves the process free to fork
+os.environ.setdefault(
+    'PYTORCH_NVML_BASED_CUDA_CHECK', '1'
+)  # `torch.cuda.is_available()` then leaves the process free to fork
+
 
 def count_processes(
-    processes:int, # Wanted
-    device:torch.device|str, # Where they train
-) -> int: # `processes`
+    processes: int,  # Wanted
+    device: torch.device | str,  # Where they train
+) -> int:  # `processes`
     "`ValueError` for a number of processes that cannot train here"
-    device,n = torch.device(device),processes
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'processes must be a whole number, at least 1, got {n!r}')
-    if launched() > 1 and n != launched(): raise ValueError(f'{launched()} processes were launched, and processes={n}: give processes={launched()}, or start without a launcher')
-    if n == 1: return n
-    if device.type not in ('cpu','cuda'): raise ValueError(f'processes={n}: several processes train on CPU or CUDA, not on {device.type}')
-    if device.index is not None: raise ValueError(f"processes={n} take one GPU each, from the first on: give device 'cuda', not {str(device)!r}, and choose GPUs with CUDA_VISIBLE_DEVICES")
-    if launched() > 1: return n
-    if device.type == 'cuda' and n > torch.cuda.device_count(): raise ValueError(f'processes={n} need a GPU each, and PyTorch sees {torch.cuda.device_count()}: lower processes')
-    if not hasattr(os, 'fork'): raise ValueError(f'processes={n}: this system cannot fork processes; use 1, or torchrun')
+    device, n = torch.device(device), processes
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f'processes must be a whole number, at least 1, got {n!r}')
+    if launched() > 1 and n != launched():
+        raise ValueError(
+            f'{launched()} processes were launched, and processes={n}: give processes={launched()}, or start without a launcher'
+        )
+    if n == 1:
+        return n
+    if device.type not in ('cpu', 'cuda'):
+        raise ValueError(f'processes={n}: several processes train on CPU or CUDA, not on {device.type}')
+    if device.index is not None:
+        raise ValueError(
+            f"processes={n} take one GPU each, from the first on: give device 'cuda', not {str(device)!r}, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if launched() > 1:
+        return n
+    if device.type == 'cuda' and n > torch.cuda.device_count():
+        raise ValueError(
+            f'processes={n} need a GPU each, and PyTorch sees {torch.cuda.device_count()}: lower processes'
+        )
+    if not hasattr(os, 'fork'):
+        raise ValueError(f'processes={n}: this system cannot fork processes; use 1, or torchrun')
     return n
 
 # %% ../nbs/50_train.ipynb #44b53c13
 class TrainingOver(Exception):
     "Ends the notebook of a process that only helped to train"
 
-def one_process(what:str): # Named in the error
+
+def one_process(what: str):  # Named in the error
     "`ValueError` where a launcher has started several processes, each of which would do all of the work"
-    if launched() > 1: raise ValueError(f'{launched()} processes were launched, and {what} trains in one: start it without a launcher')
+    if launched() > 1:
+        raise ValueError(f'{launched()} processes were launched, and {what} trains in one: start it without a launcher')
+
 
 def first_trains(
-    task, run:Run, cfg:TrainCfg, seed:int, device:torch.device, on_epoch=None, # As for `fit`
-) -> Progress: # In every process
+    task,
+    run: Run,
+    cfg: TrainCfg,
+    seed: int,
+    device: torch.device,
+    on_epoch=None,  # As for `fit`
+) -> Progress:  # In every process
     "`fit` in the first of the processes that a launcher started; the others wait for it and take what it learned"
     peers = Peers(Accelerator(cpu=device.type == 'cpu'))
-    def work(): # an interruption is no error, and is told to the others all the same
-        try: end = fit(task, run, cfg, seed, device, on_epoch, alone=True)
-        except Interrupted as e: return e,None
-        return end,{k: v.cpu() for k,v in task.model.state_dict().items()}
-    end,learned = peers.first(work)
-    if isinstance(end, Interrupted): raise end
-    task.model.to(device).load_state_dict(learned); task.model.eval()
+
+    def work():  # an interruption is no error, and is told to the others all the same
+        try:
+            end = fit(task, run, cfg, seed, device, on_epoch, alone=True)
+        except Interrupted as e:
+            return e, None
+        return end, {k: v.cpu() for k, v in task.model.state_dict().items()}
+
+    end, learned = peers.first(work)
+    if isinstance(end, Interrupted):
+        raise end
+    task.model.to(device).load_state_dict(learned)
+    task.model.eval()
     return end
+
 
 @contextmanager
 def share_of_threads(
-    threads:int, # Those of all processes together; 0: each keeps what its launcher gave it
+    threads: int,  # Those of all processes together; 0: each keeps what its launcher gave it
 ):
     "In one of several launched processes, as many CPU threads as `start_processes` would give it"
     was = torch.get_num_threads()
-    if threads and launched() > 1: torch.set_num_threads(max(1, threads//launched()))
-    try: yield
-    finally: torch.set_num_threads(was)
+    if threads and launched() > 1:
+        torch.set_num_threads(max(1, threads // launched()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was)
+
 
 def launch(
-    task, run:Run, cfg:TrainCfg, seed:int, device:torch.device|str='cpu', # As for `fit`
-    on_epoch=None, # Called in the main process of those that train: it may print, and changes nothing here
-    processes:int=1, # How many train
-    more:bool=False, # Another stage follows, with the same processes where a launcher started them
-    alone:bool=False, # One process trains, also where a launcher started several
-) -> Progress: # Where the run ended; the selected model's weights are in `task.model`, on `device`
+    task,
+    run: Run,
+    cfg: TrainCfg,
+    seed: int,
+    device: torch.device | str = 'cpu',  # As for `fit`
+    on_epoch=None,  # Called in the main process of those that train: it may print, and changes nothing here
+    processes: int = 1,  # How many train
+    more: bool = False,  # Another stage follows, with the same processes where a launcher started them
+    alone: bool = False,  # One process trains, also where a launcher started several
+) -> Progress:  # Where the run ended; the selected model's weights are in `task.model`, on `device`
     "`fit` in `processes` processes of this machine; with one, or in a process that a launcher started, `fit` itself"
-    device,n = pick_device(device),count_processes(processes, device)
+    device, n = pick_device(device), count_processes(processes, device)
     if n == 1 or launched() > 1:
-        if alone and launched() > 1: end = first_trains(task, run, cfg, seed, device, on_epoch)
+        if alone and launched() > 1:
+            end = first_trains(task, run, cfg, seed, device, on_epoch)
         else:
-            with share_of_threads(getattr(task, 'threads', 0)): end = fit(task, run, cfg, seed, device, on_epoch)
-        if os.environ.get('LDEBM_HELPER') and not more: raise TrainingOver(f'process {os.environ["RANK"]} has done its part')
+            with share_of_threads(getattr(task, 'threads', 0)):
+                end = fit(task, run, cfg, seed, device, on_epoch)
+        if os.environ.get('LDEBM_HELPER') and not more:
+            raise TrainingOver(f'process {os.environ["RANK"]} has done its part')
         return end
     task.processes = n
-    def over(saved): return saved is not None and is_over(saved, cfg)
-    if (saved := run.load()) is not None: check_saved(saved, run, device.type, n, cfg)
+
+    def over(saved):
+        return saved is not None and is_over(saved, cfg)
+
+    if (saved := run.load()) is not None:
+        check_saved(saved, run, device.type, n, cfg)
     if not over(saved):
         start_processes(lambda: fit(task, run, cfg, seed, device, on_epoch), n, device, run)
-        if not over(saved := run.load()): raise Interrupted(f'stopped at step {saved["progress"]["step"]} of {cfg.total}; run the same command again to continue from {run.path}')
+        if not over(saved := run.load()):
+            raise Interrupted(
+                f'stopped at step {saved["progress"]["step"]} of {cfg.total}; run the same command again to continue from {run.path}'
+            )
     at = Progress(**saved['progress'])
-    task.model.load_state_dict(saved['model']); load_best(task.model, at, saved['best'])
+    task.model.load_state_dict(saved['model'])
+    load_best(task.model, at, saved['best'])
     task.model.to(device)
     return at
 
 # %% ../nbs/50_train.ipynb #aebda525
 def start_processes(
-    f, # Called in each, without arguments
-    n:int, # How many
-    device:torch.device, # CPU threads are divided among them
-    run:Run, # Named when they are interrupted
+    f,  # Called in each, without arguments
+    n: int,  # How many
+    device: torch.device,  # CPU threads are divided among them
+    run: Run,  # Named when they are interrupted
 ):
     "Fork `n` processes that call `f`, and wait for them: an error in any is raised here, a signal is passed on and raises `Interrupted` when all have stopped"
-    if device.type == 'cuda' and torch.cuda.is_initialized(): raise ValueError(f'processes={n}: a GPU is already in use in this process, which can then not be forked; start a new one and launch before anything touches a GPU')
-    threads,errors,failed = max(1, torch.get_num_threads()//n),multiprocessing.get_context('fork').SimpleQueue(),[]
-    before,ours,told = set(multiprocessing.active_children()),set(),False
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    if device.type == 'cuda' and torch.cuda.is_initialized():
+        raise ValueError(
+            f'processes={n}: a GPU is already in use in this process, which can then not be forked; start a new one and launch before anything touches a GPU'
+        )
+    threads, errors, failed = (
+        max(1, torch.get_num_threads() // n),
+        multiprocessing.get_context('fork').SimpleQueue(),
+        [],
+    )
+    before, ours, told = set(multiprocessing.active_children()), set(), False
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     shown = sys.stdout
+
     def work():
-        gc.freeze(); sys.stdout = shown # what the parent left must not be collected here: some of it waits for threads that exist only there
-        torch.set_num_threads(threads); os.environ['OMP_NUM_THREADS'] = str(threads) # unset, Accelerate would choose
-        if Path('/sys/class/net/lo').exists(): os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
-        PartialState._reset_state() # this process was alone before it was forked
+        gc.freeze()
+        sys.stdout = (
+            shown  # what the parent left must not be collected here: some of it waits for threads that exist only there
+        )
+        torch.set_num_threads(threads)
+        os.environ['OMP_NUM_THREADS'] = str(threads)  # unset, Accelerate would choose
+        if Path('/sys/class/net/lo').exists():
+            os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+        PartialState._reset_state()  # this process was alone before it was forked
         try:
-            if launched() != n: raise ValueError(f'processes={n}, and this notebook server can start only {launched()}')
+            if launched() != n:
+                raise ValueError(f'processes={n}, and this notebook server can start only {launched()}')
             f()
-        except Interrupted: pass # what its checkpoint says is enough
-        except Exception as e: errors.put(portable(e, int(os.environ.get('RANK', 0)))); raise
+        except Interrupted:
+            pass  # what its checkpoint says is enough
+        except Exception as e:
+            errors.put(portable(e, int(os.environ.get('RANK', 0))))
+            raise
+
     def start():
         try:
-            with redirect_stdout(io.StringIO()): notebook_launcher(work, num_processes=n, use_port=str(port)) # silent: it would announce GPUs where there are none
-        except Exception as e: failed.append(e)
-    AcceleratorState._reset_state(reset_partial_state=False); gc.collect()
-    log,thread = logging.getLogger('torch.distributed.elastic'),threading.Thread(target=start)
-    level = log.level; log.setLevel(logging.CRITICAL) # it would report, at length, what is raised here
+            with redirect_stdout(io.StringIO()):
+                notebook_launcher(
+                    work, num_processes=n, use_port=str(port)
+                )  # silent: it would announce GPUs where there are none
+        except Exception as e:
+            failed.append(e)
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    gc.collect()
+    log, thread = logging.getLogger('torch.distributed.elastic'), threading.Thread(target=start)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it would report, at length, what is raised here
+
     def tell(sig):
         for p in ours:
-            if p.is_alive(): os.kill(p.pid, sig)
+            if p.is_alive():
+                os.kill(p.pid, sig)
+
     try:
         with graceful_stop() as stop:
             thread.start()
             while thread.is_alive():
-                thread.join(.1)
-                if len(ours) < n: ours |= set(multiprocessing.active_children())-before
-                if stop.stop and not told and len(ours) == n: told = True; tell(signal.SIGTERM)
-    except BaseException: tell(signal.SIGKILL); raise
-    finally: thread.join(); log.setLevel(level)
-    if stop.stop: raise Interrupted(f'stopped; run the same command again to continue from {run.path}')
-    if killed := sorted(-p.exitcode for p in ours if (p.exitcode or 0) < 0 and p.exitcode != -signal.SIGTERM): # the launcher ends the others with SIGTERM
-        raise RuntimeError(f'a training process was killed ({signal.Signals(killed[0]).name}); ' + (f'the last checkpoint in {run.path} is intact' if run.file('checkpoint.safetensors').exists() else f'{run.path} has no checkpoint yet') + ': run the same command again')
-    if not errors.empty(): raise errors.get()
-    if failed: raise failed[0]
+                thread.join(0.1)
+                if len(ours) < n:
+                    ours |= set(multiprocessing.active_children()) - before
+                if stop.stop and not told and len(ours) == n:
+                    told = True
+                    tell(signal.SIGTERM)
+    except BaseException:
+        tell(signal.SIGKILL)
+        raise
+    finally:
+        thread.join()
+        log.setLevel(level)
+    if stop.stop:
+        raise Interrupted(f'stopped; run the same command again to continue from {run.path}')
+    if killed := sorted(
+        -p.exitcode for p in ours if (p.exitcode or 0) < 0 and p.exitcode != -signal.SIGTERM
+    ):  # the launcher ends the others with SIGTERM
+        raise RuntimeError(
+            f'a training process was killed ({signal.Signals(killed[0]).name}); '
+            + (
+                f'the last checkpoint in {run.path} is intact'
+                if run.file('checkpoint.safetensors').exists()
+                else f'{run.path} has no checkpoint yet'
+            )
+            + ': run the same command again'
+        )
+    if not errors.empty():
+        raise errors.get()
+    if failed:
+        raise failed[0]
 
 # %% ../nbs/50_train.ipynb #ab6522f4
 def run_notebook(
-    argv:list, # Notebook, output, and further arguments of papermill's command
+    argv: list,  # Notebook, output, and further arguments of papermill's command
 ):
     "Run a notebook with papermill in each process of a launcher; all but the first end when training is over"
     from papermill import PapermillExecutionError, inspect_notebook
     from papermill.cli import papermill
-    if len(argv) < 2 or any(o.startswith('-') for o in argv[:2]): raise SystemExit('usage: accelerate launch --multi_gpu --num_processes N -m ldebm.train NOTEBOOK OUTPUT [-p name value ...]')
-    notebook,out,*rest = argv; rank = int(os.environ.get('RANK', 0))
-    if launched() == 1: raise SystemExit('a single process was launched: use papermill itself, or start several with `accelerate launch --multi_gpu --num_processes N` or torchrun')
-    if 'processes' not in inspect_notebook(notebook): raise SystemExit(f'{notebook} has no parameter `processes`: it cannot train in several')
-    with tempfile.TemporaryDirectory() as tmp:
-        if rank: out,rest,os.environ['LDEBM_HELPER'] = f'{tmp}/copy.ipynb',[*rest,'--no-log-output','--no-progress-bar','--log-level','ERROR'],'1'
-        try: papermill.main([notebook, out, '-p', 'processes', str(launched()), *rest], standalone_mode=False)
-        except PapermillExecutionError as e:
-            if e.ename != 'TrainingOver': raise
 
-if __name__ == '__main__' and '__file__' in globals(): run_notebook(sys.argv[1:])
+    if len(argv) < 2 or any(o.startswith('-') for o in argv[:2]):
+        raise SystemExit(
+            'usage: accelerate launch --multi_gpu --num_processes N -m ldebm.train NOTEBOOK OUTPUT [-p name value ...]'
+        )
+    notebook, out, *rest = argv
+    rank = int(os.environ.get('RANK', 0))
+    if launched() == 1:
+        raise SystemExit(
+            'a single process was launched: use papermill itself, or start several with `accelerate launch --multi_gpu --num_processes N` or torchrun'
+        )
+    if 'processes' not in inspect_notebook(notebook):
+        raise SystemExit(f'{notebook} has no parameter `processes`: it cannot train in several')
+    with tempfile.TemporaryDirectory() as tmp:
+        if rank:
+            out, rest, os.environ['LDEBM_HELPER'] = (
+                f'{tmp}/copy.ipynb',
+                [*rest, '--no-log-output', '--no-progress-bar', '--log-level', 'ERROR'],
+                '1',
+            )
+        try:
+            papermill.main([notebook, out, '-p', 'processes', str(launched()), *rest], standalone_mode=False)
+        except PapermillExecutionError as e:
+            if e.ename != 'TrainingOver':
+                raise
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    run_notebook(sys.argv[1:])
 
 # %% ../nbs/50_train.ipynb #9ab01ac4
 def plot_curves(
-    lines:list, # From `run.log_lines()`
-    names=('nll','kl_base','ebm','mi','cls','accept'), # Terms to draw
+    lines: list,  # From `run.log_lines()`
+    names=('nll', 'kl_base', 'ebm', 'mi', 'cls', 'accept'),  # Terms to draw
 ):
     "Training terms (lines) and validation metrics (dots) of one run"
     import matplotlib.pyplot as plt
-    tr = [o for o in lines if o['kind'] == 'train']; va = [o for o in lines if o['kind'] == 'valid']
-    names = [k for k in names if any(k in o for o in lines)] or ['loss'] # a short run may have no line of training
-    fig,axs = plt.subplots(1, len(names), figsize=(min(2*len(names), 10),1.9), squeeze=False, layout='constrained')
-    for ax,k in zip(axs[0], names):
+
+    tr = [o for o in lines if o['kind'] == 'train']
+    va = [o for o in lines if o['kind'] == 'valid']
+    names = [k for k in names if any(k in o for o in lines)] or ['loss']  # a short run may have no line of training
+    fig, axs = plt.subplots(1, len(names), figsize=(min(2 * len(names), 10), 1.9), squeeze=False, layout='constrained')
+    for ax, k in zip(axs[0], names):
         ax.plot([o['step'] for o in tr if k in o], [o[k] for o in tr if k in o], lw=1)
-        v = [(o['step'],o[k]) for o in va if k in o]
-        if v: ax.plot(*zip(*v), 'o', ms=3)
-        ax.set_title(k, fontsize=9); ax.set_xlabel('step', fontsize=8); ax.tick_params(labelsize=7)
+        v = [(o['step'], o[k]) for o in va if k in o]
+        if v:
+            ax.plot(*zip(*v), 'o', ms=3)
+        ax.set_title(k, fontsize=9)
+        ax.set_xlabel('step', fontsize=8)
+        ax.tick_params(labelsize=7)
     return axs[0]

@@ -11,8 +11,10 @@ __all__ = ['HEAD_OF', 'HEADS', 'PRIORS', 'PLAIN', 'CODED', 'RELEASED', 'DISCRETE
 # %% ../nbs/21_zoo.ipynb #95ee368d
 import math
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
 from .prior import DiagGaussian, Posterior, Prior, StandardNormal, no_symbols
 from .schedule import randn_like
 from .text_vae import GaussianHead
@@ -20,167 +22,273 @@ from .text_vae import GaussianHead
 # %% ../nbs/21_zoo.ipynb #b47f3eec
 class Codes(Posterior):
     "`M` independent categorical variables of `k` classes, as one-hots side by side"
-    def __init__(self,
-        logits:Tensor, # Shape `(B, M, k)`
-        relaxed:bool=False, # Draws are softened one-hots
-        tau:float=1., # Temperature of the softening (Jang et al. 2017, eq. 2)
-    ): self.logits,self.relaxed,self.tau = logits,relaxed,tau
+
+    def __init__(
+        self,
+        logits: Tensor,  # Shape `(B, M, k)`
+        relaxed: bool = False,  # Draws are softened one-hots
+        tau: float = 1.0,  # Temperature of the softening (Jang et al. 2017, eq. 2)
+    ):
+        self.logits, self.relaxed, self.tau = logits, relaxed, tau
+
     @property
-    def log_q(self) -> Tensor: return self.logits.log_softmax(-1) # Shape `(B, M, k)`
+    def log_q(self) -> Tensor:
+        return self.logits.log_softmax(-1)  # Shape `(B, M, k)`
+
     @property
-    def mode(self) -> Tensor: return one_hot(self.logits.argmax(-1), self.logits) # Shape `(B, M k)`
+    def mode(self) -> Tensor:
+        return one_hot(self.logits.argmax(-1), self.logits)  # Shape `(B, M k)`
+
     @property
-    def code(self) -> 'Codes': return self # As in the posteriors that have codes among other things
+    def code(self) -> 'Codes':
+        return self  # As in the posteriors that have codes among other things
+
     @property
-    def features(self) -> Tensor: return self.log_q.exp().flatten(1) # Probabilities, shape `(B, M k)`: what clustering sees
-    def rsample(self, gen:torch.Generator|None=None) -> Tensor: # Shape `(B, M k)`
+    def features(self) -> Tensor:
+        return self.log_q.exp().flatten(1)  # Probabilities, shape `(B, M k)`: what clustering sees
+
+    def rsample(self, gen: torch.Generator | None = None) -> Tensor:  # Shape `(B, M k)`
         "Gumbel-softmax in training, Gumbel-max otherwise"
-        u = torch.rand(self.logits.shape, generator=gen, device=self.logits.device, dtype=self.logits.dtype).clamp(min=1e-20)
-        y = self.log_q-(-u.log()).log()
-        return (y/self.tau).softmax(-1).flatten(1) if self.relaxed else one_hot(y.argmax(-1), self.logits)
-    def log_prob(self, c:Tensor) -> Tensor: # Shape `(B,)`, nats, of one-hots `(B, M k)`
-        return (c.view_as(self.logits)*self.log_q).sum((1, 2))
-    def pairwise(self, c:Tensor) -> Tensor: return c@self.log_q.flatten(1).T # `log q(c_i | x_j)`, shape `(n, B)`
-    def wider(self, share:float) -> 'Codes': # A share of each variable spread evenly over its classes, so that no code is out of reach
-        return Codes(((1-share)*self.log_q.exp()+share/self.logits.shape[-1]).log())
+        u = torch.rand(self.logits.shape, generator=gen, device=self.logits.device, dtype=self.logits.dtype).clamp(
+            min=1e-20
+        )
+        y = self.log_q - (-u.log()).log()
+        return (y / self.tau).softmax(-1).flatten(1) if self.relaxed else one_hot(y.argmax(-1), self.logits)
+
+    def log_prob(self, c: Tensor) -> Tensor:  # Shape `(B,)`, nats, of one-hots `(B, M k)`
+        return (c.view_as(self.logits) * self.log_q).sum((1, 2))
+
+    def pairwise(self, c: Tensor) -> Tensor:
+        return c @ self.log_q.flatten(1).T  # `log q(c_i | x_j)`, shape `(n, B)`
+
+    def wider(
+        self, share: float
+    ) -> 'Codes':  # A share of each variable spread evenly over its classes, so that no code is out of reach
+        return Codes(((1 - share) * self.log_q.exp() + share / self.logits.shape[-1]).log())
+
 
 def one_hot(
-    index:Tensor, # Classes, shape `(B, M)`
-    like:Tensor, # Shape `(B, M, k)`: gives k, dtype and device
-) -> Tensor: # Shape `(B, M k)`
-    return torch.zeros_like(like).scatter_(-1, index[...,None], 1.).flatten(1)
+    index: Tensor,  # Classes, shape `(B, M)`
+    like: Tensor,  # Shape `(B, M, k)`: gives k, dtype and device
+) -> Tensor:  # Shape `(B, M k)`
+    return torch.zeros_like(like).scatter_(-1, index[..., None], 1.0).flatten(1)
 
 # %% ../nbs/21_zoo.ipynb #8a117fa8
 class Both(Posterior):
     "A Gaussian and codes, independent: the latent is `[z; c]`"
-    def __init__(self, z:DiagGaussian, c:Codes): self.z,self.c = z,c
+
+    def __init__(self, z: DiagGaussian, c: Codes):
+        self.z, self.c = z, c
+
     @property
-    def mode(self) -> Tensor: return torch.cat([self.z.mode, self.c.mode], 1)
+    def mode(self) -> Tensor:
+        return torch.cat([self.z.mode, self.c.mode], 1)
+
     @property
-    def code(self) -> Codes: return self.c
+    def code(self) -> Codes:
+        return self.c
+
     @property
-    def features(self) -> Tensor: return torch.cat([self.z.features, self.c.features], 1)
-    def rsample(self, gen:torch.Generator|None=None) -> Tensor: return torch.cat([self.z.rsample(gen), self.c.rsample(gen)], 1) # Shape `(B, d + M k)`
-    def log_prob(self, x:Tensor) -> Tensor:
-        d = self.z.mean.shape[1]; return self.z.log_prob(x[:,:d])+self.c.log_prob(x[:,d:])
-    def pairwise(self, x:Tensor) -> Tensor:
-        d = self.z.mean.shape[1]; return self.z.pairwise(x[:,:d])+self.c.pairwise(x[:,d:])
-    def wider(self, share:float) -> 'Both': return Both(self.z, self.c.wider(share))
+    def features(self) -> Tensor:
+        return torch.cat([self.z.features, self.c.features], 1)
+
+    def rsample(self, gen: torch.Generator | None = None) -> Tensor:
+        return torch.cat([self.z.rsample(gen), self.c.rsample(gen)], 1)  # Shape `(B, d + M k)`
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        d = self.z.mean.shape[1]
+        return self.z.log_prob(x[:, :d]) + self.c.log_prob(x[:, d:])
+
+    def pairwise(self, x: Tensor) -> Tensor:
+        d = self.z.mean.shape[1]
+        return self.z.pairwise(x[:, :d]) + self.c.pairwise(x[:, d:])
+
+    def wider(self, share: float) -> 'Both':
+        return Both(self.z, self.c.wider(share))
+
 
 class CodedGaussian(DiagGaussian):
     "`q(z|x) q(c|x)` whose latent is `z` alone"
-    def __init__(self, mean:Tensor, logvar:Tensor, code:Codes):
-        super().__init__(mean, logvar); self.code = code
+
+    def __init__(self, mean: Tensor, logvar: Tensor, code: Codes):
+        super().__init__(mean, logvar)
+        self.code = code
 
 # %% ../nbs/21_zoo.ipynb #108f5ac5
 class CodesHead(nn.Module):
     "`Codes` from a summary"
-    def __init__(self, n_in:int, M:int, k:int):
+
+    def __init__(self, n_in: int, M: int, k: int):
         super().__init__()
-        self.d,self.M,self.logits = M*k,M,nn.Linear(n_in, M*k)
-    def forward(self, h:Tensor) -> Codes: return Codes(self.logits(h).unflatten(1, (self.M, -1)), self.training)
+        self.d, self.M, self.logits = M * k, M, nn.Linear(n_in, M * k)
+
+    def forward(self, h: Tensor) -> Codes:
+        return Codes(self.logits(h).unflatten(1, (self.M, -1)), self.training)
+
 
 class BothHead(nn.Module):
     "`Both` from a summary"
-    def __init__(self, n_in:int, d:int, M:int, k:int):
+
+    def __init__(self, n_in: int, d: int, M: int, k: int):
         super().__init__()
-        self.z,self.c = GaussianHead(n_in, d),CodesHead(n_in, M, k); self.d = self.z.d+self.c.d
-    def forward(self, h:Tensor) -> Both: return Both(self.z(h), self.c(h))
+        self.z, self.c = GaussianHead(n_in, d), CodesHead(n_in, M, k)
+        self.d = self.z.d + self.c.d
+
+    def forward(self, h: Tensor) -> Both:
+        return Both(self.z(h), self.c(h))
+
 
 class CodedHead(nn.Module):
     "`CodedGaussian` from a summary"
-    def __init__(self, n_in:int, d:int, M:int, k:int):
-        super().__init__()
-        self.d,self.z,self.c = d,GaussianHead(n_in, d),CodesHead(n_in, M, k)
-    def forward(self, h:Tensor) -> CodedGaussian:
-        q = self.z(h); return CodedGaussian(q.mean, q.logvar, self.c(h))
 
-HEAD_OF = dict(uniform='codes', product='both', mixture='coded') # The posterior that belongs to a prior, by name; a diagonal Gaussian for any other
-HEADS = dict(gaussian=lambda n_in, s: GaussianHead(n_in, s.d), codes=lambda n_in, s: CodesHead(n_in, s.codes, s.classes),
-             both=lambda n_in, s: BothHead(n_in, s.d, s.codes, s.classes), coded=lambda n_in, s: CodedHead(n_in, s.d, s.codes, s.classes))
-def head_of(s) -> str: return HEAD_OF.get(s.prior, 'gaussian') # Name of the head for settings with `prior`
-def has_codes(s) -> bool: return head_of(s) in ('codes','both') # Whether the latent itself holds codes
-def latent_parts(s) -> dict: # Part of the latent, by name, as `(from, to)`; `all` of it is what the decoder may see
+    def __init__(self, n_in: int, d: int, M: int, k: int):
+        super().__init__()
+        self.d, self.z, self.c = d, GaussianHead(n_in, d), CodesHead(n_in, M, k)
+
+    def forward(self, h: Tensor) -> CodedGaussian:
+        q = self.z(h)
+        return CodedGaussian(q.mean, q.logvar, self.c(h))
+
+
+HEAD_OF = dict(
+    uniform='codes', product='both', mixture='coded'
+)  # The posterior that belongs to a prior, by name; a diagonal Gaussian for any other
+HEADS = dict(
+    gaussian=lambda n_in, s: GaussianHead(n_in, s.d),
+    codes=lambda n_in, s: CodesHead(n_in, s.codes, s.classes),
+    both=lambda n_in, s: BothHead(n_in, s.d, s.codes, s.classes),
+    coded=lambda n_in, s: CodedHead(n_in, s.d, s.codes, s.classes),
+)
+
+
+def head_of(s) -> str:
+    return HEAD_OF.get(s.prior, 'gaussian')  # Name of the head for settings with `prior`
+
+
+def has_codes(s) -> bool:
+    return head_of(s) in ('codes', 'both')  # Whether the latent itself holds codes
+
+
+def latent_parts(s) -> dict:  # Part of the latent, by name, as `(from, to)`; `all` of it is what the decoder may see
     "Where `z` and the codes lie in a latent"
-    z,c = (0 if head_of(s) == 'codes' else s.d),(s.codes*s.classes if has_codes(s) else 0)
-    return dict(all=(0, z+c), z=(0, z), codes=(z, z+c), none=(0, 0))
+    z, c = (0 if head_of(s) == 'codes' else s.d), (s.codes * s.classes if has_codes(s) else 0)
+    return dict(all=(0, z + c), z=(0, z), codes=(z, z + c), none=(0, 0))
 
 # %% ../nbs/21_zoo.ipynb #4b753cd1
 def code_terms(
-    log_q:Tensor, # Log-probabilities, shape `(B, M, k)`
-) -> dict: # `ckl`, `aggc`, `mi`, each `(B,)`, nats; in the mean over the batch `ckl = aggc + mi`
+    log_q: Tensor,  # Log-probabilities, shape `(B, M, k)`
+) -> dict:  # `ckl`, `aggc`, `mi`, each `(B,)`, nats; in the mean over the batch `ckl = aggc + mi`
     "KL of codes to uniform ones, split into that of the batch average and mutual information (Zhao et al. 2018)"
-    q,k = log_q.exp(),log_q.shape[-1]
+    q, k = log_q.exp(), log_q.shape[-1]
     log_mean = q.mean(0).clamp(min=1e-15).log()
-    ckl,mi = (q*(log_q+math.log(k))).sum((1, 2)),(q*(log_q-log_mean)).sum((1, 2))
-    return dict(ckl=ckl, aggc=(q*(log_mean+math.log(k))).sum((1, 2)), mi=mi)
+    ckl, mi = (q * (log_q + math.log(k))).sum((1, 2)), (q * (log_q - log_mean)).sum((1, 2))
+    return dict(ckl=ckl, aggc=(q * (log_mean + math.log(k))).sum((1, 2)), mi=mi)
 
 # %% ../nbs/21_zoo.ipynb #7bffb76e
 class UniformCodes(Prior):
     "Independent uniform codes"
-    def __init__(self, M:int, k:int):
-        super().__init__(M*k)
-        self.M,self.k = M,k
-    def sample(self, n:int, *, y=None, gen:torch.Generator|None=None) -> Tensor:
+
+    def __init__(self, M: int, k: int):
+        super().__init__(M * k)
+        self.M, self.k = M, k
+
+    def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:
         no_symbols(y, 'a prior of uniform codes')
         like = self.loc.expand(n, -1).unflatten(1, (self.M, self.k))
         return one_hot(torch.randint(self.k, (n, self.M), generator=gen, device=like.device), like)
-    def log_weight(self, c:Tensor, gen=None) -> Tensor: return c.new_full((len(c),), -self.M*math.log(self.k))
-    def kl(self, q:Codes, z:Tensor, gen=None, n:int=1) -> tuple[Tensor,Tensor]: # Exact
+
+    def log_weight(self, c: Tensor, gen=None) -> Tensor:
+        return c.new_full((len(c),), -self.M * math.log(self.k))
+
+    def kl(self, q: Codes, z: Tensor, gen=None, n: int = 1) -> tuple[Tensor, Tensor]:  # Exact
         kl = code_terms(q.log_q)['ckl']
-        return kl,torch.full_like(kl, n)
-    def terms(self, q:Codes, z:Tensor, gen=None, labels=None, label_weights=None) -> dict: # `ckl`, `aggc`, `mi`
+        return kl, torch.full_like(kl, n)
+
+    def terms(self, q: Codes, z: Tensor, gen=None, labels=None, label_weights=None) -> dict:  # `ckl`, `aggc`, `mi`
         return code_terms(q.log_q)
+
 
 class BothPrior(Prior):
     "A prior of `z` and a prior of `c`, independent"
-    def __init__(self, z, c:Prior):
-        super().__init__(z.d+c.d)
-        self.z,self.c = z,c
-    def split(self, x:Tensor) -> tuple[Tensor,Tensor]: return x[:,:self.z.d],x[:,self.z.d:]
-    def sample(self, n:int, *, y=None, gen:torch.Generator|None=None) -> Tensor:
-        no_symbols(y, 'this prior'); return torch.cat([self.z.sample(n, gen=gen), self.c.sample(n, gen=gen)], 1)
-    def log_weight(self, x:Tensor, gen=None) -> Tensor:
-        z,c = self.split(x); return self.z.log_weight(z)+self.c.log_weight(c)
-    def kl(self, q:Both, x:Tensor, gen=None, n:int=1) -> tuple[Tensor,Tensor]:
-        z,c = self.split(x); a,b = self.z.kl(q.z, z, gen, n),self.c.kl(q.c, c, gen, n)
-        return a[0]+b[0],a[1]
-    def terms(self, q:Both, x:Tensor, gen=None, labels=None, label_weights=None) -> dict:
-        z,c = self.split(x); return {**self.z.terms(q.z, z, gen), **self.c.terms(q.c, c, gen)}
+
+    def __init__(self, z, c: Prior):
+        super().__init__(z.d + c.d)
+        self.z, self.c = z, c
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, : self.z.d], x[:, self.z.d :]
+
+    def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:
+        no_symbols(y, 'this prior')
+        return torch.cat([self.z.sample(n, gen=gen), self.c.sample(n, gen=gen)], 1)
+
+    def log_weight(self, x: Tensor, gen=None) -> Tensor:
+        z, c = self.split(x)
+        return self.z.log_weight(z) + self.c.log_weight(c)
+
+    def kl(self, q: Both, x: Tensor, gen=None, n: int = 1) -> tuple[Tensor, Tensor]:
+        z, c = self.split(x)
+        a, b = self.z.kl(q.z, z, gen, n), self.c.kl(q.c, c, gen, n)
+        return a[0] + b[0], a[1]
+
+    def terms(self, q: Both, x: Tensor, gen=None, labels=None, label_weights=None) -> dict:
+        z, c = self.split(x)
+        return {**self.z.terms(q.z, z, gen), **self.c.terms(q.c, c, gen)}
 
 # %% ../nbs/21_zoo.ipynb #123c9d69
-def natural(mean:Tensor, logvar:Tensor) -> tuple[Tensor,Tensor]: # `eta1`, `eta2`
+def natural(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:  # `eta1`, `eta2`
     "Natural parameters of Gaussians"
-    return mean*(-logvar).exp(),-.5*(-logvar).exp()
-def log_partition(eta1:Tensor, eta2:Tensor) -> Tensor: return -eta1.square()/(4*eta2)-.5*(-2*eta2).log() # `A(eta)`, same shape
-def gauss_kl(mean:Tensor, logvar:Tensor, to_mean:Tensor, to_logvar:Tensor) -> Tensor: # Nats, elementwise
+    return mean * (-logvar).exp(), -0.5 * (-logvar).exp()
+
+
+def log_partition(eta1: Tensor, eta2: Tensor) -> Tensor:
+    return -eta1.square() / (4 * eta2) - 0.5 * (-2 * eta2).log()  # `A(eta)`, same shape
+
+
+def gauss_kl(mean: Tensor, logvar: Tensor, to_mean: Tensor, to_logvar: Tensor) -> Tensor:  # Nats, elementwise
     "KL between Gaussians of one dimension"
-    return .5*(to_logvar-logvar+((mean-to_mean).square()+logvar.exp())*(-to_logvar).exp()-1)
+    return 0.5 * (to_logvar - logvar + ((mean - to_mean).square() + logvar.exp()) * (-to_logvar).exp() - 1)
+
 
 class MixturePrior(Prior):
     "For each of `M` variables of `d/M` dimensions a mixture of `k` learned Gaussians (Dilokthanakul et al. 2016; Shi et al. 2020)"
-    def __init__(self, d:int, M:int, k:int, gen:torch.Generator|None=None):
+
+    def __init__(self, d: int, M: int, k: int, gen: torch.Generator | None = None):
         super().__init__(d)
-        if d%M: raise ValueError(f'a mixture over {M} variables needs a latent dimension that is a multiple of {M}, got {d}')
-        self.M,self.k = M,k
-        self.mean,self.logvar = (nn.Parameter(torch.randn(M, k, d//M, generator=gen)) for _ in range(2))
-    def each(self, z:Tensor) -> Tensor: return z.unflatten(1, (self.M, -1)) # Shape `(B, M, d/M)`
-    def sample(self, n:int, *, y=None, gen:torch.Generator|None=None) -> Tensor:
-        no_symbols(y, 'a mixture prior'); m = torch.arange(self.M, device=self.loc.device)
+        if d % M:
+            raise ValueError(
+                f'a mixture over {M} variables needs a latent dimension that is a multiple of {M}, got {d}'
+            )
+        self.M, self.k = M, k
+        self.mean, self.logvar = (nn.Parameter(torch.randn(M, k, d // M, generator=gen)) for _ in range(2))
+
+    def each(self, z: Tensor) -> Tensor:
+        return z.unflatten(1, (self.M, -1))  # Shape `(B, M, d/M)`
+
+    def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:
+        no_symbols(y, 'a mixture prior')
+        m = torch.arange(self.M, device=self.loc.device)
         c = torch.randint(self.k, (n, self.M), generator=gen, device=self.loc.device)
-        mean,sd = self.mean[m,c].detach(),(.5*self.logvar[m,c]).exp().detach()
-        return (mean+sd*randn_like(mean, gen)).flatten(1)
-    def log_weight(self, z:Tensor, gen=None) -> Tensor: # The codes summed out
-        x = self.each(z)[:,:,None]
-        lp = -.5*((x-self.mean).square()*(-self.logvar).exp()+self.logvar+math.log(2*math.pi)).sum(-1) # (B, M, k)
-        return (lp.logsumexp(-1)-math.log(self.k)).sum(1)
-    def terms(self, q:CodedGaussian, z:Tensor, gen=None, labels=None, label_weights=None) -> dict: # `ckl`, `aggc`, `mi`, `zklE`, `zklM`, `disp`
-        w = q.code.log_q.exp()[...,None] # (B, M, k, 1)
-        mean,logvar = self.each(q.mean),self.each(q.logvar)
-        zklE = (w*gauss_kl(mean[:,:,None], logvar[:,:,None], self.mean, self.logvar)).sum((1, 2, 3))
-        e1,e2 = natural(self.mean, self.logvar); m1,m2 = (w*e1).sum(2),(w*e2).sum(2) # (B, M, d/M)
-        disp = ((w*log_partition(e1, e2)).sum(2)-log_partition(m1, m2)).sum((1, 2))
-        zklM = gauss_kl(mean, logvar, -m1/(2*m2), -(-2*m2).log()).sum((1, 2))
+        mean, sd = self.mean[m, c].detach(), (0.5 * self.logvar[m, c]).exp().detach()
+        return (mean + sd * randn_like(mean, gen)).flatten(1)
+
+    def log_weight(self, z: Tensor, gen=None) -> Tensor:  # The codes summed out
+        x = self.each(z)[:, :, None]
+        lp = -0.5 * ((x - self.mean).square() * (-self.logvar).exp() + self.logvar + math.log(2 * math.pi)).sum(
+            -1
+        )  # (B, M, k)
+        return (lp.logsumexp(-1) - math.log(self.k)).sum(1)
+
+    def terms(
+        self, q: CodedGaussian, z: Tensor, gen=None, labels=None, label_weights=None
+    ) -> dict:  # `ckl`, `aggc`, `mi`, `zklE`, `zklM`, `disp`
+        w = q.code.log_q.exp()[..., None]  # (B, M, k, 1)
+        mean, logvar = self.each(q.mean), self.each(q.logvar)
+        zklE = (w * gauss_kl(mean[:, :, None], logvar[:, :, None], self.mean, self.logvar)).sum((1, 2, 3))
+        e1, e2 = natural(self.mean, self.logvar)
+        m1, m2 = (w * e1).sum(2), (w * e2).sum(2)  # (B, M, d/M)
+        disp = ((w * log_partition(e1, e2)).sum(2) - log_partition(m1, m2)).sum((1, 2))
+        zklM = gauss_kl(mean, logvar, -m1 / (2 * m2), -(-2 * m2).log()).sum((1, 2))
         return dict(**code_terms(q.code.log_q), zklE=zklE, zklM=zklM, disp=disp)
 
 # %% ../nbs/21_zoo.ipynb #3a07137d
@@ -188,54 +296,188 @@ PRIORS = dict(
     normal=lambda s, gen: StandardNormal(s.d, s.floor),
     uniform=lambda s, gen: UniformCodes(s.codes, s.classes),
     product=lambda s, gen: BothPrior(StandardNormal(s.d), UniformCodes(s.codes, s.classes)),
-    mixture=lambda s, gen: MixturePrior(s.d, s.codes, s.classes, gen)) # Name -> `make(settings, gen) -> prior`
+    mixture=lambda s, gen: MixturePrior(s.d, s.codes, s.classes, gen),
+)  # Name -> `make(settings, gen) -> prior`
 
 # %% ../nbs/21_zoo.ipynb #59c3bf47
 @dataclass(frozen=True)
 class Row:
     "One system of the table"
-    title:str # As in the table
-    family:str # Rows of a family share a marker in figures
-    settings:dict # What it sets, in every preset
-    published:dict|None=None # What its `published` variant sets on top; `None`: it has none
-    about:str='' # One sentence
 
-PLAIN = dict(floor=0., w_bow=0., anneal='logistic', select='objective') # Rows whose loss is `nll` and `terms`
-CODED = dict(PLAIN, bucket=False) # Rows with codes: batches of one length would hold the average code of that length to uniform
-RELEASED = dict(packed=False, bucket=False, lr=1e-3, clip=.5, warmdown=0., w_kl=1., kl_warmup=.3, floor=0., draws=20, select='neg_elbo') # The released code of Shi et al. (2020)
+    title: str  # As in the table
+    family: str  # Rows of a family share a marker in figures
+    settings: dict  # What it sets, in every preset
+    published: dict | None = None  # What its `published` variant sets on top; `None`: it has none
+    about: str = ''  # One sentence
+
+
+PLAIN = dict(floor=0.0, w_bow=0.0, anneal='logistic', select='objective')  # Rows whose loss is `nll` and `terms`
+CODED = dict(
+    PLAIN, bucket=False
+)  # Rows with codes: batches of one length would hold the average code of that length to uniform
+RELEASED = dict(
+    packed=False,
+    bucket=False,
+    lr=1e-3,
+    clip=0.5,
+    warmdown=0.0,
+    w_kl=1.0,
+    kl_warmup=0.3,
+    floor=0.0,
+    draws=20,
+    select='neg_elbo',
+)  # The released code of Shi et al. (2020)
 DISCRETE = dict(RELEASED, shared=True, draws=1)
 
-PANG = dict(schedule='consistent', reference='gaussian', rho=.875, mala=False, energy_init=.1, free_head=False, floor=1., clamp=False, w_kl=.5, anneal='cyclical', terms='kl ebm ebm_enc',
-            w_cls=0., w_sym=0., w_bow=0., enc_share=1., lr=1e-3, lr_ebm=1e-4, clip=.5, clip_ebm=1., warmdown=0., packed=False, bucket=False, select='last', energy_steps=0) # The released code of Pang and Wu (2021)
+PANG = dict(
+    schedule='consistent',
+    reference='gaussian',
+    rho=0.875,
+    mala=False,
+    energy_init=0.1,
+    free_head=False,
+    floor=1.0,
+    clamp=False,
+    w_kl=0.5,
+    anneal='cyclical',
+    terms='kl ebm ebm_enc',
+    w_cls=0.0,
+    w_sym=0.0,
+    w_bow=0.0,
+    enc_share=1.0,
+    lr=1e-3,
+    lr_ebm=1e-4,
+    clip=0.5,
+    clip_ebm=1.0,
+    warmdown=0.0,
+    packed=False,
+    bucket=False,
+    select='last',
+    energy_steps=0,
+)  # The released code of Pang and Wu (2021)
 
 ROWS = {
-    'rnn-lm': Row('RNN-LM', 'no latent', dict(prior='none', d=0), dict(RELEASED, draws=1, select='', tied=False), about='The decoder without a latent.'),
-    'ae': Row('AE', 'autoencoder', dict(PLAIN, prior='normal', noise=False), dict(RELEASED, shared=True, tied=False, draws=1, noise=True, select='objective'), about='Reconstruction alone; sentences are drawn from N(0, I), which the latents never met.'),
-    'vae': Row('VAE', 'VAE', dict(PLAIN, prior='normal', terms='zkl0'), dict(RELEASED, shared=True, tied=False), about='The bound with N(0, I) (Bowman et al. 2016).'),
-    'dae': Row('DAE', 'autoencoder', dict(CODED, prior='uniform'), dict(DISCRETE, select='objective'), about='AE with codes: a discrete autoencoder, not a denoising one.'),
-    'dvae': Row('DVAE', 'VAE', dict(CODED, prior='uniform', terms='ckl'), dict(DISCRETE, terms='ckl=.25', select='objective'), about='The bound with uniform codes.'),
-    'di-vae': Row('DI-VAE', '+ I', dict(CODED, prior='uniform', terms='aggc', anneal='none'), DISCRETE, about='The bound less mutual information: only the average code is held to uniform (Zhao et al. 2018).'),
-    'semi-vae': Row('semi-VAE', 'VAE', dict(CODED, prior='product', terms='zkl0 aggc mi'), dict(RELEASED, shared=True, step='z'), about='Independent z and codes.'),
-    'semi-vae-i': Row('semi-VAE + I', '+ I', dict(CODED, prior='product', terms='zkl0 aggc'), dict(RELEASED, shared=True, step='z'), about='The same less the mutual information of the codes.'),
-    'gm-vae': Row('GM-VAE', 'VAE', dict(CODED, prior='mixture', terms='aggc mi zklM disp'), RELEASED, about='A learned mixture for each variable; its mean-field bound.'),
-    'gm-vae-i': Row('GM-VAE + I', '+ I', dict(CODED, prior='mixture', terms='aggc zklM disp'), RELEASED, about='The same less the mutual information of the codes.'),
-    'dgm-vae': Row('DGM-VAE', 'DGM', dict(CODED, prior='mixture', terms='aggc mi zklM disp=.2'), RELEASED, about='A fifth of the dispersion term, so that components stay apart (Shi et al. 2020).'),
-    'dgm-vae-i': Row('DGM-VAE + I', 'DGM', dict(CODED, prior='mixture', terms='aggc zklM disp=.2'), RELEASED, about='Both.'),
-    'svebm': Row('SVEBM', 'EBM', dict(T=1, langevin_steps=40, w_cls=0., w_mi=0.), dict(PANG, w_mi=0.), about='One energy tilts N(0, I); no diffusion (Pang and Wu 2021).'),
-    'svebm-ib': Row('SVEBM-IB', 'EBM', dict(T=1, langevin_steps=40, w_cls=0.), dict(PANG, w_mi=50.), about='The same with an information bottleneck on the symbol.'),
-    'ldebm-no-gc': Row('LDEBM w/o GC', 'diffusion EBM', dict(w_cls=0.), {}, about='A chain of energies along a diffusion (Yu et al. 2022).'),
+    'rnn-lm': Row(
+        'RNN-LM',
+        'no latent',
+        dict(prior='none', d=0),
+        dict(RELEASED, draws=1, select='', tied=False),
+        about='The decoder without a latent.',
+    ),
+    'ae': Row(
+        'AE',
+        'autoencoder',
+        dict(PLAIN, prior='normal', noise=False),
+        dict(RELEASED, shared=True, tied=False, draws=1, noise=True, select='objective'),
+        about='Reconstruction alone; sentences are drawn from N(0, I), which the latents never met.',
+    ),
+    'vae': Row(
+        'VAE',
+        'VAE',
+        dict(PLAIN, prior='normal', terms='zkl0'),
+        dict(RELEASED, shared=True, tied=False),
+        about='The bound with N(0, I) (Bowman et al. 2016).',
+    ),
+    'dae': Row(
+        'DAE',
+        'autoencoder',
+        dict(CODED, prior='uniform'),
+        dict(DISCRETE, select='objective'),
+        about='AE with codes: a discrete autoencoder, not a denoising one.',
+    ),
+    'dvae': Row(
+        'DVAE',
+        'VAE',
+        dict(CODED, prior='uniform', terms='ckl'),
+        dict(DISCRETE, terms='ckl=.25', select='objective'),
+        about='The bound with uniform codes.',
+    ),
+    'di-vae': Row(
+        'DI-VAE',
+        '+ I',
+        dict(CODED, prior='uniform', terms='aggc', anneal='none'),
+        DISCRETE,
+        about='The bound less mutual information: only the average code is held to uniform (Zhao et al. 2018).',
+    ),
+    'semi-vae': Row(
+        'semi-VAE',
+        'VAE',
+        dict(CODED, prior='product', terms='zkl0 aggc mi'),
+        dict(RELEASED, shared=True, step='z'),
+        about='Independent z and codes.',
+    ),
+    'semi-vae-i': Row(
+        'semi-VAE + I',
+        '+ I',
+        dict(CODED, prior='product', terms='zkl0 aggc'),
+        dict(RELEASED, shared=True, step='z'),
+        about='The same less the mutual information of the codes.',
+    ),
+    'gm-vae': Row(
+        'GM-VAE',
+        'VAE',
+        dict(CODED, prior='mixture', terms='aggc mi zklM disp'),
+        RELEASED,
+        about='A learned mixture for each variable; its mean-field bound.',
+    ),
+    'gm-vae-i': Row(
+        'GM-VAE + I',
+        '+ I',
+        dict(CODED, prior='mixture', terms='aggc zklM disp'),
+        RELEASED,
+        about='The same less the mutual information of the codes.',
+    ),
+    'dgm-vae': Row(
+        'DGM-VAE',
+        'DGM',
+        dict(CODED, prior='mixture', terms='aggc mi zklM disp=.2'),
+        RELEASED,
+        about='A fifth of the dispersion term, so that components stay apart (Shi et al. 2020).',
+    ),
+    'dgm-vae-i': Row(
+        'DGM-VAE + I', 'DGM', dict(CODED, prior='mixture', terms='aggc zklM disp=.2'), RELEASED, about='Both.'
+    ),
+    'svebm': Row(
+        'SVEBM',
+        'EBM',
+        dict(T=1, langevin_steps=40, w_cls=0.0, w_mi=0.0),
+        dict(PANG, w_mi=0.0),
+        about='One energy tilts N(0, I); no diffusion (Pang and Wu 2021).',
+    ),
+    'svebm-ib': Row(
+        'SVEBM-IB',
+        'EBM',
+        dict(T=1, langevin_steps=40, w_cls=0.0),
+        dict(PANG, w_mi=50.0),
+        about='The same with an information bottleneck on the symbol.',
+    ),
+    'ldebm-no-gc': Row(
+        'LDEBM w/o GC',
+        'diffusion EBM',
+        dict(w_cls=0.0),
+        {},
+        about='A chain of energies along a diffusion (Yu et al. 2022).',
+    ),
     'ldebm': Row('LDEBM', 'diffusion EBM', {}, {}, about='With geometric clustering.'),
-    'vae-fb': Row('VAE, free bits', 'VAE', dict(prior='normal', terms='kl', select='base_bound'), about="Not in the table: LDEBM's own encoder and decoder under N(0, I), free bits and bag-of-words term included; what the energies are worth is the distance to it."),
+    'vae-fb': Row(
+        'VAE, free bits',
+        'VAE',
+        dict(prior='normal', terms='kl', select='base_bound'),
+        about="Not in the table: LDEBM's own encoder and decoder under N(0, I), free bits and bag-of-words term included; what the energies are worth is the distance to it.",
+    ),
 }
-TABLE = tuple(k for k in ROWS if k != 'vae-fb') # The sixteen, in the order of the table
+TABLE = tuple(k for k in ROWS if k != 'vae-fb')  # The sixteen, in the order of the table
+
 
 def parse_terms(
-    text:str, # As `"aggc zklM disp=.2"`
-) -> dict: # Term -> weight
+    text: str,  # As `"aggc zklM disp=.2"`
+) -> dict:  # Term -> weight
     "Terms of a row; `ValueError` for a weight that is no number"
     out = {}
     for part in text.split():
-        k,eq,v = part.partition('=')
-        try: out[k] = float(v) if eq else 1.
-        except ValueError: raise ValueError(f'terms {part!r}: the weight of {k} must be a number') from None
+        k, eq, v = part.partition('=')
+        try:
+            out[k] = float(v) if eq else 1.0
+        except ValueError:
+            raise ValueError(f'terms {part!r}: the weight of {k} must be a number') from None
     return out

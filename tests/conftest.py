@@ -1,4 +1,5 @@
 "Shared fixtures: real data when it is at hand, and a count of what was skipped for want of it"
+
 import contextlib
 import os
 import signal
@@ -28,15 +29,20 @@ def ldebm_data():
 @pytest.fixture
 def deadline():
     "`with deadline(seconds, what):` what waits longer is an error"
+
     @contextlib.contextmanager
     def within(seconds, what):
-        def late(*args): raise TimeoutError(what)
+        def late(*args):
+            raise TimeoutError(what)
+
         old = signal.signal(signal.SIGALRM, late)
         signal.alarm(seconds)
-        try: yield
+        try:
+            yield
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, old)
+
     return within
 
 

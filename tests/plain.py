@@ -1,60 +1,99 @@
 """The same model by PyTorch's own layers and autograd: what the fast paths must agree with, and what benchmarks compare them with"""
-from contextlib import contextmanager, ExitStack
+
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
-from ldebm import energy, kernels, prior, text_vae
-from ldebm.energy import energy_grad
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
+
+from ldebm import energy, kernels, prior, text_vae
+from ldebm.energy import energy_grad
 
 
 def plain_logits(net, z, t, context=None, weights=None):
     "Logits of an `EnergyNet` layer by layer: every weight divided by its spectral norm and the level embedded at every call"
-    if weights is not None and not weights.head[1].requires_grad and net.head.bias.requires_grad: # frozen: the gradient reaches latents alone
+    if (
+        weights is not None and not weights.head[1].requires_grad and net.head.bias.requires_grad
+    ):  # frozen: the gradient reaches latents alone
+
         class Frozen(torch.nn.Module):
-            def __init__(self): super().__init__(); self.net = net
-            def forward(self): return plain_logits(net, z, t, context)
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def forward(self):
+                return plain_logits(net, z, t, context)
+
         return torch.func.functional_call(Frozen(), {f"net.{k}": p.detach() for k, p in net.named_parameters()}, ())
-    act = lambda x: nnf.leaky_relu(x, net.slope)
+
+    def act(x):
+        return nnf.leaky_relu(x, net.slope)
+
     parts = [act(net.z2(act(net.z1(z)))), act(net.t2(act(net.t1(net.table[t]))))]
-    if net.context_dim: parts.insert(1, act(net.c2(act(net.c1(context)))))
+    if net.context_dim:
+        parts.insert(1, act(net.c2(act(net.c1(context)))))
     h = net.merge(torch.cat(parts, 1))
-    for b in net.blocks: h = h + b(act(h))
+    for b in net.blocks:
+        h = h + b(act(h))
     return net.head(act(h))
 
 
 class PlainEnergy:
     "What a sampler wants of an energy, with nothing kept between calls and the gradient by autograd"
-    def __init__(self, net, weights=None): self.net = net
-    def base(self, t, context=None): return None
+
+    def __init__(self, net, weights=None):
+        self.net = net
+
+    def base(self, t, context=None):
+        return None
+
     def grad(self, z, t, y=None, context=None, base=None):
-        if not isinstance(self.net, energy.EnergyNet): return energy_grad(self.net, z, t, y, context)
-        return energy_grad(lambda z, t, y, context: self.net.free(plain_logits(self.net, z, t, context), y), z, t, y, context)
+        if not isinstance(self.net, energy.EnergyNet):
+            return energy_grad(self.net, z, t, y, context)
+        return energy_grad(
+            lambda z, t, y, context: self.net.free(plain_logits(self.net, z, t, context), y), z, t, y, context
+        )
 
 
 def plain_gru(rnn, x, h0, extra=None, reverse=False):
     "One direction of `torch.nn.GRU` over packed sentences, inputs side by side"
-    if extra is not None: x = PackedSequence(torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1), x.batch_sizes)
-    if reverse or rnn.bidirectional: # one direction of two
+    if extra is not None:
+        x = PackedSequence(
+            torch.cat([x.data, torch.cat([extra[:n] for n in x.batch_sizes.tolist()])], 1), x.batch_sizes
+        )
+    if reverse or rnn.bidirectional:  # one direction of two
         one = torch.nn.GRU(rnn.input_size, rnn.hidden_size, device="meta")
         names = [n for n, _ in one.named_parameters()]
-        own = {n: getattr(rnn, n+("_reverse" if reverse else "")) for n in names}
+        own = {n: getattr(rnn, n + ("_reverse" if reverse else "")) for n in names}
         out, last = torch.func.functional_call(one, own, (x, h0[None]))
-    else: out, last = rnn(x, h0[None])
+    else:
+        out, last = rnn(x, h0[None])
     return out.data, last[0]
 
 
-def plain_loss(h, w, target, rows=0): return nnf.cross_entropy(nnf.linear(h, w), target, reduction="none")
-def plain_product(x, w, b=None, add=None): return nnf.linear(x, w, b) if add is None else nnf.linear(x, w, b)+add
+def plain_loss(h, w, target, rows=0):
+    return nnf.cross_entropy(nnf.linear(h, w), target, reduction="none")
+
+
+def plain_product(x, w, b=None, add=None):
+    return nnf.linear(x, w, b) if add is None else nnf.linear(x, w, b) + add
 
 
 @contextmanager
 def plain_paths():
     "Inside, every fast path is its plain counterpart; noise is drawn in the same order"
     with ExitStack() as stack:
-        for where, name, what in ((text_vae, "gru", plain_gru), (text_vae, "linear_cross_entropy", plain_loss), (text_vae, "product", plain_product), (text_vae, "first_largest", lambda f: f.argmax(-1)),
-                                  (energy, "linear", nnf.linear), (energy, "product", plain_product), (prior, "fast_energy", PlainEnergy),
-                                  (energy.EnergyNet, "logits", plain_logits), (kernels, "matmul_backend", lambda: "blas")):
+        for where, name, what in (
+            (text_vae, "gru", plain_gru),
+            (text_vae, "linear_cross_entropy", plain_loss),
+            (text_vae, "product", plain_product),
+            (text_vae, "first_largest", lambda f: f.argmax(-1)),
+            (energy, "linear", nnf.linear),
+            (energy, "product", plain_product),
+            (prior, "fast_energy", PlainEnergy),
+            (energy.EnergyNet, "logits", plain_logits),
+            (kernels, "matmul_backend", lambda: "blas"),
+        ):
             stack.enter_context(patch.object(where, name, what))
         yield

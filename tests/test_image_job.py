@@ -1,4 +1,5 @@
 "Image jobs: every stage killed, stopped and resumed to the same bits, bad input that writes nothing, models that come back, records"
+
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
 from ldebm import image_job as ij
 from ldebm import train
 from ldebm.core import check_result, load_tensors, make_gen, notebook_params
@@ -28,10 +30,12 @@ from ldebm.prior import DiffusionEBM
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
-TINY = ("layers='1x3x16x1 1x2x16x0' enc_blocks=0 limit=300 gen_steps=50 gen_batch=32 steps=50 batch=32 checks=2 T=2 langevin_steps=2 energy_hidden=8 warmup=5 "
-        "score_hidden=16 score_blocks=1 score_levels=6 ddpm_share=1 clf_steps=50 n_samples=60 long=2 tune='1 2' joint_steps=50")
-MAPS = "layers='1x3x12x1 4x1x8x0'"   # after TINY: a ladder with a map
-AT = 45   # steps after which stages are killed: between the checkpoint of step 40 and the end, in the second of two passes
+TINY = (
+    "layers='1x3x16x1 1x2x16x0' enc_blocks=0 limit=300 gen_steps=50 gen_batch=32 steps=50 batch=32 checks=2 T=2 langevin_steps=2 energy_hidden=8 warmup=5 "
+    "score_hidden=16 score_blocks=1 score_levels=6 ddpm_share=1 clf_steps=50 n_samples=60 long=2 tune='1 2' joint_steps=50"
+)
+MAPS = "layers='1x3x12x1 4x1x8x0'"  # after TINY: a ladder with a map
+AT = 45  # steps after which stages are killed: between the checkpoint of step 40 and the end, in the second of two passes
 ROWS = ["ldebm", "ldebm-coupled", "joint-ebm", "ddpm"]
 
 
@@ -46,18 +50,24 @@ def full_size(monkeypatch, tmp_path):
     torch.set_num_threads(n)
 
 
-def job(out, settings="", **kw): return ImageJob(**{**dict(out=str(out), settings=f"{TINY} {settings}", rows=" ".join(ROWS), device="cpu", threads=1), **kw})
+def job(out, settings="", **kw):
+    return ImageJob(
+        **{**dict(out=str(out), settings=f"{TINY} {settings}", rows=" ".join(ROWS), device="cpu", threads=1), **kw}
+    )
 
 
-def weights(model): return {k: v.clone() for k, v in model.state_dict().items()}
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 def assert_same(a, b):
     assert a.keys() == b.keys()
-    for k in a: assert torch.equal(a[k], b[k]), k
+    for k in a:
+        assert torch.equal(a[k], b[k]), k
 
 
-def differ(a, b): return any(not torch.equal(a[k], b[k]) for k in a)
+def differ(a, b):
+    return any(not torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -66,29 +76,39 @@ def whole(tmp_path_factory):
     had, got = os.environ.pop("IN_TEST", None), {}
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    place = ij.open_job(job(tmp_path_factory.mktemp("whole")/"run"))
+    place = ij.open_job(job(tmp_path_factory.mktemp("whole") / "run"))
     got["generator"] = ij.train_generator(place)
     got["classifier"] = ij.train_classifier(place)
+
     def ask(name):
-        if name == "place": return place
-        if name not in got: got[name] = ij.train_prior(place, name, got["generator"][0])
+        if name == "place":
+            return place
+        if name not in got:
+            got[name] = ij.train_prior(place, name, got["generator"][0])
         return got[name]
+
     yield ask
     torch.set_num_threads(n)
-    if had is not None: os.environ["IN_TEST"] = had
+    if had is not None:
+        os.environ["IN_TEST"] = had
 
 
 # -- interruption
 
-class Killed(BaseException): "As if the process had ended"
+
+class Killed(BaseException):
+    "As if the process had ended"
 
 
 def killed_at(monkeypatch, step, what=StageTask):
     "Every stage ends at a step, as by kill -9: nothing is saved any more"
     real = what.weights
+
     def weights(self, at, steps):
-        if at == step: raise Killed
+        if at == step:
+            raise Killed
         return real(self, at, steps)
+
     monkeypatch.setattr(what, "weights", weights)
 
 
@@ -96,7 +116,8 @@ def interrupted(monkeypatch, run, what=StageTask, first=40):
     "Run a stage, die in it, run it again: the second time it must begin after the first step, and in mid-epoch"
     with monkeypatch.context() as m:
         killed_at(m, AT, what)
-        with pytest.raises(Killed): run()
+        with pytest.raises(Killed):
+            run()
     seen, real = [], what.weights
     with monkeypatch.context() as m:
         m.setattr(what, "weights", lambda self, at, steps: (seen.append(at), real(self, at, steps))[1])
@@ -105,11 +126,12 @@ def interrupted(monkeypatch, run, what=StageTask, first=40):
     return out
 
 
-def log_of(lines): return [{k: v for k, v in o.items() if k != "minutes"} for o in lines]
+def log_of(lines):
+    return [{k: v for k, v in o.items() if k != "minutes"} for o in lines]
 
 
 def test_generator_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
-    p = ij.open_job(job(tmp_path/"run"))
+    p = ij.open_job(job(tmp_path / "run"))
     g, end, log = interrupted(monkeypatch, lambda: ij.train_generator(p))
     g0, end0, log0 = whole("generator")
     assert_same(weights(g), weights(g0))
@@ -117,28 +139,32 @@ def test_generator_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     assert torch.equal(g.sample(5, gen=make_gen(1)), g0.sample(5, gen=make_gen(1)))
     assert not any(q.requires_grad for q in g.parameters()) and not g.training
     before = p.run.file("generator/checkpoint.safetensors").read_bytes()
-    assert_same(weights(ij.train_generator(p)[0]), weights(g))   # finished: nothing is trained again
+    assert_same(weights(ij.train_generator(p)[0]), weights(g))  # finished: nothing is trained again
     assert p.run.file("generator/checkpoint.safetensors").read_bytes() == before
 
 
 def test_classifier_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
-    p = ij.open_job(job(tmp_path/"run"))
-    net, acc = interrupted(monkeypatch, lambda: ij.train_classifier(p), ClassifierTask, 44)   # its passes are short, and end in checkpoints
+    p = ij.open_job(job(tmp_path / "run"))
+    net, acc = interrupted(
+        monkeypatch, lambda: ij.train_classifier(p), ClassifierTask, 44
+    )  # its passes are short, and end in checkpoints
     assert_same(weights(net), weights(whole("classifier")[0]))
     assert acc == whole("classifier")[1] and p.run.file("classifier.safetensors").exists()
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_priors_resume_bit_for_bit(row, whole, tmp_path, monkeypatch):
-    p = ij.open_job(job(tmp_path/"run"))
-    if row == "joint-ebm": p = replace(p, s=replace(p.s, steps=100))   # it takes half as many steps, of as many evaluations
+    p = ij.open_job(job(tmp_path / "run"))
+    if row == "joint-ebm":
+        p = replace(p, s=replace(p.s, steps=100))  # it takes half as many steps, of as many evaluations
     g = whole("generator")[0]
     prior, end, log = interrupted(monkeypatch, lambda: ij.train_prior(p, row, g))
     if row == "joint-ebm":
-        q = ij.open_job(job(tmp_path/"other"))
+        q = ij.open_job(job(tmp_path / "other"))
         q = replace(q, s=replace(q.s, steps=100))
         prior0, end0, log0 = ij.train_prior(q, row, g)
-    else: prior0, end0, log0 = whole(row)
+    else:
+        prior0, end0, log0 = whole(row)
     assert_same(weights(prior), weights(prior0))
     assert log_of(log) == log_of(log0) and end.step == end0.step == 50
     a, b = (ij.sample_prior(p, o, 6)[0] for o in (prior, prior0))
@@ -147,26 +173,35 @@ def test_priors_resume_bit_for_bit(row, whole, tmp_path, monkeypatch):
 
 def test_fine_tuning(whole, tmp_path, monkeypatch):
     "Generator and energies together: resumable; the frozen generator and prior stay as they were, and the copies move, prior networks and encoder included"
-    p = ij.open_job(job(tmp_path/"run"))
+    p = ij.open_job(job(tmp_path / "run"))
     g0, prior0 = whole("generator")[0], whole("ldebm-coupled")[0]
     before = weights(g0), weights(prior0)
     g, prior, end, log = interrupted(monkeypatch, lambda: ij.fine_tune(p, "ldebm-coupled", g0, prior0))
-    assert_same(weights(g0), before[0]); assert_same(weights(prior0), before[1])
-    for part in ("prior.0.weight", "combine.1.weight", "head.weight", "post.1.weight", "stem.weight"): assert not torch.equal(g.state_dict()[part], g0.state_dict()[part]), part
-    assert differ(weights(prior), before[1]) and prior.energy.generator is g and not any(q.requires_grad for q in g.parameters())
-    again = ij.fine_tune(ij.open_job(job(tmp_path/"other")), "ldebm-coupled", g0, prior0)
-    assert_same(weights(again[0]), weights(g)); assert_same(weights(again[1]), weights(prior))
+    assert_same(weights(g0), before[0])
+    assert_same(weights(prior0), before[1])
+    for part in ("prior.0.weight", "combine.1.weight", "head.weight", "post.1.weight", "stem.weight"):
+        assert not torch.equal(g.state_dict()[part], g0.state_dict()[part]), part
+    assert (
+        differ(weights(prior), before[1])
+        and prior.energy.generator is g
+        and not any(q.requires_grad for q in g.parameters())
+    )
+    again = ij.fine_tune(ij.open_job(job(tmp_path / "other")), "ldebm-coupled", g0, prior0)
+    assert_same(weights(again[0]), weights(g))
+    assert_same(weights(again[1]), weights(prior))
     assert {"nll", "kl", "ebm", "ebm_enc", "cls_t", "norm_main", "norm_ebm"} <= set(log[0])
     g2, prior2 = ij.load_prior(ij.save_prior(p, "ldebm-coupled-joint", g, prior))
     assert_same(weights(g2), weights(g))
-    assert torch.equal(ij.sample_prior(p, prior2, 4, y=torch.arange(4))[0], ij.sample_prior(p, prior, 4, y=torch.arange(4))[0])
+    assert torch.equal(
+        ij.sample_prior(p, prior2, 4, y=torch.arange(4))[0], ij.sample_prior(p, prior, 4, y=torch.arange(4))[0]
+    )
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
     "The contrast of the energies moves the generator's prior networks through T, and `ebm_enc` its inference network; frozen, neither"
     rows = "ldebm"
-    p = ij.open_job(job(tmp_path/"run", "T=2 langevin_steps=2", objective=objective, rows=rows))
+    p = ij.open_job(job(tmp_path / "run", "T=2 langevin_steps=2", objective=objective, rows=rows))
     x = p.images["train"].x(torch.arange(24))
     b = ImageBatch(x, p.images["train"].labels[:24], torch.arange(24))
     for joint in (True, False):
@@ -176,13 +211,32 @@ def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
         model = ij.PriorModel(m.generator, prior, joint=joint)
         out = model(b, make_gen(0))
         assert {"kl", "nll"} <= set(out) if joint else "nll" not in out
-        grads = lambda k: {n: o for (n, _), o in zip(g.named_parameters(), torch.autograd.grad(out[k].sum(), list(g.parameters()), retain_graph=True, allow_unused=True))}
-        if not joint: assert not any(q.requires_grad for q in g.parameters()) and model.groups()["main"] == []; continue
+
+        def grads(k):
+            return {
+                n: o
+                for (n, _), o in zip(
+                    g.named_parameters(),
+                    torch.autograd.grad(out[k].sum(), list(g.parameters()), retain_graph=True, allow_unused=True),
+                )
+            }
+
+        if not joint:
+            assert not any(q.requires_grad for q in g.parameters()) and model.groups()["main"] == []
+            continue
         assert model.groups()["main"] == list(g.parameters())
-        moved = lambda gr, k: gr[k] is not None and bool((gr[k] != 0).any())
+
+        def moved(gr, k):
+            return gr[k] is not None and bool((gr[k] != 0).any())
+
         ebm, enc = grads("ebm"), grads("ebm_enc")
-        assert not any(moved(ebm, k) for k in ebm) # held latents hold the tower
-        assert moved(enc, "prior.0.weight") and moved(enc, "combine.0.weight") and moved(enc, "post.0.weight") and moved(enc, "stem.weight")
+        assert not any(moved(ebm, k) for k in ebm)  # held latents hold the tower
+        assert (
+            moved(enc, "prior.0.weight")
+            and moved(enc, "combine.0.weight")
+            and moved(enc, "post.0.weight")
+            and moved(enc, "stem.weight")
+        )
 
 
 CHILD = """
@@ -213,29 +267,41 @@ print('end', flush=True)
 def child(out, stage, at, signum):
     "A job in another process, which gets a signal in the middle of a step of a stage"
     env = {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    p = subprocess.Popen([sys.executable, "-c", CHILD, str(out), f"{TINY} ", stage, str(at), str(int(signum == signal.SIGKILL))],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    p = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out), f"{TINY} ", stage, str(at), str(int(signum == signal.SIGKILL))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
     try:
         line = p.stdout.readline()
-        assert line == "there\n", line+p.stderr.read()
+        assert line == "there\n", line + p.stderr.read()
         p.send_signal(signum)
         return p, *p.communicate(timeout=120)
     finally:
-        if p.poll() is None: p.kill()
+        if p.poll() is None:
+            p.kill()
 
 
 @posix
 @pytest.mark.slow
 def test_signals_in_two_stages(whole, tmp_path):
     "SIGTERM in the generator saves and says so; the same job again goes on and is killed in the prior; a third sitting ends with the bits of an undisturbed one"
-    p, out, err = child(tmp_path/"run", "generator", 33, signal.SIGTERM)
-    assert p.returncode == 3 and "interrupted: stopped at step 34 of 50; run the same command again" in out, out+err
-    p, out, err = child(tmp_path/"run", "ldebm-coupled", 44, signal.SIGKILL)
-    assert p.returncode == -signal.SIGKILL and "end" not in out, out+err
-    place = ij.open_job(job(tmp_path/"run"))
+    p, out, err = child(tmp_path / "run", "generator", 33, signal.SIGTERM)
+    assert p.returncode == 3 and "interrupted: stopped at step 34 of 50; run the same command again" in out, out + err
+    p, out, err = child(tmp_path / "run", "ldebm-coupled", 44, signal.SIGKILL)
+    assert p.returncode == -signal.SIGKILL and "end" not in out, out + err
+    place = ij.open_job(job(tmp_path / "run"))
     g = ij.train_generator(place)[0]
     assert_same(weights(g), weights(whole("generator")[0]))
-    saved = ij.stage(place, "ldebm-coupled", objective="consistent", generator=ij.generator_hash(g), **{k: v for k, v in asdict(place.s).items() if k not in ij.MEASURING}).load()
+    saved = ij.stage(
+        place,
+        "ldebm-coupled",
+        objective="consistent",
+        generator=ij.generator_hash(g),
+        **{k: v for k, v in asdict(place.s).items() if k not in ij.MEASURING},
+    ).load()
     assert saved["progress"]["step"] == 40 and saved["progress"]["batch"] == 15, "not in mid-epoch"
     prior, end, log = ij.train_prior(place, "ldebm-coupled", g)
     assert_same(weights(prior), weights(whole("ldebm-coupled")[0]))
@@ -247,67 +313,121 @@ def test_a_prior_belongs_to_one_generator(whole, tmp_path):
     p = whole("place")
     whole("ldebm")
     other = ij.GeneratorModel(ij.Generator(p.cfg, make_gen(7, "x"))).learned()
-    with pytest.raises(ValueError, match="other settings.*generator"): ij.train_prior(p, "ldebm", other)
+    with pytest.raises(ValueError, match="other settings.*generator"):
+        ij.train_prior(p, "ldebm", other)
 
 
 def test_resume_false_starts_afresh(tmp_path):
     short = "gen_steps=4 checks=1"
-    p = ij.open_job(job(tmp_path/"run", short))
+    p = ij.open_job(job(tmp_path / "run", short))
     a = ij.train_generator(p)
     seen, real = [], StageTask.weights
-    q = ij.open_job(job(tmp_path/"run", short, resume=False))
+    q = ij.open_job(job(tmp_path / "run", short, resume=False))
     try:
         StageTask.weights = lambda self, at, steps: (seen.append(at), real(self, at, steps))[1]
         b = ij.train_generator(q)
-    finally: StageTask.weights = real
+    finally:
+        StageTask.weights = real
     assert seen == [0, 1, 2, 3] and log_of(a[2]) == log_of(b[2])
     assert_same(weights(a[0]), weights(b[0]))
-    with pytest.raises(ValueError, match="other settings.*gen_steps: 4 -> 5"): ij.open_job(job(tmp_path/"run", short.replace("4", "5")))
+    with pytest.raises(ValueError, match="other settings.*gen_steps: 4 -> 5"):
+        ij.open_job(job(tmp_path / "run", short.replace("4", "5")))
 
 
 # -- bad input
 
 BAD = [
-    (dict(rows="ldebm nonsense"), "unknown row 'nonsense'. Known: gaussian"), (dict(rows="ldbem"), "unknown row 'ldbem'; did you mean 'ldebm'"), (dict(rows=" "), "rows is empty"),
-    (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"), (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
-    (dict(dataset="digit", preset="small"), "unknown images 'digit'; did you mean 'digits'"), (dict(dataset="digit"), "no preset 'quick' for 'digit'; there is small, paper"),
-    (dict(settings="langevin_stps=3"), "unknown setting 'langevin_stps'; did you mean 'langevin_steps'"), (dict(settings="T"), "settings 'T': write name=value"), (dict(settings="T=three"), "setting T='three' must be int"),
-    (dict(settings="spectral=yes"), "setting spectral='yes' must be bool"), (dict(settings="layers='1x4x96'"), "layers: '1x4x96' is not side x channels x width x blocks"), (dict(settings="layers=''"), "layers is empty"),
-    (dict(settings="layers='4x2x8x0 1x2x8x0'"), "as large as the one above or a multiple"), (dict(settings="layers='3x2x8x0'"), "bottom layer of side 3 does not divide pictures of side 8"),
-    (dict(settings="layers='1x2x8x0 1x2x9x0'"), "layers of equal size share their features"), (dict(settings="layers='1x0x8x0'"), "channels must be positive"),
-    (dict(settings="floors='1 2'"), "floors has 2 numbers for 3 layers"), (dict(settings="floors='1 two 3'"), "floors='1 two 3' must be numbers"), (dict(settings="floors='1 -2 3'"), "floors must not be negative"),
-    (dict(settings="batch=4000"), "digits has 1257 training pictures, fewer than batch=4000: lower it"), (dict(settings="limit=50 batch=10"), "digits has 50 training pictures, fewer than gen_batch=128"),
-    (dict(settings="mixed_precision=fp16"), "mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'"), (dict(settings="mixed_precision=fp8"), "mixed_precision must be"),
-    (dict(objective="published", rows="ldebm ddpm"), "objective 'published' is one of the diffusion EBM: leave other rows to 'consistent'"), (dict(objective="robust", rows="joint-ebm"), "objective 'robust' is one of the diffusion EBM"),
-    (dict(settings="schedule=published"), "schedule 'published' does not go with objective 'consistent'"), (dict(objective="robust", settings="schedule=cosine"), "schedule 'cosine' does not go with objective 'robust'"),
-    (dict(settings="schedule=linear"), "unknown schedule 'linear'"), (dict(settings="T=0"), "T must be at least 1, got 0"), (dict(settings="T=500"), "levels T must be an integer from 1 to 250"),
-    (dict(steps=-1), "steps must"), (dict(generator_steps=-3), "gen_steps must be at least 1, got -3"), (dict(n_samples=-5), "n_samples must be at least 2, got -5"), (dict(seed=-1), "seed must not be negative"), (dict(threads=-1), "threads must not be negative"),
-    (dict(settings="w_kl=-.1"), "KL weights must not be negative"), (dict(settings="tune='1 -1'"), "KL weights must not be negative"), (dict(settings="tune=''", rows="gaussian-tuned"), "tune is empty: the row gaussian-tuned"),
-    (dict(settings="tune='a'"), "tune='a' must be numbers"), (dict(settings="labelled=1.5"), r"labelled must lie in \[0, 1\], got 1.5"), (dict(settings="rho=1."), r"rho must lie in \[0, 1\)"),
-    (dict(settings="joint_rho=1.5"), r"rho must lie in \[0, 1\), got 1.5"), (dict(settings="ema=1."), r"ema must lie in \[0, 1\)"), (dict(settings="gen_ema=-.1"), r"gen_ema must lie in"), (dict(settings="tau_y=0."), "tau_y and joint_lr must be positive"),
-    (dict(settings="energy_hidden=0"), "energy_hidden must be at least 1"), (dict(settings="w_cls=-1."), "w_cls must be at least 0"), (dict(settings="lr=0."), "lr must be positive"), (dict(settings="gen_lr=-1."), "lr must be positive"),
-    (dict(settings="clip=-1."), "clip must be positive, or 0 for gradients of any norm, got -1"), (dict(settings="score_levels=1"), "n_levels must be at least 2, got 1"), (dict(settings="clf_preset=huge"), "unknown classifier 'huge'"),
-    (dict(settings="likelihood=poisson"), "likelihood must be"), (dict(settings="sigma=0."), "sigma must be positive"), (dict(settings="langevin_steps=0"), "langevin_steps must be at least 1"), (dict(settings="checks=0"), "checks must be at least 1"),
-    (dict(settings="size=16"), "digits has pictures of 8 pixels a side, not 16"), (dict(settings="levels=300"), "300 cannot be made of them"), (dict(settings="weighting=none", objective="robust"), "weighting must be one of"),
-    (dict(attributes="table.csv"), "digits has its own labels; attributes_csv is for pictures in files"), (dict(device="tpu"), "unknown device 'tpu'"), (dict(on_bad="ignore"), "on_bad must be 'error' or 'skip'"), (dict(variant="a b"), "variant"),
+    (dict(rows="ldebm nonsense"), "unknown row 'nonsense'. Known: gaussian"),
+    (dict(rows="ldbem"), "unknown row 'ldbem'; did you mean 'ldebm'"),
+    (dict(rows=" "), "rows is empty"),
+    (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"),
+    (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
+    (dict(dataset="digit", preset="small"), "unknown images 'digit'; did you mean 'digits'"),
+    (dict(dataset="digit"), "no preset 'quick' for 'digit'; there is small, paper"),
+    (dict(settings="langevin_stps=3"), "unknown setting 'langevin_stps'; did you mean 'langevin_steps'"),
+    (dict(settings="T"), "settings 'T': write name=value"),
+    (dict(settings="T=three"), "setting T='three' must be int"),
+    (dict(settings="spectral=yes"), "setting spectral='yes' must be bool"),
+    (dict(settings="layers='1x4x96'"), "layers: '1x4x96' is not side x channels x width x blocks"),
+    (dict(settings="layers=''"), "layers is empty"),
+    (dict(settings="layers='4x2x8x0 1x2x8x0'"), "as large as the one above or a multiple"),
+    (dict(settings="layers='3x2x8x0'"), "bottom layer of side 3 does not divide pictures of side 8"),
+    (dict(settings="layers='1x2x8x0 1x2x9x0'"), "layers of equal size share their features"),
+    (dict(settings="layers='1x0x8x0'"), "channels must be positive"),
+    (dict(settings="floors='1 2'"), "floors has 2 numbers for 3 layers"),
+    (dict(settings="floors='1 two 3'"), "floors='1 two 3' must be numbers"),
+    (dict(settings="floors='1 -2 3'"), "floors must not be negative"),
+    (dict(settings="batch=4000"), "digits has 1257 training pictures, fewer than batch=4000: lower it"),
+    (dict(settings="limit=50 batch=10"), "digits has 50 training pictures, fewer than gen_batch=128"),
+    (dict(settings="mixed_precision=fp16"), "mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'"),
+    (dict(settings="mixed_precision=fp8"), "mixed_precision must be"),
+    (
+        dict(objective="published", rows="ldebm ddpm"),
+        "objective 'published' is one of the diffusion EBM: leave other rows to 'consistent'",
+    ),
+    (dict(objective="robust", rows="joint-ebm"), "objective 'robust' is one of the diffusion EBM"),
+    (dict(settings="schedule=published"), "schedule 'published' does not go with objective 'consistent'"),
+    (dict(objective="robust", settings="schedule=cosine"), "schedule 'cosine' does not go with objective 'robust'"),
+    (dict(settings="schedule=linear"), "unknown schedule 'linear'"),
+    (dict(settings="T=0"), "T must be at least 1, got 0"),
+    (dict(settings="T=500"), "levels T must be an integer from 1 to 250"),
+    (dict(steps=-1), "steps must"),
+    (dict(generator_steps=-3), "gen_steps must be at least 1, got -3"),
+    (dict(n_samples=-5), "n_samples must be at least 2, got -5"),
+    (dict(seed=-1), "seed must not be negative"),
+    (dict(threads=-1), "threads must not be negative"),
+    (dict(settings="w_kl=-.1"), "KL weights must not be negative"),
+    (dict(settings="tune='1 -1'"), "KL weights must not be negative"),
+    (dict(settings="tune=''", rows="gaussian-tuned"), "tune is empty: the row gaussian-tuned"),
+    (dict(settings="tune='a'"), "tune='a' must be numbers"),
+    (dict(settings="labelled=1.5"), r"labelled must lie in \[0, 1\], got 1.5"),
+    (dict(settings="rho=1."), r"rho must lie in \[0, 1\)"),
+    (dict(settings="joint_rho=1.5"), r"rho must lie in \[0, 1\), got 1.5"),
+    (dict(settings="ema=1."), r"ema must lie in \[0, 1\)"),
+    (dict(settings="gen_ema=-.1"), r"gen_ema must lie in"),
+    (dict(settings="tau_y=0."), "tau_y and joint_lr must be positive"),
+    (dict(settings="energy_hidden=0"), "energy_hidden must be at least 1"),
+    (dict(settings="w_cls=-1."), "w_cls must be at least 0"),
+    (dict(settings="lr=0."), "lr must be positive"),
+    (dict(settings="gen_lr=-1."), "lr must be positive"),
+    (dict(settings="clip=-1."), "clip must be positive, or 0 for gradients of any norm, got -1"),
+    (dict(settings="score_levels=1"), "n_levels must be at least 2, got 1"),
+    (dict(settings="clf_preset=huge"), "unknown classifier 'huge'"),
+    (dict(settings="likelihood=poisson"), "likelihood must be"),
+    (dict(settings="sigma=0."), "sigma must be positive"),
+    (dict(settings="langevin_steps=0"), "langevin_steps must be at least 1"),
+    (dict(settings="checks=0"), "checks must be at least 1"),
+    (dict(settings="size=16"), "digits has pictures of 8 pixels a side, not 16"),
+    (dict(settings="levels=300"), "300 cannot be made of them"),
+    (dict(settings="weighting=none", objective="robust"), "weighting must be one of"),
+    (dict(attributes="table.csv"), "digits has its own labels; attributes_csv is for pictures in files"),
+    (dict(device="tpu"), "unknown device 'tpu'"),
+    (dict(on_bad="ignore"), "on_bad must be 'error' or 'skip'"),
+    (dict(variant="a b"), "variant"),
 ]
 
 
 @pytest.mark.parametrize("bad,says", BAD)
 def test_bad_input_writes_nothing(tmp_path, bad, says):
-    with pytest.raises(ValueError, match=says): ij.open_job(ImageJob(**{**dict(out="run", results="results", device="cpu"), **bad}))
+    with pytest.raises(ValueError, match=says):
+        ij.open_job(ImageJob(**{**dict(out="run", results="results", device="cpu"), **bad}))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["train_digits", "train_images"])
 def test_parameters_cells_have_the_names_of_the_dataclass(name):
-    path = ROOT/"nbs"/f"{name}.ipynb"
-    cell, = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    path = ROOT / "nbs" / f"{name}.ipynb"
+    (cell,) = [
+        c
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if "parameters" in c["metadata"].get("tags", [])
+    ]
     ns = {}
     exec("".join(cell["source"]), ns)
     values = {k: v for k, v in ns.items() if not k.startswith("__")}
     assert notebook_params(ImageJob, values).preset == "quick"
-    with pytest.raises(ValueError, match="unknown parameter 'sead'.*'seed'"): notebook_params(ImageJob, {**values, "sead": 1})
+    with pytest.raises(ValueError, match="unknown parameter 'sead'.*'seed'"):
+        notebook_params(ImageJob, {**values, "sead": 1})
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
@@ -315,84 +435,131 @@ def test_every_preset_resolves(objective):
     for dataset, preset in ij.PRESETS:
         s = ij.resolve(ImageJob(dataset="cifar10" if dataset == "*" else dataset, preset=preset, objective=objective))
         assert s == replace(ImageSettings(), **{**ij.PRESETS[dataset, preset], **ij.OBJECTIVES[objective]})
-    assert ij.resolve(ImageJob(objective=objective, steps=7, generator_steps=8, n_samples=9, settings="steps=11 beta1=.5")).steps == 11   # settings have the last word
+    assert (
+        ij.resolve(
+            ImageJob(objective=objective, steps=7, generator_steps=8, n_samples=9, settings="steps=11 beta1=.5")
+        ).steps
+        == 11
+    )  # settings have the last word
 
 
 def test_results_of_other_settings_refused_before_work(tmp_path):
-    res = str(tmp_path/"results")
-    p = ij.open_job(job(tmp_path/"run", results=res, rows="ldebm"))
-    ij.finish(p, "ldebm", dict(a=ij.metric(1.)), None, 1.)
-    with pytest.raises(ValueError, match="already records a run with other settings.*rho"): ij.open_job(job(tmp_path/"other", "rho=.5", results=res, rows="ldebm"))
-    assert not (tmp_path/"other").exists()
-    ij.open_job(job(tmp_path/"other", "rho=.5", results=res, rows="ldebm", variant="rho5"))
+    res = str(tmp_path / "results")
+    p = ij.open_job(job(tmp_path / "run", results=res, rows="ldebm"))
+    ij.finish(p, "ldebm", dict(a=ij.metric(1.0)), None, 1.0)
+    with pytest.raises(ValueError, match="already records a run with other settings.*rho"):
+        ij.open_job(job(tmp_path / "other", "rho=.5", results=res, rows="ldebm"))
+    assert not (tmp_path / "other").exists()
+    ij.open_job(job(tmp_path / "other", "rho=.5", results=res, rows="ldebm", variant="rho5"))
 
 
 # -- pictures in files
+
 
 def pictures(path, n=120, classes=True, bad=None):
     "A zip of small pictures, of which one may be cut short"
     import io
 
     from PIL import Image
+
     g = make_gen(0, "zip")
     with zipfile.ZipFile(path, "w") as z:
         for i in range(n):
             f = io.BytesIO()
             Image.fromarray(torch.randint(256, (8, 8, 3), generator=g, dtype=torch.uint8).numpy()).save(f, "PNG")
             data = f.getvalue()
-            z.writestr(f"{'ab'[i % 2]+'/' if classes else ''}{i:03}.png", data[:40] if i == bad else data)
+            z.writestr(f"{'ab'[i % 2] + '/' if classes else ''}{i:03}.png", data[:40] if i == bad else data)
     return str(path)
 
 
-SMALL = TINY.replace("limit=300", "limit=0").replace("n_samples=60", "n_samples=100")+" likelihood=gaussian gen_batch=16 batch=16"
+SMALL = (
+    TINY.replace("limit=300", "limit=0").replace("n_samples=60", "n_samples=100")
+    + " likelihood=gaussian gen_batch=16 batch=16"
+)
 
 
 def test_a_corrupt_picture_in_a_zip(tmp_path):
     "Named and fatal; or, when asked, named and left out"
-    path = pictures(tmp_path/"mine.zip", bad=17)
+    path = pictures(tmp_path / "mine.zip", bad=17)
     kw = dict(dataset=path, preset="small", settings=SMALL)
-    with pytest.raises(BadImage, match=r"mine.zip: corrupt picture b/017.png .*on_bad='skip'"): ij.open_job(job(tmp_path/"run", **kw))
-    assert not (tmp_path/"run").exists()
-    with pytest.warns(UserWarning, match="left out 1 corrupt picture: b/017.png"): p = ij.open_job(job(tmp_path/"run", on_bad="skip", **kw))
+    with pytest.raises(BadImage, match=r"mine.zip: corrupt picture b/017.png .*on_bad='skip'"):
+        ij.open_job(job(tmp_path / "run", **kw))
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match="left out 1 corrupt picture: b/017.png"):
+        p = ij.open_job(job(tmp_path / "run", on_bad="skip", **kw))
     assert sum(map(len, p.images.values())) == 119 and p.run.path.exists() and ij.corpus_name(p) == "mine"
-    (tmp_path/"broken.zip").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(ValueError, match="broken.zip is not a zip, or is cut short"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"broken.zip")}))
-    with pytest.raises(FileNotFoundError, match="none.zip"): ij.open_job(job(tmp_path/"other", **{**kw, "dataset": str(tmp_path/"none.zip")}))
-    whole = dict(kw, dataset=pictures(tmp_path/"whole.zip"), settings=SMALL+" size=24 layers='6x1x8x0'")
-    with pytest.raises(ValueError, match="energies need maps whose side is a power of two, got 6"): ij.open_job(job(tmp_path/"other", **whole))
-    assert not (tmp_path/"other").exists()
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match="broken.zip is not a zip, or is cut short"):
+        ij.open_job(job(tmp_path / "other", **{**kw, "dataset": str(tmp_path / "broken.zip")}))
+    with pytest.raises(FileNotFoundError, match="none.zip"):
+        ij.open_job(job(tmp_path / "other", **{**kw, "dataset": str(tmp_path / "none.zip")}))
+    whole = dict(kw, dataset=pictures(tmp_path / "whole.zip"), settings=SMALL + " size=24 layers='6x1x8x0'")
+    with pytest.raises(ValueError, match="energies need maps whose side is a power of two, got 6"):
+        ij.open_job(job(tmp_path / "other", **whole))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_or_zip_is_never_filed_under_the_name_of_a_set(tmp_path):
     "Nor are two that differ filed as one; a set's own name may be written in other ways"
-    def opened(path, **kw): return ij.open_job(job(tmp_path/f"out{path.parent.name}{path.name}", dataset=str(path), preset="small", settings=SMALL, **kw))
+
+    def opened(path, **kw):
+        return ij.open_job(
+            job(tmp_path / f"out{path.parent.name}{path.name}", dataset=str(path), preset="small", settings=SMALL, **kw)
+        )
+
     named = {}
     for name in ("digits.zip", "CIFAR-10.zip", "few.v2.zip"):
         for where in ("a", "b"):
-            (tmp_path/where).mkdir(exist_ok=True)
-            p = opened(Path(pictures(tmp_path/where/name, n=120 if where == "a" else 124)))
+            (tmp_path / where).mkdir(exist_ok=True)
+            p = opened(Path(pictures(tmp_path / where / name, n=120 if where == "a" else 124)))
             named[where, name] = ij.record_name(p, "ldebm")["corpus"], ij.record_settings(p, "ldebm")["data"]
             assert p.run.settings["dataset"] == named[where, name][0]
-    assert [named["a", o][0] for o in ("digits.zip", "CIFAR-10.zip", "few.v2.zip")] == ["file-digits", "file-CIFAR-10", "few.v2"]
-    for name in ("digits.zip", "few.v2.zip"): assert named["a", name][0] == named["b", name][0] and named["a", name][1] != named["b", name][1]
-    place = lambda dataset, name: ij.ImagePlace(None, ImageJob(dataset=dataset), ImageSettings(), None, dict(train=SimpleNamespace(name=name)), None, "")
-    assert ij.corpus_name(place("x/cifar-10-batches-bin", "cifar10")) == "cifar-10-batches-bin", "files in that format may hold anything"
-    assert ij.corpus_name(place("x/cifar-10-binary.tar.gz", "cifar10")) == "cifar10" and ij.corpus_name(place("cifar10", "cifar10-jpeg")) == "cifar10-jpeg"
-    a, b = (ij.open_job(job(tmp_path/name, dataset=name)) for name in ("digits", "Digits"))
-    assert ij.record_name(a, "ldebm") == ij.record_name(b, "ldebm") and ij.record_settings(a, "ldebm") == ij.record_settings(b, "ldebm") and "data" not in ij.record_settings(a, "ldebm")
+    assert [named["a", o][0] for o in ("digits.zip", "CIFAR-10.zip", "few.v2.zip")] == [
+        "file-digits",
+        "file-CIFAR-10",
+        "few.v2",
+    ]
+    for name in ("digits.zip", "few.v2.zip"):
+        assert named["a", name][0] == named["b", name][0] and named["a", name][1] != named["b", name][1]
+
+    def place(dataset, name):
+        return ij.ImagePlace(
+            None, ImageJob(dataset=dataset), ImageSettings(), None, dict(train=SimpleNamespace(name=name)), None, ""
+        )
+
+    assert ij.corpus_name(place("x/cifar-10-batches-bin", "cifar10")) == "cifar-10-batches-bin", (
+        "files in that format may hold anything"
+    )
+    assert (
+        ij.corpus_name(place("x/cifar-10-binary.tar.gz", "cifar10")) == "cifar10"
+        and ij.corpus_name(place("cifar10", "cifar10-jpeg")) == "cifar10-jpeg"
+    )
+    a, b = (ij.open_job(job(tmp_path / name, dataset=name)) for name in ("digits", "Digits"))
+    assert (
+        ij.record_name(a, "ldebm") == ij.record_name(b, "ldebm")
+        and ij.record_settings(a, "ldebm") == ij.record_settings(b, "ldebm")
+        and "data" not in ij.record_settings(a, "ldebm")
+    )
 
 
 def test_pictures_without_labels(tmp_path):
     "The classifier learns by how many quarters a picture is turned; a coupled prior is refused; an uncoupled one is trained and recorded"
-    path = pictures(tmp_path/"plain.zip", classes=False)
-    kw = dict(dataset=path, preset="small", settings=SMALL+" clf_preset=digits steps=4 gen_steps=4 clf_steps=3")
-    with pytest.raises(ValueError, match="plain has no labels to couple to: leave out the row ldebm-coupled"): ij.open_job(job(tmp_path/"run", **kw))
-    assert not (tmp_path/"run").exists()
-    p = ij.open_job(job(tmp_path/"run", **{**kw, "rows": "ldebm"}))
+    path = pictures(tmp_path / "plain.zip", classes=False)
+    kw = dict(dataset=path, preset="small", settings=SMALL + " clf_preset=digits steps=4 gen_steps=4 clf_steps=3")
+    with pytest.raises(ValueError, match="plain has no labels to couple to: leave out the row ldebm-coupled"):
+        ij.open_job(job(tmp_path / "run", **kw))
+    assert not (tmp_path / "run").exists()
+    p = ij.open_job(job(tmp_path / "run", **{**kw, "rows": "ldebm"}))
     v = ij.labelled_images(p.images)["train"]
     n = len(p.images["train"])
-    assert v.attributes == {"turn": ("0", "90", "180", "270")} and len(v) == 4*n and v.labels[:, 0].tolist() == [k for k in range(4) for _ in range(n)]
-    assert torch.equal(v.pixels[n+3], p.images["train"].pixels[3].rot90(1, (1, 2))) and torch.equal(v.pixels[2*n], p.images["train"].pixels[0].flip(1, 2))
+    assert (
+        v.attributes == {"turn": ("0", "90", "180", "270")}
+        and len(v) == 4 * n
+        and v.labels[:, 0].tolist() == [k for k in range(4) for _ in range(n)]
+    )
+    assert torch.equal(v.pixels[n + 3], p.images["train"].pixels[3].rot90(1, (1, 2))) and torch.equal(
+        v.pixels[2 * n], p.images["train"].pixels[0].flip(1, 2)
+    )
     net, acc = ij.train_classifier(p)
     assert list(net.heads.values()) == [4] and list(acc) == ["turn"]
     g = ij.train_generator(p)[0]
@@ -400,98 +567,149 @@ def test_pictures_without_labels(tmp_path):
     assert ij.decode_all(g, u).shape == (4, 3, 8, 8)
     metrics = ij.gaussian_metrics(p, ij.make_reference(p, g, net))
     assert metrics["frechet"]["value"] is not None
-    for k, why in dict(class_kl="no labels", frechet_test="6 test pictures", frechet_real="needs 33", prior_hole_test="needs 40").items():   # six test pictures have no covariance
-        assert metrics[k]["value"] is None and metrics[k]["estimator"].startswith("absent: ") and why in metrics[k]["estimator"]
-    digits = ij.open_job(job(tmp_path/"digits")).images
+    for k, why in dict(
+        class_kl="no labels", frechet_test="6 test pictures", frechet_real="needs 33", prior_hole_test="needs 40"
+    ).items():  # six test pictures have no covariance
+        assert (
+            metrics[k]["value"] is None
+            and metrics[k]["estimator"].startswith("absent: ")
+            and why in metrics[k]["estimator"]
+        )
+    digits = ij.open_job(job(tmp_path / "digits")).images
     assert ij.labelled_images(digits) is digits
 
 
 def folder(path, names, side=8, mode="RGB"):
     "A folder of pictures, no two alike"
     from PIL import Image
+
     for i, n in enumerate(names):
-        (path/n).parent.mkdir(parents=True, exist_ok=True)
-        Image.frombytes("RGB", (side, side), bytes((7*i+5*j) % 256 for j in range(3*side*side))).convert(mode).save(path/n)
+        (path / n).parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (side, side), bytes((7 * i + 5 * j) % 256 for j in range(3 * side * side))).convert(
+            mode
+        ).save(path / n)
     return str(path)
 
 
-FEW = SMALL+" clf_preset=digits steps=2 gen_steps=2 clf_steps=2 checks=1 batch=8 gen_batch=8"
+FEW = SMALL + " clf_preset=digits steps=2 gen_steps=2 clf_steps=2 checks=1 batch=8 gen_batch=8"
 
 
 def test_what_a_late_stage_needs_is_asked_first(tmp_path):
     "Attributes, sides and numbers that would fail after training: left out and said, or refused with a remedy that works"
-    path = folder(tmp_path/"mine", [f"train/{i}.png" for i in range(60)]+[f"test/{i}.png" for i in range(4)])
-    (tmp_path/"a.csv").write_text("file,fur,wings,name\n"+"".join(f"train/{i}.png,{'long short'.split()[i % 2]},0,n{i}\n" for i in range(60)))
-    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(tmp_path/"a.csv"), rows="ldebm-coupled")
-    with pytest.warns(UserWarning) as said: p = ij.open_job(job(tmp_path/"run", **kw))
+    path = folder(tmp_path / "mine", [f"train/{i}.png" for i in range(60)] + [f"test/{i}.png" for i in range(4)])
+    (tmp_path / "a.csv").write_text(
+        "file,fur,wings,name\n" + "".join(f"train/{i}.png,{'long short'.split()[i % 2]},0,n{i}\n" for i in range(60))
+    )
+    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(tmp_path / "a.csv"), rows="ldebm-coupled")
+    with pytest.warns(UserWarning) as said:
+        p = ij.open_job(job(tmp_path / "run", **kw))
     said = " ".join(str(w.message) for w in said)
-    for part in ("name (60 different values)", "fewer than two values of 1 attributes, which are left out: wings", "4 of 64 pictures have no row", "frechet_test, frechet_real (4 test pictures"): assert part in said
+    for part in (
+        "name (60 different values)",
+        "fewer than two values of 1 attributes, which are left out: wings",
+        "4 of 64 pictures have no row",
+        "frechet_test, frechet_real (4 test pictures",
+    ):
+        assert part in said
     assert all(list(v.attributes) == ["fur"] and v.labels.shape[1] == 1 for v in p.images.values())
     acc = ij.train_classifier(p)[1]
-    assert ij.accuracy_text(acc) == "classifier (fur): no test picture has a label"   # labels for training only
-    (tmp_path/"b.csv").write_text("file,wings\n"+"".join(f"train/{i}.png,0\n" for i in range(60)))
-    with pytest.raises(ValueError, match="no labels to couple to: leave out the row ldebm-coupled"), pytest.warns(UserWarning, match="left out: wings"):
-        ij.open_job(job(tmp_path/"other", **{**kw, "attributes": str(tmp_path/"b.csv")}))
-    with pytest.raises(ValueError, match="57 training pictures, and a Frechet distance in 64 features needs 65.*clf_preset=digits"):
-        ij.open_job(job(tmp_path/"other", **{**kw, "settings": FEW.replace("clf_preset=digits", "clf_preset=small")}))
-    assert not (tmp_path/"other").exists()
+    assert ij.accuracy_text(acc) == "classifier (fur): no test picture has a label"  # labels for training only
+    (tmp_path / "b.csv").write_text("file,wings\n" + "".join(f"train/{i}.png,0\n" for i in range(60)))
+    with (
+        pytest.raises(ValueError, match="no labels to couple to: leave out the row ldebm-coupled"),
+        pytest.warns(UserWarning, match="left out: wings"),
+    ):
+        ij.open_job(job(tmp_path / "other", **{**kw, "attributes": str(tmp_path / "b.csv")}))
+    with pytest.raises(
+        ValueError, match="57 training pictures, and a Frechet distance in 64 features needs 65.*clf_preset=digits"
+    ):
+        ij.open_job(job(tmp_path / "other", **{**kw, "settings": FEW.replace("clf_preset=digits", "clf_preset=small")}))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("remedy", ["size=32", "layers='2x1x8x0 4x1x8x0'"])
 def test_a_side_that_no_layer_divides(tmp_path, remedy):
-    path = folder(tmp_path/"mnist", [f"{c}/{i}.png" for c in "01" for i in range(30)], side=28)
+    path = folder(tmp_path / "mnist", [f"{c}/{i}.png" for c in "01" for i in range(30)], side=28)
     kw = dict(dataset=path, preset="small", rows="ldebm")
-    with pytest.raises(ValueError, match='bottom layer of side 16 does not divide pictures of side 28: settings="size=32" resamples them.* last side is 4 or less'):
-        ij.open_job(job(tmp_path/"run", **{**kw, "settings": FEW+" layers='4x1x8x0 16x1x8x0'"}))
-    assert not (tmp_path/"run").exists()
-    p = ij.open_job(job(tmp_path/"run", **{**kw, "settings": FEW+f" layers='4x1x8x0 16x1x8x0' {remedy}"}))
+    with pytest.raises(
+        ValueError,
+        match='bottom layer of side 16 does not divide pictures of side 28: settings="size=32" resamples them.* last side is 4 or less',
+    ):
+        ij.open_job(job(tmp_path / "run", **{**kw, "settings": FEW + " layers='4x1x8x0 16x1x8x0'"}))
+    assert not (tmp_path / "run").exists()
+    p = ij.open_job(job(tmp_path / "run", **{**kw, "settings": FEW + f" layers='4x1x8x0 16x1x8x0' {remedy}"}))
     assert ij.train_generator(p)[1].step == 2
-    with pytest.raises(ValueError, match="does not divide pictures of side 8: give layers whose last side is 8 or less"): ij.open_job(job(tmp_path/"d", "layers='16x1x8x0'"))
-    ij.open_job(job(tmp_path/"d", "layers='8x1x8x0'"))
+    with pytest.raises(
+        ValueError, match="does not divide pictures of side 8: give layers whose last side is 8 or less"
+    ):
+        ij.open_job(job(tmp_path / "d", "layers='16x1x8x0'"))
+    ij.open_job(job(tmp_path / "d", "layers='8x1x8x0'"))
 
 
 def test_names_that_somebody_gave(tmp_path):
     "Dollars, bars and other alphabets in classes: neither a figure nor a table nor a record minds"
     import matplotlib
+
     matplotlib.use("Agg")
-    path = folder(tmp_path/"odd", [f"{c}/{i}.png" for c in ("$5", "a|b$", "犬") for i in range(20)])
-    p = ij.open_job(job(tmp_path/"run", dataset=path, preset="small", settings=FEW, rows="ldebm-coupled"))
+    path = folder(tmp_path / "odd", [f"{c}/{i}.png" for c in ("$5", "a|b$", "犬") for i in range(20)])
+    p = ij.open_job(job(tmp_path / "run", dataset=path, preset="small", settings=FEW, rows="ldebm-coupled"))
     assert p.images["train"].attributes == {"class": ("$5", "a|b$", "犬")}
-    ij.save_figure(p, "requests", ij.plot_rows([p.images["train"].x()[:3]]*3, list(p.images["train"].attributes["class"])))
-    m = dict(control_accuracy=ij.metric(.5, n=2), frechet=ij.absent("2 samples"), density=ij.metric(1.), coverage=ij.metric(1.))
+    ij.save_figure(
+        p, "requests", ij.plot_rows([p.images["train"].x()[:3]] * 3, list(p.images["train"].attributes["class"]))
+    )
+    m = dict(
+        control_accuracy=ij.metric(0.5, n=2),
+        frechet=ij.absent("2 samples"),
+        density=ij.metric(1.0),
+        coverage=ij.metric(1.0),
+    )
     text = ij.control_table({"not a a|b$": m})
     assert text.splitlines()[-1] == r"| not a a\|b\$ | 0.500 | absent: 2 samples | 1.000 | 1.000 |"
-    assert list(ij.request_metrics({"犬": m, "猫": m, "a b": m, "a-b": m}))[:4] == ["control_犬", "control_猫", "control_a_b", "control_a_b__2"]
+    assert list(ij.request_metrics({"犬": m, "猫": m, "a b": m, "a-b": m}))[:4] == [
+        "control_犬",
+        "control_猫",
+        "control_a_b",
+        "control_a_b__2",
+    ]
 
 
 def test_one_snapshot_serves_the_run(tmp_path):
     "Pictures and table may change or go once the job is open; a later sitting with others is refused, and says what has changed"
-    path = folder(tmp_path/"mine", [f"{i}.png" for i in range(60)])
-    table = tmp_path/"a.csv"
+    path = folder(tmp_path / "mine", [f"{i}.png" for i in range(60)])
+    table = tmp_path / "a.csv"
     text = "".join(f"{i}.png,{i % 2}\n" for i in range(60))
     table.write_text(text)
     kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(table), rows="ldebm-coupled")
-    p = ij.open_job(job(tmp_path/"run", **kw))
-    whole = weights(ij.train_generator(ij.open_job(job(tmp_path/"undisturbed", **kw)))[0])
-    for f in Path(path).iterdir(): f.unlink()
+    p = ij.open_job(job(tmp_path / "run", **kw))
+    whole = weights(ij.train_generator(ij.open_job(job(tmp_path / "undisturbed", **kw)))[0])
+    for f in Path(path).iterdir():
+        f.unlink()
     table.unlink()
     assert_same(weights(ij.train_generator(p)[0]), whole)
-    with pytest.raises(ValueError, match="has no pictures"): ij.open_job(job(tmp_path/"run", **kw))
-    folder(tmp_path/"mine", [f"{i}.png" for i in range(60)])
-    with pytest.raises(FileNotFoundError, match="no such attribute file"): ij.open_job(job(tmp_path/"run", **kw))
+    with pytest.raises(ValueError, match="has no pictures"):
+        ij.open_job(job(tmp_path / "run", **kw))
+    folder(tmp_path / "mine", [f"{i}.png" for i in range(60)])
+    with pytest.raises(FileNotFoundError, match="no such attribute file"):
+        ij.open_job(job(tmp_path / "run", **kw))
     for changed in (text.replace("3.png,1", "3.png,0"), text):
         table.write_text(changed)
-        if changed == text: folder(tmp_path/"mine", ["59.png"])   # another picture under an old name
-        with pytest.raises(ValueError, match=r"pictures or labels have changed since the run in .*run began .* put them back, or start another run with out="): ij.open_job(job(tmp_path/"run", **kw))
-        assert ij.open_job(job(tmp_path/f"new{len(list(tmp_path.iterdir()))}", **kw)).run.path.exists()   # the remedy
-    folder(tmp_path/"mine", [f"{i}.png" for i in range(60)])
-    assert ij.open_job(job(tmp_path/"run", **kw)).data == p.data   # put back
+        if changed == text:
+            folder(tmp_path / "mine", ["59.png"])  # another picture under an old name
+        with pytest.raises(
+            ValueError,
+            match=r"pictures or labels have changed since the run in .*run began .* put them back, or start another run with out=",
+        ):
+            ij.open_job(job(tmp_path / "run", **kw))
+        assert ij.open_job(job(tmp_path / f"new{len(list(tmp_path.iterdir()))}", **kw)).run.path.exists()  # the remedy
+    folder(tmp_path / "mine", [f"{i}.png" for i in range(60)])
+    assert ij.open_job(job(tmp_path / "run", **kw)).data == p.data  # put back
 
 
 def quick(a, b, gen=None, **kw):
     "In place of a two-sample test that takes a second: the same conditions"
-    if min(len(a), len(b)) < 20 or a.shape[1] != b.shape[1]: raise ValueError("too few points")
-    return ij.metric(.5, n=len(a)+len(b))
+    if min(len(a), len(b)) < 20 or a.shape[1] != b.shape[1]:
+        raise ValueError("too few points")
+    return ij.metric(0.5, n=len(a) + len(b))
 
 
 def whole_job(p):
@@ -502,24 +720,31 @@ def whole_job(p):
     row = p.job.rows
     done = ij.run_row(p, row, g, ref)
     results = {"gaussian": ij.gaussian_metrics(p, ref), row: done.metrics}
-    ij.finish(p, "gaussian", results["gaussian"], None, 0.)
+    ij.finish(p, "gaussian", results["gaussian"], None, 0.0)
     ij.add_metrics(p, row, done, ij.ood_metrics(ij.ood(p, done.prior, ij.outliers(p, 8), 8)))
-    said = ij.accuracy_text(acc)+ij.rows_table(results)
+    said = ij.accuracy_text(acc) + ij.rows_table(results)
     if row == "ldebm-coupled":
         asked = ij.control_all(p, ref, done.prior, n=40)
         ij.add_metrics(p, row, done, ij.request_metrics(asked))
-        wanted = torch.tensor([len(v)-1 for v in p.images["train"].attributes.values()])
-        said += ij.control_table(asked)+ij.trade_off_table(ij.trade_off(p, ref, done.prior, (0., 2.)))+ij.one_by_one_table(ij.add_one_by_one(p, ref, done.prior, wanted, 20)[1])
-    said.encode()   # no name breaks a page
-    return {r: check_result(json.loads((p.run.path/r/"result.json").read_text()))["metrics"] for r in results}
+        wanted = torch.tensor([len(v) - 1 for v in p.images["train"].attributes.values()])
+        said += (
+            ij.control_table(asked)
+            + ij.trade_off_table(ij.trade_off(p, ref, done.prior, (0.0, 2.0)))
+            + ij.one_by_one_table(ij.add_one_by_one(p, ref, done.prior, wanted, 20)[1])
+        )
+    said.encode()  # no name breaks a page
+    return {r: check_result(json.loads((p.run.path / r / "result.json").read_text()))["metrics"] for r in results}
 
 
 def advised(one, why):
     "The job that a refusal advises, or `None` if it advises another folder or table"
     for layout in ("splits", "flat"):
-        if f"layout='{layout}'" in why and one.layout != layout: return replace(one, layout=layout)
-    if "leave out the row ldebm-coupled" in why: return replace(one, rows="ldebm")
-    if "on_bad='skip'" in why: return replace(one, on_bad="skip")
+        if f"layout='{layout}'" in why and one.layout != layout:
+            return replace(one, layout=layout)
+    if "leave out the row ldebm-coupled" in why:
+        return replace(one, rows="ldebm")
+    if "on_bad='skip'" in why:
+        return replace(one, on_bad="skip")
     size = re.search(r'settings="(size=\d+)"', why)
     return replace(one, settings=f"{one.settings} {size[1]}") if size else None
 
@@ -528,10 +753,11 @@ def opened(one, folder):
     "The job, or what it is after the advice of every refusal was followed, and the refusals; `None` if there is no advice left"
     said = []
     while one is not None and len(said) < 6:
-        try: return ij.open_job(one), said
+        try:
+            return ij.open_job(one), said
         except (ValueError, FileNotFoundError) as e:
             said.append(str(e))
-            assert str(e) and "\n" not in str(e) and not (folder/"run").exists()
+            assert str(e) and "\n" not in str(e) and not (folder / "run").exists()
             one = advised(one, str(e))
     return None, said
 
@@ -543,6 +769,7 @@ def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
     monkeypatch.setattr(ij, "two_sample_auroc", quick)
     monkeypatch.setattr(ij, "frechet_metric", lambda a, b, gen=None: ij.metric(ij.frechet(a, b), n=len(a)))
     ended = []
+
     @settings(max_examples=18, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     @given(st.data())
     def holds(data):
@@ -550,137 +777,221 @@ def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
             warnings.simplefilter("ignore")
             made = folders.write(f"{t}/p", data.draw(folders.trees(least=44, most=3)))
             table = data.draw(folders.tables(made))
-            if table is not None: Path(t, "t.csv").write_text(table, encoding="utf-8", newline="")
-            one = job(f"{t}/run", dataset=f"{t}/p", preset="small", settings=FEW+" langevin_steps=1 n_samples=40"+data.draw(st.sampled_from([" size=8", " size=8", ""])), attributes="" if table is None else f"{t}/t.csv",
-                      rows=data.draw(st.sampled_from(["ldebm", "ldebm-coupled"])), layout=data.draw(st.sampled_from(["auto", "auto", "auto", "flat", "splits"])), on_bad=data.draw(st.sampled_from(["skip", "skip", "skip", "error"])))
+            if table is not None:
+                Path(t, "t.csv").write_text(table, encoding="utf-8", newline="")
+            one = job(
+                f"{t}/run",
+                dataset=f"{t}/p",
+                preset="small",
+                settings=FEW
+                + " langevin_steps=1 n_samples=40"
+                + data.draw(st.sampled_from([" size=8", " size=8", ""])),
+                attributes="" if table is None else f"{t}/t.csv",
+                rows=data.draw(st.sampled_from(["ldebm", "ldebm-coupled"])),
+                layout=data.draw(st.sampled_from(["auto", "auto", "auto", "flat", "splits"])),
+                on_bad=data.draw(st.sampled_from(["skip", "skip", "skip", "error"])),
+            )
             p, said = opened(one, Path(t))
-            if p is None: return
-            assert len(said) == len(set(said))   # no advice leads back to where it was given
+            if p is None:
+                return
+            assert len(said) == len(set(said))  # no advice leads back to where it was given
             for metrics in whole_job(p).values():
-                assert {"frechet", "frechet_test", "class_kl", "density", "coverage", "prior_hole_auroc", "prior_hole_test", "gap_closed", "mmd_ratio", "sample_seconds"} <= set(metrics)
+                assert {
+                    "frechet",
+                    "frechet_test",
+                    "class_kl",
+                    "density",
+                    "coverage",
+                    "prior_hole_auroc",
+                    "prior_hole_test",
+                    "gap_closed",
+                    "mmd_ratio",
+                    "sample_seconds",
+                } <= set(metrics)
                 assert all(m["value"] is not None or m["estimator"].startswith("absent: ") for m in metrics.values())
             ended.append(p.job.rows)
+
     holds()
-    assert ended.count("ldebm") > 1 and ended.count("ldebm-coupled") > 1   # not all refused
+    assert ended.count("ldebm") > 1 and ended.count("ldebm-coupled") > 1  # not all refused
 
 
 # -- labels
 
+
 def test_hidden_labels_are_those_of_the_same_pictures(tmp_path):
-    p = ij.open_job(job(tmp_path/"run", "labelled=.3"))
+    p = ij.open_job(job(tmp_path / "run", "labelled=.3"))
     hide, again = ij.hide_labels(p), ij.hide_labels(p)
     hidden = {}
-    for h, g in ((hide, make_gen(1)), (hide, make_gen(2)), (again, make_gen(3)), (ij.hide_labels(ij.open_job(job(tmp_path/"run", "labelled=.3"))), None)):
+    for h, g in (
+        (hide, make_gen(1)),
+        (hide, make_gen(2)),
+        (again, make_gen(3)),
+        (ij.hide_labels(ij.open_job(job(tmp_path / "run", "labelled=.3"))), None),
+    ):
         for b in image_batches(p.images["train"], 32, gen=g):
             seen = h(b)
             assert torch.equal(seen.x, b.x) and (seen.labels[seen.labels >= 0] == b.labels[seen.labels >= 0]).all()
-            for i, y in zip(b.index.tolist(), seen.labels[:, 0].tolist()): assert hidden.setdefault(i, y < 0) == (y < 0)
-    assert len(hidden) == 300 and .6 < sum(hidden.values())/300 < .8
-    other = ij.hide_labels(replace(p, job=replace(p.job, seed=1)))(next(iter(image_batches(p.images["train"], 300)))).labels[:, 0] < 0
+            for i, y in zip(b.index.tolist(), seen.labels[:, 0].tolist()):
+                assert hidden.setdefault(i, y < 0) == (y < 0)
+    assert len(hidden) == 300 and 0.6 < sum(hidden.values()) / 300 < 0.8
+    other = (
+        ij.hide_labels(replace(p, job=replace(p.job, seed=1)))(
+            next(iter(image_batches(p.images["train"], 300)))
+        ).labels[:, 0]
+        < 0
+    )
     assert other.tolist() != [hidden[i] for i in range(300)]
-    assert ij.hide_labels(ij.open_job(job(tmp_path/"all"))) is None
+    assert ij.hide_labels(ij.open_job(job(tmp_path / "all"))) is None
 
 
 def test_hidden_labels_train_and_validate(tmp_path, whole):
     "Also with more pictures to validate on than to train on, whose labels are all known"
-    p = ij.open_job(job(tmp_path/"run", "labelled=.3 limit=100 steps=4 checks=1", rows="ldebm-coupled"))
+    p = ij.open_job(job(tmp_path / "run", "labelled=.3 limit=100 steps=4 checks=1", rows="ldebm-coupled"))
     assert len(p.images["valid"]) > len(p.images["train"])
     g, seen = whole("generator")[0], []
     model = ij.build_prior(p, "ldebm-coupled", g)
     real = model.prior.terms
-    model.prior.terms = lambda q, u, gen=None, labels=None, **kw: (seen.append(labels.clone()), real(q, u, gen, labels=labels, **kw))[1]
+    model.prior.terms = lambda q, u, gen=None, labels=None, **kw: (
+        seen.append(labels.clone()),
+        real(q, u, gen, labels=labels, **kw),
+    )[1]
     StageTask(p.images, model, None, 4, 32, 1, 0, ij.hide_labels(p)).validate()
     assert torch.equal(torch.cat(seen), p.images["valid"].labels[:, 0])
     log = ij.train_prior(p, "ldebm-coupled", g)[2]
-    none = ij.train_prior(ij.open_job(job(tmp_path/"none", "labelled=0. steps=4 checks=1 limit=100", rows="ldebm-coupled")), "ldebm-coupled", g)[2]
+    none = ij.train_prior(
+        ij.open_job(job(tmp_path / "none", "labelled=0. steps=4 checks=1 limit=100", rows="ldebm-coupled")),
+        "ldebm-coupled",
+        g,
+    )[2]
     a, b = ([o["cls_t"] for o in l if o["kind"] == "train"] for l in (log, none))
-    assert 0 < a[0] < 2 and b[0] == 0   # a third of ln 10, and nothing
+    assert 0 < a[0] < 2 and b[0] == 0  # a third of ln 10, and nothing
 
 
 # -- rows
+
 
 @pytest.mark.parametrize("extra", ["", MAPS])
 @pytest.mark.parametrize("row", ROWS)
 def test_models_come_back(row, extra, whole, tmp_path):
     "From the file alone: the same weights, the same samples, the same pictures"
-    if not extra: p, g, prior = whole("place"), whole("generator")[0], whole(row)[0]
+    if not extra:
+        p, g, prior = whole("place"), whole("generator")[0], whole(row)[0]
     else:
-        own = dict(objective="robust", rows=row) if row.startswith("ldebm") else {}   # with a temperature of the symbols
-        p = ij.open_job(job(tmp_path/"run", f"{extra} steps=3 gen_steps=2 checks=1", **own))
+        own = dict(objective="robust", rows=row) if row.startswith("ldebm") else {}  # with a temperature of the symbols
+        p = ij.open_job(job(tmp_path / "run", f"{extra} steps=3 gen_steps=2 checks=1", **own))
         g = ij.train_generator(p)[0]
         prior = ij.train_prior(p, row, g)[0]
     g2, prior2 = ij.load_prior(ij.save_prior(p, row, g, prior))
     assert_same(weights(g2), weights(g))
-    assert g2.cfg == g.cfg and not g2.training and not prior2.training and not any(q.requires_grad for q in g2.parameters())
+    assert (
+        g2.cfg == g.cfg
+        and not g2.training
+        and not prior2.training
+        and not any(q.requires_grad for q in g2.parameters())
+    )
     asks = [dict()] + ([dict(y=torch.arange(5))] if row == "ldebm-coupled" else [])
     for kw in asks:
         a, b = (ij.sample_prior(p, o, 5, **kw)[0] for o in (prior, prior2))
         assert torch.equal(a, b) and torch.equal(ij.decode_all(g, a), ij.decode_all(g2, b))
     if isinstance(prior, DiffusionEBM):
         t = torch.zeros(5, dtype=torch.long)
-        assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.tau_y == (.1 if extra and row == "ldebm-coupled" else 1.)
-        assert prior2.cfg == prior.cfg and prior2.T == (1 if row == "joint-ebm" else 2) and prior2.energy.generator is g2
+        assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.tau_y == (
+            0.1 if extra and row == "ldebm-coupled" else 1.0
+        )
+        assert (
+            prior2.cfg == prior.cfg and prior2.T == (1 if row == "joint-ebm" else 2) and prior2.energy.generator is g2
+        )
     assert prior2.n_symbols == {"ldebm-coupled": 10, "ddpm": 0}.get(row, 1)
 
 
 def test_what_is_no_model(whole, tmp_path):
-    with pytest.raises(ValueError, match="holds no image prior: it wants the model.safetensors of a row"): ij.load_prior(whole("place").run.file("classifier.safetensors"))
+    with pytest.raises(ValueError, match="holds no image prior: it wants the model.safetensors of a row"):
+        ij.load_prior(whole("place").run.file("classifier.safetensors"))
     path = ij.save_prior(whole("place"), "ldebm", whole("generator")[0], whole("ldebm")[0])
-    (tmp_path/"cut.safetensors").write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="cut.safetensors"): ij.load_prior(tmp_path/"cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        ij.load_prior(tmp_path / "cut.safetensors")
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_gradients_that_the_optimiser_sees(objective, tmp_path, monkeypatch):
     "`published` clips nothing, as the released code: Adam's first moment after one step is (1 - beta1) times the gradient of the summed terms, however large; the others keep the norm at 10"
-    p = ij.open_job(job(tmp_path/"run", "steps=1 gen_steps=3 checks=1 joint_steps=0 warmup=0", objective=objective, rows="ldebm"))
+    p = ij.open_job(
+        job(tmp_path / "run", "steps=1 gen_steps=3 checks=1 joint_steps=0 warmup=0", objective=objective, rows="ldebm")
+    )
     g, found, clip = ij.train_generator(p)[0], {}, train.Accelerator.clip_grad_norm_
+
     def look(self, params, most, *args):
         params = list(params)
-        for q in params: q.grad.mul_(1e5)
+        for q in params:
+            q.grad.mul_(1e5)
         found["raw"] = torch.cat([q.grad.flatten() for q in params]).double()
         norm = clip(self, params, most, *args)
         found["seen"] = torch.cat([q.grad.flatten() for q in params]).double()
         return norm
+
     monkeypatch.setattr(train.Accelerator, "clip_grad_norm_", look)
     _, _, log = ij.train_prior(p, "ldebm", g)
-    assert found["raw"].norm() > 100 and [o["norm_ebm"] for o in log if o["kind"] == "train"] == pytest.approx([found["raw"].norm().item()], rel=1e-4)
-    if objective == "published": assert torch.equal(found["seen"], found["raw"])
-    else: assert found["seen"].norm().item() == pytest.approx(10, rel=1e-4)
-    state = p.run.path/"ldebm"/"checkpoint.safetensors"
-    moments = torch.cat([v.flatten() for k, v in load_tensors(state)[0].items() if ".optimizer." in k and k.endswith("exp_avg")]).double()
-    wd = p.s.decay   # torch's L2 decay joins the gradient
-    assert (moments.norm()/found["seen"].norm()).item() == pytest.approx(1-p.s.beta1, rel=1e-2 if wd else 1e-4)
+    assert found["raw"].norm() > 100 and [o["norm_ebm"] for o in log if o["kind"] == "train"] == pytest.approx(
+        [found["raw"].norm().item()], rel=1e-4
+    )
+    if objective == "published":
+        assert torch.equal(found["seen"], found["raw"])
+    else:
+        assert found["seen"].norm().item() == pytest.approx(10, rel=1e-4)
+    state = p.run.path / "ldebm" / "checkpoint.safetensors"
+    moments = torch.cat(
+        [v.flatten() for k, v in load_tensors(state)[0].items() if ".optimizer." in k and k.endswith("exp_avg")]
+    ).double()
+    wd = p.s.decay  # torch's L2 decay joins the gradient
+    assert (moments.norm() / found["seen"].norm()).item() == pytest.approx(1 - p.s.beta1, rel=1e-2 if wd else 1e-4)
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 @pytest.mark.parametrize("extra", ["", MAPS])
 def test_objectives_train(objective, extra, tmp_path):
     "A few steps of each, coupled, on vectors and maps: finite terms of the right names, and the constants of the objective in force"
-    p = ij.open_job(job(tmp_path/"run", f"{extra} steps=4 gen_steps=3 checks=2 joint_steps=0", objective=objective, rows="ldebm-coupled"))
+    p = ij.open_job(
+        job(
+            tmp_path / "run",
+            f"{extra} steps=4 gen_steps=3 checks=2 joint_steps=0",
+            objective=objective,
+            rows="ldebm-coupled",
+        )
+    )
     g = ij.train_generator(p)[0]
     before = ij.generator_hash(g)
     prior, end, log = ij.train_prior(p, "ldebm-coupled", g)
     assert end.step == 4 and ij.generator_hash(g) == before, "frozen"
     terms = {k for o in log for k in o}
-    assert {"ebm", "cls_t", "sym", "mi", "loss", "norm_ebm"} <= terms and ("accept" in terms) == (objective == "consistent") and "nll" not in terms
+    assert (
+        {"ebm", "cls_t", "sym", "mi", "loss", "norm_ebm"} <= terms
+        and ("accept" in terms) == (objective == "consistent")
+        and "nll" not in terms
+    )
     assert all(torch.tensor(v).isfinite() for o in log for k, v in o.items() if isinstance(v, float))
-    assert prior.published == (objective != "consistent") and prior.energy.nets.contexts == ((0, 16) if not extra else (0, 8) if extra else ()) if objective == "consistent" else not any(prior.energy.nets.contexts)
-    if objective == "published": assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.tau_y) == (3e-5, "likelihood", .1) and p.s.ema == 0
+    assert (
+        prior.published == (objective != "consistent")
+        and prior.energy.nets.contexts == ((0, 16) if not extra else (0, 8) if extra else ())
+        if objective == "consistent"
+        else not any(prior.energy.nets.contexts)
+    )
+    if objective == "published":
+        assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.tau_y) == (3e-5, "likelihood", 0.1) and p.s.ema == 0
     assert ij.sample_prior(p, prior, 4, y=torch.arange(4))[0].isfinite().all()
 
 
 def test_tune_gaussian_keeps_the_best(tmp_path, whole, monkeypatch):
     "The smallest distance to validation pictures, wherever it stands in the list; distances are those of the generators' own samples"
-    p, net = ij.open_job(job(tmp_path/"run", "gen_steps=6 checks=1 tune='.1 1 4'")), whole("classifier")[0]
+    p, net = ij.open_job(job(tmp_path / "run", "gen_steps=6 checks=1 tune='.1 1 4'")), whole("classifier")[0]
     g, w, dist, end = ij.tune_gaussian(p, net)
-    assert list(dist) == [.1, 1., 4.] and dist[w] == min(dist.values()) and end.step == 6
+    assert list(dist) == [0.1, 1.0, 4.0] and dist[w] == min(dist.values()) and end.step == 6
     fv = ij.features_of(net, p.images["valid"])
     for k in dist:
         gk = ij.train_generator(p, k)[0]
         assert dist[k] == pytest.approx(ij.frechet(ij.features_of(net, gk.sample(60, gen=make_gen(0, "tune"))), fv))
         assert (ij.generator_hash(gk) == ij.generator_hash(g)) == (k == w)
-    for made, best in (([3., 1., 2.], 1.), ([1., 2., 3.], .1), ([3., 2., 1.], 4.)):
+    for made, best in (([3.0, 1.0, 2.0], 1.0), ([1.0, 2.0, 3.0], 0.1), ([3.0, 2.0, 1.0], 4.0)):
         it = iter(made)
         monkeypatch.setattr(ij, "frechet", lambda a, b: next(it))
         g, w, *_ = ij.tune_gaussian(p, net)
@@ -688,7 +999,8 @@ def test_tune_gaussian_keeps_the_best(tmp_path, whole, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def reference(whole): return ij.make_reference(whole("place"), whole("generator")[0], whole("classifier")[0])
+def reference(whole):
+    return ij.make_reference(whole("place"), whole("generator")[0], whole("classifier")[0])
 
 
 def test_records(whole, reference, tmp_path):
@@ -700,28 +1012,57 @@ def test_records(whole, reference, tmp_path):
     assert again == {k: done["ldebm"].metrics[k] for k in again}, "the same numbers from the same seed"
     for r in ("ldebm-coupled", "joint-ebm"):
         ij.save_prior(p, r, whole("generator")[0], whole(r)[0])
-        ij.finish(p, r, {**again, **ij.cost(p, r, whole(r)[1], 1., 60), **ij.chain_health(p, reference, whole(r)[0])}, whole(r)[1], 1.)
+        ij.finish(
+            p,
+            r,
+            {**again, **ij.cost(p, r, whole(r)[1], 1.0, 60), **ij.chain_health(p, reference, whole(r)[0])},
+            whole(r)[1],
+            1.0,
+        )
     for r in ROWS:
-        rec = check_result(json.loads((p.run.path/r/"result.json").read_text()))
-        assert (rec["row"], rec["corpus"], rec["preset"], rec["objective"], rec["seed"]) == (r, "digits", "quick", "consistent", 0)
+        rec = check_result(json.loads((p.run.path / r / "result.json").read_text()))
+        assert (rec["row"], rec["corpus"], rec["preset"], rec["objective"], rec["seed"]) == (
+            r,
+            "digits",
+            "quick",
+            "consistent",
+            0,
+        )
         m = rec["metrics"]
-        assert {"frechet", "frechet_recon", "frechet_gaussian", "density", "coverage", "prior_hole_auroc", "prior_hole_auroc_1", "mmd", "spread", "sample_evaluations", "train_seconds"} <= set(m)
-        assert ("spread_long" in m) == (r != "ddpm") and (p.run.path/r/"model.safetensors").exists()
-        assert m["sample_evaluations"]["value"] == {"joint-ebm": 2*2+1, "ddpm": 6}.get(r, 2*(2+1))
+        assert {
+            "frechet",
+            "frechet_recon",
+            "frechet_gaussian",
+            "density",
+            "coverage",
+            "prior_hole_auroc",
+            "prior_hole_auroc_1",
+            "mmd",
+            "spread",
+            "sample_evaluations",
+            "train_seconds",
+        } <= set(m)
+        assert ("spread_long" in m) == (r != "ddpm") and (p.run.path / r / "model.safetensors").exists()
+        assert m["sample_evaluations"]["value"] == {"joint-ebm": 2 * 2 + 1, "ddpm": 6}.get(r, 2 * (2 + 1))
         assert rec["settings"]["langevin_steps"] == 2 and rec["settings"]["n_train"] == 300
     table = ij.rows_table({r: d.metrics for r, d in done.items()})
     assert table.count("\n") == 3 and all(ij.ROWS[r] in table for r in done)
-    q = replace(p, job=replace(p.job, results=str(tmp_path/"results"), variant="tiny"))
-    path = ij.add_metrics(q, "ldebm", done["ldebm"], dict(more=ij.metric(.5)))
-    assert path == tmp_path/"results"/"ldebm+tiny-digits-quick-consistent-s0.json" and json.loads(path.read_text())["metrics"]["more"]["value"] == .5
-    assert ij.finish(p, "gaussian", again, None, 0.).parent == p.run.path/"gaussian"
-    with pytest.raises(ValueError, match="metrics.bad"): ij.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.)
-    assert [o.name for o in (tmp_path/"results").iterdir()] == [path.name]
+    q = replace(p, job=replace(p.job, results=str(tmp_path / "results"), variant="tiny"))
+    path = ij.add_metrics(q, "ldebm", done["ldebm"], dict(more=ij.metric(0.5)))
+    assert (
+        path == tmp_path / "results" / "ldebm+tiny-digits-quick-consistent-s0.json"
+        and json.loads(path.read_text())["metrics"]["more"]["value"] == 0.5
+    )
+    assert ij.finish(p, "gaussian", again, None, 0.0).parent == p.run.path / "gaussian"
+    with pytest.raises(ValueError, match="metrics.bad"):
+        ij.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.0)
+    assert [o.name for o in (tmp_path / "results").iterdir()] == [path.name]
 
 
 def test_evaluations_are_counted(whole, monkeypatch):
     "Gradients of the energy for one sample, as recorded"
     from ldebm.layered import FastLayered
+
     n, real = [], FastLayered.grad
     monkeypatch.setattr(FastLayered, "grad", lambda self, *a, **kw: (n.append(1), real(self, *a, **kw))[1])
     for row in ("ldebm", "joint-ebm"):
@@ -744,23 +1085,36 @@ def test_control_and_outliers(whole, reference):
     p, prior = whole("place"), whole("ldebm-coupled")[0]
     y = ij.wanted_labels(p, 25)
     assert y.shape == (25, 1) and y[:, 0].tolist() == [i % 10 for i in range(25)]
-    m, x = ij.control(p, reference, prior, ij.wanted_labels(p, 40), 2.)
+    m, x = ij.control(p, reference, prior, ij.wanted_labels(p, 40), 2.0)
     assert x.shape == (40, 1, 8, 8) and 0 <= m["control_accuracy"]["value"] <= 1 and m["control_accuracy"]["n"] == 40
-    curve = ij.trade_off(p, reference, prior, (0., 1.), 40)
-    assert list(curve) == [0., 1.] and {"control_accuracy_g0", "coverage_g1"} <= set(ij.control_metrics(curve))
+    curve = ij.trade_off(p, reference, prior, (0.0, 1.0), 40)
+    assert list(curve) == [0.0, 1.0] and {"control_accuracy_g0", "coverage_g1"} <= set(ij.control_metrics(curve))
     assert set(ij.requests(p, 20)) == {"class", "not a class"}
     no = ij.requests(p, 20)["not a class"]
-    assert no.shape == (20, 10) and (~no).sum(1).tolist() == [1]*20
+    assert no.shape == (20, 10) and (~no).sum(1).tolist() == [1] * 20
     sets = ij.outliers(p, 12)
     res = ij.ood(p, prior, {k: sets[k] for k in ("permuted", "noise")}, 12)
     got = ij.ood_metrics(res)
-    assert set(got) == {f"ood_{s}_{k}_{i}" for s in ("inference", "diffusion", "ratio") for k in ("permuted", "noise") for i in range(2) if not (s == "ratio" and i == 0)}
+    assert set(got) == {
+        f"ood_{s}_{k}_{i}"
+        for s in ("inference", "diffusion", "ratio")
+        for k in ("permuted", "noise")
+        for i in range(2)
+        if not (s == "ratio" and i == 0)
+    }
     assert all(0 <= v["value"] <= 1 for v in got.values())
 
 
 def test_small_preset_is_small():
     s = ij.resolve(ij.ImageJob(dataset="cifar10", preset="small"))
-    cfg = GeneratorCfg(shape=(3, 32, 32), **ij.parse_layers(s.layers), enc_blocks=s.enc_blocks, likelihood=s.likelihood, levels=256, mixtures=s.mixtures)
+    cfg = GeneratorCfg(
+        shape=(3, 32, 32),
+        **ij.parse_layers(s.layers),
+        enc_blocks=s.enc_blocks,
+        likelihood=s.likelihood,
+        levels=256,
+        mixtures=s.mixtures,
+    )
     assert len(set(cfg.sizes)) == 3 and s.limit == 5000 and (s.T, s.langevin_steps) == (3, 10)
     assert sum(multiply_adds(Generator(cfg)).values()) <= 10_000_000
     paper = ij.parse_layers(ij.resolve(ij.ImageJob(dataset="cifar10", preset="paper")).layers)

@@ -1,4 +1,5 @@
 "The text job from its command to its record: what a run leaves behind, and what stops it before it starts"
+
 import ast
 import dataclasses
 import json
@@ -9,16 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ldebm.core import check_result, load_results, load_tensors
 from ldebm.data import load_grammar_files
-from ldebm.text import CORPORA, batches, load_corpus
 from ldebm.prior import DiagGaussian
-from ldebm.text_job import TextJob, TextTask, corpus_name, evaluate, finish, fit_energies, job_name, load_model, open_job, plot_latents, record_settings, resolve, samples_by_symbol, scores, train_cfg
+from ldebm.text import CORPORA, batches, load_corpus
+from ldebm.text_job import (
+    TextJob,
+    TextTask,
+    corpus_name,
+    evaluate,
+    finish,
+    fit_energies,
+    job_name,
+    load_model,
+    open_job,
+    plot_latents,
+    record_settings,
+    resolve,
+    samples_by_symbol,
+    scores,
+    train_cfg,
+)
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT/"nbs"/"train_ptb.ipynb"
+NOTEBOOK = ROOT / "nbs" / "train_ptb.ipynb"
 NET = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4"
 TINY = f"{NET} batch=64 checkpoint_every=10"
 
@@ -35,19 +53,20 @@ def quiet(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sentences(): return [" ".join(ws) for ws in load_grammar_files()["train"][0][:400]]
+def sentences():
+    return [" ".join(ws) for ws in load_grammar_files()["train"][0][:400]]
 
 
 @pytest.fixture
 def own(tmp_path, sentences):
     "A user's file"
-    path = tmp_path/"my lines.txt"
-    path.write_text("\n".join(sentences)+"\n")
+    path = tmp_path / "my lines.txt"
+    path.write_text("\n".join(sentences) + "\n")
     return path
 
 
 def tiny(tmp_path, **kw):
-    kw = dict(settings=TINY, steps=12, n_samples=30, device="cpu", threads=1, out=str(tmp_path/"run")) | kw
+    kw = dict(settings=TINY, steps=12, n_samples=30, device="cpu", threads=1, out=str(tmp_path / "run")) | kw
     return TextJob(**{k: str(v) if isinstance(v, Path) else v for k, v in kw.items()})
 
 
@@ -56,134 +75,292 @@ def train(job):
     run, task, device = open_job(job)
     end = fit(task, run, train_cfg(task.s), job.seed, device)
     metrics, found = evaluate(task, job.seed)
-    return run, task, found, finish(run, task, job, metrics, found, end.seconds, end.samples/max(end.seconds, 1e-9))
+    return run, task, found, finish(run, task, job, metrics, found, end.seconds, end.samples / max(end.seconds, 1e-9))
 
 
 def papermill(*args, **env):
-    env = {**os.environ, "IN_TEST": "1", "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "agg",
-           "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **env}
-    return subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", "--log-output", str(NOTEBOOK), *map(str, args)],
-                          capture_output=True, text=True, env=env, timeout=300)
+    env = {
+        **os.environ,
+        "IN_TEST": "1",
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "MPLBACKEND": "agg",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **env,
+    }
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "--kernel",
+            "python3",
+            "--no-progress-bar",
+            "--log-output",
+            str(NOTEBOOK),
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+    )
 
 
-def values(record): return {k: (m["value"], m["interval"], m["n"]) for k, m in record["metrics"].items()}
+def values(record):
+    return {k: (m["value"], m["interval"], m["n"]) for k, m in record["metrics"].items()}
 
 
-def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # -- the command
 
+
 @pytest.mark.slow
 def test_notebook_from_command_to_record(tmp_path):
     "One command: executed notebook, model, record, samples and figures; the model alone gives the samples again; the command again changes nothing"
-    out, results = tmp_path/"run", tmp_path/"results"
+    out, results = tmp_path / "run", tmp_path / "results"
     out.mkdir()
-    command = [out/"train_ptb.ipynb", "-p", "settings", f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20", "-p", "steps", 36, "-p", "n_samples", 40, "-p", "out", out, "-p", "results", results,
-               "-p", "device", "cpu", "-p", "threads", 1, "-p", "seed", 3]
+    command = [
+        out / "train_ptb.ipynb",
+        "-p",
+        "settings",
+        f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20",
+        "-p",
+        "steps",
+        36,
+        "-p",
+        "n_samples",
+        40,
+        "-p",
+        "out",
+        out,
+        "-p",
+        "results",
+        results,
+        "-p",
+        "device",
+        "cpu",
+        "-p",
+        "threads",
+        1,
+        "-p",
+        "seed",
+        3,
+    ]
     res = papermill(*command)
-    assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
-    assert f"run folder: {out}" in res.stdout+res.stderr
+    assert res.returncode == 0, res.stdout[-3000:] + res.stderr[-3000:]
+    assert f"run folder: {out}" in res.stdout + res.stderr
     made = set(files(out))
-    assert made == {"train_ptb.ipynb", "model.safetensors", "config.json", "result.json", "samples.txt", "reconstructions.txt", "settings.json", "corpus.json", "log.jsonl",
-                    "checkpoint.safetensors", "figures/curves.png", "figures/latents.png", "figures/energy.png", "score/prior-hole.json", "score/sampler.json", "energies/settings.json", "energies/log.jsonl", "energies/checkpoint.safetensors"}
-    assert all((out/"figures"/f"{k}.png").read_bytes().startswith(b"\x89PNG") for k in ("curves", "latents", "energy"))
-    cells = [c for c in json.loads((out/"train_ptb.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    assert made == {
+        "train_ptb.ipynb",
+        "model.safetensors",
+        "config.json",
+        "result.json",
+        "samples.txt",
+        "reconstructions.txt",
+        "settings.json",
+        "corpus.json",
+        "log.jsonl",
+        "checkpoint.safetensors",
+        "figures/curves.png",
+        "figures/latents.png",
+        "figures/energy.png",
+        "score/prior-hole.json",
+        "score/sampler.json",
+        "energies/settings.json",
+        "energies/log.jsonl",
+        "energies/checkpoint.safetensors",
+    }
+    assert all(
+        (out / "figures" / f"{k}.png").read_bytes().startswith(b"\x89PNG") for k in ("curves", "latents", "energy")
+    )
+    cells = [c for c in json.loads((out / "train_ptb.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     assert all(c["execution_count"] for c in cells if "".join(c["source"]).strip())
     assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
-    record = json.loads((out/"result.json").read_text())
-    assert [(r["row"], r["corpus"], r["preset"], r["objective"], r["seed"]) for r in load_results(results)] == [("ldebm", "grammar", "quick", "consistent", 3)]
-    assert [p.name for p in results.iterdir()] == ["ldebm-grammar-quick-consistent-s3.json"] and load_results(results) == [record]
-    assert {"bleu", "wkl", "recon_nll", "kl", "neg_elbo", "mi", "distinct_2", "grammatical", "exact_nll", "memorised", "ami_topic", "homogeneity_topic"} <= set(record["metrics"])
-    assert record["settings"]["steps"] == 36 and record["provenance"]["minutes"] > 0 and record["provenance"]["throughput"] > 0
-    samples = (out/"samples.txt").read_text()
+    record = json.loads((out / "result.json").read_text())
+    assert [(r["row"], r["corpus"], r["preset"], r["objective"], r["seed"]) for r in load_results(results)] == [
+        ("ldebm", "grammar", "quick", "consistent", 3)
+    ]
+    assert [p.name for p in results.iterdir()] == ["ldebm-grammar-quick-consistent-s3.json"] and load_results(
+        results
+    ) == [record]
+    assert {
+        "bleu",
+        "wkl",
+        "recon_nll",
+        "kl",
+        "neg_elbo",
+        "mi",
+        "distinct_2",
+        "grammatical",
+        "exact_nll",
+        "memorised",
+        "ami_topic",
+        "homogeneity_topic",
+    } <= set(record["metrics"])
+    assert (
+        record["settings"]["steps"] == 36
+        and record["provenance"]["minutes"] > 0
+        and record["provenance"]["throughput"] > 0
+    )
+    samples = (out / "samples.txt").read_text()
     assert samples.count("\n") == 40
 
     # the model of the folder, in another process, is the model that was evaluated
-    job = TextJob(settings=f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20", steps=36, n_samples=40, seed=3, device="cpu", threads=1)
+    job = TextJob(
+        settings=f"{NET} batch=256 checkpoint_every=10 nll_draws=0 energy_steps=20",
+        steps=36,
+        n_samples=40,
+        seed=3,
+        device="cpu",
+        threads=1,
+    )
     task = TextTask(load_corpus("grammar", max_len=resolve(job).max_len), resolve(job), job.seed)
     task.model, vocab = load_model(out)
     assert not task.model.training and vocab.itos == task.corpus.vocab.itos
     metrics, found = evaluate(task, job.seed)
-    assert "".join(" ".join(x)+"\n" for x in found["samples"]) == samples
+    assert "".join(" ".join(x) + "\n" for x in found["samples"]) == samples
     again, first = values(dict(metrics=json.loads(json.dumps(metrics)))), values(record)
-    assert again == {k: first[k] for k in again} and {"prior_hole_auroc", "prior_hole_mmd", "long_auroc"} <= set(first)-set(again)
+    assert again == {k: first[k] for k in again} and {"prior_hole_auroc", "prior_hole_mmd", "long_auroc"} <= set(
+        first
+    ) - set(again)
     assert record["metrics"]["rppl"]["value"] is None and "fewer than the 100" in record["metrics"]["rppl"]["estimator"]
 
-    log, model = (out/"log.jsonl").read_text(), load_tensors(out/"model.safetensors")[0]
+    log, model = (out / "log.jsonl").read_text(), load_tensors(out / "model.safetensors")[0]
     res = papermill(*command)
-    assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-3000:]
-    assert set(files(out)) == made and (out/"log.jsonl").read_text() == log
-    again = load_tensors(out/"model.safetensors")[0]
+    assert res.returncode == 0, res.stdout[-3000:] + res.stderr[-3000:]
+    assert set(files(out)) == made and (out / "log.jsonl").read_text() == log
+    again = load_tensors(out / "model.safetensors")[0]
     assert again.keys() == model.keys() and all(torch.equal(again[k], model[k]) for k in model)
-    assert values(json.loads((out/"result.json").read_text())) == values(record) and (out/"samples.txt").read_text() == samples
+    assert (
+        values(json.loads((out / "result.json").read_text())) == values(record)
+        and (out / "samples.txt").read_text() == samples
+    )
 
 
 @pytest.mark.slow
 def test_unknown_parameter_stops_the_notebook(tmp_path):
     "papermill itself only warns"
-    res = papermill(tmp_path/"out.ipynb", "-p", "presett", "quick", "-p", "out", tmp_path/"run", "-p", "results", tmp_path/"results")
-    assert res.returncode != 0 and "unknown parameter 'presett' for TextJob: did you mean 'preset'?" in res.stdout+res.stderr
+    res = papermill(
+        tmp_path / "out.ipynb",
+        "-p",
+        "presett",
+        "quick",
+        "-p",
+        "out",
+        tmp_path / "run",
+        "-p",
+        "results",
+        tmp_path / "results",
+    )
+    assert (
+        res.returncode != 0
+        and "unknown parameter 'presett' for TextJob: did you mean 'preset'?" in res.stdout + res.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]
 
 
 def test_parameters_cell_is_the_job():
     "Names, types, defaults and order"
-    cell, = ("".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
+    (cell,) = (
+        "".join(c["source"])
+        for c in json.loads(NOTEBOOK.read_text())["cells"]
+        if "parameters" in c["metadata"].get("tags", [])
+    )
     body = ast.parse(cell).body
     got = [(n.target.id, n.annotation.id, ast.literal_eval(n.value)) for n in body]
-    assert got == [(f.name, f.type.__name__ if isinstance(f.type, type) else f.type, f.default) for f in dataclasses.fields(TextJob)]
+    assert got == [
+        (f.name, f.type.__name__ if isinstance(f.type, type) else f.type, f.default)
+        for f in dataclasses.fields(TextJob)
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,changed", [("train_ptb", "n_samples = 30"), ("train_zoo", "n_samples = 30"), ("train_toy2d", "density = 'pinwheel'"), ("train_digits", "rows = 'ldebm'"), ("train_images", "rows = 'ldebm'")])
+@pytest.mark.parametrize(
+    "name,changed",
+    [
+        ("train_ptb", "n_samples = 30"),
+        ("train_zoo", "n_samples = 30"),
+        ("train_toy2d", "density = 'pinwheel'"),
+        ("train_digits", "rows = 'ldebm'"),
+        ("train_images", "rows = 'ldebm'"),
+    ],
+)
 def test_cells_may_be_run_again(name, changed):
     "And with other parameters; a misspelt one is still found, whichever cell sets it"
-    res = subprocess.run([sys.executable, str(ROOT/"tests"/"again.py"), f"{name}.ipynb", changed, "sede = 1"], cwd=ROOT/"nbs", env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
-                         capture_output=True, text=True, timeout=300)
-    assert res.returncode == 0 and "again and again" in res.stdout, res.stdout[-2000:]+res.stderr[-2000:]
+    res = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "again.py"), f"{name}.ipynb", changed, "sede = 1"],
+        cwd=ROOT / "nbs",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert res.returncode == 0 and "again and again" in res.stdout, res.stdout[-2000:] + res.stderr[-2000:]
 
 
 # -- rows and corpora
 
-@pytest.mark.parametrize("row,objective", [("ldebm", "consistent"), ("ldebm", "published"), ("ldebm-no-gc", "consistent"), ("ldebm-no-gc", "published"),
-                                           ("vae", "consistent"), ("rnn-lm", "consistent")])
+
+@pytest.mark.parametrize(
+    "row,objective",
+    [
+        ("ldebm", "consistent"),
+        ("ldebm", "published"),
+        ("ldebm-no-gc", "consistent"),
+        ("ldebm-no-gc", "published"),
+        ("vae", "consistent"),
+        ("rnn-lm", "consistent"),
+    ],
+)
 def test_every_row_on_a_users_file(tmp_path, own, row, objective):
     text = "embed=16 hidden=16 batch=64 checkpoint_every=10"
-    settings = {"rnn-lm": text, "vae": text+" d=4"}.get(row, TINY)
+    settings = {"rnn-lm": text, "vae": text + " d=4"}.get(row, TINY)
     job = tiny(tmp_path, corpus=own, row=row, objective=objective, settings=settings)
     run, task, found, path = train(job)
-    assert path == run.file("result.json") and not (tmp_path/"results").exists(), "a copy without `results`"
+    assert path == run.file("result.json") and not (tmp_path / "results").exists(), "a copy without `results`"
     record = json.loads(path.read_text())
-    assert (record["row"], record["corpus"], record["objective"]) == (row, "my-lines", objective) and check_result(record)
+    assert (record["row"], record["corpus"], record["objective"]) == (row, "my-lines", objective) and check_result(
+        record
+    )
     m = set(record["metrics"])
     assert {"wkl", "distinct_2", "unique", "memorised", "mean_length"} <= m and "grammatical" not in m
     assert ({"bleu", "recon_nll", "kl_base", "active_units"} <= m) == (row != "rnn-lm")
-    assert ("mi" in m) == row.startswith("ldebm") and ("neg_elbo" in m) == (row != "rnn-lm" and objective == "consistent") and ("nll_valid" in m) == (row == "rnn-lm")
+    assert (
+        ("mi" in m) == row.startswith("ldebm")
+        and ("neg_elbo" in m) == (row != "rnn-lm" and objective == "consistent")
+        and ("nll_valid" in m) == (row == "rnn-lm")
+    )
     assert ("cls" in run.load()["progress"]["sums"]) == (row == "ldebm")
-    assert len((run.path/"samples.txt").read_text().splitlines()) == 30
+    assert len((run.path / "samples.txt").read_text().splitlines()) == 30
     model, vocab = load_model(run.path)
-    a, b = (sample_sentences(x, 10, gen=torch.Generator().manual_seed(0), temperature=1.) for x in (model, task.model))
+    a, b = (sample_sentences(x, 10, gen=torch.Generator().manual_seed(0), temperature=1.0) for x in (model, task.model))
     assert a == b and vocab.itos == task.corpus.vocab.itos
-    if row.startswith("ldebm"): assert [y for y, _ in samples_by_symbol(task, 2)] == list("00112233")
+    if row.startswith("ldebm"):
+        assert [y for y, _ in samples_by_symbol(task, 2)] == list("00112233")
 
 
 def test_a_changed_file_is_another_corpus(tmp_path, own):
     run, *_ = train(tiny(tmp_path, corpus=own))
     before = files(run.path)
-    own.write_text(own.read_text()+"one more line\n")
-    with pytest.raises(ValueError, match="other settings .corpus_sha256"): open_job(tiny(tmp_path, corpus=own))
+    own.write_text(own.read_text() + "one more line\n")
+    with pytest.raises(ValueError, match="other settings .corpus_sha256"):
+        open_job(tiny(tmp_path, corpus=own))
     assert files(run.path) == before
 
 
 def test_smallest_corpus(tmp_path, sentences):
     "Two sentences for the test are enough to finish, pictures included"
-    path = tmp_path/"few.txt"
-    path.write_text("\n".join(sentences[:40])+"\n")
+    path = tmp_path / "few.txt"
+    path.write_text("\n".join(sentences[:40]) + "\n")
     run, task, found, _ = train(tiny(tmp_path, corpus=path, settings=f"{NET} batch=8", steps=5))
     assert run.file("result.json").exists()
     plot_latents(found["means"], {"symbol": found["logits"].argmax(-1)})
     import matplotlib.pyplot as plt
+
     plt.close("all")
     assert len(interpolate(task.model, next(iter(batches(task.corpus["test"], 2))), 4)) == 4
 
@@ -191,36 +368,61 @@ def test_smallest_corpus(tmp_path, sentences):
 def test_a_file_is_never_taken_for_a_corpus_of_that_name(tmp_path, sentences, monkeypatch):
     "Not in records, and not by what scores samples of the grammar with the grammar"
     monkeypatch.chdir(tmp_path)
-    names = {"grammar": "file-grammar", "PTB": "file-PTB", "ptb.txt": "file-ptb", "digits.txt": "file-digits", "dailydialog.v2": "dailydialog.v2"}
-    for name in names: Path(name).write_text("\n".join(sentences[:40])+"\n")
+    names = {
+        "grammar": "file-grammar",
+        "PTB": "file-PTB",
+        "ptb.txt": "file-ptb",
+        "digits.txt": "file-digits",
+        "dailydialog.v2": "dailydialog.v2",
+    }
+    for name in names:
+        Path(name).write_text("\n".join(sentences[:40]) + "\n")
     got = {o: (corpus_name(TextJob(corpus=f"./{o}")), load_corpus(f"./{o}").name) for o in names}
-    assert {o: a for o, (a, _) in got.items()} == names and got["grammar"][1] == "file-grammar" and not {b for _, b in got.values()} & {*CORPORA}
+    assert (
+        {o: a for o, (a, _) in got.items()} == names
+        and got["grammar"][1] == "file-grammar"
+        and not {b for _, b in got.values()} & {*CORPORA}
+    )
     job = tiny(tmp_path, corpus="./grammar")
-    assert job_name(job) == "ldebm-file-grammar-quick-consistent-s0" and "corpus_sha256" in record_settings(job, resolve(job))
+    assert job_name(job) == "ldebm-file-grammar-quick-consistent-s0" and "corpus_sha256" in record_settings(
+        job, resolve(job)
+    )
 
 
 @pytest.mark.data
 def test_ptb_from_its_files(tmp_path, ldebm_data):
-    run, task, device = open_job(tiny(tmp_path, corpus="ptb", settings=f"{NET} batch=256", steps=2, objective="published"))
-    task.validate = lambda: dict(recon_nll=torch.tensor(1.))   # the whole set would take a while
+    run, task, device = open_job(
+        tiny(tmp_path, corpus="ptb", settings=f"{NET} batch=256", steps=2, objective="published")
+    )
+    task.validate = lambda: dict(recon_nll=torch.tensor(1.0))  # the whole set would take a while
     end = fit(task, run, train_cfg(task.s), 0, device)
     assert end.samples == 512 and len(task.corpus["test"]) == 3761 and run.settings["corpus"] == "ptb"
 
 
 # -- records
 
+
 def test_records_are_copied_when_asked_and_never_mixed(tmp_path, own):
-    results = tmp_path/"results"
+    results = tmp_path / "results"
     run, *_, path = train(tiny(tmp_path, corpus=own, results=results))
-    assert path == results/"ldebm-my-lines-quick-consistent-s0.json" and path.read_bytes() == run.file("result.json").read_bytes()
+    assert (
+        path == results / "ldebm-my-lines-quick-consistent-s0.json"
+        and path.read_bytes() == run.file("result.json").read_bytes()
+    )
     before = files(results)
-    other = tiny(tmp_path, corpus=own, results=results, settings=TINY+" w_mi=0.2", out=tmp_path/"other")
-    with pytest.raises(ValueError, match=r"already records a run with other settings \(w_mi: .* -> 0.2\); give this one a `variant`"): open_job(other)
-    assert files(results) == before and not (tmp_path/"other").exists(), "a clash is seen before the work"
+    other = tiny(tmp_path, corpus=own, results=results, settings=TINY + " w_mi=0.2", out=tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"already records a run with other settings \(w_mi: .* -> 0.2\); give this one a `variant`"
+    ):
+        open_job(other)
+    assert files(results) == before and not (tmp_path / "other").exists(), "a clash is seen before the work"
     run2, *_, path2 = train(dataclasses.replace(other, variant="mi"))
-    assert path2.name == "ldebm+mi-my-lines-quick-consistent-s0.json" and {k: v for k, v in files(results).items() if k in before} == before
+    assert (
+        path2.name == "ldebm+mi-my-lines-quick-consistent-s0.json"
+        and {k: v for k, v in files(results).items() if k in before} == before
+    )
     assert len(load_results(results)) == 2
-    again = train(tiny(tmp_path, corpus=own, results=results))[-1]   # the same settings replace their own record
+    again = train(tiny(tmp_path, corpus=own, results=results))[-1]  # the same settings replace their own record
     assert values(json.loads(again.read_text())) == values(json.loads(before[path.name]))
 
 
@@ -230,7 +432,8 @@ def test_folder_of_its_own_by_default(tmp_path, own):
 
 
 def test_model_of_an_unfinished_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json does not exist: .* is not the folder of a finished run"): load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="config.json does not exist: .* is not the folder of a finished run"):
+        load_model(tmp_path)
 
 
 # -- what stops a job before it starts
@@ -273,8 +476,11 @@ BAD = [
     (dict(settings="cluster_dims=0"), "cluster_dims must be at least 1"),
     (dict(seed=-1), "seed must not be negative, got -1"),
     (dict(steps=-5), "steps must be at least 1, got -5"),
-    (dict(settings="energy_steps=-1"), "energy_steps must not be negative"), (dict(settings="energy_batch=1"), "energy_batch must be at least 2"), (dict(settings="energy_lr=0"), "energy_lr positive"),
-    (dict(settings="energy_steps=5", objective="published"), "energy_steps would have no effect"), (dict(split="train"), "unknown split 'train'"),
+    (dict(settings="energy_steps=-1"), "energy_steps must not be negative"),
+    (dict(settings="energy_batch=1"), "energy_batch must be at least 2"),
+    (dict(settings="energy_lr=0"), "energy_lr positive"),
+    (dict(settings="energy_steps=5", objective="published"), "energy_steps would have no effect"),
+    (dict(split="train"), "unknown split 'train'"),
     (dict(n_samples=-1), "n_samples must be at least 2, got -1"),
     (dict(threads=-1), "threads must be 0 or more, got -1"),
     (dict(device="gpu"), "unknown device 'gpu'"),
@@ -286,94 +492,144 @@ BAD = [
 
 @pytest.mark.parametrize("change,wrong", BAD, ids=[" ".join(f"{k}={v}" for k, v in c.items()) for c, _ in BAD])
 def test_impossible_jobs_leave_nothing(tmp_path, change, wrong):
-    job = TextJob(**{**dict(device="cpu", out=str(tmp_path/"run")), **change})
-    with pytest.raises(ValueError, match=wrong): open_job(job)
+    job = TextJob(**{**dict(device="cpu", out=str(tmp_path / "run")), **change})
+    with pytest.raises(ValueError, match=wrong):
+        open_job(job)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=wrong): open_job(dataclasses.replace(job, out="", results=str(tmp_path/"results")))
+    with pytest.raises(ValueError, match=wrong):
+        open_job(dataclasses.replace(job, out="", results=str(tmp_path / "results")))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content,wrong", [
-    (b"", "mine.txt is empty"), (b"\x00\x01\x02"*100, "mine.txt is a binary file"), (b"\xff\xfe oh\n", "mine.txt is not UTF-8"),
-    (b"only one line here\n", "mine.txt has 1 sentence; at least 20 are needed"), (b"a few words\n"*19, "has 19 sentences"), (b"a few words\n"*39, "1 valid sentence.* at least 2 are needed: give 40"),
-    (b"a few words\n"*40, "36 training sentences, fewer than a batch of 64: lower batch"), (None, "no such file: .*mine.txt")])
+@pytest.mark.parametrize(
+    "content,wrong",
+    [
+        (b"", "mine.txt is empty"),
+        (b"\x00\x01\x02" * 100, "mine.txt is a binary file"),
+        (b"\xff\xfe oh\n", "mine.txt is not UTF-8"),
+        (b"only one line here\n", "mine.txt has 1 sentence; at least 20 are needed"),
+        (b"a few words\n" * 19, "has 19 sentences"),
+        (b"a few words\n" * 39, "1 valid sentence.* at least 2 are needed: give 40"),
+        (b"a few words\n" * 40, "36 training sentences, fewer than a batch of 64: lower batch"),
+        (None, "no such file: .*mine.txt"),
+    ],
+)
 def test_bad_files_leave_nothing(tmp_path, content, wrong):
-    path = tmp_path/"mine.txt"
-    if content is not None: path.write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=wrong): open_job(tiny(tmp_path, corpus=path, results=tmp_path/"results"))
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]*(content is not None)
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=wrong):
+        open_job(tiny(tmp_path, corpus=path, results=tmp_path / "results"))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"] * (content is not None)
 
 
 def test_fewer_sentences_than_symbols(tmp_path, sentences):
-    path = tmp_path/"few.txt"
-    path.write_text("\n".join(sentences[:40])+"\n")
-    with pytest.raises(ValueError, match=r"36 training sentences, fewer than the 40 symbols"): open_job(tiny(tmp_path, corpus=path, settings=f"{NET} batch=8 n_symbols=40".replace("n_symbols=4 ", "")))
-    assert not (tmp_path/"run").exists()
+    path = tmp_path / "few.txt"
+    path.write_text("\n".join(sentences[:40]) + "\n")
+    with pytest.raises(ValueError, match=r"36 training sentences, fewer than the 40 symbols"):
+        open_job(tiny(tmp_path, corpus=path, settings=f"{NET} batch=8 n_symbols=40".replace("n_symbols=4 ", "")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_and_altered_data(tmp_path, monkeypatch):
     "Says where it looked and how to get it; a file that is not the real one is named, with both checksums"
-    data = tmp_path/"data"
+    data = tmp_path / "data"
     data.mkdir()
     monkeypatch.setenv("LDEBM_DATA", str(data))
-    monkeypatch.setenv("LDEBM_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("LDEBM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LDEBM_DOWNLOAD", raising=False)
     for corpus in ("ptb", "dailydialog"):
-        with pytest.raises(FileNotFoundError, match=f"data set '{corpus}' not found. Looked in") as e: open_job(tiny(tmp_path, corpus=corpus))
-        assert str(data/corpus) in str(e.value) and "LDEBM_DATA" in str(e.value)
-    (data/"ptb").mkdir()
-    for k in ("train", "valid", "test"): (data/"ptb"/f"ptb.{k}.txt").write_text(" the <unk> said \n"*500)
-    with pytest.raises(ValueError, match=r"ptb\.train\.txt: wrong checksum"): open_job(tiny(tmp_path, corpus="ptb"))
+        with pytest.raises(FileNotFoundError, match=f"data set '{corpus}' not found. Looked in") as e:
+            open_job(tiny(tmp_path, corpus=corpus))
+        assert str(data / corpus) in str(e.value) and "LDEBM_DATA" in str(e.value)
+    (data / "ptb").mkdir()
+    for k in ("train", "valid", "test"):
+        (data / "ptb" / f"ptb.{k}.txt").write_text(" the <unk> said \n" * 500)
+    with pytest.raises(ValueError, match=r"ptb\.train\.txt: wrong checksum"):
+        open_job(tiny(tmp_path, corpus="ptb"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
 @pytest.mark.data
 def test_one_altered_byte_of_ptb(tmp_path, monkeypatch, ldebm_data):
-    data = tmp_path/"data"/"ptb"
+    data = tmp_path / "data" / "ptb"
     data.mkdir(parents=True)
-    for p in (ldebm_data/"ptb").glob("ptb.*.txt"): (data/p.name).write_bytes(p.read_bytes())
-    text = bytearray((data/"ptb.valid.txt").read_bytes())
+    for p in (ldebm_data / "ptb").glob("ptb.*.txt"):
+        (data / p.name).write_bytes(p.read_bytes())
+    text = bytearray((data / "ptb.valid.txt").read_bytes())
     text[1000] ^= 1
-    (data/"ptb.valid.txt").write_bytes(text)
+    (data / "ptb.valid.txt").write_bytes(text)
     monkeypatch.setenv("LDEBM_DATA", str(data.parent))
-    with pytest.raises(ValueError, match=r"ptb\.valid\.txt: wrong checksum"): open_job(tiny(tmp_path, corpus="ptb"))
-    assert not (tmp_path/"run").exists()
+    with pytest.raises(ValueError, match=r"ptb\.valid\.txt: wrong checksum"):
+        open_job(tiny(tmp_path, corpus="ptb"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_energies_alone(tmp_path):
     "They lower the latent's cost, leave encoder and decoder as they are, and a run that was stopped in the middle ends the same"
+
     def prepared(name):
-        job = tiny(tmp_path, settings=f"{NET} batch=64 checkpoint_every=10 energy_steps=60 energy_batch=64 energy_lr=.02 cls_start=0", out=tmp_path/name)
+        job = tiny(
+            tmp_path,
+            settings=f"{NET} batch=64 checkpoint_every=10 energy_steps=60 energy_batch=64 energy_lr=.02 cls_start=0",
+            out=tmp_path / name,
+        )
         run, task, device = open_job(job)
         fit(task, run, train_cfg(task.s), job.seed, device)
-        sides = 2.*torch.randint(2, (400, 1), generator=torch.Generator().manual_seed(0)) - 1
-        task.encode = lambda split: DiagGaussian(2*sides.expand(400, task.s.d), torch.full((400, task.s.d), -2.)) # latents that no Gaussian prior fits
+        sides = 2.0 * torch.randint(2, (400, 1), generator=torch.Generator().manual_seed(0)) - 1
+        task.encode = lambda split: DiagGaussian(
+            2 * sides.expand(400, task.s.d), torch.full((400, task.s.d), -2.0)
+        )  # latents that no Gaussian prior fits
         return job, run, task, device
+
     job, run, task, device = prepared("a")
     before, lines = {k: v.clone() for k, v in task.model.state_dict().items()}, []
     assert fit_energies(task, run, job.seed, device, lines.append) > 0
     after = task.model.state_dict()
-    assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("prior.")) and not torch.equal(after["prior.energy.head.weight"], before["prior.energy.head.weight"])
-    assert len(lines) == 4 and lines[-1]["step"] == 60 and lines[-1]["kl"] < .9*lines[0]["kl_base"] == .9*lines[-1]["kl_base"]
+    assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("prior.")) and not torch.equal(
+        after["prior.energy.head.weight"], before["prior.energy.head.weight"]
+    )
+    assert (
+        len(lines) == 4
+        and lines[-1]["step"] == 60
+        and lines[-1]["kl"] < 0.9 * lines[0]["kl_base"] == 0.9 * lines[-1]["kl_base"]
+    )
 
     job, run, task, device = prepared("b")
-    class Stop(Exception): pass
+
+    class Stop(Exception):
+        pass
+
     def stop(line):
-        if line["step"] == 30: raise Stop
-    with pytest.raises(Stop): fit_energies(task, run, job.seed, device, stop)
+        if line["step"] == 30:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit_energies(task, run, job.seed, device, stop)
     job, run, task, device = prepared("b")
     fit_energies(task, run, job.seed, device)
     assert all(torch.equal(v, after[k]) for k, v in task.model.state_dict().items())
 
-    quiet = tiny(tmp_path, settings=f"{NET} batch=64 energy_steps=0", out=tmp_path/"c")
+    quiet = tiny(tmp_path, settings=f"{NET} batch=64 energy_steps=0", out=tmp_path / "c")
     run, task, device = open_job(quiet)
-    assert fit_energies(task, run, 0, device) == 0 and not (run.path/"energies").exists()
+    assert fit_energies(task, run, 0, device) == 0 and not (run.path / "energies").exists()
 
 
 def test_a_terminal_says_when_a_likelihood_is_not_valid(tmp_path):
     def show(estimator):
-        m = dict(nll_valid=dict(value=161.13, interval=[125., 197.1], n=15, estimator=estimator), rppl=dict(value=None, interval=None, n=15, estimator="too few"), bleu=dict(value=5., interval=None, n=15, estimator=""))
-        (tmp_path/"result.json").write_text(json.dumps(dict(metrics=m)))
+        m = dict(
+            nll_valid=dict(value=161.13, interval=[125.0, 197.1], n=15, estimator=estimator),
+            rppl=dict(value=None, interval=None, n=15, estimator="too few"),
+            bleu=dict(value=5.0, interval=None, n=15, estimator=""),
+        )
+        (tmp_path / "result.json").write_text(json.dumps(dict(metrics=m)))
         return [" ".join(line.split()) for line in scores(tmp_path).splitlines()]
-    assert show("upper bound; valid: largest mean gap of a level 0.02 nats") == ["nll_valid 161.1 (125 to 197.1)", "bleu 5"]
-    assert show("upper bound; NOT valid: largest mean gap of a level 0.2 nats") == ["nll_valid 161.1 (125 to 197.1) not valid, see nll_gap in result.json", "bleu 5"]
+
+    assert show("upper bound; valid: largest mean gap of a level 0.02 nats") == [
+        "nll_valid 161.1 (125 to 197.1)",
+        "bleu 5",
+    ]
+    assert show("upper bound; NOT valid: largest mean gap of a level 0.2 nats") == [
+        "nll_valid 161.1 (125 to 197.1) not valid, see nll_gap in result.json",
+        "bleu 5",
+    ]

@@ -1,4 +1,5 @@
 "The repository itself: what is generated is in step, what is stated is true, the commands that are written down work"
+
 import ast
 import json
 import os
@@ -12,25 +13,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
-MODULES = sorted(p.stem for p in (ROOT/"ldebm").glob("[a-z]*.py"))
-LOCKS = sorted((ROOT/"requirements").glob("lock-py*.txt"))
+MODULES = sorted(p.stem for p in (ROOT / "ldebm").glob("[a-z]*.py"))
+LOCKS = sorted((ROOT / "requirements").glob("lock-py*.txt"))
 
 
 # A make that runs these tests must not pass its own settings to the makes they run
 ENV = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
 
 
-def name(p): return p.name
-def text(x): return x if isinstance(x, str) else "".join(x)
-def cells(p): return json.loads(p.read_text(encoding="utf-8"))["cells"]
-def outputs(p): return [o for c in cells(p) for o in c.get("outputs", [])]
+def name(p):
+    return p.name
+
+
+def text(x):
+    return x if isinstance(x, str) else "".join(x)
+
+
+def cells(p):
+    return json.loads(p.read_text(encoding="utf-8"))["cells"]
+
+
+def outputs(p):
+    return [o for c in cells(p) for o in c.get("outputs", [])]
 
 
 def settings():
     cfg = ConfigParser(delimiters=["="], interpolation=None)
-    cfg.read(ROOT/"settings.ini", encoding="utf-8")
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
     return cfg["DEFAULT"]
 
 
@@ -44,61 +55,97 @@ def words(p):
             yield from (text(v) for k, v in o.get("data", {}).items() if k.startswith("text/"))
 
 
-def targets(): return set(re.findall(r"^([a-z0-9-]+):", (ROOT/"Makefile").read_text(encoding="utf-8"), flags=re.M))
+def targets():
+    return set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
 
 
-def code_parts(md): return re.findall(r"```(?:sh|bash|console)\n(.*?)```", md, flags=re.S) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", md)
+def code_parts(md):
+    return re.findall(r"```(?:sh|bash|console)\n(.*?)```", md, flags=re.S) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", md)
 
 
 # -- generated files --------------------------------------------------------------------------------------------------
 
+
 def test_readme_in_step():
     from ldebm.docs import readme
+
     want, images = readme(ROOT)
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == want, "README.md is out of step with nbs/index.ipynb: make prepare"
-    for path, data in images.items(): assert (ROOT/path).read_bytes() == data, f"{path} is out of step: make prepare"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == want, (
+        "README.md is out of step with nbs/index.ipynb: make prepare"
+    )
+    for path, data in images.items():
+        assert (ROOT / path).read_bytes() == data, f"{path} is out of step: make prepare"
 
 
 @pytest.mark.parametrize("page", ["index", "results"])
 def test_tables_show_the_records(page, monkeypatch):
     "What a page of results was last executed to is what its cells make of the records that lie there"
-    if subprocess.run(["git", "status", "--porcelain", "results"], cwd=ROOT, capture_output=True, text=True).stdout: pytest.skip("results/ holds records that are not committed")
-    monkeypatch.chdir(ROOT/"nbs"); monkeypatch.setenv("MPLBACKEND", "agg")
+    if subprocess.run(["git", "status", "--porcelain", "results"], cwd=ROOT, capture_output=True, text=True).stdout:
+        pytest.skip("results/ holds records that are not committed")
+    monkeypatch.chdir(ROOT / "nbs")
+    monkeypatch.setenv("MPLBACKEND", "agg")
     names, seen = {}, 0
-    for c in cells(ROOT/"nbs"/f"{page}.ipynb"):
-        if c["cell_type"] != "code": continue
+    for c in cells(ROOT / "nbs" / f"{page}.ipynb"):
+        if c["cell_type"] != "code":
+            continue
         tree, made = ast.parse(text(c["source"])), None
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, page, "exec"), names)
-        if last is not None: made = eval(compile(ast.Expression(last.value), page, "eval"), names)
+        if last is not None:
+            made = eval(compile(ast.Expression(last.value), page, "eval"), names)
         for o in c["outputs"]:
-            if "text/markdown" not in o.get("data", {}): continue
-            assert text(o["data"]["text/markdown"]) == made.data, f"nbs/{page}.ipynb is out of step with results/: execute it\n{text(c['source'])}"
+            if "text/markdown" not in o.get("data", {}):
+                continue
+            assert text(o["data"]["text/markdown"]) == made.data, (
+                f"nbs/{page}.ipynb is out of step with results/: execute it\n{text(c['source'])}"
+            )
             seen += 1
     assert seen >= 4
 
 
 def test_readme_links_lead_somewhere():
-    md = re.sub(r"```.*?```", "", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.S)
+    md = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
     for url in re.findall(r"\]\(([^()\s#]+)[^()]*\)", md):
-        if not re.match(r"[a-z]+:", url): assert (ROOT/url).exists(), f"README.md links to {url}, which is not there"
+        if not re.match(r"[a-z]+:", url):
+            assert (ROOT / url).exists(), f"README.md links to {url}, which is not there"
 
 
 @pytest.mark.slow
 def test_contributing_commands(tmp_path):
     "The three commands of CONTRIBUTING.md run as written, in a copy, and leave a tree that was in step as it was"
-    md = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    md = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     commands = [c for block in re.findall(r"```sh\n(.*?)```", md, flags=re.S) for c in block.splitlines()]
     assert len(commands) == 3
-    copy = tmp_path/"ldebm"
-    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "_build", "_proc", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", ".ipynb_checkpoints")
+    copy = tmp_path / "ldebm"
+    ignore = shutil.ignore_patterns(
+        ".git",
+        ".venv",
+        "runs",
+        "_build",
+        "_proc",
+        "__pycache__",
+        ".*_cache",
+        ".hypothesis",
+        "*.egg-info",
+        ".ipynb_checkpoints",
+    )
     shutil.copytree(ROOT, copy, ignore=ignore)
-    def state(): return {str(p.relative_to(copy)): p.read_bytes() for d in ("nbs", "ldebm") for p in (copy/d).glob("*.*")} \
-        | {"README.md": (copy/"README.md").read_bytes()}
+
+    def state():
+        return {str(p.relative_to(copy)): p.read_bytes() for d in ("nbs", "ldebm") for p in (copy / d).glob("*.*")} | {
+            "README.md": (copy / "README.md").read_bytes()
+        }
+
     before = state()
     # this environment instead of a new one, one notebook and one test instead of all
-    env = {**ENV, "NO_VENV": "1", "PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENV['PATH']}",
-           "NBDEV_ARGS": "--path nbs/90_docs.ipynb", "PYTEST_ARGS": "tests/test_repo.py -k changelog_and"}
+    env = {
+        **ENV,
+        "NO_VENV": "1",
+        "PYTHONPATH": str(copy),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENV['PATH']}",
+        "NBDEV_ARGS": "--path nbs/90_docs.ipynb",
+        "PYTEST_ARGS": "tests/test_repo.py -k changelog_and",
+    }
     for c in commands:
         res = subprocess.run(["bash", "-c", c], cwd=copy, env=env, capture_output=True, text=True)
         assert res.returncode == 0, f"{c}: {res.stdout[-2000:]}{res.stderr[-2000:]}"
@@ -110,7 +157,7 @@ def test_contributing_commands(tmp_path):
 
 @pytest.mark.parametrize("doc", ["CONTRIBUTING.md", "README.md", "CHANGELOG.md"])
 def test_commands_name_targets(doc):
-    md = (ROOT/doc).read_text(encoding="utf-8")
+    md = (ROOT / doc).read_text(encoding="utf-8")
     used = {t for part in code_parts(md) for t in re.findall(r"\bmake +([a-z][a-z0-9-]*)", part)}
     assert used or doc == "CHANGELOG.md"
     assert used <= targets(), f"{doc} names targets that the Makefile does not have: {sorted(used - targets())}"
@@ -118,16 +165,19 @@ def test_commands_name_targets(doc):
 
 # -- notebooks --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
 def test_notebook_clean(nb):
     for part in words(nb):
         m = re.search(r"(?<![\w.~:/])/(?:root|home|work|tmp|Users)/\w+", part)
-        assert not m, f"an absolute path: ...{part[max(0, m.start()-60):m.end()+60]}..."
+        assert not m, f"an absolute path: ...{part[max(0, m.start() - 60) : m.end() + 60]}..."
     for o in outputs(nb):
         assert o["output_type"] != "error", f"an error in the outputs: {o.get('evalue')}"
         assert not any("widget" in k for k in o.get("data", {})), "a widget in the outputs"
         seen = text(o.get("text", "")) + "".join(text(v) for k, v in o.get("data", {}).items() if k.startswith("text/"))
-        assert not re.search(r"\r(?!\n)|\d%\|[ #█▏▎▍▌▋▊▉]|\d(?:it/s|s/it)\b|\x1b\[", seen), f"progress debris in the outputs: {seen[:200]!r}"
+        assert not re.search(r"\r(?!\n)|\d%\|[ #█▏▎▍▌▋▊▉]|\d(?:it/s|s/it)\b|\x1b\[", seen), (
+            f"progress debris in the outputs: {seen[:200]!r}"
+        )
 
 
 @pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
@@ -139,15 +189,17 @@ def test_notebook_size(nb):
 @pytest.mark.parametrize("nb", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=name)
 def test_component_notebook(nb):
     from ldebm.docs import page_name
+
     src = [text(c["source"]) for c in cells(nb)]
     exp = [m[1] for s in src for m in re.finditer(r"^#\|\s*default_exp\s+(\S+)", s, flags=re.M)]
     assert exp == [page_name(nb)], "the module is named like the notebook, without its number"
-    assert (ROOT/"ldebm"/f"{exp[0]}.py").exists()
+    assert (ROOT / "ldebm" / f"{exp[0]}.py").exists()
     assert outputs(nb), "committed without outputs: execute it"
     assert re.match(r"# .+\n> .+", src[0]), "the first cell is a title and one line that begins with >"
 
 
-def test_jobs_exist(): assert {p.name for p in JOBS} >= {"train_ptb.ipynb", "train_toy2d.ipynb"}
+def test_jobs_exist():
+    assert {p.name for p in JOBS} >= {"train_ptb.ipynb", "train_toy2d.ipynb"}
 
 
 @pytest.mark.parametrize("nb", JOBS, ids=name)
@@ -156,13 +208,19 @@ def test_job_parameters(nb):
     tagged = [text(c["source"]) for c in cells(nb) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
     body = ast.parse(tagged[0]).body
-    assert body and all(isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, ast.UnaryOp)) for n in body), "annotated scalars only"
+    assert body and all(
+        isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, ast.UnaryOp)) for n in body
+    ), "annotated scalars only"
     lines = tagged[0].splitlines()
-    bare = [n.target.id for n in body if "#" not in lines[n.lineno-1]]
+    bare = [n.target.id for n in body if "#" not in lines[n.lineno - 1]]
     assert not bare, f"parameters without a comment: {bare}"
-    res = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(nb)], capture_output=True, text=True, cwd=ROOT)
+    res = subprocess.run(
+        [sys.executable, "-m", "papermill", "--help-notebook", str(nb)], capture_output=True, text=True, cwd=ROOT
+    )
     missing = [n.target.id for n in body if not re.search(rf"^\s+{n.target.id}: ", res.stdout, flags=re.M)]
-    assert res.returncode == 0 and not missing, f"papermill --help-notebook does not list {missing}: {res.stdout}{res.stderr}"
+    assert res.returncode == 0 and not missing, (
+        f"papermill --help-notebook does not list {missing}: {res.stdout}{res.stderr}"
+    )
 
 
 @pytest.mark.parametrize("nb", JOBS, ids=name)
@@ -173,8 +231,9 @@ def test_job_defines_nothing(nb):
 
 # -- the package ------------------------------------------------------------------------------------------------------
 
+
 def import_alone(*modules):
-    cmd = [sys.executable, str(ROOT/"tests"/"import_alone.py"), *modules]
+    cmd = [sys.executable, str(ROOT / "tests" / "import_alone.py"), *modules]
     return subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
@@ -189,40 +248,54 @@ def test_hidden_packages_are_hidden():
     "The test above can fail: a module that needs matplotlib does, and the others are still tried"
     res = import_alone("matplotlib.pyplot", "ldebm.core", "ldebm.nowhere")
     assert res.returncode == 2 and res.stdout == "ok ldebm.core\n"
-    assert "matplotlib.pyplot:" in res.stderr and "hidden" in res.stderr and "No module named 'ldebm.nowhere'" in res.stderr
+    assert (
+        "matplotlib.pyplot:" in res.stderr
+        and "hidden" in res.stderr
+        and "No module named 'ldebm.nowhere'" in res.stderr
+    )
 
 
 def test_modules_have_notebooks():
     from ldebm.docs import page_name
+
     assert set(MODULES) <= {page_name(p) for p in NOTEBOOKS}
 
 
 # -- statements -------------------------------------------------------------------------------------------------------
 
+
 def test_changelog_and_versions():
     import ldebm
+
     version = settings()["version"]
-    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT/"CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
     assert ldebm.__version__ == version
-    assert f"\nversion: {version}\n" in (ROOT/"CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_licence():
     assert settings()["license"] == "apache2"
-    licence = (ROOT/"LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in licence and "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
-    for f in ("CITATION.cff", "CONTRIBUTING.md", "setup.py"): assert "Apache-2.0" in (ROOT/f).read_text(encoding="utf-8"), f
-    assert re.search(r"Apache[- ]2\.0|Apache License", (ROOT/"README.md").read_text(encoding="utf-8"))
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert (
+        "Apache License" in licence
+        and "Version 2.0, January 2004" in licence
+        and "END OF TERMS AND CONDITIONS" in licence
+    )
+    for f in ("CITATION.cff", "CONTRIBUTING.md", "setup.py"):
+        assert "Apache-2.0" in (ROOT / f).read_text(encoding="utf-8"), f
+    assert re.search(r"Apache[- ]2\.0|Apache License", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 def test_citation():
     import yaml
-    cff = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8"))
+
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cff["cff-version"] == "1.2.0" and cff["type"] == "software" and cff["authors"] and cff["message"]
     assert [(r["year"], len(r["authors"])) for r in cff["references"]] == [(2022, 9), (2024, 2)]
 
 
-def test_locks_cover_pythons(): assert [p.name for p in LOCKS] == [f"lock-py{v}.txt" for v in (310, 311, 312)]
+def test_locks_cover_pythons():
+    assert [p.name for p in LOCKS] == [f"lock-py{v}.txt" for v in (310, 311, 312)]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=name)
@@ -230,13 +303,22 @@ def test_lock(lock):
     "Exact pins and nothing else, which satisfy every requirement in settings.ini"
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
+
     lines = [s for s in lock.read_text(encoding="utf-8").splitlines() if s and not s.startswith("#")]
     bad = [s for s in lines if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*==[0-9][0-9a-z.]*", s)]
     assert not bad, f"not a plain pin: {bad}"
     pins = dict(s.split("==") for s in lines)
     assert not [n for n in pins if re.match(r"nvidia-|cuda-|triton", n)], "torch finds its accelerator libraries itself"
     cfg = settings()
-    for r in (cfg["requirements"] + " " + cfg["dev_requirements"] + " " + cfg["text_requirements"] + " " + cfg["plot_requirements"]).split():
+    for r in (
+        cfg["requirements"]
+        + " "
+        + cfg["dev_requirements"]
+        + " "
+        + cfg["text_requirements"]
+        + " "
+        + cfg["plot_requirements"]
+    ).split():
         r = Requirement(r)
         version = pins.get(canonicalize_name(r.name))
         assert version and r.specifier.contains(version), f"{r} is not met by {version}"
@@ -244,16 +326,28 @@ def test_lock(lock):
 
 
 def test_no_machine_paths_in_files():
-    for f in ("Makefile", ".ci/run", "setup.py", "settings.ini", "pyproject.toml", "CONTRIBUTING.md", "README.md", "docs/conf.py"):
-        m = re.search(r"(?<![\w.~:/$}])/(?:root|home|work|Users)/\w+", (ROOT/f).read_text(encoding="utf-8"))
+    for f in (
+        "Makefile",
+        ".ci/run",
+        "setup.py",
+        "settings.ini",
+        "pyproject.toml",
+        "CONTRIBUTING.md",
+        "README.md",
+        "docs/conf.py",
+    ):
+        m = re.search(r"(?<![\w.~:/$}])/(?:root|home|work|Users)/\w+", (ROOT / f).read_text(encoding="utf-8"))
         assert not m, f"{f} names {m.group(0)}"
 
 
 # -- make and the site --------------------------------------------------------------------------------------------------
 
+
 def test_make_says_what_python_it_needs(tmp_path):
-    res = subprocess.run(["make", "venv", "PYTHON=python9.9", f"VENV={tmp_path}/v"], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert res.returncode != 0 and "3.10, 3.11 or 3.12" in res.stderr and not (tmp_path/"v").exists()
+    res = subprocess.run(
+        ["make", "venv", "PYTHON=python9.9", f"VENV={tmp_path}/v"], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
+    assert res.returncode != 0 and "3.10, 3.11 or 3.12" in res.stderr and not (tmp_path / "v").exists()
 
 
 def test_help_lists_targets():
@@ -263,42 +357,96 @@ def test_help_lists_targets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell,ok", [("See [the other](02_other.ipynb#there) and $x_t$.", True), ("See [nothing](03_none.ipynb).", False),
-                                     ("See [the other](02_other.ipynb#nowhere).", False), (r"A formula $\nosuchcommand{x}$.", False)])
+@pytest.mark.parametrize(
+    "cell,ok",
+    [
+        ("See [the other](02_other.ipynb#there) and $x_t$.", True),
+        ("See [nothing](03_none.ipynb).", False),
+        ("See [the other](02_other.ipynb#nowhere).", False),
+        (r"A formula $\nosuchcommand{x}$.", False),
+    ],
+)
 def test_dead_link_fails_the_build(tmp_path, cell, ok):
     from ldebm.docs import remote_parts, write_pages
-    for d in ("nbs", "proc", "ldebm"): (tmp_path/d).mkdir()
-    def md(s, kind="markdown"): return dict(cell_type=kind, metadata={}, source=s)
+
+    for d in ("nbs", "proc", "ldebm"):
+        (tmp_path / d).mkdir()
+
+    def md(s, kind="markdown"):
+        return dict(cell_type=kind, metadata={}, source=s)
+
     for n, body in (("index", "Front"), ("01_one", cell), ("02_other", "## There\n\nText")):
-        (tmp_path/"nbs"/f"{n}.ipynb").write_text(json.dumps(dict(cells=[md(f"# {n}"), md(body)])))
-        (tmp_path/"proc"/f"{n}.ipynb").write_text(json.dumps(dict(cells=[md(f"---\ntitle: {n}\n---", "raw"), md(body)])))
-    write_pages(tmp_path/"proc", tmp_path/"nbs", tmp_path/"pages", tmp_path)
-    cmd = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", str(ROOT/"docs"), str(tmp_path/"pages"), str(tmp_path/"html")]
+        (tmp_path / "nbs" / f"{n}.ipynb").write_text(json.dumps(dict(cells=[md(f"# {n}"), md(body)])))
+        (tmp_path / "proc" / f"{n}.ipynb").write_text(
+            json.dumps(dict(cells=[md(f"---\ntitle: {n}\n---", "raw"), md(body)]))
+        )
+    write_pages(tmp_path / "proc", tmp_path / "nbs", tmp_path / "pages", tmp_path)
+    cmd = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "-c",
+        str(ROOT / "docs"),
+        str(tmp_path / "pages"),
+        str(tmp_path / "html"),
+    ]
     res = subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (res.returncode == 0) == ok, res.stderr
-    if ok: assert "<math" in (tmp_path/"html"/"one.html").read_text() and remote_parts(tmp_path/"html") == []
+    if ok:
+        assert "<math" in (tmp_path / "html" / "one.html").read_text() and remote_parts(tmp_path / "html") == []
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT/"README.md", ROOT/"CHANGELOG.md"], ids=name)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name)
 def test_no_placeholder(path):
     "No word that was to be replaced is left on a page"
-    prose = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(text(c["source"]) for c in cells(path))
+    prose = (
+        path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(text(c["source"]) for c in cells(path))
+    )
     assert not re.search(r"\b(DISCUSSION|TODO|TBD|FIXME|XXX|lorem ipsum)\b", prose)
 
 
 def test_a_run_that_is_refused_leaves_a_finished_notebook_alone(tmp_path):
     "`make train` with a stand-in for papermill"
-    run = tmp_path/"a run"
-    (tmp_path/"stand-in").write_text('#!/bin/bash\necho "$PASS" > "$2"; [ "$PASS" != refused ]\n'); (tmp_path/"stand-in").chmod(0o755)
-    run.mkdir(); (run/"result.json").write_text(json.dumps(dict(metrics=dict(bleu=dict(value=12.345, interval=[11, 13.5]), kl=dict(value=1., interval=None)))))
+    run = tmp_path / "a run"
+    (tmp_path / "stand-in").write_text('#!/bin/bash\necho "$PASS" > "$2"; [ "$PASS" != refused ]\n')
+    (tmp_path / "stand-in").chmod(0o755)
+    run.mkdir()
+    (run / "result.json").write_text(
+        json.dumps(dict(metrics=dict(bleu=dict(value=12.345, interval=[11, 13.5]), kl=dict(value=1.0, interval=None))))
+    )
+
     def make(which):
-        return subprocess.run(["make", "train", "NO_VENV=1", f"PAPERMILL={tmp_path}/stand-in", f"RUN={run}"], cwd=ROOT, env={**ENV, "PASS": which}, capture_output=True, text=True)
-    names = lambda: sorted(p.name for p in run.glob("*.ipynb"))
+        return subprocess.run(
+            ["make", "train", "NO_VENV=1", f"PAPERMILL={tmp_path}/stand-in", f"RUN={run}"],
+            cwd=ROOT,
+            env={**ENV, "PASS": which},
+            capture_output=True,
+            text=True,
+        )
+
+    def names():
+        return sorted(p.name for p in run.glob("*.ipynb"))
+
     res = make("first")
-    assert res.returncode == 0 and names() == ["train_ptb.ipynb"] and re.search(r"bleu +12\.3\S* +\(11 to 13\.5\)", res.stdout) and "kl" not in res.stdout, res.stdout+res.stderr
+    assert (
+        res.returncode == 0
+        and names() == ["train_ptb.ipynb"]
+        and re.search(r"bleu +12\.3\S* +\(11 to 13\.5\)", res.stdout)
+        and "kl" not in res.stdout
+    ), res.stdout + res.stderr
     res = make("refused")
-    assert res.returncode != 0 and names() == ["train_ptb.ipynb", "train_ptb.stopped.ipynb"] and (run/"train_ptb.ipynb").read_text() == "first\n"
+    assert (
+        res.returncode != 0
+        and names() == ["train_ptb.ipynb", "train_ptb.stopped.ipynb"]
+        and (run / "train_ptb.ipynb").read_text() == "first\n"
+    )
     assert "train_ptb.stopped.ipynb shows where" in res.stderr and "goes on from its checkpoint" not in res.stderr
-    (run/"checkpoint.safetensors").touch()
+    (run / "checkpoint.safetensors").touch()
     assert "the command that trained it goes on from its checkpoint" in make("refused").stderr
-    assert make("again").returncode == 0 and names() == ["train_ptb.ipynb"] and (run/"train_ptb.ipynb").read_text() == "again\n"
+    assert (
+        make("again").returncode == 0
+        and names() == ["train_ptb.ipynb"]
+        and (run / "train_ptb.ipynb").read_text() == "again\n"
+    )

@@ -1,4 +1,5 @@
 "Sweeps: what fails takes no other run with it, what is stopped or killed leaves nothing behind and goes on, and what cannot work never starts"
+
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
 from ldebm import sweep as module
 from ldebm.sweep import SweepJob, check_cluster, claim, locked, run_one, sweep, sweep_status
-from nbformat.v4 import new_code_cell, new_notebook
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="locks and signals are POSIX")
 
@@ -39,7 +41,10 @@ END = "(here/'result.json').write_text('{}'); note('end')"
 def write(path, *cells):
     cells = [new_code_cell(c) for c in cells]
     cells[0].metadata["tags"] = ["parameters"]
-    spec = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python"}}
+    spec = {
+        "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},
+        "language_info": {"name": "python"},
+    }
     nbformat.write(new_notebook(cells=cells, metadata=spec), path)
     return str(path)
 
@@ -49,15 +54,18 @@ def quiet(monkeypatch, deadline):
     "No progress bars, one thread, and an end to waiting"
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with deadline(300, "the sweep does not end"): yield
+    with deadline(300, "the sweep does not end"):
+        yield
 
 
 @pytest.fixture
 def make(tmp_path):
-    notebook = write(tmp_path/"tiny.ipynb", PARAMETERS, WORK, END)
+    notebook = write(tmp_path / "tiny.ipynb", PARAMETERS, WORK, END)
+
     def job(x, **kw):
-        out = tmp_path/"runs"/str(x)
+        out = tmp_path / "runs" / str(x)
         return SweepJob(f"x={x}", notebook, str(out), {"x": x, "out": str(out), **kw})
+
     return job
 
 
@@ -65,90 +73,141 @@ def make(tmp_path):
 def cluster():
     "A scheduler that was there before: two workers, one of which declares what it has"
     from distributed import Nanny, Scheduler, SpecCluster
+
     kw = dict(nthreads=1, memory_limit=None, preload=["ldebm.sweep"], dashboard_address=None)
-    with SpecCluster(scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}}, silence_logs=50,
-                     workers={0: {"cls": Nanny, "options": {**kw, "resources": {"MEMORY": 4e9}}}, 1: {"cls": Nanny, "options": kw}}) as c:
+    with SpecCluster(
+        scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
+        silence_logs=50,
+        workers={0: {"cls": Nanny, "options": {**kw, "resources": {"MEMORY": 4e9}}}, 1: {"cls": Nanny, "options": kw}},
+    ) as c:
         yield c
 
 
-def events(tmp_path): return (tmp_path/"runs"/"events.txt").read_text().splitlines()
+def events(tmp_path):
+    return (tmp_path / "runs" / "events.txt").read_text().splitlines()
 
 
-def states(outcomes): return [o["state"] for o in outcomes]
+def states(outcomes):
+    return [o["state"] for o in outcomes]
 
 
 def wait_for(f, seconds=120):
-    end = time.monotonic()+seconds
+    end = time.monotonic() + seconds
     while not f():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(.05)
+        time.sleep(0.05)
 
 
 # -- errors before any work
 
-@pytest.mark.parametrize("change,error,text", [
-    (lambda js: [js[0], replace(js[1], name="x=0")], ValueError, "have the name x=0"),
-    (lambda js: [js[0], replace(js[1], folder=js[0].folder+"/../0")], ValueError, "have the folder"),
-    (lambda js: [js[0], replace(js[1], notebook="nowhere.ipynb")], FileNotFoundError, "no notebook at"),
-    (lambda js: [js[0], replace(js[1], parameters={"sedonds": 1.})], ValueError, "unknown parameter of tiny.ipynb 'sedonds'; did you mean 'seconds'"),
-    (lambda js: [js[0], replace(js[1], parameters={"x": [1]})], ValueError, "parameter x"),
-    (lambda js: [js[0], replace(js[1], parameters={"seconds": float("nan")})], ValueError, "finite number"),
-    (lambda js: [js[0], replace(js[1], memory_gb=1e6)], ValueError, r"needs 1e\+06 GB of memory and this machine offers"),
-    (lambda js: [js[0], replace(js[1], gpus=1000)], ValueError, "needs 1000 GPUs and this machine offers"),
-    (lambda js: [js[0], replace(js[1], gpus=1.5)], ValueError, "share of one GPU or a whole number"),
-], ids=["name", "folder", "notebook", "parameter", "kind", "nan", "memory", "gpus", "share"])
+
+@pytest.mark.parametrize(
+    "change,error,text",
+    [
+        (lambda js: [js[0], replace(js[1], name="x=0")], ValueError, "have the name x=0"),
+        (lambda js: [js[0], replace(js[1], folder=js[0].folder + "/../0")], ValueError, "have the folder"),
+        (lambda js: [js[0], replace(js[1], notebook="nowhere.ipynb")], FileNotFoundError, "no notebook at"),
+        (
+            lambda js: [js[0], replace(js[1], parameters={"sedonds": 1.0})],
+            ValueError,
+            "unknown parameter of tiny.ipynb 'sedonds'; did you mean 'seconds'",
+        ),
+        (lambda js: [js[0], replace(js[1], parameters={"x": [1]})], ValueError, "parameter x"),
+        (lambda js: [js[0], replace(js[1], parameters={"seconds": float("nan")})], ValueError, "finite number"),
+        (
+            lambda js: [js[0], replace(js[1], memory_gb=1e6)],
+            ValueError,
+            r"needs 1e\+06 GB of memory and this machine offers",
+        ),
+        (lambda js: [js[0], replace(js[1], gpus=1000)], ValueError, "needs 1000 GPUs and this machine offers"),
+        (lambda js: [js[0], replace(js[1], gpus=1.5)], ValueError, "share of one GPU or a whole number"),
+    ],
+    ids=["name", "folder", "notebook", "parameter", "kind", "nan", "memory", "gpus", "share"],
+)
 def test_what_cannot_work_is_said_before_any_work(make, tmp_path, monkeypatch, change, error, text):
     monkeypatch.setattr(module, "run_all", lambda *a: pytest.fail("work was started"))
     monkeypatch.setattr(module.Local, "__enter__", lambda *a: pytest.fail("workers were started"))
-    with pytest.raises(error, match=text): sweep(change([make(0), make(1)]))
-    assert not (tmp_path/"runs").exists()
+    with pytest.raises(error, match=text):
+        sweep(change([make(0), make(1)]))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_wrong_files_settings_and_addresses(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CONNECT", 1.)
-    text = tmp_path/"text.ipynb"
+    monkeypatch.setattr(module, "CONNECT", 1.0)
+    text = tmp_path / "text.ipynb"
     text.write_text("not a notebook")
-    with pytest.raises(ValueError, match="cannot be read as a notebook"): sweep([replace(make(0), notebook=str(text))])
-    with pytest.raises(ValueError, match="threads must be a positive int"): sweep([make(0)], threads=0)
-    with pytest.raises(ValueError, match="at a scheduler its workers decide"): sweep([make(0)], "tcp://127.0.0.1:1", workers=2)
+    with pytest.raises(ValueError, match="cannot be read as a notebook"):
+        sweep([replace(make(0), notebook=str(text))])
+    with pytest.raises(ValueError, match="threads must be a positive int"):
+        sweep([make(0)], threads=0)
+    with pytest.raises(ValueError, match="at a scheduler its workers decide"):
+        sweep([make(0)], "tcp://127.0.0.1:1", workers=2)
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:1'"): sweep([make(0)], "tcp://127.0.0.1:1", show=False)
-    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'nonsense://'"): sweep([make(0)], "nonsense://", show=False)
-    assert time.monotonic()-start < 8 and sweep([]).counts == {} and not (tmp_path/"runs").exists()
+    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:1'"):
+        sweep([make(0)], "tcp://127.0.0.1:1", show=False)
+    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'nonsense://'"):
+        sweep([make(0)], "nonsense://", show=False)
+    assert time.monotonic() - start < 8 and sweep([]).counts == {} and not (tmp_path / "runs").exists()
 
 
 # -- one job, in this process
 
+
 def test_a_job_whose_folder_is_taken_is_busy(make, monkeypatch):
     job = make(0)
-    monkeypatch.setattr(module, "claim", lambda folder, wait=.3: claim(folder, wait))
+    monkeypatch.setattr(module, "claim", lambda folder, wait=0.3: claim(folder, wait))
     with claim(Path(job.folder)):
         assert locked(Path(job.folder)) and states(sweep_status([job])) == ["busy"]
         got = run_one(job)
-        assert got["state"] == "busy" and f"process {os.getpid()} on " in got["error"] and not job.file("notebook.ipynb").exists()
+        assert (
+            got["state"] == "busy"
+            and f"process {os.getpid()} on " in got["error"]
+            and not job.file("notebook.ipynb").exists()
+        )
     assert not locked(Path(job.folder)) and states(sweep_status([job])) == ["left"]
 
 
 def test_a_notebook_without_result_a_dead_kernel_and_its_threads(make, tmp_path, monkeypatch):
     "Threads and hidden GPUs reach the kernel, the caller's folder and environment stay; no result, and a death, are failures"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    nb = write(tmp_path/"odd.ipynb", "die: bool = False", "import os, pathlib\nprint([os.environ[k] for k in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')], pathlib.Path.cwd().name, os.environ.get('LDEBM_SHARED_GPU'))\nif die: os.kill(os.getpid(), 11)")
-    job, here = SweepJob("odd", nb, str(tmp_path/"runs"/"odd"), memory_gb=1.), os.getcwd()
+    nb = write(
+        tmp_path / "odd.ipynb",
+        "die: bool = False",
+        "import os, pathlib\nprint([os.environ[k] for k in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')], pathlib.Path.cwd().name, os.environ.get('LDEBM_SHARED_GPU'))\nif die: os.kill(os.getpid(), 11)",
+    )
+    job, here = SweepJob("odd", nb, str(tmp_path / "runs" / "odd"), memory_gb=1.0), os.getcwd()
     got = run_one(job, threads=3)
-    assert got["state"] == "failed" and "left no result.json" in got["error"] and os.getcwd() == here and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert (
+        got["state"] == "failed"
+        and "left no result.json" in got["error"]
+        and os.getcwd() == here
+        and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    )
     assert f"['3', ''] {tmp_path.name} None" in job.file("sweep.log").read_text()
-    assert run_one(replace(job, done="", gpus=.5))["state"] == "done" and f"['1', '3'] {tmp_path.name} 1" in job.file("sweep.log").read_text(), "it is told that it shares a card"
+    assert (
+        run_one(replace(job, done="", gpus=0.5))["state"] == "done"
+        and f"['1', '3'] {tmp_path.name} 1" in job.file("sweep.log").read_text()
+    ), "it is told that it shares a card"
     got = run_one(replace(job, parameters={"die": True}))
-    assert got["state"] == "failed" and "the kernel died" in got["error"] and json.loads(job.file("failed.json").read_text())["error"] == got["error"]
+    assert (
+        got["state"] == "failed"
+        and "the kernel died" in got["error"]
+        and json.loads(job.file("failed.json").read_text())["error"] == got["error"]
+    )
 
 
 # -- a scheduler that is there
 
+
 def test_a_failure_is_reported_alone_and_retried_on_request(make, cluster, tmp_path, capsys):
-    jobs = [replace(make(0, fail=True), cost=2.), make(1), replace(make(2), cost=3., memory_gb=2.)]
+    jobs = [replace(make(0, fail=True), cost=2.0), make(1), replace(make(2), cost=3.0, memory_gb=2.0)]
     address = cluster.scheduler_address
     got = sweep(jobs, address)
-    assert states(got) == ["failed", "done", "done"] and got["x=0"]["error"] == "ValueError: x = 0 is not wanted (cell [3])" and not got.ok
+    assert (
+        states(got) == ["failed", "done", "done"]
+        and got["x=0"]["error"] == "ValueError: x = 0 is not wanted (cell [3])"
+        and not got.ok
+    )
     failed = json.loads(jobs[0].file("failed.json").read_text())
     assert "ValueError: x = 0 is not wanted" in failed["traceback"] and failed["parameters"]["fail"] is True
     assert "x is 0" in jobs[0].file("sweep.log").read_text() and jobs[0].file("notebook.ipynb").exists()
@@ -156,34 +215,53 @@ def test_a_failure_is_reported_alone_and_retried_on_request(make, cluster, tmp_p
     assert "| x=0 | failed | < 1 | ValueError: x = 0 is not wanted (cell [3]) |" in got._repr_markdown_()
     n = len(events(tmp_path))
     got = sweep(jobs, address)
-    assert states(got) == states(sweep_status(jobs)) == ["failed", "skipped", "skipped"] and "retry" in got["x=0"]["error"] and len(events(tmp_path)) == n == 5
+    assert (
+        states(got) == states(sweep_status(jobs)) == ["failed", "skipped", "skipped"]
+        and "retry" in got["x=0"]["error"]
+        and len(events(tmp_path)) == n == 5
+    )
     assert states(sweep(jobs, address, retry=True)) == ["failed", "skipped", "skipped"] and len(events(tmp_path)) == 6
-    (tmp_path/"runs"/"mended").touch()
-    assert states(sweep(jobs, address, retry=True)) == ["done", "skipped", "skipped"] and not jobs[0].file("failed.json").exists()
+    (tmp_path / "runs" / "mended").touch()
+    assert (
+        states(sweep(jobs, address, retry=True)) == ["done", "skipped", "skipped"]
+        and not jobs[0].file("failed.json").exists()
+    )
     assert sweep(jobs, address).ok and len(events(tmp_path)) == 8
 
 
 def test_a_changed_key_runs_again(make, cluster, tmp_path):
     job = replace(make(0), key={"version": 1})
     assert states(sweep([job], cluster.scheduler_address)) == ["done"]
-    assert states(sweep([replace(job, cost=9.)], cluster.scheduler_address)) == ["skipped"] # what is not the key does not count
-    assert states(sweep([replace(job, key={"version": 2})], cluster.scheduler_address)) == ["done"] and len(events(tmp_path)) == 4
+    assert states(sweep([replace(job, cost=9.0)], cluster.scheduler_address)) == [
+        "skipped"
+    ]  # what is not the key does not count
+    assert (
+        states(sweep([replace(job, key={"version": 2})], cluster.scheduler_address)) == ["done"]
+        and len(events(tmp_path)) == 4
+    )
     job.file("result.json").unlink()
     assert states(sweep_status([replace(job, key={"version": 2})])) == ["left"]
 
 
 def test_resources_of_a_scheduler(make, cluster, capsys):
     "Too large is an error; what no worker declares is not asked for, and said"
-    with pytest.raises(ValueError, match=r"job x=0 needs MEMORY=5e\+09 and no worker .* \(largest: MEMORY=4e\+09\)"): sweep([replace(make(0), memory_gb=5.)], cluster.scheduler_address)
-    assert states(sweep([replace(make(0), gpus=.5)], cluster.scheduler_address)) == ["done"] and "no worker declares GPU" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no worker"): check_cluster([replace(make(1), memory_gb=1., gpus=1)], [{"MEMORY": 4e9}, {"GPU": 1.}])
+    with pytest.raises(ValueError, match=r"job x=0 needs MEMORY=5e\+09 and no worker .* \(largest: MEMORY=4e\+09\)"):
+        sweep([replace(make(0), memory_gb=5.0)], cluster.scheduler_address)
+    assert (
+        states(sweep([replace(make(0), gpus=0.5)], cluster.scheduler_address)) == ["done"]
+        and "no worker declares GPU" in capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match="no worker"):
+        check_cluster([replace(make(1), memory_gb=1.0, gpus=1)], [{"MEMORY": 4e9}, {"GPU": 1.0}])
 
 
 def test_a_worker_that_is_told_to_close_hands_its_run_on(make, cluster, tmp_path):
     "The notebook is given time to save, and another worker goes on"
-    from distributed import Client
     from threading import Thread
-    jobs, got = [make(0, seconds=4.)], []
+
+    from distributed import Client
+
+    jobs, got = [make(0, seconds=4.0)], []
     t = Thread(target=lambda: got.extend(sweep(jobs, cluster.scheduler_address, show=False)))
     with Client(cluster) as client:
         t.start()
@@ -208,38 +286,55 @@ if __name__ == '__main__':
 def start(jobs, tmp_path, workers):
     "A sweep in a process group of its own, as on a terminal"
     from dataclasses import asdict
-    (tmp_path/"jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
-    (tmp_path/"script.py").write_text(SCRIPT)
-    p = subprocess.Popen([sys.executable, str(tmp_path/"script.py"), str(tmp_path/"jobs.json"), str(workers)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try: yield p
+
+    (tmp_path / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    p = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "jobs.json"), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield p
     finally:
-        for o in descendants(p.pid): o.kill()
-        p.kill(); p.wait(); p.stdout.close()
+        for o in descendants(p.pid):
+            o.kill()
+        p.kill()
+        p.wait()
+        p.stdout.close()
 
 
 def descendants(pid):
-    try: return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess: return []
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def test_ctrl_c_lets_notebooks_save_and_the_same_jobs_go_on(make, cluster, tmp_path):
-    jobs = [replace(make(i, seconds=60.*(i == 1)), key={"x": i}) for i in range(3)] # `seconds` is no part of the key: later they are none
+    jobs = [
+        replace(make(i, seconds=60.0 * (i == 1)), key={"x": i}) for i in range(3)
+    ]  # `seconds` is no part of the key: later they are none
     with start(jobs, tmp_path, workers=1) as p:
         wait_for(jobs[1].file("pulse").exists)
         all_of_it = descendants(p.pid)
-        os.killpg(p.pid, signal.SIGINT) # as the terminal does: workers get it too
+        os.killpg(p.pid, signal.SIGINT)  # as the terminal does: workers get it too
         said = p.communicate(timeout=120)[0]
-        assert "STOPPED sweep stopped: 1 done, 1 stopped, 1 left; run the same command again" in said and p.returncode == 0, said
+        assert (
+            "STOPPED sweep stopped: 1 done, 1 stopped, 1 left; run the same command again" in said and p.returncode == 0
+        ), said
         assert not psutil.wait_procs(all_of_it, timeout=5)[1]
     assert events(tmp_path) == ["start 0", "end 0", "start 1", "saved 1"]
     assert states(sweep_status(jobs)) == ["skipped", "left", "left"] and not list(tmp_path.glob("runs/*/failed.json"))
-    jobs = [replace(j, parameters={**j.parameters, "seconds": 0.}) for j in jobs]
+    jobs = [replace(j, parameters={**j.parameters, "seconds": 0.0}) for j in jobs]
     assert states(sweep(jobs, cluster.scheduler_address)) == ["skipped", "done", "done"] and len(events(tmp_path)) == 8
 
 
 def test_a_killed_sweep_leaves_nothing_running_and_the_same_jobs_go_on(make, cluster, tmp_path):
     "Only the parent is killed, without warning"
-    jobs = [replace(make(i, seconds=60.*(i == 1)), key={"x": i}) for i in range(4)]
+    jobs = [replace(make(i, seconds=60.0 * (i == 1)), key={"x": i}) for i in range(4)]
     with start(jobs, tmp_path, workers=1) as p:
         wait_for(jobs[1].file("pulse").exists)
         all_of_it = descendants(p.pid)
@@ -249,8 +344,18 @@ def test_a_killed_sweep_leaves_nothing_running_and_the_same_jobs_go_on(make, clu
         assert not psutil.wait_procs(all_of_it, timeout=5)[1] and not any(locked(Path(j.folder)) for j in jobs)
     pulse = jobs[1].file("pulse").read_text()
     assert events(tmp_path) == ["start 0", "end 0", "start 1"] and not list(tmp_path.glob("runs/*/failed.json"))
-    time.sleep(.3)
+    time.sleep(0.3)
     assert jobs[1].file("pulse").read_text() == pulse
-    jobs = [replace(j, parameters={**j.parameters, "seconds": 0.}) for j in jobs]
+    jobs = [replace(j, parameters={**j.parameters, "seconds": 0.0}) for j in jobs]
     assert states(sweep(jobs, cluster.scheduler_address)) == ["skipped", "done", "done", "done"]
-    assert sorted(events(tmp_path)) == ["end 0", "end 1", "end 2", "end 3", "start 0", "start 1", "start 1", "start 2", "start 3"]
+    assert sorted(events(tmp_path)) == [
+        "end 0",
+        "end 1",
+        "end 2",
+        "end 3",
+        "start 0",
+        "start 1",
+        "start 1",
+        "start 2",
+        "start 3",
+    ]

@@ -1,4 +1,5 @@
 "The table as one command: checks before work, kill and restart, tuning"
+
 import json
 import os
 import subprocess
@@ -10,11 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldebm import image_job, toy_job
 from ldebm import table as T
 from ldebm.core import data_of, group_records, load_results, metric
-from ldebm import image_job, toy_job
 from ldebm.text import CORPORA
-from ldebm.text_job import TextJob, TextSettings, corpus_name, job_name, record_settings, resolve, run_table, runs_of, scored
+from ldebm.text_job import (
+    TextJob,
+    TextSettings,
+    corpus_name,
+    job_name,
+    record_settings,
+    resolve,
+    run_table,
+    runs_of,
+    scored,
+)
 from ldebm.text_score import TUNING
 from ldebm.zoo import ROWS, TABLE, Row
 
@@ -25,184 +36,375 @@ PLACE = Path(__file__).parent.parent
 @pytest.fixture
 def corpus(tmp_path):
     words = "a b c d e f g h".split()
-    path = tmp_path/"few.txt"
-    path.write_text("\n".join(" ".join(words[(i*k) % 8] for k in range(2, 4+i % 5)) for i in range(1, 81)))
+    path = tmp_path / "few.txt"
+    path.write_text("\n".join(" ".join(words[(i * k) % 8] for k in range(2, 4 + i % 5)) for i in range(1, 81)))
     return path
 
 
 def command(corpus, tmp_path, *more):
-    return [sys.executable, "-m", "ldebm.table", "--corpus", str(corpus), "--settings", TINY, "--seeds", "0", "--workers", "1",
-            "--out", str(tmp_path/"runs"), "--results", str(tmp_path/"results"), *more]
+    return [
+        sys.executable,
+        "-m",
+        "ldebm.table",
+        "--corpus",
+        str(corpus),
+        "--settings",
+        TINY,
+        "--seeds",
+        "0",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "results"),
+        *more,
+    ]
 
 
-def environment(): return {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLACE)}
+def environment():
+    return {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLACE)}
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--rows", "vea"], "did you mean 'vae'"), (["--rows", "vae", "--settings", "T=3"], "T=3: no effect on any of these rows"), (["--rows", "vae", "--settings", "tau"], "write name=value"),
-    (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"), (["--module", "/nowhere/mine.py"], "no such file"), (["--settings", "batch=9000", "--rows", "vae"], "fewer than a batch of 9000"),
-    (["--device", "cuda", "--rows", "vae"], "GPUs and this machine offers 0") if not torch.cuda.is_available() else (["--rows", "vea"], "did you mean 'vae'"), (["--rows", "vae", "vae"], "vae-grammar-quick-consistent-s0"), (["--rows", "vae-fb", "--objective", "published"], "has no published variant")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--rows", "vea"], "did you mean 'vae'"),
+        (["--rows", "vae", "--settings", "T=3"], "T=3: no effect on any of these rows"),
+        (["--rows", "vae", "--settings", "tau"], "write name=value"),
+        (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"),
+        (["--module", "/nowhere/mine.py"], "no such file"),
+        (["--settings", "batch=9000", "--rows", "vae"], "fewer than a batch of 9000"),
+        (["--device", "cuda", "--rows", "vae"], "GPUs and this machine offers 0")
+        if not torch.cuda.is_available()
+        else (["--rows", "vea"], "did you mean 'vae'"),
+        (["--rows", "vae", "vae"], "vae-grammar-quick-consistent-s0"),
+        (["--rows", "vae-fb", "--objective", "published"], "has no published variant"),
+    ],
+)
 def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(PLACE)
     monkeypatch.setattr("ldebm.sweep.Local.__enter__", None)  # nothing may start
-    assert T.main([*argv, "--seeds", "0", "--out", str(tmp_path/"runs"), "--results", str(tmp_path/"results")]) == 2
+    assert T.main([*argv, "--seeds", "0", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path/"runs").exists() and not (tmp_path/"results").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 
 def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(PLACE)
     monkeypatch.setattr(T, "sweep", lambda jobs, **kw: pytest.fail("started"))
-    job = T.table_jobs(seeds=(0,), rows=("vae",), out=str(tmp_path/"runs"), results=str(tmp_path))[0]
-    other = dict(row="vae", corpus="grammar", preset="quick", objective="consistent", seed=0, variant="", metrics=dict(bleu=metric(1.)), settings=record_settings(job, resolve(replace(job, settings="steps=7"))),
-                 provenance=json.loads((PLACE/"results"/"ldebm-grammar-quick-consistent-s0.json").read_text())["provenance"])
-    (tmp_path/"vae-grammar-quick-consistent-s0.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="already records a run with other settings"): T.run_jobs([job])
+    job = T.table_jobs(seeds=(0,), rows=("vae",), out=str(tmp_path / "runs"), results=str(tmp_path))[0]
+    other = dict(
+        row="vae",
+        corpus="grammar",
+        preset="quick",
+        objective="consistent",
+        seed=0,
+        variant="",
+        metrics=dict(bleu=metric(1.0)),
+        settings=record_settings(job, resolve(replace(job, settings="steps=7"))),
+        provenance=json.loads((PLACE / "results" / "ldebm-grammar-quick-consistent-s0.json").read_text())["provenance"],
+    )
+    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="already records a run with other settings"):
+        T.run_jobs([job])
 
 
 def test_a_run_is_given_the_memory_that_records_say_it_takes():
     seen = set()
-    for r in load_results(PLACE/"results"):
-        if r["corpus"] not in CORPORA or r["row"] not in ROWS: continue
-        given = T.sweep_job(TextJob(row=r["row"], preset=r["preset"], objective=r["objective"], out="x"), "train_zoo.ipynb").memory_gb
-        assert r["provenance"]["peak_memory_mb"]*2**20/1e9 < given, (r["row"], r["preset"], r["objective"], r["seed"])
+    for r in load_results(PLACE / "results"):
+        if r["corpus"] not in CORPORA or r["row"] not in ROWS:
+            continue
+        given = T.sweep_job(
+            TextJob(row=r["row"], preset=r["preset"], objective=r["objective"], out="x"), "train_zoo.ipynb"
+        ).memory_gb
+        assert r["provenance"]["peak_memory_mb"] * 2**20 / 1e9 < given, (
+            r["row"],
+            r["preset"],
+            r["objective"],
+            r["seed"],
+        )
         seen.add(r["preset"])
     assert {"quick", "small"} <= seen
 
 
 def test_tables_disclaim_what_records_disclaim():
-    known = load_results(PLACE/"results")
-    rec = next(r for r in known if r["row"] == "ldebm" and r["corpus"] == "grammar" and r["objective"] == "consistent" and r["seed"] == 0 and not r["variant"])
-    bad = json.loads(json.dumps(rec)); bad["metrics"]["nll_valid"]["estimator"] += "; NOT valid"
-    fine, flawed = (T.zoo_table([r], "grammar", "quick", "consistent", dict(nll_valid=2, bleu=1), rows=("ldebm", "vae")) for r in (rec, bad))
+    known = load_results(PLACE / "results")
+    rec = next(
+        r
+        for r in known
+        if r["row"] == "ldebm"
+        and r["corpus"] == "grammar"
+        and r["objective"] == "consistent"
+        and r["seed"] == 0
+        and not r["variant"]
+    )
+    bad = json.loads(json.dumps(rec))
+    bad["metrics"]["nll_valid"]["estimator"] += "; NOT valid"
+    fine, flawed = (
+        T.zoo_table([r], "grammar", "quick", "consistent", dict(nll_valid=2, bleu=1), rows=("ldebm", "vae"))
+        for r in (rec, bad)
+    )
     v, b = (f"{rec['metrics'][k]['value']:.{d}f}" for k, d in (("nll_valid", 2), ("bleu", 1)))
     assert f"| {v} | {b} |" in fine and "†" not in fine
     assert f"| {v}† | {b} |" in flawed and flawed.endswith("at some level.") and "| pending | pending |" in flawed
 
 
 def test_rows_and_families_without_records():
-    rec = next(r for r in load_results(PLACE/"results") if r["row"] == "vae" and r["preset"] == "quick")
+    rec = next(r for r in load_results(PLACE / "results") if r["row"] == "vae" and r["preset"] == "quick")
     out = T.family_means([rec], "grammar", "quick", rec["objective"], dict(bleu=1))
     assert "| VAE | VAE (of 4) | " in out and "| autoencoder | none (of 2) | – |" in out
-    assert "| strange | consistent | " in T.zoo_table([{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), rows=("strange",))
+    assert "| strange | consistent | " in T.zoo_table(
+        [{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), rows=("strange",)
+    )
 
 
 # -- a row is what was run
 
+
 @pytest.mark.parametrize("folder", ["results", "results/tuning"])
 def test_records_of_this_repository_are_one_row_each(folder):
     "By name and by what was run they fall into the same groups, each with every seed; and what they say of their scoring is read"
-    known = load_results(PLACE/folder)
+    known = load_results(PLACE / folder)
     names = {}
-    for r in known: names.setdefault(tuple(r[k] for k in ("row", "variant", "corpus", "preset", "objective")), []).append(r)
+    for r in known:
+        names.setdefault(tuple(r[k] for k in ("row", "variant", "corpus", "preset", "objective")), []).append(r)
     for name, rs in names.items():
-        (how, same), = group_records(rs, scored)
+        ((how, same),) = group_records(rs, scored)
         assert how == "" and [r["seed"] for r in same] == sorted({r["seed"] for r in rs}) and len(same) == len(rs), name
     for r in known:
-        if r["corpus"] != "grammar": continue
+        if r["corpus"] != "grammar":
+            continue
         said = scored(r)
-        assert (said["lm"], said["lm_seeds"], said["n_samples"]) == ("quick", 2, 2000) and said["nll_sentences"] == (None if "nll_valid" not in r["metrics"] else 200 if r["settings"].get("split") else 2000)
-        assert (said["nll_draws"] is None) == (r["row"] in ("ae", "dae", "rnn-lm")) and said["nll_draws"] in (None, 64, 100), r["row"]
+        assert (said["lm"], said["lm_seeds"], said["n_samples"]) == ("quick", 2, 2000) and said["nll_sentences"] == (
+            None if "nll_valid" not in r["metrics"] else 200 if r["settings"].get("split") else 2000
+        )
+        assert (said["nll_draws"] is None) == (r["row"] in ("ae", "dae", "rnn-lm")) and said["nll_draws"] in (
+            None,
+            64,
+            100,
+        ), r["row"]
 
 
 def test_a_setting_that_records_lack_does_nothing_at_its_default(monkeypatch):
     "Else a run of today would stand beside those of yesterday as another"
     monkeypatch.delenv("IN_TEST", raising=False)
-    old = {r["row"]: r for r in load_results(PLACE/"results") if r["corpus"] == "grammar" and r["preset"] == "quick" and not r["variant"] and r["objective"] == "consistent"}
+    old = {
+        r["row"]: r
+        for r in load_results(PLACE / "results")
+        if r["corpus"] == "grammar" and r["preset"] == "quick" and not r["variant"] and r["objective"] == "consistent"
+    }
     for row, r in old.items():
-        if row not in ROWS: continue
+        if row not in ROWS:
+            continue
         job = TextJob(row=row, seed=r["seed"])
         today = dict(r, settings=record_settings(job, resolve(job)))
-        (how, _), = group_records([r, {**today, "seed": r["seed"]+1}], scored)
+        ((how, _),) = group_records([r, {**today, "seed": r["seed"] + 1}], scored)
         assert how == "", (row, how)
-    for r in load_results(PLACE/"results"):
-        if "shape" not in r["settings"] or r["variant"]: continue
-        job = image_job.ImageJob(dataset="cifar10" if r["corpus"].startswith("cifar10") else r["corpus"], preset=r["preset"], objective=r["objective"], rows="ldebm")
-        today = dict(r, seed=-1, settings={**vars(image_job.resolve(job)), **r["settings"]}) # presets may change since, as long as what is new is not in them
-        (how, _), = group_records([r, today])
+    for r in load_results(PLACE / "results"):
+        if "shape" not in r["settings"] or r["variant"]:
+            continue
+        job = image_job.ImageJob(
+            dataset="cifar10" if r["corpus"].startswith("cifar10") else r["corpus"],
+            preset=r["preset"],
+            objective=r["objective"],
+            rows="ldebm",
+        )
+        today = dict(
+            r, seed=-1, settings={**vars(image_job.resolve(job)), **r["settings"]}
+        )  # presets may change since, as long as what is new is not in them
+        ((how, _),) = group_records([r, today])
         assert how == "", (r["row"], r["corpus"], how)
 
 
-def made(seed=0, row="vae", value=1., corpus="mine", preset="small", estimator="", n=None, metrics=None, **settings):
-    return dict(row=row, variant="", corpus=corpus, preset=preset, objective="consistent", seed=seed, settings={"row": row, **settings},
-                metrics=metrics or dict(kl=metric(value, n=n, estimator=estimator)), provenance=dict(device="cpu", threads=1, minutes=1., finished=f"{seed}"))
+def made(seed=0, row="vae", value=1.0, corpus="mine", preset="small", estimator="", n=None, metrics=None, **settings):
+    return dict(
+        row=row,
+        variant="",
+        corpus=corpus,
+        preset=preset,
+        objective="consistent",
+        seed=seed,
+        settings={"row": row, **settings},
+        metrics=metrics or dict(kl=metric(value, n=n, estimator=estimator)),
+        provenance=dict(device="cpu", threads=1, minutes=1.0, finished=f"{seed}"),
+    )
 
 
-def rows_of(table): return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:] if line.startswith("|")]
+def rows_of(table):
+    return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:] if line.startswith("|")]
 
 
-@pytest.mark.parametrize("row, usual, other, how", [
-    ("vae", dict(d=32), dict(d=4), "d=4"), ("vae", dict(split="valid"), dict(), "no split"), ("vae", dict(processes=2), dict(), "no processes"),
-    ("ldebm", dict(layers="1x4x8x0", shape=[3, 8, 8]), dict(layers="1x4x8x0", shape=[3, 16, 16]), "shape=[3, 16, 16]"),
-    ("ldebm-coupled", dict(data="aaaa", energy_hidden=8), dict(data="bbbb", energy_hidden=8), "other data: bbbb"),
-    ("toy-ebm-long", dict(density="pinwheel", sample_steps=10), dict(density="pinwheel", sample_steps=20), "sample_steps=20"),
-    ("strange", dict(module_sha256="aaaa"), dict(module_sha256="bbbb"), "other module: bbbb"),
-])
+@pytest.mark.parametrize(
+    "row, usual, other, how",
+    [
+        ("vae", dict(d=32), dict(d=4), "d=4"),
+        ("vae", dict(split="valid"), dict(), "no split"),
+        ("vae", dict(processes=2), dict(), "no processes"),
+        (
+            "ldebm",
+            dict(layers="1x4x8x0", shape=[3, 8, 8]),
+            dict(layers="1x4x8x0", shape=[3, 16, 16]),
+            "shape=[3, 16, 16]",
+        ),
+        ("ldebm-coupled", dict(data="aaaa", energy_hidden=8), dict(data="bbbb", energy_hidden=8), "other data: bbbb"),
+        (
+            "toy-ebm-long",
+            dict(density="pinwheel", sample_steps=10),
+            dict(density="pinwheel", sample_steps=20),
+            "sample_steps=20",
+        ),
+        ("strange", dict(module_sha256="aaaa"), dict(module_sha256="bbbb"), "other module: bbbb"),
+    ],
+)
 def test_no_table_mixes_runs(row, usual, other, how):
     "Text, pictures, plane, rows of one's own"
-    rs = [made(0, row, 1., **usual), made(1, row, 3., **usual), made(2, row, 9., **other)]
-    for table in (run_table(rs, "mine", "small", [(row, "consistent")], dict(kl=1)), T.zoo_table(rs, "mine", "small", "consistent", dict(kl=1), rows=(row,))):
+    rs = [made(0, row, 1.0, **usual), made(1, row, 3.0, **usual), made(2, row, 9.0, **other)]
+    for table in (
+        run_table(rs, "mine", "small", [(row, "consistent")], dict(kl=1)),
+        T.zoo_table(rs, "mine", "small", "consistent", dict(kl=1), rows=(row,)),
+    ):
         name = ROWS[row].title if row in ROWS and table is not None and f"| {ROWS[row].title} |" in table else row
         assert rows_of(table) == [name, f"{name} ({how})"]
         assert "| 2.0 ± 1.4 | 2 |" in table and "| 9.0 | 1 |" in table
 
 
-@pytest.mark.parametrize("key, first, second", [("bleu", (10., "x"), None), ("nll_valid", (2000, "nats; 64 draws"), (200, "nats; 64 draws")), ("nll_valid", (200, "nats; 64 draws"), (200, "nats; 32 draws")),
-                                                ("rppl", (9, "language model `quick`; by seed 0: 9.26, 1: 9.16"), (9, "language model `quick`; by seed 0: 9.26")),
-                                                ("rppl", (9, "language model `quick`; by seed 0: 9.26"), (9, "language model `small`; by seed 0: 9.26")), ("wkl", (2000, "x"), (500, "x"))])
+@pytest.mark.parametrize(
+    "key, first, second",
+    [
+        ("bleu", (10.0, "x"), None),
+        ("nll_valid", (2000, "nats; 64 draws"), (200, "nats; 64 draws")),
+        ("nll_valid", (200, "nats; 64 draws"), (200, "nats; 32 draws")),
+        (
+            "rppl",
+            (9, "language model `quick`; by seed 0: 9.26, 1: 9.16"),
+            (9, "language model `quick`; by seed 0: 9.26"),
+        ),
+        ("rppl", (9, "language model `quick`; by seed 0: 9.26"), (9, "language model `small`; by seed 0: 9.26")),
+        ("wkl", (2000, "x"), (500, "x")),
+    ],
+)
 def test_runs_that_were_scored_otherwise(key, first, second):
-    rs = [made(i, metrics={key: metric(1., n=int(n), estimator=e)}, prior="normal", embed=8, hidden=8, d=4) for i, (n, e) in enumerate([first, second or first])]
-    assert len(rows_of(run_table(rs, "mine", "small", [("vae", "consistent")], {key: 1}))) == (1 if second is None else 2)
+    rs = [
+        made(i, metrics={key: metric(1.0, n=int(n), estimator=e)}, prior="normal", embed=8, hidden=8, d=4)
+        for i, (n, e) in enumerate([first, second or first])
+    ]
+    assert len(rows_of(run_table(rs, "mine", "small", [("vae", "consistent")], {key: 1}))) == (
+        1 if second is None else 2
+    )
 
 
 def test_one_table_is_about_one_file():
     "Two files of one name: what ran on the other says so in every row, the means and the picture leave it out"
-    metrics = lambda v: {k: metric(v) for k in ("kl", "recon_nll", "rppl")}
+
+    def metrics(v):
+        return {k: metric(v) for k in ("kl", "recon_nll", "rppl")}
+
     here = dict(corpus_sha256="aaaa")
-    rs = [*(made(k, metrics=metrics(1.), **here) for k in (0, 1)), made(0, "ldebm", metrics=metrics(2.), **here), *(made(k, "dgm-vae", metrics=metrics(50.), corpus_sha256="bbbb") for k in (0, 1)), made(2, d=4, metrics=metrics(70.), **here)]
+    rs = [
+        *(made(k, metrics=metrics(1.0), **here) for k in (0, 1)),
+        made(0, "ldebm", metrics=metrics(2.0), **here),
+        *(made(k, "dgm-vae", metrics=metrics(50.0), corpus_sha256="bbbb") for k in (0, 1)),
+        made(2, d=4, metrics=metrics(70.0), **here),
+    ]
     table = T.zoo_table(rs, "mine", "small", "consistent", dict(kl=0), rows=("vae", "dgm-vae", "ldebm"))
     assert rows_of(table) == ["VAE", "VAE (d=4)", "DGM-VAE (other data: bbbb)", "LDEBM"]
     means = T.family_means(rs, "mine", "small", "consistent", dict(kl=0))
-    assert "| 1 |" in means and "50" not in means and "70" not in means and means.endswith("Not in it: VAE (d=4); DGM-VAE (other data: bbbb).")
+    assert (
+        "| 1 |" in means
+        and "50" not in means
+        and "70" not in means
+        and means.endswith("Not in it: VAE (d=4); DGM-VAE (other data: bbbb).")
+    )
     ax = T.plot_rates(rs, "mine", "small")
-    assert sum(len(o.get_offsets()) for o in ax.collections if hasattr(o, "get_offsets") and o.get_array() is not None and o.axes is ax) == 3
+    assert (
+        sum(
+            len(o.get_offsets())
+            for o in ax.collections
+            if hasattr(o, "get_offsets") and o.get_array() is not None and o.axes is ax
+        )
+        == 3
+    )
     there = runs_of(rs, "mine", "small", [("vae", "consistent")], dict(corpus_sha256="bbbb"))
     assert [how for how, _ in there["vae", "consistent"]] == ["other data: aaaa", "other data: aaaa, d=4"]
 
 
 def test_what_a_command_has_run_is_the_table_it_shows(corpus, tmp_path):
     "More runs on another file of that name do not take its place"
-    job = T.table_jobs(corpus=str(corpus), seeds=(0,), rows=("vae",), settings="steps=6", out=str(tmp_path/"runs"), results=str(tmp_path/"results"))[0]
+    job = T.table_jobs(
+        corpus=str(corpus),
+        seeds=(0,),
+        rows=("vae",),
+        settings="steps=6",
+        out=str(tmp_path / "runs"),
+        results=str(tmp_path / "results"),
+    )[0]
     mine = record_settings(job, resolve(job))
-    (tmp_path/"results").mkdir()
-    for seed, settings, bleu in ((0, mine, 5.), (1, dict(mine, corpus_sha256="b"*64), 7.), (2, dict(mine, corpus_sha256="b"*64), 7.)):
-        rec = dict(made(seed, corpus=corpus_name(job), preset="quick", metrics=dict(bleu=metric(bleu))), settings=settings)
-        rec["provenance"].update(commit="", versions={}, peak_memory_mb=1.)
-        (tmp_path/"results"/f"{seed}.json").write_text(json.dumps(rec))
+    (tmp_path / "results").mkdir()
+    for seed, settings, bleu in (
+        (0, mine, 5.0),
+        (1, dict(mine, corpus_sha256="b" * 64), 7.0),
+        (2, dict(mine, corpus_sha256="b" * 64), 7.0),
+    ):
+        rec = dict(
+            made(seed, corpus=corpus_name(job), preset="quick", metrics=dict(bleu=metric(bleu))), settings=settings
+        )
+        rec["provenance"].update(commit="", versions={}, peak_memory_mb=1.0)
+        (tmp_path / "results" / f"{seed}.json").write_text(json.dumps(rec))
     shown = T.outcome([job])
-    assert rows_of(shown.split("\n\n", 1)[1]) == ["VAE", "VAE (other data: bbbbbbbb)"] and "| 5.0 | 1 |" in shown and data_of(mine)["corpus_sha256"] in str(mine)
+    assert (
+        rows_of(shown.split("\n\n", 1)[1]) == ["VAE", "VAE (other data: bbbbbbbb)"]
+        and "| 5.0 | 1 |" in shown
+        and data_of(mine)["corpus_sha256"] in str(mine)
+    )
 
 
 def test_figures_of_others_stand_beside_ours():
     "The released code on the grammar, with its spread and seeds; the paper's, whose NLL is in the column of its estimator"
-    grammar, ptb = (T.quoted(PLACE/"data"/"published"/f"{k}.json") for k in ("grammar", "ptb"))
-    table = run_table([], "grammar", "quick", [("ldebm", "published"), ("ldebm", "consistent")], dict(grammatical=3, bleu=1, mi=2, rppl=1), grammar)
-    assert "| ldebm | published | released code | 0.216 | 10.1 ± 1.3 | 1.36 ± 0.04 | – | 3 | | |" in table and table.count("released code") == 1
-    assert {r for r, o in ptb.items() if o.get("nll_published") is not None} == {"svebm", "svebm-ib", "ldebm-no-gc", "ldebm"} and ptb["vae"]["nll_valid"] == ptb["vae"]["nll"]
-    assert "| ldebm | published | paper |" in run_table([], "ptb", "paper", [("ldebm", "published")], dict(nll_published=2), ptb)
+    grammar, ptb = (T.quoted(PLACE / "data" / "published" / f"{k}.json") for k in ("grammar", "ptb"))
+    table = run_table(
+        [],
+        "grammar",
+        "quick",
+        [("ldebm", "published"), ("ldebm", "consistent")],
+        dict(grammatical=3, bleu=1, mi=2, rppl=1),
+        grammar,
+    )
+    assert (
+        "| ldebm | published | released code | 0.216 | 10.1 ± 1.3 | 1.36 ± 0.04 | – | 3 | | |" in table
+        and table.count("released code") == 1
+    )
+    assert {r for r, o in ptb.items() if o.get("nll_published") is not None} == {
+        "svebm",
+        "svebm-ib",
+        "ldebm-no-gc",
+        "ldebm",
+    } and ptb["vae"]["nll_valid"] == ptb["vae"]["nll"]
+    assert "| ldebm | published | paper |" in run_table(
+        [], "ptb", "paper", [("ldebm", "published")], dict(nll_published=2), ptb
+    )
 
 
 def test_settings_of_every_job_are_known():
     from ldebm.core import JOB_SETTINGS
+
     assert {TextSettings, image_job.ImageSettings, toy_job.ToySettings} <= {*JOB_SETTINGS}
-    for r in load_results(PLACE/"results"):
+    for r in load_results(PLACE / "results"):
         cls = max(JOB_SETTINGS, key=lambda c: len(r["settings"].keys() & c.__dataclass_fields__.keys()))
-        assert cls is (toy_job.ToySettings if r["row"].startswith("toy") else image_job.ImageSettings if "shape" in r["settings"] else TextSettings)
+        assert cls is (
+            toy_job.ToySettings
+            if r["row"].startswith("toy")
+            else image_job.ImageSettings
+            if "shape" in r["settings"]
+            else TextSettings
+        )
 
 
 def test_scores_are_part_of_what_a_job_is():
     job = TextJob(row="vae", out="there")
-    a, b, c = (T.sweep_job(replace(job, settings=s), "x.ipynb").fingerprint for s in ("", "nll_sentences=300", "steps=10"))
+    a, b, c = (
+        T.sweep_job(replace(job, settings=s), "x.ipynb").fingerprint for s in ("", "nll_sentences=300", "steps=10")
+    )
     assert len({a, b, c}) == 3
     assert T.sweep_job(replace(job, out="elsewhere", results="r"), "x.ipynb").fingerprint == a
 
@@ -210,8 +412,13 @@ def test_scores_are_part_of_what_a_job_is():
 def test_tuning_gives_both_objectives_as_many_configurations():
     jobs = T.tune_jobs(seed=3)
     assert len(jobs) == sum(map(len, TUNING.values())) and len({len(v) for v in TUNING.values()}) == 1
-    assert {j.split for j in jobs} == {"valid"} and {j.seed for j in jobs} == {3} and len({j.out for j in jobs}) == len(jobs)
-    for j in jobs: resolve(j)
+    assert (
+        {j.split for j in jobs} == {"valid"}
+        and {j.seed for j in jobs} == {3}
+        and len({j.out for j in jobs}) == len(jobs)
+    )
+    for j in jobs:
+        resolve(j)
 
 
 def test_a_new_row_is_a_job(monkeypatch):
@@ -231,56 +438,115 @@ zoo.ROWS["mine"] = zoo.Row("Mine", "own", dict(zoo.PLAIN, prior="shifted", terms
 
 def test_a_row_of_a_users_own(corpus, tmp_path):
     "It runs in the notebook's process, is part of the run's identity, and its model can be loaded without its file"
-    mine = tmp_path/"mine.py"
+    mine = tmp_path / "mine.py"
     mine.write_text(MINE)
-    p = subprocess.run(command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)), cwd=PLACE, env=environment(), capture_output=True, text=True, timeout=200)
-    assert p.returncode == 0, p.stdout+p.stderr
-    rec, = load_results(tmp_path/"results")
-    assert rec["row"] == "mine" and rec["metrics"]["nll_valid"]["value"] > 0 and len(rec["settings"]["module_sha256"]) == 64
-    line, = (x for x in p.stdout.splitlines() if x.startswith("| Mine |"))
-    assert f" {rec['metrics']['nll_valid']['value']:.2f} " in line and f" {rec['metrics']['bleu']['value']:.1f} " in line  # the command ends with its table
+    p = subprocess.run(
+        command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)),
+        cwd=PLACE,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert p.returncode == 0, p.stdout + p.stderr
+    (rec,) = load_results(tmp_path / "results")
+    assert (
+        rec["row"] == "mine"
+        and rec["metrics"]["nll_valid"]["value"] > 0
+        and len(rec["settings"]["module_sha256"]) == 64
+    )
+    (line,) = (x for x in p.stdout.splitlines() if x.startswith("| Mine |"))
+    assert (
+        f" {rec['metrics']['nll_valid']['value']:.2f} " in line and f" {rec['metrics']['bleu']['value']:.1f} " in line
+    )  # the command ends with its table
     mine.unlink()
-    folder, = (tmp_path/"runs").glob("mine-*")
+    (folder,) = (tmp_path / "runs").glob("mine-*")
     look = "from ldebm.text_job import load_model; import sys; m, v = load_model(sys.argv[1]); print(type(m.prior).__name__)"
-    assert subprocess.run([sys.executable, "-c", look, str(folder)], env=environment(), capture_output=True, text=True).stdout.strip() == "Shifted"
-    (tmp_path/"results"/f"{folder.name}.json").unlink()
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", look, str(folder)], env=environment(), capture_output=True, text=True
+        ).stdout.strip()
+        == "Shifted"
+    )
+    (tmp_path / "results" / f"{folder.name}.json").unlink()
     mine.write_text(MINE)
-    p = subprocess.run(command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)), cwd=PLACE, env=environment(), capture_output=True, text=True, timeout=100)
-    assert "**1 skipped**" in p.stdout and len(load_results(tmp_path/"results")) == 1, p.stdout+p.stderr  # a record that was deleted is there again
+    p = subprocess.run(
+        command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)),
+        cwd=PLACE,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "**1 skipped**" in p.stdout and len(load_results(tmp_path / "results")) == 1, (
+        p.stdout + p.stderr
+    )  # a record that was deleted is there again
 
 
 def test_killed_and_started_again(corpus, tmp_path):
     "SIGKILL in the middle; the same command then does exactly what is missing, and a third finds nothing to do"
     rows = ["ae", "dvae", "gm-vae-i"]
-    record = lambda r: tmp_path/"results"/f"{r}-few-quick-consistent-s0.json"
-    start = lambda: subprocess.Popen(command(corpus, tmp_path, "--rows", *rows), cwd=PLACE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    def record(r):
+        return tmp_path / "results" / f"{r}-few-quick-consistent-s0.json"
+
+    def start():
+        return subprocess.Popen(
+            command(corpus, tmp_path, "--rows", *rows),
+            cwd=PLACE,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
     first = start()
-    end = time.monotonic()+120
+    end = time.monotonic() + 120
     while not any(record(r).exists() for r in rows):
         assert first.poll() is None and time.monotonic() < end, first.stdout.read()
-        time.sleep(.1)
-    first.kill(); first.wait()
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
     had = {r: record(r).read_bytes() for r in rows if record(r).exists()}
     assert 0 < len(had) < len(rows)
-    second = start(); said, _ = second.communicate(timeout=200)
+    second = start()
+    said, _ = second.communicate(timeout=200)
     assert second.returncode == 0, said
-    assert {r["row"] for r in load_results(tmp_path/"results")} == set(rows)
-    assert sum(record(r).read_bytes() == b for r, b in had.items()) == len(had)  # a record carries the time it was written
-    third = start(); said, _ = third.communicate(timeout=100)
+    assert {r["row"] for r in load_results(tmp_path / "results")} == set(rows)
+    assert sum(record(r).read_bytes() == b for r, b in had.items()) == len(
+        had
+    )  # a record carries the time it was written
+    third = start()
+    said, _ = third.communicate(timeout=100)
     assert third.returncode == 0 and f"**{len(rows)} skipped**" in said
-    got = {r["row"]: r["metrics"] for r in load_results(tmp_path/"results")}
-    assert "nll_valid" not in got["ae"] and {"ckl", "information", "nll_valid"} <= set(got["dvae"]) and "nll_valid" in got["gm-vae-i"]
-    assert not [p for p in (tmp_path/"runs").glob("*/failed.json")]
-    assert {p.parent.name for p in (tmp_path/"runs").glob("*/sweep.json")} == {job_name(TextJob(row=r, corpus=str(corpus))) for r in rows}
+    got = {r["row"]: r["metrics"] for r in load_results(tmp_path / "results")}
+    assert (
+        "nll_valid" not in got["ae"]
+        and {"ckl", "information", "nll_valid"} <= set(got["dvae"])
+        and "nll_valid" in got["gm-vae-i"]
+    )
+    assert not [p for p in (tmp_path / "runs").glob("*/failed.json")]
+    assert {p.parent.name for p in (tmp_path / "runs").glob("*/sweep.json")} == {
+        job_name(TextJob(row=r, corpus=str(corpus))) for r in rows
+    }
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_run_that_raises_is_reported(corpus, tmp_path):
     "Its neighbours go on, and the exit status says so"
-    folder = tmp_path/"runs"/"vae-few-quick-consistent-s0"
+    folder = tmp_path / "runs" / "vae-few-quick-consistent-s0"
     folder.mkdir(parents=True)
-    (folder/"settings.json").write_text(json.dumps(dict(row="something else")))  # the folder of another run
-    p = subprocess.run(command(corpus, tmp_path, "--rows", "vae", "dvae"), cwd=PLACE, env=environment(), capture_output=True, text=True, timeout=200)
-    assert p.returncode == 1 and "holds a run with other settings" in p.stdout and "1 done, 1 failed" in p.stdout, p.stdout+p.stderr
-    assert [r["row"] for r in load_results(tmp_path/"results")] == ["dvae"]
-
+    (folder / "settings.json").write_text(json.dumps(dict(row="something else")))  # the folder of another run
+    p = subprocess.run(
+        command(corpus, tmp_path, "--rows", "vae", "dvae"),
+        cwd=PLACE,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert p.returncode == 1 and "holds a run with other settings" in p.stdout and "1 done, 1 failed" in p.stdout, (
+        p.stdout + p.stderr
+    )
+    assert [r["row"] for r in load_results(tmp_path / "results")] == ["dvae"]

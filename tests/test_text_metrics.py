@@ -1,4 +1,5 @@
 "`text_metrics` against independent implementations, bad input, and the published reference values on real data"
+
 import math
 import random
 from collections import Counter
@@ -12,40 +13,46 @@ from ldebm.core import make_gen
 from ldebm.data import load_grammar
 
 
-def value(m): return m["value"]
+def value(m):
+    return m["value"]
 
 
-def grammar_text(n, *stream): return load_grammar().sample(n, make_gen(0, *stream))[0]
+def grammar_text(n, *stream):
+    return load_grammar().sample(n, make_gen(0, *stream))[0]
 
 
-def width(m): return m["interval"][1]-m["interval"][0]
+def width(m):
+    return m["interval"][1] - m["interval"][0]
 
 
-def lines(path): return [s.split() for s in path.read_text().splitlines() if s.split()]
+def lines(path):
+    return [s.split() for s in path.read_text().splitlines() if s.split()]
 
 
 # --- BLEU
 
+
 def multi_bleu(hyps, refs):
     "Moses' multi-bleu.perl for one reference, written from its source"
-    correct, total, len_h, len_r = [0]*4, [0]*4, 0, 0
+    correct, total, len_h, len_r = [0] * 4, [0] * 4, 0, 0
     for h, r in zip(hyps, refs):
         len_h, len_r = len_h + len(h), len_r + len(r)
         for n in range(1, 5):
-            ref = Counter(tuple(r[i:i+n]) for i in range(len(r)-n+1))
-            for g, c in Counter(tuple(h[i:i+n]) for i in range(len(h)-n+1)).items():
-                total[n-1] += c
-                correct[n-1] += min(c, ref[g])
-    if min(correct) == 0: return 0.0   # log(0) is -9999999999 in the script
-    bp = math.exp(1 - len_r/len_h) if len_h < len_r else 1.0
-    return 100*bp*math.exp(sum(math.log(c/t) for c, t in zip(correct, total))/4)
+            ref = Counter(tuple(r[i : i + n]) for i in range(len(r) - n + 1))
+            for g, c in Counter(tuple(h[i : i + n]) for i in range(len(h) - n + 1)).items():
+                total[n - 1] += c
+                correct[n - 1] += min(c, ref[g])
+    if min(correct) == 0:
+        return 0.0  # log(0) is -9999999999 in the script
+    bp = math.exp(1 - len_r / len_h) if len_h < len_r else 1.0
+    return 100 * bp * math.exp(sum(math.log(c / t) for c, t in zip(correct, total)) / 4)
 
 
 def noisy_pairs(seed, n=60, words="the a cat dog sat ran . , <unk> N 's".split(), drop=0.15):
     "Sentences of few, hence repeated, words and noisy copies of them; odd tokens included"
     rnd = random.Random(seed)
     refs = [[rnd.choice(words) for _ in range(rnd.randint(1, 20))] for _ in range(n)]
-    hyps = [[rnd.choice(words) if rnd.random() < .2 else w for w in r if rnd.random() > drop] for r in refs]
+    hyps = [[rnd.choice(words) if rnd.random() < 0.2 else w for w in r if rnd.random() > drop] for r in refs]
     return hyps, refs
 
 
@@ -60,15 +67,20 @@ def test_bleu_equals_multi_bleu(seed, drop):
 
 
 def test_bleu_edge_cases():
-    assert value(tm.bleu(["a b c x".split()], ["a b c d".split()])) == 0 == multi_bleu(["a b c x".split()], ["a b c d".split()])
-    assert value(tm.bleu([["a"]], [["a"]])) == 0   # no 4-gram anywhere
+    assert (
+        value(tm.bleu(["a b c x".split()], ["a b c d".split()]))
+        == 0
+        == multi_bleu(["a b c x".split()], ["a b c d".split()])
+    )
+    assert value(tm.bleu([["a"]], [["a"]])) == 0  # no 4-gram anywhere
     hyps, refs = [[], "a b c d e".split()], ["x y".split(), "a b c d e".split()]
-    assert value(tm.bleu(hyps, refs)) == pytest.approx(multi_bleu(hyps, refs))   # an empty reconstruction
+    assert value(tm.bleu(hyps, refs)) == pytest.approx(multi_bleu(hyps, refs))  # an empty reconstruction
     assert value(tm.bleu([[], []], refs)) == 0
     hyps, refs = ["a b c d e f".split(), ["z"]], ["a b c d e f".split(), []]
-    assert value(tm.bleu(hyps, refs)) == pytest.approx(multi_bleu(hyps, refs))   # an empty reference
+    assert value(tm.bleu(hyps, refs)) == pytest.approx(multi_bleu(hyps, refs))  # an empty reference
     for bad in (([], []), ([["a"]], [["a"], ["b"]])):
-        with pytest.raises(ValueError): tm.bleu(*bad)
+        with pytest.raises(ValueError):
+            tm.bleu(*bad)
 
 
 def test_bleu_is_case_sensitive_and_keeps_tokens():
@@ -81,44 +93,62 @@ def test_bleu_interval_is_reproducible_and_about_right():
     hyps, refs = noisy_pairs(0, n=300)
     a, b = (tm.bleu(hyps, refs, gen=make_gen(0, "boot")) for _ in range(2))
     assert a == b and a["interval"][0] < a["value"] < a["interval"][1]
-    values = [value(tm.bleu(*noisy_pairs(s, n=300))) for s in range(1, 25)]   # the spread the interval is meant to describe
+    values = [
+        value(tm.bleu(*noisy_pairs(s, n=300))) for s in range(1, 25)
+    ]  # the spread the interval is meant to describe
     width = a["interval"][1] - a["interval"][0]
-    assert 0.6 < width/(2*1.96*np.std(values, ddof=1)) < 1.6
+    assert 0.6 < width / (2 * 1.96 * np.std(values, ddof=1)) < 1.6
 
 
 # --- frequencies
 
+
 def test_wkl_uses_the_first_sentences_and_either_form_of_train():
     train = [["a", "b"], ["b", "c"]]
-    samples = [["a"]]*3 + [["b"]]*5
+    samples = [["a"]] * 3 + [["b"]] * 5
     m = tm.wkl(samples, train, n_max=3)
     assert m["n"] == 3 and m["value"] == pytest.approx(math.log(4))
     assert tm.wkl(samples, tm.word_counts(train)) == tm.wkl(samples, train)
-    with pytest.raises(ValueError): tm.wkl([[]], train)
+    with pytest.raises(ValueError):
+        tm.wkl([[]], train)
 
 
 def test_wkl_skips_and_unseen_share_tells():
-    assert value(tm.wkl([["x"]*9 + ["a"]], [["a"]])) == pytest.approx(0.1*math.log(0.1))   # negative: not a divergence any more
-    assert value(tm.unseen_share([["x"]*9 + ["a"]], [["a"]])) == pytest.approx(0.9)
+    assert value(tm.wkl([["x"] * 9 + ["a"]], [["a"]])) == pytest.approx(
+        0.1 * math.log(0.1)
+    )  # negative: not a divergence any more
+    assert value(tm.unseen_share([["x"] * 9 + ["a"]], [["a"]])) == pytest.approx(0.9)
 
 
 def zipf_text(n, *stream, types=60, length=8, power=1.0):
-    p = 1/torch.arange(1, types+1).double()**power
-    return [[f"w{i}" for i in s] for s in torch.multinomial(p, n*length, replacement=True, generator=make_gen(0, *stream)).view(n, length).tolist()]
+    p = 1 / torch.arange(1, types + 1).double() ** power
+    return [
+        [f"w{i}" for i in s]
+        for s in torch.multinomial(p, n * length, replacement=True, generator=make_gen(0, *stream))
+        .view(n, length)
+        .tolist()
+    ]
 
 
 def test_wkl_interval():
     train = tm.word_counts(zipf_text(5000, "train"))
-    other = [tm.wkl(zipf_text(300, "other", i, power=1.3), train, gen=make_gen(0, "b", i)) for i in range(60)]   # truly different: the linear part rules
+    other = [
+        tm.wkl(zipf_text(300, "other", i, power=1.3), train, gen=make_gen(0, "b", i)) for i in range(60)
+    ]  # truly different: the linear part rules
     sd = np.std([value(m) for m in other], ddof=1)
-    assert .75 < np.mean([width(m) for m in other])/(2*1.96*sd) < 1.35
-    same = [tm.wkl(zipf_text(300, "same", i), train, gen=make_gen(0, "b", i)) for i in range(60)]   # noise rules: conservative, by about sqrt(3)
+    assert 0.75 < np.mean([width(m) for m in other]) / (2 * 1.96 * sd) < 1.35
+    same = [
+        tm.wkl(zipf_text(300, "same", i), train, gen=make_gen(0, "b", i)) for i in range(60)
+    ]  # noise rules: conservative, by about sqrt(3)
     sd, mean = np.std([value(m) for m in same], ddof=1), np.mean([value(m) for m in same])
-    assert 1.1 < np.mean([width(m) for m in same])/(2*1.96*sd) < 2.6
+    assert 1.1 < np.mean([width(m) for m in same]) / (2 * 1.96 * sd) < 2.6
     assert sum(m["interval"][0] <= mean <= m["interval"][1] for m in same) >= 55
-    assert tm.wkl([["a"], []]*50, [["a"]], gen=make_gen(0))["interval"] == [0, 0]   # nothing varies
-    m = tm.wkl([["a", "b", "x"], ["a"], ["b", "b"]]*9, [["a", "b"]], gen=make_gen(1), n_boot=7)   # by definition, sentence by sentence
+    assert tm.wkl([["a"], []] * 50, [["a"]], gen=make_gen(0))["interval"] == [0, 0]  # nothing varies
+    m = tm.wkl(
+        [["a", "b", "x"], ["a"], ["b", "b"]] * 9, [["a", "b"]], gen=make_gen(1), n_boot=7
+    )  # by definition, sentence by sentence
     from ldebm.stats import bootstrap_interval, resample_counts
+
     w = resample_counts(27, 7, make_gen(1))
     again = [[["a", "b", "x"], ["a"], ["b", "b"]][i % 3] for i in range(27)]
     slow = [value(tm.wkl([s for s, k in zip(again, row) for _ in range(int(k))], [["a", "b"]])) for row in w]
@@ -128,31 +158,41 @@ def test_wkl_interval():
 def test_wkl_reference_is_the_score_of_resampled_sentences():
     train = zipf_text(2000, "train")
     m = tm.wkl_reference(train, 500, make_gen(0, "r"))
-    v = [value(tm.wkl([train[i] for i in torch.randint(2000, (500,), generator=make_gen(0, "d", j)).tolist()], train)) for j in range(100)]
-    assert value(m) == pytest.approx(np.mean(v), abs=4*np.std(v)/20**.5)
+    v = [
+        value(tm.wkl([train[i] for i in torch.randint(2000, (500,), generator=make_gen(0, "d", j)).tolist()], train))
+        for j in range(100)
+    ]
+    assert value(m) == pytest.approx(np.mean(v), abs=4 * np.std(v) / 20**0.5)
     assert sum(m["interval"][0] <= x <= m["interval"][1] for x in v) >= 80
     assert tm.wkl_reference(train, 500, make_gen(0, "r"), n_rep=1)["interval"] is None
 
 
 @pytest.mark.data
 def test_wkl_of_ptb(ldebm_data):
-    train, test = (lines(ldebm_data/"ptb"/f"ptb.{s}.txt") for s in ("train", "test"))
+    train, test = (lines(ldebm_data / "ptb" / f"ptb.{s}.txt") for s in ("train", "test"))
     assert (len(train), len(test)) == (42_068, 3_761)
-    assert tm.word_counts(train) == Counter(w for s in train for w in s)   # splitting 's changes nothing here
+    assert tm.word_counts(train) == Counter(w for s in train for w in s)  # splitting 's changes nothing here
     counts = tm.word_counts(train)
     assert value(tm.wkl(test, counts)) == pytest.approx(0.136, abs=0.001)
     assert value(tm.wkl([s[:38] for s in test], counts)) == pytest.approx(0.138, abs=0.001)
-    assert value(tm.wkl(lines(ldebm_data/"ptb"/"ptb.valid.txt"), counts)) == pytest.approx(0.178, abs=0.001)
+    assert value(tm.wkl(lines(ldebm_data / "ptb" / "ptb.valid.txt"), counts)) == pytest.approx(0.178, abs=0.001)
     m = tm.wkl_reference(train, 40_000, make_gen(0, "wkl"), n_rep=3)
     assert value(m) == pytest.approx(0.006, abs=0.0007) and m["n"] == 40_000
     assert value(tm.wkl_reference(train, 1000, make_gen(0, "wkl"), n_rep=3)) == pytest.approx(0.210, abs=0.01)
     assert value(tm.wkl_reference(train, 10_000, make_gen(0, "wkl"), n_rep=3)) == pytest.approx(0.027, abs=0.001)
     assert value(tm.wkl_reference(train, 20_000, make_gen(0, "wkl"), n_rep=3)) == pytest.approx(0.012, abs=0.001)
-    some = [value(tm.wkl([train[i] for i in torch.randperm(len(train), generator=make_gen(0, "some", j))[:3761].tolist()], counts)) for j in range(3)]
-    assert all(.063 < v < .073 for v in some)
-    assert value(tm.wkl(train, test, n_max=len(train))) == pytest.approx(0.017, abs=0.001)   # the other way round
+    some = [
+        value(
+            tm.wkl(
+                [train[i] for i in torch.randperm(len(train), generator=make_gen(0, "some", j))[:3761].tolist()], counts
+            )
+        )
+        for j in range(3)
+    ]
+    assert all(0.063 < v < 0.073 for v in some)
+    assert value(tm.wkl(train, test, n_max=len(train))) == pytest.approx(0.017, abs=0.001)  # the other way round
     m = tm.wkl(test, counts, gen=make_gen(0, "boot"))
-    assert m["interval"][0] < .136 < m["interval"][1] and width(m) < .03
+    assert m["interval"][0] < 0.136 < m["interval"][1] and width(m) < 0.03
     m = tm.wkl_reference(train, 40_000, make_gen(0, "wkl"), n_rep=3)
     drawn = torch.randint(len(train), (40_000,), generator=make_gen(1, "wkl")).tolist()
     assert value(tm.wkl([train[i] for i in drawn], counts)) == pytest.approx(value(m), abs=0.0005)
@@ -160,7 +200,7 @@ def test_wkl_of_ptb(ldebm_data):
 
 @pytest.mark.data
 def test_bleu_of_ptb_references(ldebm_data):
-    test = [s[:38] for s in lines(ldebm_data/"ptb"/"ptb.test.txt")]
+    test = [s[:38] for s in lines(ldebm_data / "ptb" / "ptb.test.txt")]
     assert value(tm.bleu(test, test)) == pytest.approx(100, abs=1e-9)
     shorter = [s[:-1] if len(s) > 4 else s for s in test]
     assert value(tm.bleu(shorter, test)) == pytest.approx(multi_bleu(shorter, test), abs=1e-9)
@@ -168,45 +208,55 @@ def test_bleu_of_ptb_references(ldebm_data):
 
 # --- variety
 
+
 def test_variety_edge_cases():
     assert tm.distinct_n([["a"], []], 2)["value"] is None and tm.unique_share([])["value"] is None
     assert value(tm.distinct_n([["a", "b", "c"]], 1)) == 1
-    assert value(tm.distinct_n([["a"]*11], 2)) == pytest.approx(0.1)
-    assert value(tm.memorised_share([["a", "b"], ["a"]], [["a", "b", "c"], ["a"]])) == 0.5   # whole sentences, not parts
-    with pytest.raises(ValueError): tm.self_bleu([["a"]])
+    assert value(tm.distinct_n([["a"] * 11], 2)) == pytest.approx(0.1)
+    assert value(tm.memorised_share([["a", "b"], ["a"]], [["a", "b", "c"], ["a"]])) == 0.5  # whole sentences, not parts
+    with pytest.raises(ValueError):
+        tm.self_bleu([["a"]])
 
 
 def test_variety_intervals_leave_sentences_out():
     samples = [list(o) for o in ("abab", "abc", "abab", "d", "bcd", "")]
     from ldebm.stats import jackknife_interval
+
     for f in (lambda s: tm.distinct_n(s, 2), tm.unique_share):
-        left = [value(f(samples[:i]+samples[i+1:])) for i in range(len(samples))]
+        left = [value(f(samples[:i] + samples[i + 1 :])) for i in range(len(samples))]
         assert f(samples)["interval"] == pytest.approx(jackknife_interval(value(f(samples)), left, lo=0, hi=1))
-    assert tm.distinct_n([["a", "b"], ["c"]], 2)["interval"] is None   # a single sentence has all pairs
+    assert tm.distinct_n([["a", "b"], ["c"]], 2)["interval"] is None  # a single sentence has all pairs
     assert tm.unique_share([["a"]])["interval"] is None
 
 
 def test_variety_intervals_hold_the_value_at_equal_n():
-    for f, n in ((lambda s: tm.distinct_n(s, 2), 100), (lambda s: tm.distinct_n(s, 4), 100), (lambda s: tm.unique_share([o[:3] for o in s]), 200)):
+    for f, n in (
+        (lambda s: tm.distinct_n(s, 2), 100),
+        (lambda s: tm.distinct_n(s, 4), 100),
+        (lambda s: tm.unique_share([o[:3] for o in s]), 200),
+    ):
         ms = [f(grammar_text(n, "variety", i)) for i in range(80)]
         truth, sd = np.mean([value(m) for m in ms]), np.std([value(m) for m in ms], ddof=1)
         assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= 73
-        assert 0.8 < np.mean([width(m) for m in ms])/(2*1.96*sd) < 2.5   # conservative
+        assert 0.8 < np.mean([width(m) for m in ms]) / (2 * 1.96 * sd) < 2.5  # conservative
 
 
 def test_ngram_overlap_by_hand():
     train, samples = [list("abcd"), list("xy")], [list("abcz"), list("b"), list("yxyx")]
     m = tm.ngram_overlap(samples, train, [list("abcd"), list("bd")], 2)
-    assert value(m["overlap_2"]) == 3/6 and m["overlap_2"]["n"] == 2   # ab bc | xy; `b` has no pair
-    assert value(m["overlap_2_real"]) == 3/4
-    assert list(tm.ngram_overlap(samples, train, n=8)) == ["overlap_8"] and tm.ngram_overlap(samples, train, n=8)["overlap_8"]["value"] is None
+    assert value(m["overlap_2"]) == 3 / 6 and m["overlap_2"]["n"] == 2  # ab bc | xy; `b` has no pair
+    assert value(m["overlap_2_real"]) == 3 / 4
+    assert (
+        list(tm.ngram_overlap(samples, train, n=8)) == ["overlap_8"]
+        and tm.ngram_overlap(samples, train, n=8)["overlap_8"]["value"] is None
+    )
     assert value(tm.ngram_overlap(train, train, n=3)["overlap_3"]) == 1
 
 
 def test_ngram_overlap_of_a_copier():
     train, heldout = grammar_text(500, "train"), grammar_text(500, "heldout")
     fair = [tm.ngram_overlap(grammar_text(300, "fair", i), train, heldout, 4) for i in range(10)]
-    copy = tm.ngram_overlap(train[:60]+grammar_text(240, "fair"), train, heldout, 8)
+    copy = tm.ngram_overlap(train[:60] + grammar_text(240, "fair"), train, heldout, 8)
     assert copy["overlap_8"]["interval"][0] > copy["overlap_8_real"]["interval"][1]
     centre = np.mean([value(m["overlap_4"]) for m in fair])
     assert sum(m["overlap_4"]["interval"][0] <= centre <= m["overlap_4"]["interval"][1] for m in fair) >= 8
@@ -216,178 +266,271 @@ def test_self_bleu_interval_and_reference():
     real = grammar_text(2000, "real")
     ms = [tm.self_bleu(grammar_text(100, "self", i)) for i in range(80)]
     truth, sd = np.mean([value(m) for m in ms]), np.std([value(m) for m in ms], ddof=1)
-    assert .8 < np.mean([width(m) for m in ms])/(2*1.96*sd) < 1.6 and sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= 73
+    assert (
+        0.8 < np.mean([width(m) for m in ms]) / (2 * 1.96 * sd) < 1.6
+        and sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= 73
+    )
     ref = tm.self_bleu_real(real, 100, make_gen(0, "ref"))
     assert ref["n"] == 100 and ref["interval"][0] < truth < ref["interval"][1]
-    with pytest.raises(ValueError, match="3 real sentences"): tm.self_bleu_real(real[:2], 3)
+    with pytest.raises(ValueError, match="3 real sentences"):
+        tm.self_bleu_real(real[:2], 3)
 
 
 def test_self_bleu_by_definition():
     from sacrebleu.metrics import BLEU
+
     kind = BLEU(tokenize="none", force=True, smooth_method="floor", smooth_value=0.1, effective_order=True)
     rnd = random.Random(0)
-    samples = [[rnd.choice("abcde") for _ in range(rnd.randint(1, 12))] for _ in range(40)] + [list("abcd")]*3
+    samples = [[rnd.choice("abcde") for _ in range(rnd.randint(1, 12))] for _ in range(40)] + [list("abcd")] * 3
     text = [" ".join(s) for s in samples]
-    slow = [kind.sentence_score(t, text[:i] + text[i+1:]).score for i, t in enumerate(text)]
+    slow = [kind.sentence_score(t, text[:i] + text[i + 1 :]).score for i, t in enumerate(text)]
     assert value(tm.self_bleu(samples)) == pytest.approx(np.mean(slow), abs=1e-9)
-    assert value(tm.self_bleu([list("abcdef")]*5)) == pytest.approx(100)
+    assert value(tm.self_bleu([list("abcdef")] * 5)) == pytest.approx(100)
     from ldebm.stats import jackknife_interval
-    left = [value(tm.self_bleu(samples[:i]+samples[i+1:])) for i in range(len(samples))]   # leaving one out, by definition
+
+    left = [
+        value(tm.self_bleu(samples[:i] + samples[i + 1 :])) for i in range(len(samples))
+    ]  # leaving one out, by definition
     assert tm.self_bleu(samples)["interval"] == pytest.approx(jackknife_interval(np.mean(slow), left), abs=1e-9)
     assert tm.self_bleu(samples[:2])["interval"] is None
-    assert tm.self_bleu(samples*3, make_gen(0, "s"), n_max=50) == tm.self_bleu(samples*3, make_gen(0, "s"), n_max=50)
-    assert tm.self_bleu(samples*3, make_gen(0, "s"), n_max=50)["n"] == 50
+    assert tm.self_bleu(samples * 3, make_gen(0, "s"), n_max=50) == tm.self_bleu(
+        samples * 3, make_gen(0, "s"), n_max=50
+    )
+    assert tm.self_bleu(samples * 3, make_gen(0, "s"), n_max=50)["n"] == 50
 
 
 # --- symbols
 
+
 def test_mutual_information_is_stable_and_bounded():
-    extreme = torch.tensor([[1e4, 0.], [0., 1e4], [-1e4, -1e4 + 1e-3]])
+    extreme = torch.tensor([[1e4, 0.0], [0.0, 1e4], [-1e4, -1e4 + 1e-3]])
     m = tm.mutual_information(extreme)
     assert math.isfinite(m["value"]) and 0 < m["value"] < math.log(2)
-    assert value(tm.mutual_information(torch.tensor([[1., 0.], [0., 1.]]), probs=True)) == pytest.approx(math.log(2))
-    assert value(tm.effective_symbols(torch.tensor([[1., 0.], [1., 0.]]), probs=True)) == pytest.approx(1)
-    assert value(tm.mutual_information(torch.full((10, 5), 3.))) == pytest.approx(0, abs=1e-12)
+    assert value(tm.mutual_information(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), probs=True)) == pytest.approx(
+        math.log(2)
+    )
+    assert value(tm.effective_symbols(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), probs=True)) == pytest.approx(1)
+    assert value(tm.mutual_information(torch.full((10, 5), 3.0))) == pytest.approx(0, abs=1e-12)
     x = torch.randn(500, 8, generator=make_gen(0, "x"))
-    shifted = x + 100*torch.randn(500, 1, generator=make_gen(1, "x"))
+    shifted = x + 100 * torch.randn(500, 1, generator=make_gen(1, "x"))
     assert value(tm.mutual_information(shifted)) == pytest.approx(value(tm.mutual_information(x)), abs=1e-4)
-    for bad in (torch.tensor([[float("nan"), 0.]]), torch.zeros(0, 3), torch.zeros(4)):
-        with pytest.raises(ValueError): tm.mutual_information(bad)
-    with pytest.raises(ValueError): tm.mutual_information(torch.tensor([[.5, .6]]), probs=True)
+    for bad in (torch.tensor([[float("nan"), 0.0]]), torch.zeros(0, 3), torch.zeros(4)):
+        with pytest.raises(ValueError):
+            tm.mutual_information(bad)
+    with pytest.raises(ValueError):
+        tm.mutual_information(torch.tensor([[0.5, 0.6]]), probs=True)
 
 
 def test_mutual_information_interval_covers():
     "Sentences of a known law p(k|x): the interval from 400 of them holds the value from very many, about as often as it says"
-    draw = lambda n, i: 2*torch.randn(n, 6, generator=make_gen(0, "law", i))
+
+    def draw(n, i):
+        return 2 * torch.randn(n, 6, generator=make_gen(0, "law", i))
+
     truth = value(tm.mutual_information(draw(200_000, 0)))
     hits = sum(lo <= truth <= hi for lo, hi in (tm.mutual_information(draw(400, i))["interval"] for i in range(1, 201)))
-    assert 0.90*200 <= hits <= 200
+    assert 0.90 * 200 <= hits <= 200
 
 
 def test_mutual_information_per_batch():
-    x = 5*torch.randn(300, 12, generator=make_gen(0, "x"))
+    x = 5 * torch.randn(300, 12, generator=make_gen(0, "x"))
     m = tm.mutual_information_per_batch(x, 128)
-    v = [value(tm.mutual_information(x[i:i+128])) for i in (0, 128)]
+    v = [value(tm.mutual_information(x[i : i + 128])) for i in (0, 128)]
     assert value(m) == pytest.approx(np.mean(v)) and m["n"] == 256
-    assert value(m) < value(tm.mutual_information(x[:256]))   # concavity
-    one = torch.eye(50)*1e4
-    assert value(tm.mutual_information_per_batch(one, 10)) == pytest.approx(math.log(10))   # the cap
-    with pytest.raises(ValueError, match="do not fill"): tm.mutual_information_per_batch(x, 301)
+    assert value(m) < value(tm.mutual_information(x[:256]))  # concavity
+    one = torch.eye(50) * 1e4
+    assert value(tm.mutual_information_per_batch(one, 10)) == pytest.approx(math.log(10))  # the cap
+    with pytest.raises(ValueError, match="do not fill"):
+        tm.mutual_information_per_batch(x, 301)
 
 
 def test_numbers_of_symbols_have_intervals():
-    draw = lambda i: torch.randn(150, 40, generator=make_gen(0, "symbols", i))*3 - .2*torch.arange(40)
+    def draw(i):
+        return torch.randn(150, 40, generator=make_gen(0, "symbols", i)) * 3 - 0.2 * torch.arange(40)
+
     for f, least in ((tm.active_symbols, 70), (tm.effective_symbols, 68)):
         ms = [f(draw(i)) for i in range(80)]
         truth = np.mean([value(m) for m in ms])
         assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) >= least
-        assert width(ms[0]) < .5*truth
-    assert tm.active_symbols(torch.eye(3))["interval"] == [3, 3]   # each seen once, leaving out any changes the same
+        assert width(ms[0]) < 0.5 * truth
+    assert tm.active_symbols(torch.eye(3))["interval"] == [3, 3]  # each seen once, leaving out any changes the same
     assert tm.effective_symbols(torch.zeros(10, 3))["interval"] == pytest.approx([3, 3])
 
 
 def test_homogeneity_against_its_formula_and_chance():
     a = torch.randint(4, (3000,), generator=make_gen(0, "a"))
-    c = torch.where(torch.rand(3000, generator=make_gen(0, "u")) < .7, a, torch.randint(10, (3000,), generator=make_gen(0, "c")))
-    joint = torch.zeros(4, 10, dtype=torch.double).index_put_((a, c), torch.ones(3000, dtype=torch.double), accumulate=True)/3000
-    H = lambda p: -(p[p > 0]*p[p > 0].log()).sum().item()
+    c = torch.where(
+        torch.rand(3000, generator=make_gen(0, "u")) < 0.7, a, torch.randint(10, (3000,), generator=make_gen(0, "c"))
+    )
+    joint = (
+        torch.zeros(4, 10, dtype=torch.double).index_put_((a, c), torch.ones(3000, dtype=torch.double), accumulate=True)
+        / 3000
+    )
+
+    def H(p):
+        return -(p[p > 0] * p[p > 0].log()).sum().item()
+
     m = tm.homogeneity(a, c, make_gen(0, "p"), "topic")
     assert set(m) == {"homogeneity_topic", "homogeneity_topic_chance"}
-    assert value(m["homogeneity_topic"]) == pytest.approx(1 - (H(joint) - H(joint.sum(0)))/H(joint.sum(1)), abs=1e-9)
-    assert value(m["homogeneity_topic_chance"]) == pytest.approx(3*9/(2*3000)/H(joint.sum(1)), rel=0.4)   # chi-squared, 3*9 dof
+    assert value(m["homogeneity_topic"]) == pytest.approx(1 - (H(joint) - H(joint.sum(0))) / H(joint.sum(1)), abs=1e-9)
+    assert value(m["homogeneity_topic_chance"]) == pytest.approx(
+        3 * 9 / (2 * 3000) / H(joint.sum(1)), rel=0.4
+    )  # chi-squared, 3*9 dof
     x = tm.ami(a, c, make_gen(0, "p"))
     assert abs(value(x["ami_chance"])) < 0.005 and 0.2 < value(x["ami"]) < 1
-    assert value(tm.ami(a, (a + 2) % 4, make_gen(0, "p"))["ami"]) == pytest.approx(1)   # names of symbols do not matter
+    assert value(tm.ami(a, (a + 2) % 4, make_gen(0, "p"))["ami"]) == pytest.approx(1)  # names of symbols do not matter
     assert tm.homogeneity(a.tolist(), c.numpy(), make_gen(0, "p"), "topic") == m
-    with pytest.raises(ValueError): tm.homogeneity(a, c[:-1], make_gen(0, "p"))
-    with pytest.raises(ValueError): tm.homogeneity_per_batch(a[:100], c[:100], make_gen(0, "p"))
+    with pytest.raises(ValueError):
+        tm.homogeneity(a, c[:-1], make_gen(0, "p"))
+    with pytest.raises(ValueError):
+        tm.homogeneity_per_batch(a[:100], c[:100], make_gen(0, "p"))
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (4, 9), (7, 1), (5, 5)])
 def test_cluster_scores_against_sklearn(shape):
     from sklearn.metrics import homogeneity_score, v_measure_score
+
     for n in (5, 60, 400):
-        a, c = (torch.randint(k, (n,), generator=make_gen(0, "codes", n, i))+3 for i, k in enumerate(shape))
-        assert value(tm.homogeneity(a, c, make_gen(0))["homogeneity"]) == pytest.approx(homogeneity_score(a, c), abs=1e-9)
+        a, c = (torch.randint(k, (n,), generator=make_gen(0, "codes", n, i)) + 3 for i, k in enumerate(shape))
+        assert value(tm.homogeneity(a, c, make_gen(0))["homogeneity"]) == pytest.approx(
+            homogeneity_score(a, c), abs=1e-9
+        )
         assert value(tm.v_measure(a, c, make_gen(0))["v_measure"]) == pytest.approx(v_measure_score(a, c), abs=1e-9)
-        if n < 60: continue
-        want = [homogeneity_score(a[i:i+20], c[i:i+20]) for i in range(0, n, 20)]
-        assert value(tm.homogeneity_per_batch(a, c, make_gen(0), batch_size=20)["homogeneity_per_batch"]) == pytest.approx(np.mean(want), abs=1e-9)
+        if n < 60:
+            continue
+        want = [homogeneity_score(a[i : i + 20], c[i : i + 20]) for i in range(0, n, 20)]
+        assert value(
+            tm.homogeneity_per_batch(a, c, make_gen(0), batch_size=20)["homogeneity_per_batch"]
+        ) == pytest.approx(np.mean(want), abs=1e-9)
 
 
 @pytest.mark.parametrize("f, name", [(tm.homogeneity, "homogeneity"), (tm.v_measure, "v_measure"), (tm.ami, "ami")])
 def test_intervals_of_cluster_scores(f, name):
     def draw(i):
         a = torch.randint(4, (600,), generator=make_gen(0, "a", i))
-        return a, torch.where(torch.rand(600, generator=make_gen(0, "u", i)) < .6, a, torch.randint(12, (600,), generator=make_gen(0, "c", i)))
+        return a, torch.where(
+            torch.rand(600, generator=make_gen(0, "u", i)) < 0.6,
+            a,
+            torch.randint(12, (600,), generator=make_gen(0, "c", i)),
+        )
+
     ms = [f(*draw(i), make_gen(0, "p", i), n_perm=1)[name] for i in range(25)]
     values = [value(f(*draw(i), make_gen(0, "p", i), n_perm=1, n_boot=0)[name]) for i in range(200)]
     truth, sd = np.mean(values), np.std(values, ddof=1)
-    assert .8 < np.mean([width(m) for m in ms])/(2*1.96*sd) < 1.25   # a standard deviation from 200, to 5 %
-    assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) > 25*(.95-5*(.95*.05/25)**.5)
+    assert 0.8 < np.mean([width(m) for m in ms]) / (2 * 1.96 * sd) < 1.25  # a standard deviation from 200, to 5 %
+    assert sum(m["interval"][0] <= truth <= m["interval"][1] for m in ms) > 25 * (0.95 - 5 * (0.95 * 0.05 / 25) ** 0.5)
     none = f(*draw(0), make_gen(0), n_perm=2, n_boot=0)[name]
     assert none["interval"] is None and "no interval" in none["estimator"]
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("batch, want", [(30, (.59, .63, .91, .91)), (50, (.44, .50, .86, .88)), (128, (.21, .31, .69, .73)), (None, (.00, .01, .02, .07))])
+@pytest.mark.parametrize(
+    "batch, want",
+    [
+        (30, (0.59, 0.63, 0.91, 0.91)),
+        (50, (0.44, 0.50, 0.86, 0.88)),
+        (128, (0.21, 0.31, 0.69, 0.73)),
+        (None, (0.00, 0.01, 0.02, 0.07)),
+    ],
+)
 def test_random_homogeneity_on_dailydialog(ldebm_data, batch, want):
     "Symbols that know nothing, on the test labels in file order: 20 symbols act, emotion; 125 symbols act, emotion"
-    labels = {k: (ldebm_data/"dailydialog"/"test"/f"dialogues_{k}_test.txt").read_text().split() for k in ("act", "emotion")}
-    got = [value(tm.random_homogeneity(labels[a], k, make_gen(0, "random", k), batch, n_rep=3)) for k in (20, 125) for a in ("act", "emotion")]
-    assert got == pytest.approx(want, abs=.02)
+    labels = {
+        k: (ldebm_data / "dailydialog" / "test" / f"dialogues_{k}_test.txt").read_text().split()
+        for k in ("act", "emotion")
+    }
+    got = [
+        value(tm.random_homogeneity(labels[a], k, make_gen(0, "random", k), batch, n_rep=3))
+        for k in (20, 125)
+        for a in ("act", "emotion")
+    ]
+    assert got == pytest.approx(want, abs=0.02)
 
 
 def test_random_homogeneity():
     a = torch.randint(4, (1000,), generator=make_gen(0, "a"))
     m = tm.random_homogeneity(a, 50, make_gen(0, "r"))
-    assert value(m) == pytest.approx(3*49/(2*1000)/math.log(4), rel=.2) and m["interval"][0] < value(m) < m["interval"][1]   # chi-squared
-    assert value(tm.random_homogeneity(a, 50, make_gen(0, "r"), 30)) > .6
-    with pytest.raises(ValueError, match="do not fill"): tm.random_homogeneity(a[:20], 5, make_gen(0), 30)
+    assert (
+        value(m) == pytest.approx(3 * 49 / (2 * 1000) / math.log(4), rel=0.2)
+        and m["interval"][0] < value(m) < m["interval"][1]
+    )  # chi-squared
+    assert value(tm.random_homogeneity(a, 50, make_gen(0, "r"), 30)) > 0.6
+    with pytest.raises(ValueError, match="do not fill"):
+        tm.random_homogeneity(a[:20], 5, make_gen(0), 30)
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("k, batch, act, emotion", [
-    (125, 128, .698, .726), (60, 128, .502, .567), (51, 128, .453, .521), (20, 128, .200, .307), (11, 128, .109, .193),
-    (11, 30, .402, .474),
-    (125, None, .020, .073), (60, None, .010, .037), (51, None, .009, .035), (20, None, .003, .009), (11, None, .001, .007)])
+@pytest.mark.parametrize(
+    "k, batch, act, emotion",
+    [
+        (125, 128, 0.698, 0.726),
+        (60, 128, 0.502, 0.567),
+        (51, 128, 0.453, 0.521),
+        (20, 128, 0.200, 0.307),
+        (11, 128, 0.109, 0.193),
+        (11, 30, 0.402, 0.474),
+        (125, None, 0.020, 0.073),
+        (60, None, 0.010, 0.037),
+        (51, None, 0.009, 0.035),
+        (20, None, 0.003, 0.009),
+        (11, None, 0.001, 0.007),
+    ],
+)
 def test_chance_levels_on_dailydialog(ldebm_data, k, batch, act, emotion):
     for name, want in (("act", act), ("emotion", emotion)):
-        labels = np.array((ldebm_data/"dailydialog"/"test"/f"dialogues_{name}_test.txt").read_text().split(), dtype=int)
+        labels = np.array(
+            (ldebm_data / "dailydialog" / "test" / f"dialogues_{name}_test.txt").read_text().split(), dtype=int
+        )
         assert len(labels) == 7740
         clusters = torch.randint(k, (len(labels),), generator=make_gen(0, "random clusters", k))
-        if batch is None: got = tm.homogeneity(labels, clusters, make_gen(0, "p"), n_perm=3)
-        else: got = tm.homogeneity_per_batch(labels, clusters, make_gen(0, "p"), batch_size=batch, n_perm=1)
-        tolerance = 0.02 if batch else max(0.003, 0.3*want)   # over the whole set the reference's draw and ours both scatter by 8 %
-        for m in got.values(): assert value(m) == pytest.approx(want, abs=tolerance)   # score of random clusters, and its chance level
+        if batch is None:
+            got = tm.homogeneity(labels, clusters, make_gen(0, "p"), n_perm=3)
+        else:
+            got = tm.homogeneity_per_batch(labels, clusters, make_gen(0, "p"), batch_size=batch, n_perm=1)
+        tolerance = (
+            0.02 if batch else max(0.003, 0.3 * want)
+        )  # over the whole set the reference's draw and ours both scatter by 8 %
+        for m in got.values():
+            assert value(m) == pytest.approx(want, abs=tolerance)  # score of random clusters, and its chance level
 
 
 # --- the rest
 
+
 def test_active_units():
-    mu = torch.randn(500, 3, generator=make_gen(0, "mu"))*torch.tensor([1., 0.11, 0.09])
+    mu = torch.randn(500, 3, generator=make_gen(0, "mu")) * torch.tensor([1.0, 0.11, 0.09])
     assert value(tm.active_units(mu)) == 2
     assert value(tm.active_units(mu + 100)) == 2
-    for bad in (mu[:1], mu[0], mu*float("nan")):
-        with pytest.raises(ValueError): tm.active_units(bad)
+    for bad in (mu[:1], mu[0], mu * float("nan")):
+        with pytest.raises(ValueError):
+            tm.active_units(bad)
 
 
 def test_active_units_interval():
-    draw = lambda i: torch.randn(400, 5, generator=make_gen(0, "mu", i))*torch.tensor([1., .105, .1, .095, .01])
+    def draw(i):
+        return torch.randn(400, 5, generator=make_gen(0, "mu", i)) * torch.tensor([1.0, 0.105, 0.1, 0.095, 0.01])
+
     ms = [tm.active_units(draw(i), gen=make_gen(0, "b", i)) for i in range(60)]
     assert all(m["interval"][0] <= value(m) <= m["interval"][1] for m in ms)
-    assert sum(m["interval"][0] <= 2.5 <= m["interval"][1] for m in ms) >= 50   # the truth: two and a half
+    assert sum(m["interval"][0] <= 2.5 <= m["interval"][1] for m in ms) >= 50  # the truth: two and a half
     sure = tm.active_units(torch.randn(400, 5, generator=make_gen(0, "mu")), gen=make_gen(0, "b"))
     assert sure["interval"] == [5, 5]
-    assert tm.active_units(draw(0))["interval"] is None and "without a generator" in tm.active_units(draw(0))["estimator"]
+    assert (
+        tm.active_units(draw(0))["interval"] is None and "without a generator" in tm.active_units(draw(0))["estimator"]
+    )
 
 
 def test_prior_hole():
-    N = lambda *a: torch.randn(400, 5, generator=make_gen(0, *a))
-    posterior = .75**.5*N("mu") + .5*N("eps")   # the aggregated posterior is standard normal
-    none, hole = tm.prior_hole(N("z"), posterior, make_gen(0, "g")), tm.prior_hole(N("z"), 2*posterior, make_gen(0, "g"))
+    def N(*a):
+        return torch.randn(400, 5, generator=make_gen(0, *a))
+
+    posterior = 0.75**0.5 * N("mu") + 0.5 * N("eps")  # the aggregated posterior is standard normal
+    none, hole = (
+        tm.prior_hole(N("z"), posterior, make_gen(0, "g")),
+        tm.prior_hole(N("z"), 2 * posterior, make_gen(0, "g")),
+    )
     assert set(none) == {"prior_hole_auroc", "prior_hole_mmd"}
-    assert none["prior_hole_auroc"]["interval"][0] < .5 < .8 < hole["prior_hole_auroc"]["interval"][0]
+    assert none["prior_hole_auroc"]["interval"][0] < 0.5 < 0.8 < hole["prior_hole_auroc"]["interval"][0]
     assert none["prior_hole_mmd"]["interval"][0] < 0 < hole["prior_hole_mmd"]["interval"][0]
     assert tm.prior_hole(N("z"), posterior, make_gen(0, "g"), max_n=100)["prior_hole_mmd"]["n"] == 100
     assert tm.prior_hole(N("z"), posterior, make_gen(0, "g")) == none
@@ -395,13 +538,16 @@ def test_prior_hole():
 
 def test_grammar_scores():
     calls = []
+
     def log_prob(s):
         calls.append(tuple(s))
         return {("a",): -1.0, ("b",): -3.0}.get(tuple(s), -math.inf)
+
     s = tm.grammar_scores([["a"], ["a"], ["b"], ["c"]], log_prob, train=[["b"]])
     assert (value(s["grammatical"]), value(s["memorised"]), s["exact_nll"]["n"]) == (0.75, 0.25, 3)
-    assert value(s["exact_nll"]) == pytest.approx(5/3)
-    assert len(calls) == 3   # equal sentences are parsed once
+    assert value(s["exact_nll"]) == pytest.approx(5 / 3)
+    assert len(calls) == 3  # equal sentences are parsed once
     none = tm.grammar_scores([["c"]], log_prob)
     assert none["exact_nll"]["value"] is None and none["exact_nll"]["n"] == 0 and "memorised" not in none
-    with pytest.raises(ValueError, match="'x'"): tm.grammar_scores([["x"]], lambda s: float("nan"))
+    with pytest.raises(ValueError, match="'x'"):
+        tm.grammar_scores([["x"]], lambda s: float("nan"))

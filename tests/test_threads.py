@@ -1,4 +1,5 @@
 "One seed gives one run, whatever the threads' timing: no gradient adds up in the order in which threads arrive"
+
 import os
 import subprocess
 import sys
@@ -6,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from same import assert_same_state
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ldebm import image_job, toy_job, train
 from ldebm.core import load_tensors, make_gen
 from ldebm.energy import EnergyNet, QuadraticEnergy
@@ -14,14 +18,13 @@ from ldebm.kernels import rows
 from ldebm.prior import DiagGaussian
 from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
 from ldebm.zoo import ROWS, Both, Codes
-from same import assert_same_state
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = "embed=16 hidden=16 batch=32"
 
 
 class Unordered(TorchDispatchMode):
     "Notes every sum of floating-point numbers that a CPU takes by atomic additions: repeated indices in `index_put(accumulate=True)` and `put(accumulate=True)`"
+
     def __init__(self):
         super().__init__()
         self.seen, self.ops = [], 0
@@ -31,8 +34,11 @@ class Unordered(TorchDispatchMode):
         self.ops += 1
         if given.get("accumulate") and args[0].is_floating_point():
             index = given["indices"] if "indices" in given else [given["index"]]
-            at = torch.stack([i.expand(max(len(k) for k in index if k is not None)).flatten() for i in index if i is not None])
-            if at.unique(dim=1).shape[1] < at.shape[1]: self.seen.append((f._schema.name, tuple(args[0].shape)))
+            at = torch.stack(
+                [i.expand(max(len(k) for k in index if k is not None)).flatten() for i in index if i is not None]
+            )
+            if at.unique(dim=1).shape[1] < at.shape[1]:
+                self.seen.append((f._schema.name, tuple(args[0].shape)))
         return f(*args, **(kwargs or {}))
 
 
@@ -40,8 +46,11 @@ class Unordered(TorchDispatchMode):
 def watched(monkeypatch, in_test):
     "Every step of `fit` is looked through"
     mode, step = Unordered(), train.train_step
+
     def look(*args):
-        with mode: return step(*args)
+        with mode:
+            return step(*args)
+
     monkeypatch.setattr(train, "train_step", look)
     yield mode
     assert mode.ops > 100 and not mode.seen, f"sums whose order is that of threads: {mode.seen}"
@@ -49,16 +58,29 @@ def watched(monkeypatch, in_test):
 
 def test_what_is_looked_for():
     x = torch.zeros(4, 3, requires_grad=True)
-    for f, found in ((lambda: x[torch.tensor([1, 1])], 1), (lambda: x[:, torch.tensor([2, 2])], 1), (lambda: x.take(torch.tensor([5, 5])), 1),
-                     (lambda: x[torch.tensor([1, 0])], 0), (lambda: rows(x, torch.tensor([1, 1])), 0)):
-        with Unordered() as mode: f().sum().backward()
+    for f, found in (
+        (lambda: x[torch.tensor([1, 1])], 1),
+        (lambda: x[:, torch.tensor([2, 2])], 1),
+        (lambda: x.take(torch.tensor([5, 5])), 1),
+        (lambda: x[torch.tensor([1, 0])], 0),
+        (lambda: rows(x, torch.tensor([1, 1])), 0),
+    ):
+        with Unordered() as mode:
+            f().sum().backward()
         assert len(mode.seen) == found
 
 
-@pytest.mark.parametrize("row,objective", [(r, o) for r in ROWS for o in ("consistent", "published") if o == "consistent" or ROWS[r].published is not None])
+@pytest.mark.parametrize(
+    "row,objective",
+    [(r, o) for r in ROWS for o in ("consistent", "published") if o == "consistent" or ROWS[r].published is not None],
+)
 def test_text(row, objective, watched, tmp_path):
-    run, task, device = open_job(TextJob(row=row, objective=objective, steps=1, n_samples=20, device="cpu", out=str(tmp_path/"run"), settings=SMALL))
-    task.validate = lambda: {task.select or "nll": torch.tensor(0.)}
+    run, task, device = open_job(
+        TextJob(
+            row=row, objective=objective, steps=1, n_samples=20, device="cpu", out=str(tmp_path / "run"), settings=SMALL
+        )
+    )
+    task.validate = lambda: {task.select or "nll": torch.tensor(0.0)}
     train.fit(task, run, train_cfg(task.s), 0, device)
     if has_energy_stage(task.s):
         task.s = replace(task.s, energy_steps=1)
@@ -68,23 +90,37 @@ def test_text(row, objective, watched, tmp_path):
 @pytest.mark.parametrize("layers", ["1x4x16x1 1x2x16x0", "1x3x12x1 4x1x8x0"], ids=["vectors", "with a map"])
 @pytest.mark.parametrize("objective", list(image_job.OBJECTIVES))
 def test_pictures(layers, objective, watched, tmp_path):
-    p = image_job.open_job(ImageJob(objective=objective, rows="ldebm ldebm-coupled", device="cpu", out=str(tmp_path/"run"), settings=f"layers='{layers}' gen_steps=2 steps=2 clf_steps=2 energy_hidden=8"))
+    p = image_job.open_job(
+        ImageJob(
+            objective=objective,
+            rows="ldebm ldebm-coupled",
+            device="cpu",
+            out=str(tmp_path / "run"),
+            settings=f"layers='{layers}' gen_steps=2 steps=2 clf_steps=2 energy_hidden=8",
+        )
+    )
     g = image_job.train_generator(p)[0]
     image_job.train_classifier(p)
-    for row in p.job.rows.split(): image_job.train_prior(p, row, g)
+    for row in p.job.rows.split():
+        image_job.train_prior(p, row, g)
 
 
 def test_plane(watched, tmp_path):
-    toy_job.train_all(toy_job.open_job(toy_job.ToyJob(density="gaussians16", device="cpu", steps=8, out=str(tmp_path/"run"))), "gaussians16")
+    toy_job.train_all(
+        toy_job.open_job(toy_job.ToyJob(density="gaussians16", device="cpu", steps=8, out=str(tmp_path / "run"))),
+        "gaussians16",
+    )
 
 
 def test_energies_with_known_answers():
     e = QuadraticEnergy(torch.eye(2).repeat(3, 1, 1), torch.zeros(3, 2))
-    with Unordered() as mode: e(torch.randn(9, 2, generator=make_gen(0)), torch.arange(9) % 3).sum().backward()
+    with Unordered() as mode:
+        e(torch.randn(9, 2, generator=make_gen(0)), torch.arange(9) % 3).sum().backward()
     assert not mode.seen and torch.equal(e.c.grad.isfinite(), torch.ones(3, 2, dtype=torch.bool))
 
 
 # -- the kernel
+
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -96,8 +132,9 @@ def test_rows_are_plain_indexing(shape, dtype, n):
     i = torch.randint(5, (n,), generator=gen)
     assert torch.equal(rows(x, i), x[i]) and rows(x, i).shape == x[i].shape
     up = torch.randn(x[i].shape, generator=gen, dtype=dtype)
-    assert torch.equal(*(torch.autograd.grad((f*up).sum(), x)[0] for f in (rows(x, i), x[i])))
-    if dtype == torch.float64 and n: assert torch.autograd.gradgradcheck(lambda x: rows(x, i)**2, x)
+    assert torch.equal(*(torch.autograd.grad((f * up).sum(), x)[0] for f in (rows(x, i), x[i])))
+    if dtype == torch.float64 and n:
+        assert torch.autograd.gradgradcheck(lambda x: rows(x, i) ** 2, x)
 
 
 def test_some_of_a_posterior():
@@ -110,6 +147,7 @@ def test_some_of_a_posterior():
 
 # -- with threads
 
+
 @pytest.fixture
 def two_threads():
     n = torch.get_num_threads()
@@ -121,11 +159,19 @@ def two_threads():
 def test_gradients_of_an_energy_repeat(two_threads):
     "Enough latents for several threads: plain indexing gave another last digit in one of a few tries"
     gen = make_gen(0, "threads")
-    net, z, t = EnergyNet(8, 4, 3, 64, 2, gen=gen), torch.randn(2048, 8, generator=gen), torch.randint(3, (2048,), generator=gen)
-    def grads(): return torch.autograd.grad(net(z, t).sum(), list(net.parameters()))
+    net, z, t = (
+        EnergyNet(8, 4, 3, 64, 2, gen=gen),
+        torch.randn(2048, 8, generator=gen),
+        torch.randint(3, (2048,), generator=gen),
+    )
+
+    def grads():
+        return torch.autograd.grad(net(z, t).sum(), list(net.parameters()))
+
     first = grads()
     for _ in range(30):
-        for a, b in zip(first, grads()): assert torch.equal(a, b)
+        for a, b in zip(first, grads()):
+            assert torch.equal(a, b)
 
 
 JOB = """
@@ -146,7 +192,10 @@ def test_the_promise(tmp_path):
     "One seed on two threads, twice: equal bits, of weights and of energies trained alone. On one thread: the same run but for last digits"
     for name, threads in (("a", 2), ("b", 2), ("one", 1)):
         env = {**os.environ, "OMP_NUM_THREADS": "2", "IN_TEST": "1"}
-        subprocess.run([sys.executable, "-c", JOB, str(tmp_path/name), str(threads)], env=env, check=True, timeout=110)
-    a, b, one = (load_tensors(tmp_path/name/"learned")[0] for name in ("a", "b", "one"))
+        subprocess.run(
+            [sys.executable, "-c", JOB, str(tmp_path / name), str(threads)], env=env, check=True, timeout=110
+        )
+    a, b, one = (load_tensors(tmp_path / name / "learned")[0] for name in ("a", "b", "one"))
     assert_same_state(a, b, "two runs")
-    for k in a: torch.testing.assert_close(a[k], one[k], rtol=0, atol=1e-4, msg=k)
+    for k in a:
+        torch.testing.assert_close(a[k], one[k], rtol=0, atol=1e-4, msg=k)

@@ -1,4 +1,5 @@
 "The zoo: identities of its terms, posteriors and priors against independent computations, every row of the table trained for a moment, and likelihoods against exact sums"
+
 import dataclasses
 import json
 import math
@@ -15,7 +16,21 @@ from ldebm.core import Run, load_tensors, save_tensors
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
 from ldebm.prior import DiagGaussian, Posterior, StandardNormal
 from ldebm.text import get_batch, load_corpus
-from ldebm.text_job import OBJECTIVES, SCORING, ZOO, TextJob, TextSettings, TextTask, build_model, evaluate, open_job, record_settings, resolve, train_cfg, unused
+from ldebm.text_job import (
+    OBJECTIVES,
+    SCORING,
+    ZOO,
+    TextJob,
+    TextSettings,
+    TextTask,
+    build_model,
+    evaluate,
+    open_job,
+    record_settings,
+    resolve,
+    train_cfg,
+    unused,
+)
 from ldebm.text_metrics import information
 from ldebm.text_score import frozen_weights, score, sentence_log_lik, text_nll
 from ldebm.text_vae import sample_sentences
@@ -23,28 +38,59 @@ from ldebm.train import cyclical, fit, logistic
 
 pytestmark = pytest.mark.usefixtures("in_test")
 ROOT = Path(__file__).resolve().parent.parent
-NET = dict(embed=32, hidden=32, d=8, codes=4, energy_hidden=16, n_blocks=1, langevin_steps=3, batch=32, lm="''", nll_draws=8, nll_sentences=6, importance_draws=50, energy_steps=0)
+NET = dict(
+    embed=32,
+    hidden=32,
+    d=8,
+    codes=4,
+    energy_hidden=16,
+    n_blocks=1,
+    langevin_steps=3,
+    batch=32,
+    lm="''",
+    nll_draws=8,
+    nll_sentences=6,
+    importance_draws=50,
+    energy_steps=0,
+)
 F64 = torch.float64
 
 
-def G(seed=0): return torch.Generator().manual_seed(seed)
+def G(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def job_for(row, objective="consistent", steps=1, **more):
     "A tiny job of a row: the settings that have an effect on it"
     idle = unused(resolve(TextJob(row=row, objective=objective)))
     own = {k: v for k, v in {**NET, **more}.items() if k not in idle and not (k == "d" and row == "rnn-lm")}
-    return TextJob(row=row, objective=objective, steps=steps, n_samples=40, settings=" ".join(f"{k}={v}" for k, v in own.items()), device="cpu", threads=1)
+    return TextJob(
+        row=row,
+        objective=objective,
+        steps=steps,
+        n_samples=40,
+        settings=" ".join(f"{k}={v}" for k, v in own.items()),
+        device="cpu",
+        threads=1,
+    )
 
 
-def first(split, n): return dataclasses.replace(split, flat=split.flat[:split.offsets[n]], offsets=split.offsets[:n+1], labels={k: v[:n] for k, v in split.labels.items()})
+def first(split, n):
+    return dataclasses.replace(
+        split,
+        flat=split.flat[: split.offsets[n]],
+        offsets=split.offsets[: n + 1],
+        labels={k: v[:n] for k, v in split.labels.items()},
+    )
 
 
 @pytest.fixture(scope="module")
 def corpus():
     "300 sentences of the grammar to train on, few to look at"
     c = load_corpus("grammar", max_len=24)
-    return dataclasses.replace(c, splits=dict(train=first(c["train"], 300), valid=first(c["valid"], 40), test=first(c["test"], 60)))
+    return dataclasses.replace(
+        c, splits=dict(train=first(c["train"], 300), valid=first(c["valid"], 40), test=first(c["test"], 60))
+    )
 
 
 def make(corpus, row, objective="consistent", seed=0, **more):
@@ -55,8 +101,13 @@ def make(corpus, row, objective="consistent", seed=0, **more):
 def posterior(kind, B=7, d=4, M=2, k=3, seed=0, dtype=F64, **kw):
     g = G(seed)
     z = [torch.randn(B, d, generator=g, dtype=dtype) for _ in range(2)]
-    c = Z.Codes(2*torch.randn(B, M, k, generator=g, dtype=dtype), **kw)
-    return dict(gaussian=lambda: DiagGaussian(*z), codes=lambda: c, both=lambda: Z.Both(DiagGaussian(*z), c), coded=lambda: Z.CodedGaussian(*z, c))[kind]()
+    c = Z.Codes(2 * torch.randn(B, M, k, generator=g, dtype=dtype), **kw)
+    return dict(
+        gaussian=lambda: DiagGaussian(*z),
+        codes=lambda: c,
+        both=lambda: Z.Both(DiagGaussian(*z), c),
+        coded=lambda: Z.CodedGaussian(*z, c),
+    )[kind]()
 
 
 KINDS = ["gaussian", "codes", "both", "coded"]
@@ -64,8 +115,10 @@ KINDS = ["gaussian", "codes", "both", "coded"]
 
 def tensors(q):
     for v in vars(q).values():
-        if isinstance(v, Posterior): yield from tensors(v)
-        elif isinstance(v, torch.Tensor): yield v
+        if isinstance(v, Posterior):
+            yield from tensors(v)
+        elif isinstance(v, torch.Tensor):
+            yield v
 
 
 # --- terms
@@ -74,22 +127,25 @@ SIZES = [(1, 1, 2), (2, 3, 4), (17, 5, 3), (40, 20, 5)]
 
 
 @pytest.mark.parametrize("B,M,k", SIZES)
-@pytest.mark.parametrize("scale", [0., 1., 8.])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0])
 def test_code_terms(B, M, k, scale):
-    log_q = (scale*torch.randn(B, M, k, generator=G(B), dtype=F64)).log_softmax(-1)
+    log_q = (scale * torch.randn(B, M, k, generator=G(B), dtype=F64)).log_softmax(-1)
     t = Z.code_terms(log_q)
     assert all(v.shape == (B,) for v in t.values())
-    assert_close(t["ckl"].mean(), (t["aggc"]+t["mi"]).mean(), rtol=1e-10, atol=1e-10)
+    assert_close(t["ckl"].mean(), (t["aggc"] + t["mi"]).mean(), rtol=1e-10, atol=1e-10)
     u, mean = Categorical(probs=torch.ones(M, k, dtype=F64)), Categorical(probs=log_q.exp().mean(0))
     assert_close(t["ckl"], kl_divergence(Categorical(logits=log_q), u).sum(-1), rtol=1e-9, atol=1e-9)
     assert_close(t["aggc"].mean(), kl_divergence(mean, u).sum(), rtol=1e-9, atol=1e-9)
-    assert_close(t["mi"].mean(), (mean.entropy()-Categorical(logits=log_q).entropy().mean(0)).sum(), rtol=1e-9, atol=1e-9)
+    assert_close(
+        t["mi"].mean(), (mean.entropy() - Categorical(logits=log_q).entropy().mean(0)).sum(), rtol=1e-9, atol=1e-9
+    )
     assert t["mi"].mean() >= -1e-12 and t["aggc"].mean() >= -1e-12
-    if B == 1: assert abs(t["mi"].item()) < 1e-9
+    if B == 1:
+        assert abs(t["mi"].item()) < 1e-9
 
 
 def test_code_terms_of_a_class_nobody_uses():
-    log_q = torch.tensor([[[0., -1e4]]]*3)
+    log_q = torch.tensor([[[0.0, -1e4]]] * 3)
     t = Z.code_terms(log_q)
     assert all(v.isfinite().all() for v in t.values()) and t["mi"].abs().max() < 1e-6
     assert_close(t["ckl"], torch.full((3,), math.log(2)))
@@ -98,31 +154,40 @@ def test_code_terms_of_a_class_nobody_uses():
 @pytest.mark.parametrize("B,M,k", SIZES)
 @pytest.mark.parametrize("width", [1, 3])
 def test_mixture_terms(B, M, k, width):
-    P, q = Z.MixturePrior(M*width, M, k, G(1)).double(), posterior("coded", B, M*width, M, k, seed=B)
+    P, q = Z.MixturePrior(M * width, M, k, G(1)).double(), posterior("coded", B, M * width, M, k, seed=B)
     z = q.rsample(G(2))
     t = P.terms(q, z)
     assert set(t) == {"ckl", "aggc", "mi", "zklE", "zklM", "disp"} and all(v.shape == (B,) for v in t.values())
-    assert_close(t["zklE"], t["zklM"]+t["disp"], rtol=1e-9, atol=1e-9)
+    assert_close(t["zklE"], t["zklM"] + t["disp"], rtol=1e-9, atol=1e-9)
     assert (t["disp"] > 0).all() and (t["zklM"] >= 0).all()
     w, want = q.code.log_q.exp(), torch.zeros(B, dtype=F64)
-    for m in range(M): # by name, component by component
-        at = slice(m*width, (m+1)*width)
+    for m in range(M):  # by name, component by component
+        at = slice(m * width, (m + 1) * width)
         for j in range(k):
-            kl = kl_divergence(Normal(q.mean[:, at], (.5*q.logvar[:, at]).exp()), Normal(P.mean[m, j], (.5*P.logvar[m, j]).exp())).sum(-1)
-            want = want+w[:, m, j]*kl
+            kl = kl_divergence(
+                Normal(q.mean[:, at], (0.5 * q.logvar[:, at]).exp()), Normal(P.mean[m, j], (0.5 * P.logvar[m, j]).exp())
+            ).sum(-1)
+            want = want + w[:, m, j] * kl
     assert_close(t["zklE"], want)
-    law = sum(MixtureSameFamily(Categorical(torch.ones(k, dtype=F64)), Independent(Normal(P.mean[m], (.5*P.logvar[m]).exp()), 1)).log_prob(z[:, m*width:(m+1)*width]) for m in range(M))
+    law = sum(
+        MixtureSameFamily(
+            Categorical(torch.ones(k, dtype=F64)), Independent(Normal(P.mean[m], (0.5 * P.logvar[m]).exp()), 1)
+        ).log_prob(z[:, m * width : (m + 1) * width])
+        for m in range(M)
+    )
     assert_close(P.log_weight(z), law)
     P.mean.data[:], P.logvar.data[:] = P.mean.data[:, :1].clone(), P.logvar.data[:, :1].clone()
     same = P.terms(q, z)
     assert same["disp"].abs().max() < 1e-9
     assert_close(same["zklE"], same["zklM"], rtol=1e-9, atol=1e-9)
-    assert_close(P.log_weight(z), Normal(P.mean[:, 0].flatten(), (.5*P.logvar[:, 0].flatten()).exp()).log_prob(z).sum(1))
+    assert_close(
+        P.log_weight(z), Normal(P.mean[:, 0].flatten(), (0.5 * P.logvar[:, 0].flatten()).exp()).log_prob(z).sum(1)
+    )
 
 
 def test_no_dispersion_where_a_sentence_is_sure():
     P, q = Z.MixturePrior(6, 3, 4, G(1)).double(), posterior("coded", 9, 6, 3, 4)
-    sure = Z.CodedGaussian(q.mean, q.logvar, Z.Codes((q.code.mode.view(9, 3, 4)-1)*1e4))
+    sure = Z.CodedGaussian(q.mean, q.logvar, Z.Codes((q.code.mode.view(9, 3, 4) - 1) * 1e4))
     t = P.terms(sure, q.mean)
     assert t["disp"].abs().max() < 1e-9 and P.terms(q, q.mean)["disp"].min() > 1e-3
     c = q.code.logits.argmax(-1)
@@ -133,33 +198,41 @@ def test_no_dispersion_where_a_sentence_is_sure():
 def test_natural_parameters():
     m, lv, x = (torch.randn(50, generator=G(i), dtype=F64) for i in range(3))
     e1, e2 = Z.natural(m, lv)
-    assert_close((-e1/(2*e2), -1/(2*e2)), (m, lv.exp()))
-    assert_close(e1*x+e2*x*x-Z.log_partition(e1, e2)-.5*math.log(2*math.pi), Normal(m, (.5*lv).exp()).log_prob(x))
+    assert_close((-e1 / (2 * e2), -1 / (2 * e2)), (m, lv.exp()))
+    assert_close(
+        e1 * x + e2 * x * x - Z.log_partition(e1, e2) - 0.5 * math.log(2 * math.pi),
+        Normal(m, (0.5 * lv).exp()).log_prob(x),
+    )
     a, b = torch.randn(2, 50, generator=G(3), dtype=F64)
-    assert_close(Z.gauss_kl(m, lv, a, b), kl_divergence(Normal(m, (.5*lv).exp()), Normal(a, (.5*b).exp())))
+    assert_close(Z.gauss_kl(m, lv, a, b), kl_divergence(Normal(m, (0.5 * lv).exp()), Normal(a, (0.5 * b).exp())))
 
 
 def test_terms_of_a_product_are_those_of_its_parts():
     P, q = Z.BothPrior(StandardNormal(4), Z.UniformCodes(2, 3)), posterior("both")
     x = q.rsample(G())
     t = P.terms(q, x)
-    assert_close(t["zkl0"], kl_divergence(Normal(q.z.mean, (.5*q.z.logvar).exp()), Normal(torch.zeros(1, dtype=F64), 1.)).sum(1))
+    assert_close(
+        t["zkl0"],
+        kl_divergence(Normal(q.z.mean, (0.5 * q.z.logvar).exp()), Normal(torch.zeros(1, dtype=F64), 1.0)).sum(1),
+    )
     assert_close({k: t[k] for k in ("ckl", "aggc", "mi")}, Z.code_terms(q.c.log_q))
-    assert_close(P.log_weight(x), Normal(0., 1.).log_prob(x[:, :4]).sum(1)-2*math.log(3))
+    assert_close(P.log_weight(x), Normal(0.0, 1.0).log_prob(x[:, :4]).sum(1) - 2 * math.log(3))
 
 
 def test_parse_terms():
-    assert Z.parse_terms("") == {} and Z.parse_terms(" a  b=-2 c=1e-3 ") == dict(a=1., b=-2., c=.001)
+    assert Z.parse_terms("") == {} and Z.parse_terms(" a  b=-2 c=1e-3 ") == dict(a=1.0, b=-2.0, c=0.001)
     for bad in ("a=", "a=x", "a=1=2"):
-        with pytest.raises(ValueError, match="weight of a must be a number"): Z.parse_terms("b "+bad)
+        with pytest.raises(ValueError, match="weight of a must be a number"):
+            Z.parse_terms("b " + bad)
 
 
 # --- Monte Carlo
 
-def agrees(draws, want): # `draws` (n, B) against `want` (B,), within five standard errors of each
-    se = draws.std(0)/len(draws)**.5
-    assert ((draws.mean(0)-want).abs() < 5*se+1e-9).all(), (draws.mean(0)-want, se)
-    assert se.max() < .05
+
+def agrees(draws, want):  # `draws` (n, B) against `want` (B,), within five standard errors of each
+    se = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - want).abs() < 5 * se + 1e-9).all(), (draws.mean(0) - want, se)
+    assert se.max() < 0.05
 
 
 def many(q, P, n=4000):
@@ -176,10 +249,10 @@ def test_kl_of_uniform_codes():
 
 
 def test_kl_of_a_product():
-    P, q = Z.BothPrior(StandardNormal(4), Z.UniformCodes(2, 3)).double(), posterior("both").map(lambda x: .3*x)
+    P, q = Z.BothPrior(StandardNormal(4), Z.UniformCodes(2, 3)).double(), posterior("both").map(lambda x: 0.3 * x)
     kl, _ = P.kl(q, q.rsample(G()))
     agrees(many(q, P), kl)
-    assert_close(kl, q.z.kl_standard().sum(1)+Z.code_terms(q.c.log_q)["ckl"])
+    assert_close(kl, q.z.kl_standard().sum(1) + Z.code_terms(q.c.log_q)["ckl"])
 
 
 def test_kl_of_a_mixture():
@@ -187,11 +260,11 @@ def test_kl_of_a_mixture():
     P, q = Z.MixturePrior(1, 1, 3, G(1)).double(), posterior("coded", 7, 1, 1, 3)
     x = torch.linspace(-30, 30, 60_001, dtype=F64)[:, None]
     log_q, log_p = q.pairwise(x), P.log_weight(x)[:, None]
-    want = (log_q.exp()*(log_q-log_p)).sum(0)*.001
+    want = (log_q.exp() * (log_q - log_p)).sum(0) * 0.001
     g = G(5)
     agrees(torch.stack([P.kl(q, q.rsample(g))[0] for _ in range(4000)]), want)
     t = P.terms(q, q.mean)
-    assert (want <= t["ckl"]+t["zklE"]+1e-9).all()
+    assert (want <= t["ckl"] + t["zklE"] + 1e-9).all()
 
 
 @pytest.mark.parametrize("name", ["uniform", "product", "mixture"])
@@ -201,50 +274,76 @@ def test_samples_have_the_density(name):
     x = P.sample(100_000, gen=G(4))
     assert x.shape == (100_000, P.d) and x.dtype == F64 and not x.requires_grad
     assert torch.equal(P.sample(50, gen=G(4)), P.sample(50, gen=G(4)))
-    g = dict(uniform=lambda: posterior("codes", 1), product=lambda: posterior("both", 1, 2).map(lambda x: .3*x-.2), mixture=lambda: DiagGaussian(*2*[torch.zeros(1, 2, dtype=F64)]))[name]()
-    r = (g.pairwise(x)[:, 0]-P.log_weight(x)).exp().detach()
-    assert abs(r.mean()-1) < 5*r.std()/len(r)**.5 < .1
-    with pytest.raises(ValueError, match="no symbols"): P.sample(2, y=1)
+    g = dict(
+        uniform=lambda: posterior("codes", 1),
+        product=lambda: posterior("both", 1, 2).map(lambda x: 0.3 * x - 0.2),
+        mixture=lambda: DiagGaussian(*2 * [torch.zeros(1, 2, dtype=F64)]),
+    )[name]()
+    r = (g.pairwise(x)[:, 0] - P.log_weight(x)).exp().detach()
+    assert abs(r.mean() - 1) < 5 * r.std() / len(r) ** 0.5 < 0.1
+    with pytest.raises(ValueError, match="no symbols"):
+        P.sample(2, y=1)
 
 
 def test_a_prior_without_its_two_methods():
-    class Half(Z.Prior): pass
-    with pytest.raises(NotImplementedError, match="Half needs `sample"): Half(2).sample(1)
-    with pytest.raises(NotImplementedError, match="Half needs `log_weight"): Half(2).terms(posterior("gaussian", d=2), torch.zeros(7, 2))
+    class Half(Z.Prior):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Half needs `sample"):
+        Half(2).sample(1)
+    with pytest.raises(NotImplementedError, match="Half needs `log_weight"):
+        Half(2).terms(posterior("gaussian", d=2), torch.zeros(7, 2))
 
 
 def test_mixture_needs_a_multiple():
-    with pytest.raises(ValueError, match="multiple of 3, got 8"): Z.MixturePrior(8, 3, 2)
+    with pytest.raises(ValueError, match="multiple of 3, got 8"):
+        Z.MixturePrior(8, 3, 2)
 
 
 # --- posteriors
 
+
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_gumbel_draws_have_the_probabilities(relaxed):
-    n, q = 40_000, posterior("codes", 3, relaxed=relaxed, tau=.7)
-    row = Z.Codes(q.logits[:1].expand(n, -1, -1), relaxed, .7)
+    n, q = 40_000, posterior("codes", 3, relaxed=relaxed, tau=0.7)
+    row = Z.Codes(q.logits[:1].expand(n, -1, -1), relaxed, 0.7)
     x = row.rsample(G(1)).view(n, 2, 3)
-    p, hit = q.log_q[0].exp(), nnf.one_hot(x.argmax(-1), 3).double().mean(0) # the largest entry is the class, softened or not
-    assert ((hit-p).abs() < 5*(p*(1-p)/n).sqrt()).all()
+    p, hit = (
+        q.log_q[0].exp(),
+        nnf.one_hot(x.argmax(-1), 3).double().mean(0),
+    )  # the largest entry is the class, softened or not
+    assert ((hit - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
     assert_close(x.sum(-1), torch.ones(n, 2, dtype=F64))
     assert (((x == 0) | (x == 1)).all().item()) is not relaxed
-    pair = nnf.one_hot(3*x[:, 0].argmax(-1)+x[:, 1].argmax(-1), 9).double().mean(0).view(3, 3) # the variables are independent
-    want = p[0][:, None]*p[1]
-    assert ((pair-want).abs() < 5*(want*(1-want)/n).sqrt()).all()
+    pair = (
+        nnf.one_hot(3 * x[:, 0].argmax(-1) + x[:, 1].argmax(-1), 9).double().mean(0).view(3, 3)
+    )  # the variables are independent
+    want = p[0][:, None] * p[1]
+    assert ((pair - want).abs() < 5 * (want * (1 - want) / n).sqrt()).all()
 
 
 def test_relaxed_in_training_alone():
     for head in (Z.CodesHead(5, 2, 3), Z.BothHead(5, 4, 2, 3), Z.CodedHead(5, 4, 2, 3)):
         h = torch.randn(6, 5, generator=G())
-        code = lambda q: q if isinstance(q, Z.Codes) else getattr(q, "c", None) or q.code
+
+        def code(q):
+            return q if isinstance(q, Z.Codes) else getattr(q, "c", None) or q.code
+
         q = head.train()(h)
         c = code(q)
         assert c.relaxed and q.rsample(G()).shape == (6, head.d)
         w = torch.randn(6, 6, generator=G(1))
-        (c.rsample(G())*w).sum().backward()
-        assert head.get_parameter("logits.weight" if isinstance(head, Z.CodesHead) else "c.logits.weight").grad.abs().sum() > 0
+        (c.rsample(G()) * w).sum().backward()
+        assert (
+            head.get_parameter("logits.weight" if isinstance(head, Z.CodesHead) else "c.logits.weight").grad.abs().sum()
+            > 0
+        )
         hard = code(head.eval()(h))
-        assert not hard.relaxed and not hard.rsample(G()).requires_grad and hard.rsample(G()).unique().tolist() == [0., 1.]
+        assert (
+            not hard.relaxed
+            and not hard.rsample(G()).requires_grad
+            and hard.rsample(G()).unique().tolist() == [0.0, 1.0]
+        )
 
 
 @pytest.mark.parametrize("row,terms", [("dvae", ""), ("semi-vae", ""), ("dgm-vae", "aggc")])
@@ -254,32 +353,45 @@ def test_gradient_reaches_the_codes(corpus, row, terms):
     t = m(get_batch(corpus["train"], torch.arange(16)), G())
     head = m.encoder.head
     W = (head.logits if row == "dvae" else head.c.logits).weight
-    by = lambda k: torch.autograd.grad(t[k].mean(), W, retain_graph=True, allow_unused=True)[0]
+
+    def by(k):
+        return torch.autograd.grad(t[k].mean(), W, retain_graph=True, allow_unused=True)[0]
+
     assert (by("nll") is None) == (row == "dgm-vae")
-    if row == "dgm-vae": assert all(by(k).abs().sum() > 0 for k in ("aggc", "mi", "zklM", "disp")) and torch.autograd.grad(t["disp"].mean(), m.prior.logvar)[0].abs().sum() > 0
-    else: assert by("nll").abs().sum() > 0
+    if row == "dgm-vae":
+        assert (
+            all(by(k).abs().sum() > 0 for k in ("aggc", "mi", "zklM", "disp"))
+            and torch.autograd.grad(t["disp"].mean(), m.prior.logvar)[0].abs().sum() > 0
+        )
+    else:
+        assert by("nll").abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_posterior_round_trips(kind):
-    q = posterior(kind, relaxed=True, tau=.3)
+    q = posterior(kind, relaxed=True, tau=0.3)
+
     def same(a, b):
         assert type(a) is type(b)
         for k, v in vars(a).items():
             w = vars(b)[k]
-            if isinstance(v, Posterior): same(v, w)
-            elif isinstance(v, torch.Tensor): assert torch.equal(v, w)
-            else: assert v == w, k
+            if isinstance(v, Posterior):
+                same(v, w)
+            elif isinstance(v, torch.Tensor):
+                assert torch.equal(v, w)
+            else:
+                assert v == w, k
+
     assert len(q) == 7 and len(q[:3]) == 3 and len(q[torch.tensor([1, 1, 4, 0])]) == 4
     same(q.map(lambda x: x), q)
     same(Posterior.cat([q[:2], q[2:3], q[3:]]), q)
     same(Posterior.cat([q]), q)
     i = torch.tensor([6, 0, 3])
     same(q[i][torch.tensor([1, 2, 0])], q[torch.tensor([0, 3, 6])])
-    same(q[i], Posterior.cat([q[j:j+1] for j in i.tolist()]))
+    same(q[i], Posterior.cat([q[j : j + 1] for j in i.tolist()]))
     same(q.to("cpu"), q)
     assert all(x.device.type == "meta" for x in tensors(q.to("meta"))) and all(x.dtype == F64 for x in tensors(q))
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(tensors(q.map(lambda x: x+0)), tensors(q)))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(tensors(q.map(lambda x: x + 0)), tensors(q)))
     x = q.rsample(G())
     assert x.shape == q.mode.shape and len(q.features) == 7 and torch.equal(x, q.rsample(G()))
     assert_close(q[i].log_prob(x[i]), q.log_prob(x)[i])
@@ -291,46 +403,73 @@ def test_pairwise_is_log_prob_row_by_row(kind):
     x = q[torch.tensor([0, 2, 5])].rsample(G(1))
     got = q.pairwise(x)
     assert got.shape == (3, 7)
-    for i in range(3): assert_close(got[i], q.log_prob(x[i:i+1].expand(7, -1)))
+    for i in range(3):
+        assert_close(got[i], q.log_prob(x[i : i + 1].expand(7, -1)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_densities_sum_to_one(kind):
     if kind == "codes":
         q = posterior(kind)
-        all_codes = torch.cat([Z.one_hot(torch.tensor([[a, b]]), torch.zeros(1, 2, 3, dtype=F64)) for a in range(3) for b in range(3)])
+        all_codes = torch.cat(
+            [Z.one_hot(torch.tensor([[a, b]]), torch.zeros(1, 2, 3, dtype=F64)) for a in range(3) for b in range(3)]
+        )
         return assert_close(q.pairwise(all_codes).exp().sum(0), torch.ones(7, dtype=F64))
     q = posterior(kind, d=1, M=1)
     x = torch.linspace(-40, 40, 80_001, dtype=F64)[:, None]
-    if kind == "both": total = sum(q.pairwise(torch.cat([x, torch.eye(3, dtype=F64)[j].expand(len(x), 3)], 1)).exp().sum(0) for j in range(3))
-    else: total = q.pairwise(x).exp().sum(0)
-    assert_close(total*.001, torch.ones(7, dtype=F64), rtol=1e-6, atol=1e-6)
+    if kind == "both":
+        total = sum(
+            q.pairwise(torch.cat([x, torch.eye(3, dtype=F64)[j].expand(len(x), 3)], 1)).exp().sum(0) for j in range(3)
+        )
+    else:
+        total = q.pairwise(x).exp().sum(0)
+    assert_close(total * 0.001, torch.ones(7, dtype=F64), rtol=1e-6, atol=1e-6)
 
 
 # --- schedules
 
+
 def test_logistic_is_the_released_schedule():
-    got = [logistic(t/100_000, .05) for t in (0, 2000, 2500, 4000, 5000)]
-    assert got == pytest.approx([1/(1+math.exp(-.0025*(t-2500))) for t in (0, 2000, 2500, 4000, 5000)])
-    assert got[1] == pytest.approx(.223, abs=5e-4) and got[2] == .5 and got[3] == pytest.approx(.98, abs=5e-3)
-    assert logistic(0., 0.) == 1.
+    got = [logistic(t / 100_000, 0.05) for t in (0, 2000, 2500, 4000, 5000)]
+    assert got == pytest.approx([1 / (1 + math.exp(-0.0025 * (t - 2500))) for t in (0, 2000, 2500, 4000, 5000)])
+    assert got[1] == pytest.approx(0.223, abs=5e-4) and got[2] == 0.5 and got[3] == pytest.approx(0.98, abs=5e-3)
+    assert logistic(0.0, 0.0) == 1.0
 
 
 def test_cyclical_is_the_released_schedule():
-    xs = [cyclical((i+.5)/10_000) for i in range(10_000)]
-    assert sum(x == 0 for x in xs) == 5000 and sum(x == 1 for x in xs) == 2500 and min(xs) == 0 and sum(b < a for a, b in zip(xs, xs[1:])) == 9
+    xs = [cyclical((i + 0.5) / 10_000) for i in range(10_000)]
+    assert (
+        sum(x == 0 for x in xs) == 5000
+        and sum(x == 1 for x in xs) == 2500
+        and min(xs) == 0
+        and sum(b < a for a, b in zip(xs, xs[1:])) == 9
+    )
     assert all(a == pytest.approx(b) for a, b in zip(xs, xs[1000:]))
 
 
 def test_weight_of_the_latent_terms(corpus):
     _, t = make(corpus, "svebm-ib", "published", steps=1000)
     w = [t.weights(i, 1000) for i in range(1000)]
-    assert [x["kl"] for x in w] == [x["ebm"] for x in w] == [x["ebm_enc"] for x in w] and max(x["kl"] for x in w) == .5 and sum(x["kl"] == 0 for x in w) == pytest.approx(500, abs=11)
-    assert all((x.get("mi") == -50) == (x["kl"] > 0) for x in w) and not any(k in x for x in w for k in ("cls", "sym", "bow"))
+    assert (
+        [x["kl"] for x in w] == [x["ebm"] for x in w] == [x["ebm_enc"] for x in w]
+        and max(x["kl"] for x in w) == 0.5
+        and sum(x["kl"] == 0 for x in w) == pytest.approx(500, abs=11)
+    )
+    assert all((x.get("mi") == -50) == (x["kl"] > 0) for x in w) and not any(
+        k in x for x in w for k in ("cls", "sym", "bow")
+    )
     _, t = make(corpus, "dgm-vae", steps=1000)
     w = [t.weights(i, 1000) for i in (0, 150, 999)]
-    assert w[0]["aggc"] == pytest.approx(.002, abs=1e-3) and w[1]["zklM"] == .5 and w[2]["disp"] == pytest.approx(.2, rel=1e-3) and all(x["disp"] == pytest.approx(.2*x["mi"]) for x in w)
-    assert all(make(corpus, "di-vae", o)[1].weights(0, 1000)["aggc"] == (1. if o == "consistent" else pytest.approx(1.)) for o in OBJECTIVES)
+    assert (
+        w[0]["aggc"] == pytest.approx(0.002, abs=1e-3)
+        and w[1]["zklM"] == 0.5
+        and w[2]["disp"] == pytest.approx(0.2, rel=1e-3)
+        and all(x["disp"] == pytest.approx(0.2 * x["mi"]) for x in w)
+    )
+    assert all(
+        make(corpus, "di-vae", o)[1].weights(0, 1000)["aggc"] == (1.0 if o == "consistent" else pytest.approx(1.0))
+        for o in OBJECTIVES
+    )
 
 
 # --- every row, in both objectives
@@ -341,7 +480,8 @@ CASES = [(r, o) for r in Z.TABLE for o in OBJECTIVES]
 def test_the_table_has_its_rows():
     assert len(Z.TABLE) == 16 and len(CASES) == 32 and len({r.title for r in Z.ROWS.values()}) == len(Z.ROWS)
     assert all(Z.ROWS[k].published is not None for k in Z.TABLE) and all(r.about for r in Z.ROWS.values())
-    with pytest.raises(ValueError, match="no published variant"): resolve(TextJob(row="vae-fb", objective="published"))
+    with pytest.raises(ValueError, match="no published variant"):
+        resolve(TextJob(row="vae-fb", objective="published"))
 
 
 @pytest.mark.parametrize("row,objective", CASES)
@@ -352,19 +492,22 @@ def test_row_learns(tmp_path, corpus, row, objective):
     batch = get_batch(corpus["train"], torch.arange(8))
     terms = m.train()(batch, G())
     for step in (0, 1, 25, 49):
-        for k, w in task.weights(step, 50).items(): assert k in terms or k == "cls" and w == s.w_cls > 0, f"{k} is no term"
+        for k, w in task.weights(step, 50).items():
+            assert k in terms or k == "cls" and w == s.w_cls > 0, f"{k} is no term"
     assert all(v.shape == (8,) and v.isfinite().all() for v in terms.values())
     before = task.validate()
     nll = "nll" if row == "rnn-lm" else "recon_nll"
-    by = task.select or nll # the last model stands in some published rows
+    by = task.select or nll  # the last model stands in some published rows
     assert by in before and (task.select is None) == (s.select == "last")
-    end = fit(task, Run(tmp_path/"run", record_settings(job, s)), train_cfg(s), 0, "cpu")
+    end = fit(task, Run(tmp_path / "run", record_settings(job, s)), train_cfg(s), 0, "cpu")
     after = task.validate()
-    assert end.step == 50 and after[by] < .95*before[by], (by, before, after)
-    assert after[nll] < .95*before[nll]
-    got = sample_sentences(m, 20, gen=G(), max_len=s.max_len, temperature=1. if row == "rnn-lm" else 0.)
+    assert end.step == 50 and after[by] < 0.95 * before[by], (by, before, after)
+    assert after[nll] < 0.95 * before[nll]
+    got = sample_sentences(m, 20, gen=G(), max_len=s.max_len, temperature=1.0 if row == "rnn-lm" else 0.0)
     words = [corpus.vocab.decode(x) for x in got]
-    assert len(got) == 20 and all(isinstance(x, list) and len(x) <= s.max_len and corpus.vocab.eos not in x for x in got)
+    assert len(got) == 20 and all(
+        isinstance(x, list) and len(x) <= s.max_len and corpus.vocab.eos not in x for x in got
+    )
     assert all(isinstance(w, str) for x in words for w in x) and any(words)
 
 
@@ -378,46 +521,70 @@ def test_rows_select_by_what_they_say(corpus, row):
 
 # --- what the released code does differently
 
+
 def plain_nll(dec, ids, lengths, z):
     "Padded, sentence by sentence, with PyTorch's own layers"
     out = []
     for x, n, zi in zip(ids, lengths.tolist(), z):
         zs, zh = zi[dec.at["step"]], zi[dec.at["start"]]
         h0 = dec.start(zh)[None, None] if len(zh) else torch.zeros(1, 1, dec.rnn.hidden_size)
-        h, _ = dec.rnn(torch.cat([dec.embed(x[:n-1]), zs.expand(n-1, -1)], 1)[None], h0)
-        logits = dec.out(h[0]) if hasattr(dec, "out") else h[0]@dec.embed.weight.T
+        h, _ = dec.rnn(torch.cat([dec.embed(x[: n - 1]), zs.expand(n - 1, -1)], 1)[None], h0)
+        logits = dec.out(h[0]) if hasattr(dec, "out") else h[0] @ dec.embed.weight.T
         out.append(nnf.cross_entropy(logits, x[1:n], reduction="sum"))
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("row,objective,more", [("vae", "published", {}), ("ae", "published", {}), ("semi-vae", "published", {}), ("semi-vae", "consistent", {}), ("dvae", "published", {}), ("dgm-vae", "published", {}),
-                                                ("semi-vae", "consistent", dict(start="codes", step="none", tied=False)), ("semi-vae", "consistent", dict(start="none", step="codes"))])
+@pytest.mark.parametrize(
+    "row,objective,more",
+    [
+        ("vae", "published", {}),
+        ("ae", "published", {}),
+        ("semi-vae", "published", {}),
+        ("semi-vae", "consistent", {}),
+        ("dvae", "published", {}),
+        ("dgm-vae", "published", {}),
+        ("semi-vae", "consistent", dict(start="codes", step="none", tied=False)),
+        ("semi-vae", "consistent", dict(start="none", step="codes")),
+    ],
+)
 def test_decoder_against_a_plain_one(corpus, row, objective, more):
     _, t = make(corpus, row, objective, **more)
     m, dec = t.model.eval(), t.model.decoder
     b = get_batch(corpus["test"], torch.arange(6))
     with torch.no_grad():
         z = m.encode(b).rsample(G())
-        if hasattr(dec, "out"): assert dec.out.bias.abs().sum() > 0
+        if hasattr(dec, "out"):
+            assert dec.out.bias.abs().sum() > 0
         assert_close(dec.nll(b.ids, b.host_lengths, z), plain_nll(dec, b.ids, b.host_lengths, z), rtol=1e-4, atol=1e-4)
         ids, word, live = dec.generate(z, max_len=5), torch.full((6,), dec.bos), torch.ones(6, dtype=torch.bool)
         h = dec.start(z[:, dec.at["start"]])[None] if hasattr(dec, "start") else torch.zeros(1, 6, dec.rnn.hidden_size)
-        for i in range(ids.shape[1]): # greedy, step by step
+        for i in range(ids.shape[1]):  # greedy, step by step
             live = live & (word != dec.eos)
             o, h = dec.rnn(torch.cat([dec.embed(word), z[:, dec.at["step"]]], 1)[:, None], h)
-            word = (dec.out(o[:, 0]) if hasattr(dec, "out") else o[:, 0]@dec.embed.weight.T).argmax(-1)
+            word = (dec.out(o[:, 0]) if hasattr(dec, "out") else o[:, 0] @ dec.embed.weight.T).argmax(-1)
             assert torch.equal(ids[:, i], torch.where(live, word, 0))
 
 
-@pytest.mark.parametrize("row,where,n", [("semi-vae", "published", 8), ("semi-vae", "consistent", 8+20), ("dvae", "published", 20), ("dgm-vae", "published", 8), ("vae", "published", 8)])
+@pytest.mark.parametrize(
+    "row,where,n",
+    [
+        ("semi-vae", "published", 8),
+        ("semi-vae", "consistent", 8 + 20),
+        ("dvae", "published", 20),
+        ("dgm-vae", "published", 8),
+        ("vae", "published", 8),
+    ],
+)
 def test_what_the_decoder_reads_at_a_word(corpus, row, where, n):
     dec = make(corpus, row, where)[1].model.decoder
-    assert dec.rnn.input_size-32 == n
+    assert dec.rnn.input_size - 32 == n
     b = get_batch(corpus["test"], torch.arange(4))
-    if row == "semi-vae" and where == "published": # codes reach the words through the first state alone
+    if row == "semi-vae" and where == "published":  # codes reach the words through the first state alone
         z = torch.randn(4, 28, generator=G())
         other = torch.cat([z[:, :8], z[:, 8:].roll(1, 0)], 1)
-        assert torch.equal(dec.part(z, "step"), dec.part(other, "step")) and not torch.equal(dec.eval().nll(b.ids, b.host_lengths, z), dec.nll(b.ids, b.host_lengths, other))
+        assert torch.equal(dec.part(z, "step"), dec.part(other, "step")) and not torch.equal(
+            dec.eval().nll(b.ids, b.host_lengths, z), dec.nll(b.ids, b.host_lengths, other)
+        )
         dec.start.weight.data[:, 8:] = 0
         assert_close(dec.nll(b.ids, b.host_lengths, z), dec.nll(b.ids, b.host_lengths, other), rtol=0, atol=0)
 
@@ -430,18 +597,25 @@ def test_tables_and_outputs(corpus, row, tmp_path):
     "Shared embedding: one parameter, once in the optimiser, still one after loading and from a file"
     for objective in OBJECTIVES:
         m = make(corpus, row, objective)[1].model
-        own = lambda m: m.encoder is not None and m.encoder.embed.weight is m.decoder.embed.weight
+
+        def own(m):
+            return m.encoder is not None and m.encoder.embed.weight is m.decoder.embed.weight
+
         published = objective == "published"
-        assert own(m) == (published and row in TABLES["shared"]) and hasattr(m.decoder, "out") == (published and row in TABLES["untied"])
-        params = m.groups()["main"]+m.groups()["ebm"]
+        assert own(m) == (published and row in TABLES["shared"]) and hasattr(m.decoder, "out") == (
+            published and row in TABLES["untied"]
+        )
+        params = m.groups()["main"] + m.groups()["ebm"]
         assert len({id(p) for p in params}) == len(params) == len(list(m.parameters()))
-        if not own(m): continue
-        save_tensors(tmp_path/"m.safetensors", m.state_dict())
+        if not own(m):
+            continue
+        save_tensors(tmp_path / "m.safetensors", m.state_dict())
         other = make(corpus, row, objective, seed=1)[1].model
         assert not torch.equal(other.decoder.embed.weight, m.decoder.embed.weight)
-        other.load_state_dict(load_tensors(tmp_path/"m.safetensors")[0])
+        other.load_state_dict(load_tensors(tmp_path / "m.safetensors")[0])
         assert own(other) and torch.equal(other.encoder.embed.weight, m.decoder.embed.weight)
-        with torch.no_grad(): other.decoder.embed.weight += 1
+        with torch.no_grad():
+            other.decoder.embed.weight += 1
         assert torch.equal(other.encoder.embed.weight, other.decoder.embed.weight)
 
 
@@ -452,47 +626,89 @@ def test_draws_are_averaged(corpus, row):
     b = get_batch(corpus["train"], torch.arange(5))
     got, q = m(b, G(3)), m.encode(b)
     zs = q[torch.arange(5).repeat(20)].rsample(G(3)).view(20, 5, -1)
-    assert_close(got["nll"], torch.stack([m.decoder.nll(b.ids, b.host_lengths, z) for z in zs]).mean(0), rtol=1e-4, atol=1e-4)
+    assert_close(
+        got["nll"], torch.stack([m.decoder.nll(b.ids, b.host_lengths, z) for z in zs]).mean(0), rtol=1e-4, atol=1e-4
+    )
     want = m.prior.terms(q, zs[0])
     assert all(torch.allclose(got[k], v, atol=1e-5) for k, v in want.items()) and set(got) == {"nll"} | set(want)
     m.eval()
-    assert_close(m(b, G(3))["nll"], m.decoder.nll(b.ids, b.host_lengths, m.encode(b).rsample(G(3)))) # one draw for evaluation
+    assert_close(
+        m(b, G(3))["nll"], m.decoder.nll(b.ids, b.host_lengths, m.encode(b).rsample(G(3)))
+    )  # one draw for evaluation
 
 
 def test_noise_of_an_autoencoder(corpus):
     b = get_batch(corpus["train"], torch.arange(5))
     clean, noisy = (make(corpus, "ae", o, dropout=0)[1].model.train() for o in ("consistent", "published"))
-    assert torch.equal(clean(b, G(1))["nll"], clean(b, G(2))["nll"]) and not torch.equal(noisy(b, G(1))["nll"], noisy(b, G(2))["nll"])
+    assert torch.equal(clean(b, G(1))["nll"], clean(b, G(2))["nll"]) and not torch.equal(
+        noisy(b, G(1))["nll"], noisy(b, G(2))["nll"]
+    )
     assert torch.equal(clean.draw(clean.encode(b)), clean.encode(b).mean)
 
 
 # --- settings
 
-@pytest.mark.parametrize("row,setting", [("vae", "codes=4"), ("vae", "classes=3"), ("vae", "T=3"), ("vae", "clamp=False"), ("dvae", "d=8"), ("dvae", "floor=.1"), ("dgm-vae", "floor=.1"), ("ae", "w_kl=.5"), ("dae", "anneal=none"),
-                                         ("ae", "kl_warmup=.1"), ("rnn-lm", "terms=ckl"), ("rnn-lm", "shared=True"), ("ldebm", "codes=4"), ("ldebm", "b2=1"), ("svebm", "classes=3"), ("semi-vae", "rho=.5")])
+
+@pytest.mark.parametrize(
+    "row,setting",
+    [
+        ("vae", "codes=4"),
+        ("vae", "classes=3"),
+        ("vae", "T=3"),
+        ("vae", "clamp=False"),
+        ("dvae", "d=8"),
+        ("dvae", "floor=.1"),
+        ("dgm-vae", "floor=.1"),
+        ("ae", "w_kl=.5"),
+        ("dae", "anneal=none"),
+        ("ae", "kl_warmup=.1"),
+        ("rnn-lm", "terms=ckl"),
+        ("rnn-lm", "shared=True"),
+        ("ldebm", "codes=4"),
+        ("ldebm", "b2=1"),
+        ("svebm", "classes=3"),
+        ("semi-vae", "rho=.5"),
+    ],
+)
 def test_settings_without_effect_are_refused(row, setting):
-    with pytest.raises(ValueError, match=f"{setting.split('=')[0]} would have no effect on row '{row}'"): resolve(TextJob(row=row, settings=setting))
+    with pytest.raises(ValueError, match=f"{setting.split('=')[0]} would have no effect on row '{row}'"):
+        resolve(TextJob(row=row, settings=setting))
 
 
-@pytest.mark.parametrize("change,wrong", [
-    (dict(row="vea"), "unknown row 'vea'; did you mean 'vae'"), (dict(row="dvae", settings="prior=unifrom"), "unknown prior 'unifrom'; did you mean 'uniform'"),
-    (dict(row="dvae", settings="anneal=cyclic"), "unknown anneal 'cyclic'; did you mean 'cyclical'"), (dict(row="dvae", settings="terms='ckl=much'"), "weight of ckl must be a number"),
-    (dict(row="semi-vae", settings="step=c"), "unknown step 'c'"), (dict(row="semi-vae", settings="start=code"), "unknown start 'code'; did you mean 'codes'"),
-    (dict(row="dvae", settings="codes=0"), "codes must be at least 1"), (dict(row="dvae", settings="classes=0"), "classes must be at least 1"), (dict(row="vae", settings="draws=0"), "draws must be at least 1"),
-    (dict(row="dgm-vae", settings="codes=3 d=8"), "d to be a multiple of it, got d=8"), (dict(row="dvae", settings="importance_draws=1"), "importance_draws must be at least 2"),
-    (dict(row="dvae", settings="select=base_bound"), "unknown select 'base_bound'"), (dict(row="dae", settings="select=neg_elbo"), "unknown select 'neg_elbo'"), (dict(row="vae", settings="noise=False"), "a bound needs draws"),
-    (dict(row="vae", settings="prior=none"), "d=0 and prior='none'")])
+@pytest.mark.parametrize(
+    "change,wrong",
+    [
+        (dict(row="vea"), "unknown row 'vea'; did you mean 'vae'"),
+        (dict(row="dvae", settings="prior=unifrom"), "unknown prior 'unifrom'; did you mean 'uniform'"),
+        (dict(row="dvae", settings="anneal=cyclic"), "unknown anneal 'cyclic'; did you mean 'cyclical'"),
+        (dict(row="dvae", settings="terms='ckl=much'"), "weight of ckl must be a number"),
+        (dict(row="semi-vae", settings="step=c"), "unknown step 'c'"),
+        (dict(row="semi-vae", settings="start=code"), "unknown start 'code'; did you mean 'codes'"),
+        (dict(row="dvae", settings="codes=0"), "codes must be at least 1"),
+        (dict(row="dvae", settings="classes=0"), "classes must be at least 1"),
+        (dict(row="vae", settings="draws=0"), "draws must be at least 1"),
+        (dict(row="dgm-vae", settings="codes=3 d=8"), "d to be a multiple of it, got d=8"),
+        (dict(row="dvae", settings="importance_draws=1"), "importance_draws must be at least 2"),
+        (dict(row="dvae", settings="select=base_bound"), "unknown select 'base_bound'"),
+        (dict(row="dae", settings="select=neg_elbo"), "unknown select 'neg_elbo'"),
+        (dict(row="vae", settings="noise=False"), "a bound needs draws"),
+        (dict(row="vae", settings="prior=none"), "d=0 and prior='none'"),
+    ],
+)
 def test_unknown_names_are_refused_before_work(tmp_path, change, wrong):
-    with pytest.raises(ValueError, match=wrong): open_job(TextJob(**change, out=str(tmp_path/"run"), device="cpu"))
+    with pytest.raises(ValueError, match=wrong):
+        open_job(TextJob(**change, out=str(tmp_path / "run"), device="cpu"))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_term_stops_the_first_update(tmp_path, corpus):
     job, task = make(corpus, "dvae", terms="'ckl zkl0'")
     before = {k: v.clone() for k, v in task.model.state_dict().items()}
-    with pytest.raises(ValueError, match="no term called zkl0; terms are nll, ckl, aggc, mi"): fit(task, Run(tmp_path/"run", {}), train_cfg(task.s), 0, "cpu")
+    with pytest.raises(ValueError, match="no term called zkl0; terms are nll, ckl, aggc, mi"):
+        fit(task, Run(tmp_path / "run", {}), train_cfg(task.s), 0, "cpu")
     assert all(torch.equal(v, before[k]) for k, v in task.model.state_dict().items())
-    with pytest.raises(ValueError, match="prior 'uniform' has no term called zkl0; it has ckl, aggc, mi"): task.validate()
+    with pytest.raises(ValueError, match="prior 'uniform' has no term called zkl0; it has ckl, aggc, mi"):
+        task.validate()
 
 
 def test_identity_of_a_run():
@@ -500,15 +716,28 @@ def test_identity_of_a_run():
     job = TextJob(row="ldebm")
     got = record_settings(job, resolve(job))
     assert not set(got) & {*ZOO, *SCORING}
-    assert set(got) == {f.name for f in dataclasses.fields(TextSettings)}-{*ZOO, *SCORING, "checkpoint_every", "changes"} | {"row", "corpus", "preset", "objective", "seed", "variant"}
+    assert set(got) == {f.name for f in dataclasses.fields(TextSettings)} - {
+        *ZOO,
+        *SCORING,
+        "checkpoint_every",
+        "changes",
+    } | {"row", "corpus", "preset", "objective", "seed", "variant"}
+
     def at(row, objective="consistent"):
         job = TextJob(row=row, objective=objective)
         return {k: v for k, v in record_settings(job, resolve(job)).items() if k in ZOO}
+
     assert at("ldebm-no-gc") == at("ldebm", "published") == at("rnn-lm") == {}
     assert at("dvae") == dict(terms="ckl", anneal="logistic", select="objective", codes=16)
-    assert at("dvae", "published") == dict(terms="ckl=.25", anneal="logistic", select="objective", codes=16, shared=True)
-    assert at("vae") == dict(terms="zkl0", anneal="logistic", select="objective") and at("ae") == dict(select="objective", noise=False)
-    assert at("semi-vae", "published")["step"] == "z" and at("svebm", "published") == dict(terms="kl ebm ebm_enc", anneal="cyclical", select=Z.PANG["select"], clamp=False)
+    assert at("dvae", "published") == dict(
+        terms="ckl=.25", anneal="logistic", select="objective", codes=16, shared=True
+    )
+    assert at("vae") == dict(terms="zkl0", anneal="logistic", select="objective") and at("ae") == dict(
+        select="objective", noise=False
+    )
+    assert at("semi-vae", "published")["step"] == "z" and at("svebm", "published") == dict(
+        terms="kl ebm ebm_enc", anneal="cyclical", select=Z.PANG["select"], clamp=False
+    )
 
 
 def test_heads_and_parts():
@@ -516,7 +745,11 @@ def test_heads_and_parts():
     assert Z.latent_parts(s) == dict(all=(0, 16), z=(0, 6), codes=(6, 16), none=(0, 0))
     r = dataclasses.replace
     assert Z.latent_parts(r(s, prior="uniform")) == dict(all=(0, 10), z=(0, 0), codes=(0, 10), none=(0, 0))
-    assert Z.latent_parts(r(s, prior="mixture")) == Z.latent_parts(r(s, prior="normal")) == dict(all=(0, 6), z=(0, 6), codes=(6, 6), none=(0, 0))
+    assert (
+        Z.latent_parts(r(s, prior="mixture"))
+        == Z.latent_parts(r(s, prior="normal"))
+        == dict(all=(0, 6), z=(0, 6), codes=(6, 6), none=(0, 0))
+    )
     for name in Z.PRIORS:
         x = r(s, prior=name)
         assert Z.HEADS[Z.head_of(x)](7, x).d == Z.PRIORS[name](x, G()).d == Z.latent_parts(x)["all"][1]
@@ -526,19 +759,25 @@ def test_weights_come_from_the_generator(corpus):
     "Same seed, same weights, whatever the global generator does; another seed, others"
     for row in ("dgm-vae", "dvae", "semi-vae"):
         s = resolve(job_for(row))
-        torch.manual_seed(1); a = build_model(s, corpus.vocab, 0).state_dict()
-        torch.manual_seed(2); b = build_model(s, corpus.vocab, 0).state_dict()
+        torch.manual_seed(1)
+        a = build_model(s, corpus.vocab, 0).state_dict()
+        torch.manual_seed(2)
+        b = build_model(s, corpus.vocab, 0).state_dict()
         c = build_model(s, corpus.vocab, 1).state_dict()
-        assert all(torch.equal(a[k], b[k]) for k in a) and not any(torch.equal(a[k], c[k]) for k in a if a[k].numel() > 3 and not k.endswith("loc"))
+        assert all(torch.equal(a[k], b[k]) for k in a) and not any(
+            torch.equal(a[k], c[k]) for k in a if a[k].numel() > 3 and not k.endswith("loc")
+        )
 
 
 def test_validation_noise_is_given(corpus):
     "Also where a prior's terms draw"
     seen = []
+
     class Drawing(StandardNormal):
         def terms(self, q, z, gen=None, labels=None, label_weights=None):
             seen.append(gen)
             return super().terms(q, z, gen)
+
     _, task = make(corpus, "vae")
     task.model.prior = Drawing(8)
     task.validate()
@@ -547,68 +786,88 @@ def test_validation_noise_is_given(corpus):
 
 # --- information and likelihood
 
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_information_has_bounds(kind):
     n = 32
     q = posterior(kind, n, d=6, M=6, k=4)
     m = information(q, G())
-    assert -.05 < m["value"] <= math.log(n)+1e-9 and m["n"] == n
+    assert -0.05 < m["value"] <= math.log(n) + 1e-9 and m["n"] == n
     alike = information(q[torch.zeros(n, dtype=torch.long)], G())
     assert abs(alike["value"]) < 1e-9
-    apart = q.map(lambda x: 100*x) if kind == "codes" else q.map(lambda x: x.clone())
-    if kind == "codes": assert information(apart, G())["value"] <= math.log(n)+1e-9 # draws that coincide tell less
+    apart = q.map(lambda x: 100 * x) if kind == "codes" else q.map(lambda x: x.clone())
+    if kind == "codes":
+        assert information(apart, G())["value"] <= math.log(n) + 1e-9  # draws that coincide tell less
     else:
         g = apart if kind != "both" else apart.z
-        g.mean, g.logvar = 50*torch.arange(n, dtype=F64)[:, None].expand(n, 6), torch.zeros(n, 6, dtype=F64)
+        g.mean, g.logvar = 50 * torch.arange(n, dtype=F64)[:, None].expand(n, 6), torch.zeros(n, 6, dtype=F64)
         assert information(apart, G())["value"] == pytest.approx(math.log(n))
 
 
 def test_information_of_sure_codes():
     "Each of 9 codes for equally many sentences: log 9"
     logits = torch.zeros(36, 2, 3, dtype=F64)
-    logits[torch.arange(36), 0, torch.arange(36)%3] = logits[torch.arange(36), 1, torch.arange(36)//3%3] = 1e4
+    logits[torch.arange(36), 0, torch.arange(36) % 3] = logits[torch.arange(36), 1, torch.arange(36) // 3 % 3] = 1e4
     assert information(Z.Codes(logits), G())["value"] == pytest.approx(math.log(9))
 
 
-def all_codes(M, k): # Every one-hot latent, shape `(k**M, M k)`
-    return Z.one_hot(torch.cartesian_prod(*M*[torch.arange(k)]).view(-1, M), torch.zeros(k**M, M, k))
+def all_codes(M, k):  # Every one-hot latent, shape `(k**M, M k)`
+    return Z.one_hot(torch.cartesian_prod(*M * [torch.arange(k)]).view(-1, M), torch.zeros(k**M, M, k))
 
 
 @pytest.mark.parametrize("M,k", [(1, 4), (2, 3), (3, 2)])
 def test_importance_against_enumeration(M, k):
-    P, q, codes = Z.UniformCodes(M, k), posterior("codes", 12, M=M, k=k, dtype=torch.float32).map(lambda x: .3*x), all_codes(M, k)
+    P, q, codes = (
+        Z.UniformCodes(M, k),
+        posterior("codes", 12, M=M, k=k, dtype=torch.float32).map(lambda x: 0.3 * x),
+        all_codes(M, k),
+    )
     assert len(codes.unique(dim=0)) == k**M
-    table = 1.5*torch.randn(12, k**M, generator=G(1))
-    log_lik = lambda z, i: (z@codes.T == M).float().mul(table[i]).sum(1)
-    exact = -(table+P.log_weight(codes)).logsumexp(1)
+    table = 1.5 * torch.randn(12, k**M, generator=G(1))
+
+    def log_lik(z, i):
+        return (z @ codes.T == M).float().mul(table[i]).sum(1)
+
+    exact = -(table + P.log_weight(codes)).logsumexp(1)
     got = nll_importance(P, q, log_lik, 4000, 1000, G(2))
-    p, w = q.pairwise(codes).T.exp(), table+P.log_weight(codes)-q.pairwise(codes).T
-    variance = ((p*(2*w).exp()).sum(1)/(p*w.exp()).sum(1)**2-1)/4000 # of the logarithm of the mean, to first order
-    assert ((got["nll"]-exact).abs() < 5*variance.sqrt()+1e-3).all() and variance.max() < .01
-    assert (got["variance"] > .3*variance).all() # what is reported is no less
-    runs = torch.stack([nll_importance(P, q, log_lik, 3, gen=G(i))["nll"] for i in range(300)]) # few draws: above it on average
-    assert (runs.mean(0)-exact > -5*runs.std(0)/300**.5).all() and (runs.mean()-exact.mean()) > 0
-    with pytest.raises(ValueError, match="at least 2 draws"): nll_importance(P, q, log_lik, 1)
+    p, w = q.pairwise(codes).T.exp(), table + P.log_weight(codes) - q.pairwise(codes).T
+    variance = (
+        (p * (2 * w).exp()).sum(1) / (p * w.exp()).sum(1) ** 2 - 1
+    ) / 4000  # of the logarithm of the mean, to first order
+    assert ((got["nll"] - exact).abs() < 5 * variance.sqrt() + 1e-3).all() and variance.max() < 0.01
+    assert (got["variance"] > 0.3 * variance).all()  # what is reported is no less
+    runs = torch.stack(
+        [nll_importance(P, q, log_lik, 3, gen=G(i))["nll"] for i in range(300)]
+    )  # few draws: above it on average
+    assert (runs.mean(0) - exact > -5 * runs.std(0) / 300**0.5).all() and (runs.mean() - exact.mean()) > 0
+    with pytest.raises(ValueError, match="at least 2 draws"):
+        nll_importance(P, q, log_lik, 1)
 
 
 def exact_nll(task, index, z, log_w):
     "Minus log of the sum over `z` of p(x|z) times `exp(log_w)`, for each sentence"
     with frozen_weights(task.model), torch.no_grad():
         f = sentence_log_lik(task, "test", index)
-        return torch.stack([-(f(z, torch.full((len(z),), k)).double()+log_w.double()).logsumexp(0) for k in range(len(index))])
+        return torch.stack(
+            [-(f(z, torch.full((len(z),), k)).double() + log_w.double()).logsumexp(0) for k in range(len(index))]
+        )
 
 
 def sharpen(task):
     "Weights with which the latent matters: an untrained decoder hardly looks at it"
     with torch.no_grad():
-        for n, p in task.model.decoder.named_parameters(): p.mul_(3.) if n != "embed.weight" else p.mul_(4.)
+        for n, p in task.model.decoder.named_parameters():
+            p.mul_(3.0) if n != "embed.weight" else p.mul_(4.0)
     return task
 
 
 def check_against(got, exact):
     lo, _, hi = estimation_interval(got)
-    assert lo-2e-3 < exact.mean() < hi+2e-3 and hi-lo < .3
-    assert ((got["nll"]-exact).abs() < 5*got["variance"].sqrt()+2e-3).all(), (got["nll"]-exact, got["variance"].sqrt())
+    assert lo - 2e-3 < exact.mean() < hi + 2e-3 and hi - lo < 0.3
+    assert ((got["nll"] - exact).abs() < 5 * got["variance"].sqrt() + 2e-3).all(), (
+        got["nll"] - exact,
+        got["variance"].sqrt(),
+    )
 
 
 def test_likelihood_of_codes(corpus):
@@ -616,8 +875,10 @@ def test_likelihood_of_codes(corpus):
     got, codes = text_nll(task, "test", 6), all_codes(2, 3)
     with torch.no_grad():
         exact = exact_nll(task, got["index"], codes, task.model.prior.log_weight(codes))
-        spread = exact_nll(task, got["index"], codes[:1], torch.zeros(1))-exact_nll(task, got["index"], codes[-1:], torch.zeros(1))
-    assert spread.abs().max() > .1, "the codes do not matter"
+        spread = exact_nll(task, got["index"], codes[:1], torch.zeros(1)) - exact_nll(
+            task, got["index"], codes[-1:], torch.zeros(1)
+        )
+    assert spread.abs().max() > 0.1, "the codes do not matter"
     check_against(got, exact)
 
 
@@ -625,7 +886,8 @@ def test_likelihood_of_a_mixture(corpus):
     task = sharpen(make(corpus, "dgm-vae", d=1, codes=1, classes=3)[1])
     got = text_nll(task, "test", 6, NLLCfg(draws=400, chains=8))
     grid = torch.linspace(-20, 20, 1601)[:, None]
-    with torch.no_grad(): w = task.model.prior.log_weight(grid)+math.log(.025)
+    with torch.no_grad():
+        w = task.model.prior.log_weight(grid) + math.log(0.025)
     assert w.logsumexp(0).abs() < 1e-3
     check_against(got, exact_nll(task, got["index"], grid, w))
 
@@ -635,10 +897,11 @@ def test_likelihood_of_both(corpus):
     got = text_nll(task, "test", 6)
     z = torch.linspace(-7, 7, 401)[:, None]
     grid = torch.cat([torch.cat([z, torch.eye(3)[j].expand(401, 3)], 1) for j in range(3)])
-    check_against(got, exact_nll(task, got["index"], grid, task.model.prior.log_weight(grid)+math.log(.035)))
+    check_against(got, exact_nll(task, got["index"], grid, task.model.prior.log_weight(grid) + math.log(0.035)))
 
 
 # --- a job from end to end
+
 
 @pytest.mark.parametrize("row", ["dvae", "semi-vae", "gm-vae", "ae", "dae"])
 def test_evaluate_and_score(corpus, row):
@@ -647,38 +910,62 @@ def test_evaluate_and_score(corpus, row):
     assert len(found["samples"]) == 40 and len(found["reconstructions"]) == 60 and len(found["means"]) == 60
     metrics.update(score(task, job, found["samples"]))
     assert all(m["value"] is None or math.isfinite(m["value"]) for m in metrics.values())
-    assert {"prior_hole_auroc", "prior_hole_mmd", "bleu", "recon_nll", "objective", "wkl", "grammatical"} <= set(metrics) and not set(metrics) & {"rppl", "rhat", "nll_published"}
+    assert {"prior_hole_auroc", "prior_hole_mmd", "bleu", "recon_nll", "objective", "wkl", "grammatical"} <= set(
+        metrics
+    ) and not set(metrics) & {"rppl", "rhat", "nll_published"}
     bound = row not in ("ae", "dae")
-    assert all((k in metrics) == bound for k in ("nll_valid", "neg_elbo", "kl", "exact_gap")) and ("information" in metrics) == bound
+    assert (
+        all((k in metrics) == bound for k in ("nll_valid", "neg_elbo", "kl", "exact_gap"))
+        and ("information" in metrics) == bound
+    )
     assert all((k in metrics) == (row != "ae") for k in ("ckl", "aggc", "mi_codes"))
     v = {k: m["value"] for k, m in metrics.items()}
-    if row != "ae": assert v["ckl"] == pytest.approx(v["aggc"]+v["mi_codes"], abs=1e-4)
-    if not bound: assert v["objective"] == pytest.approx(v["recon_nll"])
-    if row == "dvae": assert v["objective"] == pytest.approx(v["recon_nll"]+v["ckl"], rel=1e-5) and v["objective"] == pytest.approx(v["neg_elbo"], rel=1e-5)
+    if row != "ae":
+        assert v["ckl"] == pytest.approx(v["aggc"] + v["mi_codes"], abs=1e-4)
+    if not bound:
+        assert v["objective"] == pytest.approx(v["recon_nll"])
+    if row == "dvae":
+        assert v["objective"] == pytest.approx(v["recon_nll"] + v["ckl"], rel=1e-5) and v["objective"] == pytest.approx(
+            v["neg_elbo"], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("row,objective", [("dvae", "published"), ("gm-vae", "consistent")])
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, corpus, row, objective):
     "With a shared table, a learned prior and relaxed codes"
+
     def run(folder, killed_at=None):
         _, task = make(corpus, row, objective, checkpoint_every=4)
         inner, calls = task.model.forward, []
+
         def forward(*a, **kw):
             calls.append(1)
-            if len(calls) == killed_at: raise RuntimeError("killed")
+            if len(calls) == killed_at:
+                raise RuntimeError("killed")
             return inner(*a, **kw)
+
         task.model.forward = forward
-        assert fit(task, Run(tmp_path/folder, {}), dataclasses.replace(train_cfg(task.s), steps=12), 0, "cpu").step == 12
+        assert (
+            fit(task, Run(tmp_path / folder, {}), dataclasses.replace(train_cfg(task.s), steps=12), 0, "cpu").step == 12
+        )
         return task.model.state_dict(), len(calls)
+
     whole, n = run("a")
-    with pytest.raises(RuntimeError, match="killed"): run("b", 7)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("b", 7)
     again, rest = run("b")
     assert (n, rest) == (12, 8) and all(torch.equal(v, again[k]) for k, v in whole.items())
 
 
 def test_a_prior_of_your_own_takes_thirty_lines():
     "The count that the page states: imports, class, entries and the run"
-    cells = json.loads((ROOT/"nbs"/"own_prior.ipynb").read_text())["cells"]
-    lines = [x for c in cells if "new" in c["metadata"].get("tags", []) for x in "".join(c["source"]).splitlines() if x.strip() and not x.startswith("#|")]
+    cells = json.loads((ROOT / "nbs" / "own_prior.ipynb").read_text())["cells"]
+    lines = [
+        x
+        for c in cells
+        if "new" in c["metadata"].get("tags", [])
+        for x in "".join(c["source"]).splitlines()
+        if x.strip() and not x.startswith("#|")
+    ]
     assert 20 < len(lines) <= 30
     assert not [c for c in cells if "".join(c["source"]).startswith("#| export")]
