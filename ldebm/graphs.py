@@ -29,7 +29,7 @@ from .registry import Checks, runner
 from .schedule import randn_like
 from .spectral import iterate_all
 
-# %% ../nbs/84_graphs.ipynb #03dd5f0a
+# %% ../nbs/84_graphs.ipynb #7afc06b0
 @contextlib.contextmanager
 def or_say_how():
     "Adds the remedy to an error inside a recording"
@@ -40,7 +40,7 @@ def or_say_how():
             f'recording for the GPU failed; LDEBM_RECORD=0 in the environment does without, at a slower pace: {e}'
         ) from e
 
-# %% ../nbs/84_graphs.ipynb #07473660
+# %% ../nbs/84_graphs.ipynb #8e7ec93a
 def recording(z: Tensor) -> bool:
     "Is `z` on a GPU, and recording not switched off by `LDEBM_RECORD=0`? `ValueError` for a value but 0 and 1"
     return env_flag('LDEBM_RECORD', True) and z.is_cuda
@@ -206,7 +206,7 @@ class Gathered(Pending):
     def add(self, first: Tensor, *details):
         self.waiting.append((first, details))
 
-# %% ../nbs/84_graphs.ipynb #41d30cbc
+# %% ../nbs/84_graphs.ipynb #aa5f0038
 def _is_put_off(first: Tensor, *details) -> bool:
     return Pending.now is not None and Pending.now.takes(first)
 
@@ -216,7 +216,7 @@ def put_off(first: Tensor, *details):
     "`raise_if_bad`, later"
     Pending.now.add(first, *details)
 
-# %% ../nbs/84_graphs.ipynb #c1a5145c
+# %% ../nbs/84_graphs.ipynb #1acc7915
 @runner('deferred_checks', accepts=lambda: torch.cuda.is_available())
 def pending_checks() -> Pending:
     "A context within which nobody waits for the device"
@@ -299,14 +299,14 @@ def record_chain(
     function = _chain_function(level, step, n_steps, list(named), len(own))
     return _recall(level.energy.energy, key, lambda: recorder(function, tensors))(*tensors)
 
-# %% ../nbs/84_graphs.ipynb #a134314b
+# %% ../nbs/84_graphs.ipynb #e88b7a3e
 def has_recorded_chain(level, step, z: Tensor, n_steps: int, *, on_step=None, **_) -> bool:
     "Can `recorded_chain` run here? Not inside another recording"
     if on_step is not None or n_steps < 1 or isinstance(Pending.now, Gathered):
         return False
     return recording(z) and is_frozen_net(level.energy)
 
-# %% ../nbs/84_graphs.ipynb #2040f043
+# %% ../nbs/84_graphs.ipynb #8efda4b4
 @runner('chain', accepts=has_recorded_chain)
 @torch.no_grad()
 def recorded_chain(level, step, z: Tensor, n_steps: int, *, metropolis: bool = True, gen=None, on_step=None):
@@ -386,7 +386,7 @@ def recorded_terms(
         gen = torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator
     return terms(ins, gen)
 
-# %% ../nbs/84_graphs.ipynb #28baaa35
+# %% ../nbs/84_graphs.ipynb #f6c26cbe
 MANY = 8  # Power iterations from which on squaring is cheaper than repeating
 
 
@@ -398,7 +398,7 @@ def of_one_shape(layers: list, key: Callable = lambda layer: tuple(layer.weight.
             groups.setdefault(key(layer), []).append(layer)
     return list(groups.values())
 
-# %% ../nbs/84_graphs.ipynb #00b31d09
+# %% ../nbs/84_graphs.ipynb #a36e191b
 @torch.no_grad()
 def squared_iterations(
     gram: Tensor,  # `W W'` of each weight `W`, shape `(G, o, o)`
@@ -415,7 +415,7 @@ def squared_iterations(
             u = torch.nn.functional.normalize(gram @ u, dim=1, eps=1e-12)
     return u[:, :, 0]
 
-# %% ../nbs/84_graphs.ipynb #93d9b495
+# %% ../nbs/84_graphs.ipynb #c9098ae6
 @torch.no_grad()
 def iterate_together(
     layers: list,  # `SpectralLinear`s of one shape
@@ -431,7 +431,7 @@ def iterate_together(
         old = [x for layer in layers for x in (layer.u, layer.v)]
         torch._foreach_copy_(old, [x[:, 0] for pair in zip(u, v) for x in pair])
 
-# %% ../nbs/84_graphs.ipynb #fbb80eec
+# %% ../nbs/84_graphs.ipynb #6ffb2919
 def normalise_together(
     layers: list,  # `SpectralLinear`s of one shape
 ) -> list:  # Their weights in use, each `(n_out, n_in)`
@@ -439,7 +439,7 @@ def normalise_together(
     W, u, v = (torch.stack([getattr(layer, name) for layer in layers]) for name in ('weight', 'u', 'v'))
     return list((W / (u[:, None] @ (W @ v[:, :, None]))).unbind())
 
-# %% ../nbs/84_graphs.ipynb #b61ab0f9
+# %% ../nbs/84_graphs.ipynb #20e18deb
 @runner('iterate_all', accepts=lambda layers, n=1: n > MANY or bool(layers) and layers[0].weight.is_cuda)
 @torch.no_grad()
 def iterate_in_groups(layers: list, n: int = 1):
@@ -456,7 +456,7 @@ def iterate_in_groups(layers: list, n: int = 1):
     for group in of_one_shape(layers):
         iterate_together(group, n)
 
-# %% ../nbs/84_graphs.ipynb #0c810a0d
+# %% ../nbs/84_graphs.ipynb #82c75b03
 @runner('normalised_weights', accepts=lambda layers: bool(layers) and layers[0].weight.is_cuda)
 def normalise_in_groups(layers: list) -> list:
     "`normalised_weights`, layers of one shape together"

@@ -31,35 +31,35 @@ def cpu_info(
         return ''
     return next((value.strip() for name, _, value in pairs if name.strip() == field), '')
 
-# %% ../nbs/81_kernels.ipynb #98f02eef
+# %% ../nbs/81_kernels.ipynb #dee2c7e5
 def cpu_vendor() -> str:
     "Maker of the processor, such as `GenuineIntel` or `AuthenticAMD`; empty if it is not known"
     makers = (v for v in ('GenuineIntel', 'AuthenticAMD') if v in platform.processor())
     return cpu_info('vendor_id') or next(makers, '')
 
-# %% ../nbs/81_kernels.ipynb #ea66b618
+# %% ../nbs/81_kernels.ipynb #b59e2ecc
 def has_bf16() -> bool:
     "Does the processor multiply in bfloat16? Without, such products are emulated, at a tenth of the rate"
     flags = {*cpu_info('flags').split(), *cpu_info('Features').split()}
     return bool({'avx512_bf16', 'amx_bf16', 'bf16'} & flags)
 
-# %% ../nbs/81_kernels.ipynb #180af3a4
+# %% ../nbs/81_kernels.ipynb #04d8328f
 def has_avx512() -> bool:
     "Does PyTorch use AVX-512 here?"
     return 'AVX512' in torch.backends.cpu.get_cpu_capability()
 
-# %% ../nbs/81_kernels.ipynb #64131a50
+# %% ../nbs/81_kernels.ipynb #8bf556c4
 def has_wide_units() -> bool:
     "Does the processor carry out AVX-512 in one go? AMD's do from family 26 (Zen 5) on"
     family = int(cpu_info('cpu family') or 26)
     return has_avx512() and not (cpu_vendor() == 'AuthenticAMD' and family < 26)
 
-# %% ../nbs/81_kernels.ipynb #dd402eac
+# %% ../nbs/81_kernels.ipynb #37d28aec
 def has_onednn() -> bool:
     "Was this PyTorch built with oneDNN's linear layer?"
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
-# %% ../nbs/81_kernels.ipynb #1fc8ebf5
+# %% ../nbs/81_kernels.ipynb #f9c9e4d5
 @functools.cache
 def matmul_backend() -> str:  # `onednn`, `blas`, or `both`: oneDNN for products of at least `wide_from()` columns
     "Library for single-precision products on the CPU; `ValueError` for a wrong `LDEBM_MATMUL`"
@@ -75,13 +75,13 @@ def matmul_backend() -> str:  # `onednn`, `blas`, or `both`: oneDNN for products
         return 'blas'
     return 'onednn' if has_wide_units() else 'both'
 
-# %% ../nbs/81_kernels.ipynb #688c7590
+# %% ../nbs/81_kernels.ipynb #9a4af137
 @functools.cache
 def wide_from() -> int:
     "Columns from which a product goes to oneDNN under `both`"
     return 512 if has_avx512() else 4096
 
-# %% ../nbs/81_kernels.ipynb #3a561e6f
+# %% ../nbs/81_kernels.ipynb #683d97bc
 def direct(
     x: Tensor,  # Shape `(n, i)`
     w: Tensor,  # Shape `(o, i)`
@@ -98,7 +98,7 @@ def whole(x: Tensor) -> Tensor:  # Shape `(n, m)`
     n, m = x.shape
     return x if x.stride() in ((m, 1), (1, n)) else x.contiguous()
 
-# %% ../nbs/81_kernels.ipynb #e381e649
+# %% ../nbs/81_kernels.ipynb #1c84cb22
 def product(
     x: Tensor,  # Shape `(n, i)`
     w: Tensor,  # Shape `(o, i)`, as it is or from `laid_out`
@@ -108,6 +108,7 @@ def product(
     "One product without a graph"
     if w.is_mkldnn or (direct(x, w) and len(x)):
         x, w = whole(x), w if w.is_mkldnn else whole(w)
+        b = None if b is None else b.contiguous()  # oneDNN does not look at its stride
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
         return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), w, b, 'add')
@@ -116,7 +117,7 @@ def product(
     y = torch.addmm(add, x, w.T)
     return y if b is None else y.add_(b)
 
-# %% ../nbs/81_kernels.ipynb #31518faa
+# %% ../nbs/81_kernels.ipynb #c21eec5b
 def laid_out(
     w: Tensor,  # Shape `(o, i)`
     n: int,  # Rows of each product, about

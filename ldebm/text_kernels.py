@@ -30,7 +30,7 @@ def as_autocast(kind: str, *xs) -> tuple:
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if x is None else x.to(dtype) for x in xs)
 
-# %% ../nbs/81c_text_kernels.ipynb #a531144e
+# %% ../nbs/81c_text_kernels.ipynb #585c6bca
 _memory = {}  # Device and type -> memory for one batch's exponentials
 
 
@@ -41,7 +41,7 @@ def borrowed(n: int, m: int, like: Tensor) -> Tensor:  # Shape `(n, m)`, undefin
         x = like.new_empty(n * m)
     return x[: n * m].view(n, m)
 
-# %% ../nbs/81c_text_kernels.ipynb #c7126d1b
+# %% ../nbs/81c_text_kernels.ipynb #4346b55e
 def give_back(x: Tensor):
     "Keep this memory for the next batch, the larger of two"
     x = x._base if x._base is not None else x.flatten()
@@ -123,7 +123,7 @@ def first_largest_by_stretches(
     places = (best.argmax(-1, keepdim=True) * width + torch.arange(width)).clamp(max=V - 1)
     return places.gather(1, f.gather(1, places).argmax(-1, keepdim=True))[:, 0]
 
-# %% ../nbs/81c_text_kernels.ipynb #002ed057
+# %% ../nbs/81c_text_kernels.ipynb #3947e387
 def gates(
     x: Tensor,  # `W x` with its bias, shape `(n, 3H)`
     a: Tensor,  # `U h` with its bias, shape `(n, 3H)`
@@ -135,7 +135,7 @@ def gates(
     rs = torch.add(a[:, : 2 * H], x[:, : 2 * H], out=rs).sigmoid_()
     return torch.addcmul(x[:, 2 * H :], rs[:, :H], a[:, 2 * H :], out=new).tanh_()
 
-# %% ../nbs/81c_text_kernels.ipynb #68614f17
+# %% ../nbs/81c_text_kernels.ipynb #27525599
 def gru_cell(
     x: Tensor,  # `W x` with its bias, shape `(n, 3H)`
     a: Tensor,  # `U h` with its bias, shape `(n, 3H)`
@@ -145,7 +145,7 @@ def gru_cell(
     rs = a.new_empty(len(a), 2 * h.shape[1])
     return torch.lerp(gates(x, a, rs), h, rs[:, h.shape[1] :])
 
-# %% ../nbs/81c_text_kernels.ipynb #c1539ab2
+# %% ../nbs/81c_text_kernels.ipynb #9d014d85
 class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gi, h0, extra, u, b, sizes):
@@ -204,13 +204,13 @@ def _word_backward(d, rs, m, hn, before, g, k) -> Tensor:  # The share of `d` th
     k[:, : 2 * H] = g[:, : 2 * H]
     return passed
 
-# %% ../nbs/81c_text_kernels.ipynb #968b1c70
+# %% ../nbs/81c_text_kernels.ipynb #80a6c297
 def gru_weights(rnn: nn.GRU, reverse: bool = False) -> list:
     "Weights of one direction: of input `(3H, i)` and state `(3H, H)`, and their biases `(3H,)`"
     end = '_reverse' if reverse else ''
     return [getattr(rnn, f'{name}_l0{end}') for name in ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh')]
 
-# %% ../nbs/81c_text_kernels.ipynb #2b9a7317
+# %% ../nbs/81c_text_kernels.ipynb #6b33c541
 def one_direction(
     rnn: nn.GRU,  # Weights; one layer
     x: PackedSequence,  # Inputs, width `i` as `rnn` has it, or less with `extra`
@@ -225,7 +225,7 @@ def one_direction(
         constant = None if extra is None else linear(extra, wi[:, i:])
         return _GRU.apply(linear(data, wi[:, :i], bi), h0, constant, wh, bh, x.batch_sizes.tolist())
 
-# %% ../nbs/81c_text_kernels.ipynb #a2f1d7c3
+# %% ../nbs/81c_text_kernels.ipynb #dff79ab7
 class _EveryWord(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, places, steps):
@@ -249,7 +249,7 @@ def at_every_word(
     places = (torch.arange(len(x)) < sizes[:, None]).flatten().nonzero()[:, 0]
     return _EveryWord.apply(x, to_device(x.device, places)[0], len(sizes))
 
-# %% ../nbs/81c_text_kernels.ipynb #9cc5ea39
+# %% ../nbs/81c_text_kernels.ipynb #56ca69a6
 def packed_gru(rnn: nn.GRU, x: PackedSequence, h0: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "As `one_direction`, by PyTorch's own kernels, under autocast in its precision"
     kind = h0.device.type
@@ -267,7 +267,7 @@ def fast_gru(rnn: nn.GRU, x: PackedSequence, h0: Tensor, extra: Tensor | None = 
     run = one_direction if h0.device.type == 'cpu' else packed_gru
     return run(rnn, x, h0, extra)
 
-# %% ../nbs/81c_text_kernels.ipynb #881bf6fe
+# %% ../nbs/81c_text_kernels.ipynb #16e49869
 def backwards(sizes: Tensor) -> Tensor:  # Shape `(N,)`
     "Places of packed words when each sentence is read from its end"
     starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
@@ -276,7 +276,7 @@ def backwards(sizes: Tensor) -> Tensor:  # Shape `(N,)`
     lengths = (sizes[:, None] > torch.arange(int(sizes[0]))).sum(0)
     return starts[lengths[row] - 1 - col] + row
 
-# %% ../nbs/81c_text_kernels.ipynb #f0e33b27
+# %% ../nbs/81c_text_kernels.ipynb #9d6f6824
 @runner('gru_ends', accepts=lambda rnn, x: rnn.num_layers == 1 and rnn.bidirectional)
 def fast_gru_ends(rnn: nn.GRU, x: PackedSequence) -> tuple[Tensor, Tensor]:
     "`gru_ends`: states after the last and after the first word, in the order of `x`, each `(B, H)`"
@@ -291,7 +291,7 @@ def fast_gru_ends(rnn: nn.GRU, x: PackedSequence) -> tuple[Tensor, Tensor]:
     with torch.autocast(kind, enabled=False):
         return torch._VF.gru(data, x.batch_sizes, h0, weights, *how)[1].unbind(0)
 
-# %% ../nbs/81c_text_kernels.ipynb #f2503ff6
+# %% ../nbs/81c_text_kernels.ipynb #e596d015
 class FastReader:
     "`WordReader` with weights laid out; under autocast states and products are in its precision"
 
@@ -313,13 +313,13 @@ class FastReader:
         share = product(nnf.embedding(word, self.table), self.of_word, add=constant)
         return gru_cell(share, product(h, self.of_state, self.state_bias), h)
 
-# %% ../nbs/81c_text_kernels.ipynb #294c01a5
+# %% ../nbs/81c_text_kernels.ipynb #8f0b62ca
 @runner('word_reader', accepts=lambda rnn, table, n: rnn.num_layers == 1)
 def fast_word_reader(rnn: nn.GRU, table: Tensor, n: int) -> FastReader:
     "`word_reader`, laid out for many words"
     return FastReader(rnn, table, n)
 
-# %% ../nbs/81c_text_kernels.ipynb #89698f04
+# %% ../nbs/81c_text_kernels.ipynb #26326a38
 @runner('output_layer', accepts=lambda w, b, n: True)
 def fast_output_layer(w: Tensor, b: Tensor | None, n: int):  # Function from states `(n, H)` to logits `(n, V)`
     "`output_layer`, laid out for many calls"
