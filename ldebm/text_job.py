@@ -90,7 +90,8 @@ from ldebm.text_metrics import (
     v_measure,
     wkl,
 )
-from .text_vae import TextCfg, TextModel, sample_sentences, strip
+from .text_nets import TextCfg
+from .text_vae import TextModel, sample_sentences, strip
 from ldebm.train import (
     CHANGEABLE,
     TrainCfg,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .prior import DiagGaussian, Posterior, Prior, StandardNormal, no_symbols
 from .schedule import randn_like
-from .text_vae import GaussianHead
+from .text_nets import GaussianHead
 
 # %% ../nbs/21_zoo.ipynb #b47f3eec
 class Codes(Posterior):

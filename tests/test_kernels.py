@@ -22,9 +22,9 @@ from ldebm.core import Run
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
+from ldebm.layers import packing
 from ldebm.text import batches, load_corpus
 from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
-from ldebm.text_vae import packing
 from ldebm.train import fit
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

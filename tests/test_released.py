@@ -19,7 +19,8 @@ from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, cluster_targets, f
 from ldebm.schedule import consistent_schedule, published_schedule
 from ldebm.text import load_corpus
 from ldebm.text_job import TextJob, TextTask, resolve
-from ldebm.text_vae import cut_after, strip
+from ldebm.text_nets import cut_after
+from ldebm.text_vae import strip
 
 F64 = torch.float64
 VECTORS = Path(__file__).parents[1] / "data" / "published" / "released-code-vectors.json"
