@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .codes import code_terms
 from ldebm.core import (
     atomic_write,
     batch_sizes,
@@ -102,7 +103,7 @@ from ldebm.train import (
     logistic,
     parse_changes,
 )
-from .zoo import HEADS, PRIORS, ROWS, code_terms, head_of, latent_parts, parse_terms
+from .zoo import HEADS, PRIORS, ROWS, head_of, latent_parts, parse_terms
 
 # %% ../nbs/61_text_job.ipynb #63608f8a
 @dataclass(frozen=True)

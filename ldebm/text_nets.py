@@ -121,7 +121,7 @@ def forward(
     summary = nnf.leaky_relu(ends)[order.order.argsort()]
     return self.head(summary).map(full)
 
-# %% ../nbs/20_text_nets.ipynb #db17b151
+# %% ../nbs/20_text_nets.ipynb #f57fe9ae
 class Decoder(nn.Module):
     "GRU decoder; the latent enters the first state and every step"
 
@@ -133,7 +133,8 @@ class Decoder(nn.Module):
         eos: int,  # Id of `</s>`
     ):
         super().__init__()
-        self.d, self.bos, self.eos = cfg.d, bos, eos
+        self.d = cfg.d
+        self.bos, self.eos = bos, eos
         self.dropout = cfg.dropout
         self.word_dropout = cfg.word_dropout
         self.parts = {where: slice(*(getattr(cfg, where) or (0, cfg.d))) for where in ('start', 'step')}

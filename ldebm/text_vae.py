@@ -159,13 +159,16 @@ def reconstruct(
     "Greedy decoding from the posterior mode"
     return model.decoder.generate(model.encode(batch).mode, max_len=max_len)
 
-# %% ../nbs/20a_text_vae.ipynb #8e6078b2
+# %% ../nbs/20a_text_vae.ipynb #1ed8e57d
 def strip(
     ids: Tensor,  # Generated ids, shape `(B, L)`
     eos: int,  # End mark
 ) -> list:  # Lists of ids up to, not including, the end mark
     "Rows of a generated batch as lists"
-    return [[word for word in row if word not in (0, eos)] for row in ids.tolist()]
+    words = []
+    for row in ids.tolist():
+        words.append([word for word in row if word not in (0, eos)])
+    return words
 
 # %% ../nbs/20a_text_vae.ipynb #6e8a66fa
 def _check_request(prior, temperature, n_steps):
