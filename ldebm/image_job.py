@@ -46,7 +46,9 @@ from ldebm.core import (
     weights_hash,
 )
 from .energy import GuidedEnergy
-from .generator import Generator, GeneratorCfg, GeneratorModel
+from .generator import Generator
+from .generator_model import GeneratorModel
+from .generator_parts import GeneratorCfg
 from ldebm.image_metrics import (
     AUGMENTS,
     CLASSIFIERS,

@@ -14,7 +14,9 @@ from ldebm import text_metrics as tm
 from ldebm.codes import Codes
 from ldebm.core import make_gen
 from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
-from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
+from ldebm.generator import Generator
+from ldebm.generator_model import GeneratorModel
+from ldebm.generator_parts import GeneratorCfg
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
 from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step

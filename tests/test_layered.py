@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from ldebm.energy import Energy, GuidedEnergy, energy_grad, fast_energy
-from ldebm.generator import Generator, GeneratorCfg
+from ldebm.generator import Generator
+from ldebm.generator_parts import GeneratorCfg
 from ldebm.langevin import linear_chain_moments
 from ldebm.layered import (
     LayeredEnergy,

@@ -527,7 +527,7 @@ def plain_nll(dec, ids, lengths, z):
     "Padded, sentence by sentence, with PyTorch's own layers"
     out = []
     for x, n, zi in zip(ids, lengths.tolist(), z):
-        zs, zh = zi[dec.at["step"]], zi[dec.at["start"]]
+        zs, zh = zi[dec.parts["step"]], zi[dec.parts["start"]]
         h0 = dec.start(zh)[None, None] if len(zh) else torch.zeros(1, 1, dec.rnn.hidden_size)
         h, _ = dec.rnn(torch.cat([dec.embed(x[: n - 1]), zs.expand(n - 1, -1)], 1)[None], h0)
         logits = dec.out(h[0]) if hasattr(dec, "out") else h[0] @ dec.embed.weight.T
@@ -558,10 +558,10 @@ def test_decoder_against_a_plain_one(corpus, row, objective, more):
             assert dec.out.bias.abs().sum() > 0
         assert_close(dec.nll(b.ids, b.host_lengths, z), plain_nll(dec, b.ids, b.host_lengths, z), rtol=1e-4, atol=1e-4)
         ids, word, live = dec.generate(z, max_len=5), torch.full((6,), dec.bos), torch.ones(6, dtype=torch.bool)
-        h = dec.start(z[:, dec.at["start"]])[None] if hasattr(dec, "start") else torch.zeros(1, 6, dec.rnn.hidden_size)
+        h = dec.start(z[:, dec.parts["start"]])[None] if hasattr(dec, "start") else torch.zeros(1, 6, dec.rnn.hidden_size)
         for i in range(ids.shape[1]):  # greedy, step by step
             live = live & (word != dec.eos)
-            o, h = dec.rnn(torch.cat([dec.embed(word), z[:, dec.at["step"]]], 1)[:, None], h)
+            o, h = dec.rnn(torch.cat([dec.embed(word), z[:, dec.parts["step"]]], 1)[:, None], h)
             word = (dec.out(o[:, 0]) if hasattr(dec, "out") else o[:, 0] @ dec.embed.weight.T).argmax(-1)
             assert torch.equal(ids[:, i], torch.where(live, word, 0))
 
