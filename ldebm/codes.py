@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .prior import DiagGaussian, Posterior, Prior, no_symbols
+from .posterior import DiagGaussian, Posterior, Prior, no_symbols
 from .schedule import randn_like
 from .text_nets import GaussianHead
 

@@ -25,7 +25,7 @@ from ldebm.generator_parts import (
     logistic_parts,
     soft_bound,
 )
-from .prior import DiagGaussian
+from .posterior import DiagGaussian
 from .schedule import randn_like
 
 # %% ../nbs/30a_generator.ipynb #03dd9a34

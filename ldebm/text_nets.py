@@ -25,7 +25,7 @@ from ldebm.layers import (
     packing,
     word_reader,
 )
-from .prior import DiagGaussian
+from .posterior import DiagGaussian
 
 # %% ../nbs/20_text_nets.ipynb #00e1e59e
 def _check_sizes(cfg):

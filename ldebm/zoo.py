@@ -10,7 +10,7 @@ __all__ = ['PRIORS', 'HEADS', 'HEAD_OF', 'PLAIN', 'CODED', 'RELEASED', 'DISCRETE
 from dataclasses import dataclass
 
 from .codes import BothHead, BothPrior, CodedHead, CodesHead, MixturePrior, UniformCodes
-from .prior import StandardNormal
+from .posterior import StandardNormal
 from .text_nets import GaussianHead
 
 # %% ../nbs/21_zoo.ipynb #3a07137d

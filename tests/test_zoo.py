@@ -15,7 +15,7 @@ from ldebm import codes as C
 from ldebm import zoo as Z
 from ldebm.core import load_tensors, save_tensors
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
-from ldebm.prior import DiagGaussian, Posterior, Prior, StandardNormal
+from ldebm.posterior import DiagGaussian, Posterior, Prior, StandardNormal
 from ldebm.records import SCORING, Run
 from ldebm.text import get_batch, load_corpus
 from ldebm.text_job import (
@@ -558,7 +558,11 @@ def test_decoder_against_a_plain_one(corpus, row, objective, more):
             assert dec.out.bias.abs().sum() > 0
         assert_close(dec.nll(b.ids, b.host_lengths, z), plain_nll(dec, b.ids, b.host_lengths, z), rtol=1e-4, atol=1e-4)
         ids, word, live = dec.generate(z, max_len=5), torch.full((6,), dec.bos), torch.ones(6, dtype=torch.bool)
-        h = dec.start(z[:, dec.parts["start"]])[None] if hasattr(dec, "start") else torch.zeros(1, 6, dec.rnn.hidden_size)
+        h = (
+            dec.start(z[:, dec.parts["start"]])[None]
+            if hasattr(dec, "start")
+            else torch.zeros(1, 6, dec.rnn.hidden_size)
+        )
         for i in range(ids.shape[1]):  # greedy, step by step
             live = live & (word != dec.eos)
             o, h = dec.rnn(torch.cat([dec.embed(word), z[:, dec.parts["step"]]], 1)[:, None], h)
