@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .conditioning import GuidedEnergy
 from ldebm.core import (
     Average,
     keep_memory,
@@ -45,8 +46,9 @@ from ldebm.core import (
     settings_hash,
     weights_hash,
 )
-from .energy import GuidedEnergy
-from .generator import Generator, GeneratorCfg, GeneratorModel
+from .generator import Generator
+from .generator_model import GeneratorModel
+from .generator_parts import GeneratorCfg
 from ldebm.image_metrics import (
     AUGMENTS,
     CLASSIFIERS,
@@ -80,8 +82,10 @@ from ldebm.images import (
     shown,
     textures,
 )
-from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
-from .prior import DiffusionEBM, PriorCfg
+from .layer_control import edit, from_top, ood_scores, resample_below
+from .layered import LayeredEnergy, LayerNets, context_widths
+from .levels import PriorCfg
+from .prior import DiffusionEBM
 from .records import JOB_SETTINGS, Run, metric, own_name, provenance, result_path, write_result
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior

@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from ldebm import image_job as ij
 from ldebm import train
 from ldebm.core import load_tensors, make_gen
-from ldebm.generator import Generator, GeneratorCfg, multiply_adds
+from ldebm.generator import Generator
+from ldebm.generator_model import multiply_adds
+from ldebm.generator_parts import GeneratorCfg
 from ldebm.image_job import ImageJob, ImageSettings, StageTask
 from ldebm.image_metrics import ClassifierTask
 from ldebm.images import BadImage, ImageBatch, image_batches

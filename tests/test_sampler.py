@@ -41,7 +41,7 @@ from ldebm.schedule import (
     make_schedule,
     published_schedule,
 )
-from ldebm.text_vae import Decoder, TextCfg
+from ldebm.text_nets import Decoder, TextCfg
 
 F64 = torch.float64
 SE = 5  # standard errors allowed

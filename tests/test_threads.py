@@ -11,13 +11,14 @@ from same import assert_same_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldebm import image_job, toy_job, train
+from ldebm.codes import Both, Codes
 from ldebm.core import load_tensors, make_gen
 from ldebm.energy import EnergyNet, QuadraticEnergy
 from ldebm.image_job import ImageJob
 from ldebm.kernels import rows
 from ldebm.prior import DiagGaussian
 from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
-from ldebm.zoo import ROWS, Both, Codes
+from ldebm.zoo import ROWS
 
 SMALL = "embed=16 hidden=16 batch=32"
 
