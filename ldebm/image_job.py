@@ -91,11 +91,12 @@ from ldebm.images import (
     textures,
 )
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
+from .peers import one_process
 from .prior import DiffusionEBM, PriorCfg
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior
 from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
-from .train import TrainCfg, fit, linear_warmup, one_process
+from .train import TrainCfg, fit, linear_warmup
 
 # %% ../nbs/62_image_job.ipynb #9f767bf2
 @dataclass(frozen=True)

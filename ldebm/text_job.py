@@ -58,7 +58,9 @@ from ldebm.core import (
 )
 from .data import load_grammar
 from .energy import EnergyNet
+from .launch import launch
 from .lm import LMS, STOP, lm_lacks
+from .peers import count_processes, launched
 from ldebm.prior import (
     DiagGaussian,
     DiffusionEBM,
@@ -91,17 +93,7 @@ from ldebm.text_metrics import (
     wkl,
 )
 from .text_vae import TextCfg, TextModel, sample_sentences, strip
-from ldebm.train import (
-    CHANGEABLE,
-    TrainCfg,
-    count_processes,
-    cyclical,
-    launch,
-    launched,
-    linear_warmup,
-    logistic,
-    parse_changes,
-)
+from .train import CHANGEABLE, TrainCfg, cyclical, linear_warmup, logistic, parse_changes
 from .zoo import HEADS, PRIORS, ROWS, code_terms, head_of, latent_parts, parse_terms
 
 # %% ../nbs/61_text_job.ipynb #63608f8a

@@ -33,6 +33,7 @@ from ldebm.core import (
 )
 from .data import load_grammar
 from .langevin import ess
+from .launch import launch
 from ldebm.likelihood import (
     LogZ,
     NLLCfg,
@@ -70,7 +71,6 @@ from ldebm.text_job import (
     train_cfg,
 )
 from .text_metrics import prior_hole
-from .train import launch
 from .zoo import has_codes
 
 # %% ../nbs/64_text_score.ipynb #61150b3c

@@ -39,10 +39,11 @@ from ldebm.core import (
 from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
 from .langevin import split_rhat
+from .peers import one_process
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
 from .schedule import consistent_schedule, diffuse
 from .stats import mmd
-from .train import TrainCfg, fit, one_process
+from .train import TrainCfg, fit
 
 # %% ../nbs/63_toy_job.ipynb #9bd54abe
 @dataclass(frozen=True)
