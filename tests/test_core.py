@@ -109,7 +109,7 @@ def test_unknown_devices(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_every_public_function_says_which_devices_there_are(tmp_path):
     "Not torch's own assertion, and before any work: what takes a device and reads, trains or measures"
-    from ldebm import image_job, image_metrics, lm, text_job, train
+    from ldebm import image_job, image_metrics, launch, lm, text_job, train
 
     words = [["a", "b"]] * 300
     run = Run(tmp_path / "run", {})
@@ -132,7 +132,7 @@ def test_every_public_function_says_which_devices_there_are(tmp_path):
         rppl_floor=lambda d: lm.rppl_floor(words, words, "quick", device=d),
         reverse_ppl=lambda d: lm.reverse_ppl(words, words, cfg="quick", device=d),
         fit=lambda d: train.fit(Task(), run, train.TrainCfg(), 0, d),
-        launch=lambda d: train.launch(Task(), run, train.TrainCfg(), 0, d),
+        launch=lambda d: launch.launch(Task(), run, train.TrainCfg(), 0, d),
     )
     for name, call in calls.items():
         for device, says in (

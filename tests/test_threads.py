@@ -46,13 +46,13 @@ class Unordered(TorchDispatchMode):
 @pytest.fixture
 def watched(monkeypatch, in_test):
     "Every step of `fit` is looked through"
-    mode, step = Unordered(), train.train_step
+    mode, step = Unordered(), train.Loop.step
 
     def look(*args):
         with mode:
             return step(*args)
 
-    monkeypatch.setattr(train, "train_step", look)
+    monkeypatch.setattr(train.Loop, "step", look)
     yield mode
     assert mode.ops > 100 and not mode.seen, f"sums whose order is that of threads: {mode.seen}"
 
@@ -179,7 +179,7 @@ JOB = """
 import sys
 from ldebm.core import save_tensors
 from ldebm.text_job import EnergyTask, TextJob, fit_energies, open_job, train_cfg
-from ldebm.train import launch
+from ldebm.launch import launch
 run, task, device = open_job(TextJob(steps=4, n_samples=20, threads=int(sys.argv[2]), device='cpu', out=sys.argv[1], settings='embed=32 hidden=32 cls_start=0 batch=256 energy_steps=8 nll_draws=0'))
 task.validate, EnergyTask.validate = lambda: {'base_bound': 0.}, lambda self: {'kl': 0.}
 launch(task, run, train_cfg(task.s), 0, device)

@@ -623,7 +623,7 @@ def test_finished_run_folder_is_written_whole_or_not(tmp_path, whole, monkeypatc
 
 def test_checkpoints_take_their_share_of_the_time():
     now, written = [0.0], []
-    rare, always = train.Sparing(0.05, lambda: now[0]), train.Sparing(1.0, lambda: now[0])
+    rare, always = train.CheckpointBudget(0.05, lambda: now[0]), train.CheckpointBudget(1.0, lambda: now[0])
     for _ in range(400):  # four seconds of steps, of which half a second each where a checkpoint is written
         now[0] += 0.01
         assert always.due()
