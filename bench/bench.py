@@ -36,8 +36,8 @@ from torch.nn import functional as nnf  # noqa: E402
 from ldebm import core, kernels, langevin, native, text_vae  # noqa: E402
 from ldebm import prior as priors
 from ldebm.core import atomic_write, check_params, check_writable, keep_memory, progress, provenance, results_root  # noqa: E402
-from ldebm.data import load_grammar  # noqa: E402
 from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
+from ldebm.grammar_corpus import load_grammar
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .core import DATA_SETS, atomic_write, own_name, to_device
-from .data import GRAMMAR_ATTRIBUTES, PTB_FILES, load_grammar_files, read_data
+from .data import PTB_FILES, read_data
+from .grammar_corpus import GRAMMAR_ATTRIBUTES, load_grammar_files
 
 # %% ../nbs/04_text.ipynb #3136593e
 PAD, UNK, BOS, EOS = '<pad>', '<unk>', '<s>', '</s>'

@@ -56,8 +56,8 @@ from ldebm.core import (
     weights_hash,
     write_result,
 )
-from .data import load_grammar
 from .energy import EnergyNet
+from .grammar_corpus import load_grammar
 from .lm import LMS, STOP, lm_lacks
 from ldebm.prior import (
     DiagGaussian,

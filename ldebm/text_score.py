@@ -31,7 +31,7 @@ from ldebm.core import (
     weights_hash,
     write_result,
 )
-from .data import load_grammar
+from .grammar_corpus import load_grammar
 from .langevin import ess
 from ldebm.likelihood import (
     LogZ,

@@ -36,12 +36,12 @@ from ldebm.core import (
     set_threads,
     write_result,
 )
-from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
 from .langevin import split_rhat
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
 from .schedule import consistent_schedule, diffuse
 from .stats import mmd
+from .toys import ARMS, RATE, TOYS, grid16
 from .train import TrainCfg, fit, one_process
 
 # %% ../nbs/63_toy_job.ipynb #9bd54abe

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldebm.core import check_result, load_results, load_tensors
-from ldebm.data import load_grammar_files
+from ldebm.grammar_corpus import load_grammar_files
 from ldebm.prior import DiagGaussian
 from ldebm.text import CORPORA, batches, load_corpus
 from ldebm.text_job import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm.data import load_grammar, load_grammar_files
+from ldebm.grammar_corpus import load_grammar, load_grammar_files
 from ldebm.text import (
     DD_LABELS,
     Vocab,

@@ -10,7 +10,7 @@ import torch
 
 from ldebm import text_score as S
 from ldebm.core import load_tensors, make_gen, metric, unpack_state
-from ldebm.data import load_grammar
+from ldebm.grammar_corpus import load_grammar
 from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
 from ldebm.text import get_batch, load_corpus
 from ldebm.text_job import TextJob, TextTask, job_name, resolve

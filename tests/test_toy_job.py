@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ldebm import toy_job as tj
 from ldebm.core import Run, check_result, load_results, make_gen, notebook_params
-from ldebm.data import TOYS
+from ldebm.toys import TOYS
 from ldebm.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
