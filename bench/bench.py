@@ -36,13 +36,14 @@ from torch.nn import functional as nnf  # noqa: E402
 from ldebm import core, kernels, langevin, native, text_vae  # noqa: E402
 from ldebm import prior as priors
 from ldebm.core import atomic_write, check_params, check_writable, keep_memory, progress, provenance, results_root  # noqa: E402
+from ldebm.corpora import load_corpus
 from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.grammar_corpus import load_grammar
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.stats import two_sample_auroc  # noqa: E402
-from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
+from ldebm.text import Batch, Vocab
 from ldebm.text_job import (
     TextJob,
     TextSettings,

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from .core import check_writable, choose, data_of, load_results, parse_settings, result_path, row_name
+from .corpora import CORPORA, keep_source, load_corpus
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
-from .text import CORPORA, keep_source, load_corpus
 from ldebm.text_job import (
     OBJECTIVES,
     PRESETS,

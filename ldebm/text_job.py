@@ -56,6 +56,7 @@ from ldebm.core import (
     weights_hash,
     write_result,
 )
+from .corpora import CORPORA, KEPT_MB, Corpus, keep_source, load_corpus
 from .energy import EnergyNet
 from .grammar_corpus import load_grammar
 from .lm import LMS, STOP, lm_lacks
@@ -70,7 +71,7 @@ from ldebm.prior import (
 )
 from .schedule import SCHEDULES, make_schedule
 from .stats import mean_interval
-from .text import CORPORA, KEPT_MB, Corpus, Vocab, batches, keep_source, load_corpus
+from .text import Vocab, batches
 from ldebm.text_metrics import (
     active_symbols,
     active_units,

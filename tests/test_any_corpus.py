@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from ldebm import data, lm, table, text_job
 from ldebm import text_score as S
 from ldebm.core import check_result
+from ldebm.corpora import load_corpus, make_corpus, split_sentences
 from ldebm.likelihood import AISCfg, NLLCfg
-from ldebm.text import BEGIN, BOS, END, EOS, HIDDEN, PAD, SHAPING, UNK, Vocab, load_corpus, make_corpus, split_sentences
+from ldebm.sentences import BEGIN, END, HIDDEN, SHAPING
+from ldebm.text import BOS, EOS, PAD, UNK, Vocab
 from ldebm.text_job import TextJob, open_job
 
 TINY = "embed=8 hidden=8 batch=8 max_len=6 vocab_size=7 n_samples={n} nll_draws=4 nll_sentences=6 lm=quick lm_seeds=1"

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ldebm.core import check_result, load_results, load_tensors
+from ldebm.corpora import CORPORA, load_corpus
 from ldebm.grammar_corpus import load_grammar_files
 from ldebm.prior import DiagGaussian
-from ldebm.text import CORPORA, batches, load_corpus
+from ldebm.text import batches
 from ldebm.text_job import (
     TextJob,
     TextTask,

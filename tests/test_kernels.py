@@ -19,10 +19,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from ldebm import energy, kernels, langevin, native
 from ldebm.core import Run
+from ldebm.corpora import load_corpus
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
-from ldebm.text import batches, load_corpus
+from ldebm.text import batches
 from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
 from ldebm.text_vae import packing
 from ldebm.train import fit

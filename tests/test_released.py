@@ -13,11 +13,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldebm import energy, langevin, native, prior, schedule, text_job, text_score
+from ldebm.corpora import load_corpus
 from ldebm.energy import AutogradEnergy, Energy, EnergyNet, energy_grad
 from ldebm.layered import Stack
 from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, cluster_targets, frozen_free
 from ldebm.schedule import consistent_schedule, published_schedule
-from ldebm.text import load_corpus
 from ldebm.text_job import TextJob, TextTask, resolve
 from ldebm.text_vae import cut_after, strip
 

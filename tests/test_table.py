@@ -14,7 +14,7 @@ import torch
 from ldebm import image_job, toy_job
 from ldebm import table as T
 from ldebm.core import data_of, group_records, load_results, metric
-from ldebm.text import CORPORA
+from ldebm.corpora import CORPORA
 from ldebm.text_job import (
     TextJob,
     TextSettings,

@@ -6,18 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ldebm.corpora import DD_LABELS, load_corpus
 from ldebm.grammar_corpus import load_grammar, load_grammar_files
-from ldebm.text import (
-    DD_LABELS,
-    Vocab,
-    batches,
-    build_vocab,
-    get_batch,
-    load_corpus,
-    make_split,
-    n_batches,
-    parse_sentences,
-)
+from ldebm.sentences import parse_sentences
+from ldebm.text import Vocab, batches, build_vocab, get_batch, make_split, n_batches
 
 
 def gen(seed):

@@ -10,9 +10,10 @@ import torch
 
 from ldebm import text_score as S
 from ldebm.core import load_tensors, make_gen, metric, unpack_state
+from ldebm.corpora import load_corpus
 from ldebm.grammar_corpus import load_grammar
 from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
-from ldebm.text import get_batch, load_corpus
+from ldebm.text import get_batch
 from ldebm.text_job import TextJob, TextTask, job_name, resolve
 
 pytestmark = pytest.mark.usefixtures("in_test")

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 
 from ldebm import zoo as Z
 from ldebm.core import SCORING, Run, load_tensors, save_tensors
+from ldebm.corpora import load_corpus
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
 from ldebm.prior import DiagGaussian, Posterior, StandardNormal
-from ldebm.text import get_batch, load_corpus
+from ldebm.text import get_batch
 from ldebm.text_job import (
     OBJECTIVES,
     ZOO,
