@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .cifar import CIFAR10_ARCHIVE
 from ldebm.core import (
     JOB_SETTINGS,
     Average,
@@ -57,6 +58,7 @@ from ldebm.core import (
 )
 from .energy import GuidedEnergy
 from .generator import Generator, GeneratorCfg, GeneratorModel
+from .image_files import shown
 from ldebm.image_metrics import (
     AUGMENTS,
     CLASSIFIERS,
@@ -74,26 +76,14 @@ from ldebm.image_metrics import (
     save_classifier,
     spread_ratio,
 )
-from ldebm.images import (
-    CIFAR10_ARCHIVE,
-    IMAGE_SETS,
-    Images,
-    fewer_levels,
-    image_batches,
-    inverted,
-    load_images,
-    noise_images,
-    permuted,
-    plot_grid,
-    rotated,
-    shapes,
-    shown,
-    textures,
-)
+from .image_sets import IMAGE_SETS, load_images
+from .images import Images, fewer_levels, image_batches, plot_grid
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
+from .outliers import inverted, noise_images, permuted, rotated, textures
 from .prior import DiffusionEBM, PriorCfg
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior
+from .shapes import shapes
 from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .train import TrainCfg, fit, linear_warmup, one_process
 

@@ -61,7 +61,7 @@ def test_files_in_the_checkout_are_regenerated_bit_by_bit(tmp_path):
 def test_the_corpus_without_its_files_is_the_same(clean, monkeypatch):
     in_memory = load_grammar_files()
     write_grammar(clean / "here" / "grammar")
-    monkeypatch.setattr(grammar_corpus, "grammar_texts", lambda: pytest.fail("regenerated although the files are there"))
+    monkeypatch.setattr(grammar_corpus, "grammar_texts", lambda: pytest.fail("made although the files are there"))
     from_files = load_grammar_files()
     for split in ("train", "valid", "test"):
         assert in_memory[split][0] == from_files[split][0]

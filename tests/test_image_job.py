@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from ldebm import image_job as ij
 from ldebm import train
 from ldebm.core import check_result, load_tensors, make_gen, notebook_params
+from ldebm.decode import BadImage
 from ldebm.generator import Generator, GeneratorCfg, multiply_adds
 from ldebm.image_job import ImageJob, ImageSettings, StageTask
 from ldebm.image_metrics import ClassifierTask
-from ldebm.images import BadImage, ImageBatch, image_batches
+from ldebm.images import ImageBatch, image_batches
 from ldebm.prior import DiffusionEBM
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from ldebm import image_metrics as im
 from ldebm.core import Run, make_gen
-from ldebm.images import ImageBatch, Images, load_images
+from ldebm.image_sets import load_images
+from ldebm.images import ImageBatch, Images
 from ldebm.train import TrainCfg, fit
 
 

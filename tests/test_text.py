@@ -233,7 +233,8 @@ def test_what_is_no_word(text, want, said):
 def test_an_end_in_the_middle(line, word):
     with pytest.raises(
         ValueError,
-        match=f"mine.txt: sentence 2 has the word '{word}' in the middle .line 3., which is reserved: begin a new line there",
+        match=f"mine.txt: sentence 2 has the word '{word}' in the middle .line 3., "
+        "which is reserved: begin a new line there",
     ):
         parse_sentences(f"x y\n\n{line}\n".encode(), "mine.txt")
 
