@@ -14,7 +14,7 @@ from torch.nn import functional as nnf
 
 from ldebm import lm as L
 from ldebm.core import make_gen
-from ldebm.text import split_sentences
+from ldebm.corpora import split_sentences
 
 F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("in_test")
@@ -571,7 +571,7 @@ def test_other_errors():
 def test_whole_sentences_of_a_file(tmp_path):
     f = tmp_path / "mine.txt"
     f.write_text("\n".join(" ".join(f"w{i}_{j}" for j in range(60)) for i in range(100)))
-    from ldebm.text import load_corpus
+    from ldebm.corpora import load_corpus
 
     whole, cut = split_sentences(str(f), seed=5), load_corpus(str(f), seed=5, max_len=12, vocab_size=50)
     assert {k: len(v) for k, v in whole.items()} == {"train": 90, "valid": 5, "test": 5}

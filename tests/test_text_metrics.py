@@ -10,7 +10,7 @@ import torch
 
 from ldebm import text_metrics as tm
 from ldebm.core import make_gen
-from ldebm.data import load_grammar
+from ldebm.grammar_corpus import load_grammar
 
 
 def value(m):
