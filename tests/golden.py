@@ -3,7 +3,7 @@
     python tests/golden.py > tests/golden.json   # stores them anew: only when a change of the mathematics is meant
     python tests/golden.py --difference          # what differs from the stored ones
 
-Every call into the package stands in the adapters of the first part; the cases of the second part know tensors and names alone.
+Every call into the package stands in the adapters of the first part; the cases of the second know tensors and names.
 `test_golden` holds the stored numbers."""
 
 import json
@@ -13,11 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PLAIN = dict(LDEBM_RESIDENT="0", LDEBM_RECORD="0", LDEBM_RUNNERS="0", LDEBM_MATMUL="blas", OMP_NUM_THREADS="1")
-if __name__ == "__main__":  # before anything reads them
-    os.environ.update(PLAIN)
-
 import torch
+
+PLAIN = dict(LDEBM_RESIDENT="0", LDEBM_RECORD="0", LDEBM_RUNNERS="0", LDEBM_MATMUL="blas", OMP_NUM_THREADS="1")
 
 STORED = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6
@@ -36,7 +34,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def make_prior(schedule, symbols=SYMBOLS, spectral=True, **settings):
-    "A small `DiffusionEBM` in float64, its spectral norms iterated there, so that no rounding of another machine is left in them"
+    "A small `DiffusionEBM` in float64; its spectral norms too, so that no other machine rounds them otherwise"
     from ldebm.energy import EnergyNet
     from ldebm.prior import DiffusionEBM, PriorCfg
     from ldebm.schedule import make_schedule
@@ -130,23 +128,26 @@ def frozen(energy):
     return fast_energy(energy)
 
 
-def unadjusted_chain(energy, z, t, mean, variance, n_steps, squared_step, temperature, y=None, gen=None):
+# A chain's target: energy, first states, levels, means and variances
+
+
+def unadjusted_chain(target, n_steps, squared_step, temperature, y=None, gen=None):
     from ldebm.langevin import tilt_chain
 
-    return tilt_chain(energy, z, t, mean, variance, n_steps, s2=squared_step, tau=temperature, y=y, gen=gen)
+    return tilt_chain(*target, n_steps, s2=squared_step, tau=temperature, y=y, gen=gen)
 
 
-def preconditioned_chain(energy, z, t, mean, variance, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
+def preconditioned_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
     from ldebm.langevin import tilt_chain
 
-    return tilt_chain(energy, z, t, mean, variance, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    return tilt_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
 
 
-def metropolis_chain(energy, z, t, mean, variance, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
+def metropolis_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
     "States and mean acceptance"
     from ldebm.langevin import mala_chain
 
-    return mala_chain(energy, z, t, mean, variance, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    return mala_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
 
 
 def chain_statistics(traces):
@@ -381,15 +382,15 @@ def chain_cases() -> dict:
     energy, t = frozen(prior.energy), levels(BATCH)
     z, mean, y = normal(BATCH, D, seed=50), normal(BATCH, D, seed=51), torch.arange(BATCH) % SYMBOLS
     variance = 0.2 + normal(BATCH, 1, seed=52).square()
-    target, temperature = (energy, z, t, mean, variance, 6), 0.7 + 0.1 * t[:, None].double()
+    target, temperature = (energy, z, t, mean, variance), 0.7 + 0.1 * t[:, None].double()
     out = {}
     for name, asked in (("", None), (" symbol", y)):
         more = dict(y=asked)
-        out[f"unadjusted{name}"] = unadjusted_chain(*target, 0.1 * variance, temperature, **more, gen=generator(53))
-        out[f"preconditioned{name}"] = preconditioned_chain(*target, 0.8, temperature, **more, gen=generator(53))
-        out[f"drift{name}"] = preconditioned_chain(*target, 0.8, 0.2, 0.3, **more, gen=generator(53))
+        out[f"unadjusted{name}"] = unadjusted_chain(target, 6, 0.1 * variance, temperature, **more, gen=generator(53))
+        out[f"preconditioned{name}"] = preconditioned_chain(target, 6, 0.8, temperature, **more, gen=generator(53))
+        out[f"drift{name}"] = preconditioned_chain(target, 6, 0.8, 0.2, 0.3, **more, gen=generator(53))
         for kind, drift in (("metropolis", math.inf), ("truncated", 0.3)):
-            ends = metropolis_chain(*target, 0.5, 0.2, drift, **more, gen=generator(53))
+            ends = metropolis_chain(target, 6, 0.5, 0.2, drift, **more, gen=generator(53))
             out.update({f"{kind}{name} {k}": v for k, v in zip(("end", "acceptance"), ends)})
     value, slope = energy.grad(z, t, y, None, energy.base(t))
     walk = normal(40, 3, seed=54).cumsum(0)
@@ -484,7 +485,8 @@ def system_cases() -> dict:
 
 
 SYSTEMS = (
-    "rnn-lm ae vae dae dvae di-vae semi-vae semi-vae-i gm-vae gm-vae-i dgm-vae dgm-vae-i svebm svebm-ib ldebm-no-gc ldebm"
+    "rnn-lm ae vae dae dvae di-vae semi-vae semi-vae-i gm-vae gm-vae-i dgm-vae dgm-vae-i "
+    "svebm svebm-ib ldebm-no-gc ldebm"
 ).split()
 
 
@@ -560,7 +562,7 @@ def computed() -> dict[str, dict[str, list[float]]]:
 
 
 def differs(a: list[float], b: list[float]) -> bool:
-    "Beyond the tolerance, in units of the largest of the stored numbers `b` (a number of many is their count, and must be equal)"
+    "Beyond the tolerance, in units of the largest of the stored numbers `b`, or of the norm of a digest"
     if len(a) != len(b):
         return True
     size = max((abs(v) for v in b if math.isfinite(v)), default=0.0)
@@ -595,6 +597,7 @@ def written(values: dict) -> str:
 
 
 def main(*args: str) -> int:
+    os.environ.update(PLAIN)  # before the package is imported
     torch.set_num_threads(1)
     values = computed()
     if "--difference" not in args:
