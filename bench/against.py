@@ -4,8 +4,8 @@
 
 OLD and NEW are folders that hold `ldebm`. A process warms each measurement up and takes the median of a few. The table
 has the median over rounds, and the ratio NEW/OLD of rounds that lie side by side, with its quartiles. Compiled code is
-on, threads are as many as OMP_NUM_THREADS says. Sizes are those of Penn Treebank, sentences are drawn: no data is needed.
-Nine rounds take some seven minutes on two cores."""
+on, threads are as many as OMP_NUM_THREADS says. Sizes are those of Penn Treebank, sentences are drawn: no data is
+needed. Nine rounds take some seven minutes on two cores."""
 
 import argparse
 import importlib
