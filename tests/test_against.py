@@ -1,13 +1,11 @@
 "The comparison of two checkouts: what it measures runs, and how it sums rounds up. No time is judged"
 
-import sys
 from pathlib import Path
 
+import against
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import against  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["chain", "mala", "images generator", "images layers"])
