@@ -1,6 +1,7 @@
 """Cells of a job run again, as a reader would in Jupyter: `python tests/again.py NOTEBOOK 'changed = 1' 'mispselt = 1'`
 
-Imports, parameters and set-up run; then every name that the rest of the page gives is given, and cells are run again in several orders. IPython alone, without a kernel."""
+Imports, parameters and set-up run; then every name that the rest of the page gives is given, and cells are run again in
+several orders. IPython alone, without a kernel."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Benchmarks: every part runs and writes its record; what it counts is what PyTorch counts; the page renders the records
+"""Benchmarks: every part runs and writes its record, what it counts is what PyTorch counts, the page renders them
 
 No time is judged"""
 
