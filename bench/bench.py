@@ -4,8 +4,8 @@
 
 Writes `bench/<part>-<machine>.json` into the results folder as soon as a part is done. A part that fails is named at
 the end, and the others are kept. One process, a fixed number of threads. Compared paths take turns in every round, and
-bare products with them; the first rounds are dropped, and a time is the median over rounds with its quartiles. Arithmetic is counted from sizes,
-matrix products alone, a multiply-add as two.
+bare products with them; the first rounds are dropped, and a time is the median over rounds with its quartiles.
+Arithmetic is counted from sizes, matrix products alone, a multiply-add as two.
 """
 
 import argparse
