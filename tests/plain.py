@@ -1,4 +1,6 @@
-"""The same model by PyTorch's own layers and autograd: what the fast paths must agree with, and what benchmarks compare them with"""
+"""The same model by PyTorch's own layers and autograd: what the fast paths must agree with
+
+Benchmarks compare them with it"""
 
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -13,10 +15,11 @@ from ldebm.registry import plainly
 
 
 def plain_logits(net, z, t, context=None, weights=None):
-    "Logits of an `EnergyNet` layer by layer: every weight divided by its spectral norm and the level embedded at every call"
-    if (
-        weights is not None and not weights.head[1].requires_grad and net.head.bias.requires_grad
-    ):  # frozen: the gradient reaches latents alone
+    """Logits of an `EnergyNet` layer by layer
+
+    Every weight is divided by its spectral norm and the level embedded at every call"""
+    frozen = weights is not None and not weights.head[1].requires_grad
+    if frozen and net.head.bias.requires_grad:  # the gradient reaches latents alone
 
         class Frozen(torch.nn.Module):
             def __init__(self):

@@ -169,7 +169,7 @@ def test_published_terms_written_out(weighting, T, kappa):
     sigma = [math.sqrt(1 - x**2) for x in a]
     for k, levels in enumerate(rows):
 
-        def col(f):
+        def col(f, levels=levels):
             return torch.tensor([[f(t)] for t in levels.tolist()], dtype=F64)
 
         def noised(t):
@@ -794,12 +794,14 @@ def test_estimate_of_the_released_code_written_out(T):
     def log_normal(x, m, v):
         return sum(-((float(u) - float(w)) ** 2) / (2 * v) - 0.5 * math.log(2 * math.pi * v) for u, w in zip(x, m))
 
+    def noise():
+        return randn(chunk * B, d, g=g)
+
+    def quad(up, x, here, above, v):
+        return float(((up * x - here * above) ** 2).sum()) / (2 * v)
+
     weights = [[] for _ in range(B)]
     for _ in range(draws // chunk):
-
-        def noise():
-            return randn(chunk * B, d, g=g)
-
         z = q.mean.repeat(chunk, 1) + (0.5 * q.logvar.repeat(chunk, 1)).exp() * noise()
         noised = [abar[k] * z + math.sqrt(1 - abar[k] ** 2) * noise() for k in range(T + 1)]
         above = [a[k + 1] * noised[k] + math.sqrt(1 - a[k + 1] ** 2) * noise() for k in range(T)]
@@ -808,15 +810,13 @@ def test_estimate_of_the_released_code_written_out(T):
             for k in range(T):
                 v, up, here = 1 - a[k + 1] ** 2, (1.0 if k == T - 1 else a[k + 1]), (0.0 if k == T - 1 else 1.0)
                 f = [F(net, (up * noised[k][r])[None], torch.tensor([k])).item() for r in rows]
-
-                def quad(r, x):
-                    return float(((up * noised[k][r] - here * x[r]) ** 2).sum()) / (2 * v)
-
                 drawn = [log_normal(noised[k][r], abar[k] * z[r], 1 - abar[k] ** 2) for r in rows]
-                under = [f[j] - quad(r, above[k]) - drawn[j] for j, r in enumerate(rows)]
+                under = [f[j] - quad(up, noised[k][r], here, above[k][r], v) - drawn[j] for j, r in enumerate(rows)]
                 log_z.append(math.log(sum(math.exp(x) for x in under) / chunk))
                 drawn = [log_normal(above[k][r], a[k + 1] * noised[k][r], v) for r in rows]
-                parts.append([f[j] - quad(r, noised[k + 1]) - drawn[j] for j, r in enumerate(rows)])
+                parts.append(
+                    [f[j] - quad(up, noised[k][r], here, noised[k + 1][r], v) - drawn[j] for j, r in enumerate(rows)]
+                )
             for j, r in enumerate(rows):
                 prior = sum(o[j] for o in parts) - sum(log_z) + log_normal(noised[T][r], [0.0] * d, 1.0)
                 own = sum(log_normal([z[r, c]], [q.mean[b, c]], float(q.logvar[b, c].exp())) for c in range(d))

@@ -414,7 +414,7 @@ def test_contexts_and_chains_under_autocast(monkeypatch):
         (MixedEnergy(e, torch.bfloat16), args["context"].bfloat16()),
     ):
 
-        def run():
+        def run(energies=energies, context=context):
             with torch.autocast("cpu", torch.bfloat16, enabled=energies is not e):
                 return tilt_chain(energies, **{**args, "context": context}, n_steps=3, rho=0.8, gen=gen(3))
 
@@ -500,7 +500,7 @@ def test_symbols_that_are_asked_for(dtype, monkeypatch):
             args.pop("context")
             args["y"] = torch.arange(71) % sizes.n_symbols
             want, got = both(
-                lambda: (
+                lambda e=e, args=args: (
                     tilt_chain(e, **args, n_steps=4, rho=0.8, gen=gen(3)),
                     *mala_chain(e, **args, n_steps=4, gen=gen(3)),
                 ),

@@ -1,4 +1,4 @@
-"Numbers that the released LDEBM code gave, and what it does beside its formulas: starts of k-means, power iterations, padding"
+"Numbers that the released LDEBM code gave, and what it does beside its formulas: k-means, power iterations, padding"
 
 import json
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -405,7 +405,9 @@ def test_layers_without_a_norm_and_of_weight_zero_are_left_alone():
 
 @pytest.mark.parametrize("K", [2, 50])
 def test_published_makes_as_many_power_iterations_as_the_released_code(corpus, K):
-    "One for each pass of its energy in a step: two chains, and by hand what `get_ebm_loss`, the encoder's terms, bottleneck and clusters ask"
+    """One for each pass of its energy in a step
+
+    Two chains, and by hand what `get_ebm_loss`, the encoder's terms, bottleneck and clusters ask"""
     t, n = task(corpus, settings=f"langevin_steps={K}"), []
     with patch.object(EnergyNet, "power_iterate", lambda self, k=1: n.append(k)):
         t.model.before_step()

@@ -340,7 +340,7 @@ def test_no_machine_paths_in_files():
         assert not m, f"{f} names {m.group(0)}"
 
 
-# -- make and the site --------------------------------------------------------------------------------------------------
+# -- make and the site ------------------------------------------------------------------------------------------------
 
 
 def test_make_says_what_python_it_needs(tmp_path):
