@@ -12,13 +12,13 @@ from torch.nn import functional as nnf
 from torch.testing import assert_close
 
 from ldebm import zoo as Z
-from ldebm.core import Run, load_tensors, save_tensors
+from ldebm.core import load_tensors, save_tensors
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
 from ldebm.prior import DiagGaussian, Posterior, StandardNormal
+from ldebm.records import SCORING, Run
 from ldebm.text import get_batch, load_corpus
 from ldebm.text_job import (
     OBJECTIVES,
-    SCORING,
     ZOO,
     TextJob,
     TextSettings,
