@@ -38,6 +38,7 @@ from ldebm import prior as priors
 from ldebm.core import atomic_write, check_writable, keep_memory, progress
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
+from ldebm.energy_task import fit_energies
 from ldebm.prior import DiffusionEBM  # noqa: E402
 from ldebm.records import provenance, results_root
 from ldebm.resident import MOST, why_not  # noqa: E402
@@ -45,19 +46,10 @@ from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.settings import check_params
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
-from ldebm.text_job import (
-    TextJob,
-    TextSettings,
-    TextTask,
-    build_model,
-    fit_energies,
-    load_model,
-    open_job,
-    prior_cfg,
-    resolve,
-    train_cfg,
-)  # noqa: E402
+from ldebm.text_job import load_model, open_job
 from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
+from ldebm.text_settings import TextJob, TextSettings, prior_cfg, resolve, train_cfg
+from ldebm.text_task import TextTask, build_model
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
 from ldebm.train import fit, make_optimizer  # noqa: E402
 
@@ -538,7 +530,7 @@ class Stepper:
 
 def all_terms(task):
     "Weights of the end of training, clustering included"
-    return task.weights(task.s.steps - 1, task.s.steps)
+    return task.weights(task.settings.steps - 1, task.settings.steps)
 
 
 def fixed_batches(task, n):
@@ -901,7 +893,7 @@ def trained(opt, folder):
             out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})
         )
     )
-    fit(task, run, train_cfg(task.s), 0, device)
+    fit(task, run, train_cfg(task.settings), 0, device)
     fit_energies(task, run, 0, device)
     return task
 
@@ -912,7 +904,7 @@ def bench_quality(opt):
     n, out, count = max(opt.threads), [], 100 if opt.tiny else 2000
     with tempfile.TemporaryDirectory() as folder, threads(n):
         task = trained(opt, folder)
-        e, grammar = task.s, load_grammar() if task.corpus.name == "grammar" else None
+        e, grammar = task.settings, load_grammar() if task.corpus.name == "grammar" else None
         m, words_of = task.model.eval(), word_counts(task.corpus["train"].sentences())
         q = task.encode("train")
         g = gen(1)

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ldebm import data, lm, table, text_job
+from ldebm import data, lm, table, text_job, text_measure, text_settings, text_task, zoo
 from ldebm import text_score as S
 from ldebm.likelihood import AISCfg, NLLCfg
 from ldebm.records import check_result
 from ldebm.text import BEGIN, BOS, END, EOS, HIDDEN, PAD, SHAPING, UNK, Vocab, load_corpus, make_corpus, split_sentences
-from ldebm.text_job import TextJob, open_job
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob
 
 TINY = "embed=8 hidden=8 batch=8 max_len=6 vocab_size=7 n_samples={n} nll_draws=4 nll_sentences=6 lm=quick lm_seeds=1"
 EBM = " d=2 energy_hidden=8 n_blocks=1 T=2 langevin_steps=2 n_symbols=3"
@@ -302,7 +303,7 @@ def test_a_module_that_changes_while_its_model_trains(tmp_path, monkeypatch, cha
             make(tmp_path, row="mine", module=str(mod), settings="embed=8 hidden=8 batch=8 n_samples=20 lm=''")
         )
     finally:
-        text_job.ROWS.pop("mine", None)
+        zoo.ROWS.pop("mine", None)
     ran = (OWN + f"# {change}\n").encode()
     assert (tmp_path / "run" / "own.py").read_bytes() == ran and rec["settings"]["module_sha256"] == hashlib.sha256(
         ran
@@ -357,7 +358,9 @@ def test_a_grammar_that_is_cut_has_no_exact_gap(tmp_path, capsys):
         got = S.score(task, TextJob(row="rnn-lm"), [["a"]] * 20)["exact_gap"]
         assert got["value"] is None and "not sentences of the grammar" in got["estimator"]
     whole = load_corpus("grammar")
-    assert whole.altered("test") == 0 and "exact_gap" not in text_job.lacking(whole, text_job.resolve(TextJob()))
+    assert whole.altered("test") == 0 and "exact_gap" not in text_measure.lacking(
+        whole, text_settings.resolve(TextJob())
+    )
 
 
 @pytest.mark.usefixtures("in_test")
@@ -366,8 +369,8 @@ def test_samples_without_words(tmp_path, monkeypatch, made):
     (tmp_path / "mine.txt").write_text(lines(120))
     job = make(tmp_path)
     run, task, _ = open_job(job)
-    monkeypatch.setattr(text_job, "sample_sentences", lambda *a, **k: [task.corpus.vocab.encode(x) for x in made])
-    metrics, found = text_job.evaluate(task, 0)
+    monkeypatch.setattr(text_measure, "sample_sentences", lambda *a, **k: [task.corpus.vocab.encode(x) for x in made])
+    metrics, found = text_measure.evaluate(task, 0)
     metrics.update(S.score(task, job, found["samples"], run.path))
     empty = {k for k, v in metrics.items() if v["value"] is None}
     assert {"self_bleu"} <= empty and ("wkl" in empty) == (made[0] == []) and metrics["rppl"]["value"] > 0
@@ -394,4 +397,4 @@ def test_the_end_mark_of_language_models_is_no_word():
     vocab = Vocab([PAD, UNK, BOS, EOS, "a", "<eos>"])
     c = make_corpus("by-hand", vocab, {k: [["a", "<eos>"]] * 80 for k in ("train", "valid", "test")}, 9)
     with pytest.raises(ValueError, match="has the word '<eos>', .* strip it"):
-        text_job.check_corpus(c, text_job.resolve(TextJob()))
+        text_task.check_corpus(c, text_settings.resolve(TextJob()))

@@ -13,6 +13,7 @@ from ldebm import text_metrics as tm
 from ldebm import text_vae
 from ldebm.core import make_gen
 from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
+from ldebm.evidence import trace_evidence
 from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
@@ -34,7 +35,7 @@ from ldebm.prior import (
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.text import Batch
-from ldebm.text_score import exact_gap, trace_evidence
+from ldebm.text_nll import exact_gap
 from ldebm.train import linear_warmup
 from ldebm.zoo import Codes
 

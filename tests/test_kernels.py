@@ -23,7 +23,8 @@ from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product
 from ldebm.langevin import mala_chain, tilt_chain
 from ldebm.records import Run
 from ldebm.text import batches, load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
+from ldebm.text_settings import TextJob, resolve, train_cfg
+from ldebm.text_task import TextTask
 from ldebm.text_vae import packing
 from ldebm.train import fit
 
@@ -762,7 +763,7 @@ def test_training_equals_plain_training(tmp_path, objective, extra, backend):
             assert abs(a[k] - b[k]) <= (1e-6 if k == "loss" else 1e-8) * max(abs(b[k]), 1e-3), (
                 f"{k} at step {a['step']}: {a[k]} and {b[k]}"
             )
-    start = TextTask(task.corpus, task.s, 0).model
+    start = TextTask(task.corpus, task.settings, 0).model
     for (k, p), q, o in zip(task.model.named_parameters(), other.model.parameters(), start.parameters(), strict=True):
         assert p.dtype == F64
         assert (p - q).norm() <= 1e-8 * q.norm(), f"{k}: {((p - q).norm() / q.norm()).item():.1e}"

@@ -12,13 +12,14 @@ from plain import plain_paths
 from torch import nn
 from torch.testing import assert_close
 
-from ldebm import energy, langevin, native, prior, schedule, text_job, text_score
+from ldebm import energy, langevin, native, prior, schedule, text_score, text_task
 from ldebm.energy import AutogradEnergy, Energy, EnergyNet, energy_grad
 from ldebm.layered import Stack
 from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, cluster_targets, frozen_free
 from ldebm.schedule import consistent_schedule, published_schedule
 from ldebm.text import load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve
+from ldebm.text_settings import TextJob, resolve
+from ldebm.text_task import TextTask
 from ldebm.text_vae import cut_after, strip
 
 F64 = torch.float64
@@ -332,7 +333,7 @@ def test_published_clusters_start_from_the_same_sentences_every_epoch(corpus):
         seen.append(starts)
         return cluster_targets(*args, starts=starts, **kw)
 
-    with patch.object(text_job, "cluster_targets", spy):
+    with patch.object(text_task, "cluster_targets", spy):
         labels = [t.start_epoch(k, None, gen(k))["labels"] for k in range(3)]
         task(corpus, seed=1).start_epoch(0, None, gen(0))
         task(corpus, "consistent", settings="cls_start=0").start_epoch(0, None, gen(0))
@@ -464,15 +465,13 @@ def test_nll_published_reads_every_sentence_alone(corpus, row):
     def gap(*args, **kw):
         raise Enough  # what follows is of no interest here
 
-    encode, replaced = (
-        t.model.encode,
-        dict(
-            text_nll=lambda *args: dict(nll=torch.zeros(3), index=index),
-            nll_metric=lambda *args: {},
-            exact_gap=lambda *args: {},
-            log_z_bounds=gap,
-            prior_hole=gap,
-        ),
+    encode = t.model.encode
+    replaced = dict(
+        text_nll=lambda *args: dict(nll=torch.zeros(3), index=index),
+        nll_metric=lambda *args: {},
+        exact_gap=lambda *args: {},
+        sampled_gap=gap,
+        prior_hole=gap,
     )
     with ExitStack() as stack:
         for name, what in replaced.items():

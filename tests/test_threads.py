@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldebm import image_job, toy_job, train
 from ldebm.core import load_tensors, make_gen
 from ldebm.energy import EnergyNet, QuadraticEnergy
+from ldebm.energy_task import fit_energies
 from ldebm.image_job import ImageJob
 from ldebm.kernels import rows
 from ldebm.prior import DiagGaussian
-from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
 from ldebm.zoo import ROWS, Both, Codes
 
 SMALL = "embed=16 hidden=16 batch=32"
@@ -81,9 +83,9 @@ def test_text(row, objective, watched, tmp_path):
         )
     )
     task.validate = lambda: {task.select or "nll": torch.tensor(0.0)}
-    train.fit(task, run, train_cfg(task.s), 0, device)
-    if has_energy_stage(task.s):
-        task.s = replace(task.s, energy_steps=1)
+    train.fit(task, run, train_cfg(task.settings), 0, device)
+    if has_energy_stage(task.settings):
+        task.settings = replace(task.settings, energy_steps=1)
         fit_energies(task, run, 0, device)
 
 
@@ -181,7 +183,7 @@ from ldebm.text_job import EnergyTask, TextJob, fit_energies, open_job, train_cf
 from ldebm.train import launch
 run, task, device = open_job(TextJob(steps=4, n_samples=20, threads=int(sys.argv[2]), device='cpu', out=sys.argv[1], settings='embed=32 hidden=32 cls_start=0 batch=256 energy_steps=8 nll_draws=0'))
 task.validate, EnergyTask.validate = lambda: {'base_bound': 0.}, lambda self: {'kl': 0.}
-launch(task, run, train_cfg(task.s), 0, device)
+launch(task, run, train_cfg(task.settings), 0, device)
 fit_energies(task, run, 0, device)
 save_tensors(sys.argv[1]+'/learned', task.model.state_dict())
 """
