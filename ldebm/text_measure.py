@@ -6,13 +6,14 @@
 __all__ = ['left_out', 'lacking', 'likelihood_metrics', 'reconstructions', 'latent_metrics', 'symbol_metrics', 'draw_samples',
            'sample_metrics', 'evaluate']
 
-# %% ../nbs/60d_text_measure.ipynb #bf1fee04
+# %% ../nbs/60d_text_measure.ipynb #ccd58599
 import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
+# %% ../nbs/60d_text_measure.ipynb #a863ec54
 from .core import make_gen, progress
 from .data import load_grammar
 from .energy_task import logits_of

@@ -40,7 +40,7 @@ def sentence_table(
         lines.append('| ' + ' | '.join(map(_cell, cells)) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/60e_text_show.ipynb #1f56fdca
+# %% ../nbs/60e_text_show.ipynb #176a0314
 def samples_by_symbol(
     task: TextTask,
     n: int = 3,  # Sentences for each symbol
@@ -48,7 +48,8 @@ def samples_by_symbol(
     most: int = 20,  # Symbols shown
 ) -> list:  # `(symbol, sentence)` pairs
     "Sentences drawn given each symbol"
-    vocab, settings, out = task.corpus.vocab, task.settings, []
+    vocab, settings = task.corpus.vocab, task.settings
+    out = []
     for symbol in range(min(settings.n_symbols, most)):
         drawn = sample_sentences(task.model, n, y=symbol, gen=gen, max_len=settings.max_len)
         out += [(str(symbol), vocab.decode(ids)) for ids in drawn]
