@@ -16,7 +16,7 @@ import torch
 
 from .core import atomic_write, load_tensors, pick_device, save_tensors
 from .job import Work, check_names, describe, job_device, record, use_machine
-from .records import OPERATIONAL, SCORING, Run, own_name, result_path
+from .records import OPERATIONAL, SCORING, RecordName, Run, own_name, renamed
 from .settings import check_params
 from .text import CORPORA, KEPT_MB, Corpus, Vocab, keep_source, load_corpus
 from .text_measure import lacking
@@ -50,12 +50,12 @@ def record_name(
     parts = ('row', 'preset', 'objective', 'seed', 'variant')
     return dict(corpus=corpus_name(job), **{part: getattr(job, part) for part in parts})
 
-# %% ../nbs/61_text_job.ipynb #0cb461ec
+# %% ../nbs/61_text_job.ipynb #8ed1eb2d
 def job_name(
     job: TextJob,
 ) -> str:
     "Name of a run, and of its record"
-    return result_path(**record_name(job), results_dir='').stem
+    return str(RecordName(**record_name(job)))
 
 # %% ../nbs/61_text_job.ipynb #6036b095
 def job_folder(
@@ -163,11 +163,11 @@ def save_model(
     atomic_write(run.file('config.json'), json.dumps(about, indent=1))
     save_tensors(run.file('model.safetensors'), task.model.state_dict(), dict(kind='text'))
 
-# %% ../nbs/61_text_job.ipynb #08723c65
+# %% ../nbs/61_text_job.ipynb #7b56fd9f
 def _read_settings(stored: dict) -> TextSettings:
     "Settings of a stored model; older ones said by the schedule alone which objective was theirs"
     objective = 'published' if stored['schedule'] == 'published' else 'consistent'
-    return check_params(TextSettings, {'objective': objective, **stored})
+    return check_params(TextSettings, renamed({'objective': objective, **stored}))
 
 # %% ../nbs/61_text_job.ipynb #d373ac70
 def load_model(

@@ -21,7 +21,7 @@ from .evidence import sampler_evidence
 from .job import kept_metrics
 from .likelihood import NLLCfg, nll_metric
 from .lm import lm_lacks, reverse_ppl
-from .records import Run, run_identity, write_result
+from .records import Run, identity, write_result
 from .text_job import finish, job_folder, open_job, record_name
 from .text_measure import evaluate, lacking, left_out
 from .text_metrics import prior_hole
@@ -196,7 +196,7 @@ def score(
         out |= scoring.kept('sampler', lambda: _sampler(scoring))
     return out | _perplexity_stage(scoring, samples)
 
-# %% ../nbs/64_text_score.ipynb #df1de46f
+# %% ../nbs/64_text_score.ipynb #8a2dfe68
 def is_scored(
     run: Run,
     settings: TextSettings,  # As it is to be scored
@@ -206,7 +206,7 @@ def is_scored(
     if not (record.exists() and how.exists()):
         return False
     recorded = json.loads(record.read_text())['settings']
-    same_run = run_identity(recorded, changes=True) == run_identity(run.settings, changes=True)
+    same_run = identity(recorded, seed=True, scoring=False) == identity(run.settings, seed=True, scoring=False)
     return same_run and {**recorded, **json.loads(how.read_text())}.items() >= scoring(settings).items()
 
 # %% ../nbs/64_text_score.ipynb #29d5d8f0
