@@ -18,8 +18,8 @@ from ldebm.core import exclusive
 from ldebm.image_job import ImageJob
 from ldebm.image_job import open_job as open_image
 from ldebm.records import FolderInUse, Run
-from ldebm.text_job import TextJob
 from ldebm.text_job import open_job as open_text
+from ldebm.text_settings import TextJob
 from ldebm.toy_job import ToyJob
 from ldebm.toy_job import open_job as open_toy
 
