@@ -330,6 +330,7 @@ RELEASED = dict(
 DISCRETE = dict(RELEASED, shared=True, draws=1)
 
 PANG = dict(
+    objective='consistent',
     schedule='consistent',
     reference='gaussian',
     rho=0.875,
