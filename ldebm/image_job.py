@@ -26,15 +26,15 @@ from .core import settings_hash
 from .generator import GeneratorCfg
 from .image_metrics import CLASSIFIERS
 from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, load_images, shown
-from .job import check_names, describe, job_device, use_machine, with_folder
+from .job import check_names, job_device, use_machine, with_folder
 from .prior import PriorCfg
 from .records import JOB_SETTINGS, Run, own_name
 from .schedule import SCHEDULES, make_schedule
 from .score_prior import ScorePriorCfg
-from .settings import check_params, check_settings, choose, parse_settings, setting, settings_table
+from .settings import check_params, check_settings, choose, describe, parse_settings, setting, settings_table
 from .train import TrainCfg, one_process
 
-# %% ../nbs/62_image_job.ipynb #a83a431a
+# %% ../nbs/62_image_job.ipynb #354f6c60
 @dataclass(frozen=True)
 class ImageJob:
     "Parameters of `train_digits.ipynb` and `train_images.ipynb`"
@@ -169,7 +169,7 @@ class _MeasureSettings:
     n_samples: int = _measure(1257, 'pictures generated for the metrics', low=2)
     long: int = _measure(10, 'length of the long chains, in short ones', low=1, systems=_EBMS)
 
-# %% ../nbs/62_image_job.ipynb #3df901de
+# %% ../nbs/62_image_job.ipynb #37216c04
 @dataclass(frozen=True)
 class ImageSettings(_MeasureSettings, _TrainingSettings, _EnergySettings, _GeneratorSettings):
     "Every number that shapes a run"
@@ -177,7 +177,7 @@ class ImageSettings(_MeasureSettings, _TrainingSettings, _EnergySettings, _Gener
     objective: str = setting('consistent', 'which sampler and loss', choices=('consistent', 'robust', 'published'))
 
     def _repr_markdown_(self):
-        return settings_table(self, ImageSettings())
+        return settings_table(self)._repr_markdown_()
 
 
 JOB_SETTINGS.append(ImageSettings)
@@ -278,7 +278,7 @@ def preset_of(dataset: str, preset: str) -> dict:
         raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {there}')
     return PRESETS[name, preset]
 
-# %% ../nbs/62_image_job.ipynb #cc063379
+# %% ../nbs/62_image_job.ipynb #71b275a9
 _RELEASED = dict(schedule='published', T=3, contexts=False, spectral=True, free_head=False, tau_y=0.1, w_cls=0.04)
 OBJECTIVES = dict(
     consistent=dict(),
@@ -345,7 +345,7 @@ def prior_cfg(
         encoder=False,
     )
 
-# %% ../nbs/62_image_job.ipynb #7e220eb3
+# %% ../nbs/62_image_job.ipynb #0e279726
 def score_cfg(settings: ImageSettings) -> ScorePriorCfg:
     "Sizes of the score network"
     return ScorePriorCfg(n_levels=settings.score_levels, hidden=settings.score_hidden, n_blocks=settings.score_blocks)
@@ -645,7 +645,7 @@ def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
         what = f'layers: energies need maps whose side is a power of two, got {odd[0]}'
         raise ValueError(f'{what}; leave out the rows with energies, or choose other layers')
 
-# %% ../nbs/62_image_job.ipynb #e1b29805
+# %% ../nbs/62_image_job.ipynb #ae4e942b
 def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
     "`ValueError` for fewer pictures than a Frechet distance needs"
     need = CLASSIFIERS[settings.clf_preset]['n_features'] + 1
@@ -722,7 +722,7 @@ def open_job(
     use_machine(job)
     return replace(place, run=_open_run(place))
 
-# %% ../nbs/62_image_job.ipynb #c1b51aa5
+# %% ../nbs/62_image_job.ipynb #30d6b5bf
 def _usual(job: ImageJob) -> ImageSettings:
     "Settings of the same preset and objective, with nothing of the job's own"
     return resolve(ImageJob(dataset=job.dataset, preset=job.preset, objective=job.objective))
@@ -732,9 +732,10 @@ def _usual(job: ImageJob) -> ImageSettings:
 def __str__(self: ImagePlace) -> str:
     job, train = self.job, self.images['train']
     what = f'{corpus_name(self)}, {len(train):,} training pictures, {job.preset}, {job.objective}, seed {job.seed}'
-    return describe(f'{what}: {job.rows}', job, self.settings, _usual(job))
+    where = f'on {self.device} with {torch.get_num_threads()} threads'
+    return f'{what}, {where}: {job.rows}\n{describe(self.settings, _usual(job))}'
 
 
 @patch
 def _repr_markdown_(self: ImagePlace) -> str:
-    return self.cfg._repr_markdown_() + '\n\n' + settings_table(self.settings, _usual(self.job))
+    return self.cfg._repr_markdown_() + '\n\n' + settings_table(self.settings, _usual(self.job))._repr_markdown_()

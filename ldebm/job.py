@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .core import Run, atomic_write, keep_memory, pick_device, provenance, result_path, set_threads, write_result
+from .core import atomic_write, keep_memory, pick_device, set_threads
+from .records import Run, provenance, result_path, write_result
 
 # %% ../nbs/60_job.ipynb #b610ac13
 def job_device(

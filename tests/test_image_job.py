@@ -23,8 +23,9 @@ from ldebm import image_job as ij
 from ldebm import train
 from ldebm.core import load_tensors, make_gen
 from ldebm.generator import Generator, GeneratorCfg, multiply_adds
-from ldebm.image_job import ImageJob, ImageSettings, StageTask
+from ldebm.image_job import ImageJob, ImageSettings
 from ldebm.image_metrics import ClassifierTask
+from ldebm.image_stages import StageTask
 from ldebm.images import BadImage, ImageBatch, image_batches
 from ldebm.prior import DiffusionEBM
 from ldebm.records import check_result
