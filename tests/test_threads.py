@@ -10,7 +10,7 @@ import torch
 from same import assert_same_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldebm import image_job, toy_job, train
+from ldebm import image_job, image_stages, toy_job, train
 from ldebm.core import load_tensors, make_gen
 from ldebm.energy import EnergyNet, QuadraticEnergy
 from ldebm.image_job import ImageJob
@@ -99,10 +99,10 @@ def test_pictures(layers, objective, watched, tmp_path):
             settings=f"layers='{layers}' gen_steps=2 steps=2 clf_steps=2 energy_hidden=8",
         )
     )
-    g = image_job.train_generator(p)[0]
-    image_job.train_classifier(p)
+    g = image_stages.train_generator(p)[0]
+    image_stages.train_classifier(p)
     for row in p.job.rows.split():
-        image_job.train_prior(p, row, g)
+        image_stages.train_prior(p, row, g)
 
 
 def test_plane(watched, tmp_path):
