@@ -1016,7 +1016,7 @@ def coverage_study(
 
 
 def write_coverage(
-    file: str | Path,  # Such as `results/calibration-likelihood.json`
+    file: str | Path,  # Such as `results/calibration/likelihood.json`
     seeds=range(50),
     cfg: NLLCfg = NLLCfg(draws=128, chains=40, variance=0.3, paths=8),
     n: int = 40,

@@ -56,6 +56,7 @@ from ldebm.records import (
     JOB_SETTINGS,
     OPERATIONAL,
     SCORING,
+    RecordName,
     Run,
     data_of,
     group_records,
@@ -936,7 +937,7 @@ def corpus_name(job: TextJob) -> str:
 
 def job_name(job: TextJob) -> str:
     "Name of a run, and of its record"
-    return result_path(**record_name(job), results_dir='').stem
+    return str(RecordName(**record_name(job)))
 
 
 def job_folder(job: TextJob) -> Path:

@@ -44,7 +44,7 @@ from ldebm.likelihood import (
 )
 from .lm import lm_lacks, reverse_ppl
 from .prior import DiagGaussian, trace_rhat
-from .records import Run, metric, run_identity, write_result
+from .records import Run, identity, metric, write_result
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean, two_sample_auroc
 from .text import get_batch
@@ -556,7 +556,7 @@ def is_scored(run: Run, s: TextSettings) -> bool:
         return False
     of = json.loads(run.file('result.json').read_text())['settings']
     return (
-        run_identity(of, changes=True) == run_identity(run.settings, changes=True)
+        identity(of, seed=True, scoring=False) == identity(run.settings, seed=True, scoring=False)
         and {**of, **json.loads(run.file('scored.json').read_text())}.items() >= scoring(s).items()
     )
 

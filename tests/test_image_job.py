@@ -296,7 +296,7 @@ def child(out, stage, at, signum):
 @posix
 @pytest.mark.slow
 def test_signals_in_two_stages(whole, tmp_path):
-    "SIGTERM in the generator saves; the job goes on and is killed in the prior; a third sitting ends with the usual bits"
+    "SIGTERM in the generator saves; the job goes on, is killed in the prior, and ends with the usual bits"
     p, out, err = child(tmp_path / "run", "generator", 33, signal.SIGTERM)
     assert p.returncode == 3 and "interrupted: stopped at step 34 of 50; run the same command again" in out, out + err
     p, out, err = child(tmp_path / "run", "ldebm-coupled", 44, signal.SIGKILL)
@@ -641,7 +641,7 @@ def test_a_side_that_no_layer_divides(tmp_path, remedy):
     kw = dict(dataset=path, preset="small", rows="ldebm")
     with pytest.raises(
         ValueError,
-        match='layer of side 16 does not divide pictures of side 28: settings="size=32" resamples.* last side is 4 or less',
+        match='side 16 does not divide pictures of side 28: settings="size=32" resamples.* last side is 4 or less',
     ):
         ij.open_job(job(tmp_path / "run", **{**kw, "settings": FEW + " layers='4x1x8x0 16x1x8x0'"}))
     assert not (tmp_path / "run").exists()
@@ -1067,13 +1067,13 @@ def test_records(whole, reference, tmp_path):
     q = replace(p, job=replace(p.job, results=str(tmp_path / "results"), variant="tiny"))
     path = measure.add_metrics(q, "ldebm", done["ldebm"], dict(more=metric(0.5)))
     assert (
-        path == tmp_path / "results" / "ldebm+tiny-digits-quick-consistent-s0.json"
+        path == tmp_path / "results" / "runs" / "digits" / "quick" / "ldebm+tiny-consistent-s0.json"
         and json.loads(path.read_text())["metrics"]["more"]["value"] == 0.5
     )
     assert measure.finish(p, "gaussian", again, None, 0.0).parent == p.run.path / "gaussian"
     with pytest.raises(ValueError, match="metrics.bad"):
         measure.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.0)
-    assert [o.name for o in (tmp_path / "results").iterdir()] == [path.name]
+    assert [o for o in (tmp_path / "results").rglob("*.json")] == [path]
 
 
 def test_evaluations_are_counted(whole, monkeypatch):

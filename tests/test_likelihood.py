@@ -492,7 +492,7 @@ def test_record(tmp_path):
 def test_committed_record():
     from ldebm.records import results_root
 
-    rec = L.check_coverage(json.loads((results_root() / "calibration-likelihood.json").read_text()))
+    rec = L.check_coverage(json.loads((results_root() / "calibration" / "likelihood.json").read_text()))
     assert [o["seed"] for o in rec["models"]] == list(range(50)) and rec["n"] == 40
     assert (
         sum(o["covered"] for o in rec["models"]) >= 45

@@ -1,4 +1,4 @@
-"Toy jobs: bad input, scores that can fail, equal evaluations, interruption, records, and what the committed records claim"
+"Toy jobs: bad input, scores that can fail, equal evaluations, interruption, records, and what records claim"
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_parameters_cell_is_the_dataclass():
 @pytest.mark.parametrize("density", list(TOYS))
 @pytest.mark.parametrize("preset", ["small", "quick"])
 def test_equal_evaluations(preset, density, monkeypatch):
-    "Training and samples cost the same with and without diffusion, to within the first gradient of each chain and the rounding of steps"
+    "Training and samples cost the same with and without diffusion, to within first gradients and rounding"
     monkeypatch.delenv("IN_TEST", raising=False)
     s = tj.resolve(tj.ToyJob(preset=preset))
     a, b = (tj.evaluations(tj.settings_for(s, density, diffusion)) for diffusion in (True, False))
@@ -110,7 +110,7 @@ def test_pinwheel_arms():
 
 @pytest.mark.parametrize("density", list(TOYS))
 def test_scores_can_fail(density):
-    "Fresh samples pass every score; a lost third, an uneven half, a blur and a collapse each fail the score made for it"
+    "Fresh samples pass every score; a lost third, a blur and a collapse each fail the score made for it"
     n = 1500
     x = TOYS[density].sample(4 * n, make_gen(3))
     k, K = measure.modes(density, x)
@@ -184,7 +184,7 @@ def run_job(job):
 
 
 def test_job_records(tmp_path, tiny):
-    "One valid record for each density and row; nothing leaves the run folder unless asked; a second call gives the same numbers"
+    "A valid record for each density and system; nothing leaves the run folder unless asked; numbers repeat"
     job = tj.ToyJob(preset="tiny", out=str(tmp_path / "run"))
     first = run_job(job)
     assert len(first) == 6 and all(tmp_path / "run" in p.parents for p in first)
@@ -193,8 +193,8 @@ def test_job_records(tmp_path, tiny):
     by = {r["row"]: r["metrics"]["sample_evaluations"]["value"] for r in recs}
     assert by["toy-ebm-short"] <= by["toy-diffusion-ebm"] < by["toy-ebm-long"]
     copies = run_job(replace(job, results=str(tmp_path / "results")))
-    assert {p.parent for p in copies} == {tmp_path / "results"} and (
-        tmp_path / "results" / "toy-ebm-long-pinwheel-tiny-consistent-s0.json"
+    assert {p.parents[3] for p in copies} == {tmp_path / "results"} and (
+        tmp_path / "results" / "runs" / "pinwheel" / "tiny" / "toy-ebm-long-consistent-s0.json"
     ).exists()
     for p, r in zip(copies, recs):
         assert json.loads(p.read_text())["metrics"] == r["metrics"]
@@ -254,7 +254,7 @@ def test_kill_and_resume_bitwise(tmp_path):
 
 @pytest.mark.parametrize("density", list(TOYS))
 def test_committed_records(density):
-    "Three seeds: the distance of the diffusion model's samples to the truth is at most twice a fresh sample's, with the model without diffusion beside it"
+    "Three seeds: the diffusion model's samples are at most twice as far from the truth as a fresh sample"
     recs = [r for r in load_results(ROOT / "results") if r["corpus"] == density and r["preset"] == "small"]
     for row in tj.SYSTEMS:
         mine = [r for r in recs if r["row"] == row]
