@@ -26,15 +26,15 @@ from .core import settings_hash
 from .generator import GeneratorCfg
 from .image_metrics import CLASSIFIERS
 from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, load_images, shown
-from .job import check_names, job_device, use_machine, with_folder
+from .job import check_names, describe, job_device, use_machine, with_folder
 from .prior import PriorCfg
-from .records import JOB_SETTINGS, Run, own_name
+from .records import JOB_SETTINGS, Run, own_name, renamed
 from .schedule import SCHEDULES, make_schedule
 from .score_prior import ScorePriorCfg
-from .settings import check_params, check_settings, choose, describe, parse_settings, setting, settings_table
+from .settings import check_params, check_settings, choose, parse_settings, setting, settings_table
 from .train import TrainCfg, one_process
 
-# %% ../nbs/62_image_job.ipynb #354f6c60
+# %% ../nbs/62_image_job.ipynb #612a8e8f
 @dataclass(frozen=True)
 class ImageJob:
     "Parameters of `train_digits.ipynb` and `train_images.ipynb`"
@@ -278,7 +278,7 @@ def preset_of(dataset: str, preset: str) -> dict:
         raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {there}')
     return PRESETS[name, preset]
 
-# %% ../nbs/62_image_job.ipynb #71b275a9
+# %% ../nbs/62_image_job.ipynb #79641983
 _RELEASED = dict(schedule='published', T=3, contexts=False, spectral=True, free_head=False, tau_y=0.1, w_cls=0.04)
 OBJECTIVES = dict(
     consistent=dict(),
@@ -345,7 +345,7 @@ def prior_cfg(
         encoder=False,
     )
 
-# %% ../nbs/62_image_job.ipynb #0e279726
+# %% ../nbs/62_image_job.ipynb #c61da134
 def score_cfg(settings: ImageSettings) -> ScorePriorCfg:
     "Sizes of the score network"
     return ScorePriorCfg(n_levels=settings.score_levels, hidden=settings.score_hidden, n_blocks=settings.score_blocks)
@@ -598,7 +598,7 @@ def record_settings(place: ImagePlace, system: str) -> dict:
     out = dict(row=system, **asdict(place.settings), n_train=len(train), shape=list(train.shape))
     return out if corpus_name(place) in BUILT_IN else dict(out, data=place.data)
 
-# %% ../nbs/62_image_job.ipynb #a7a8d6f2
+# %% ../nbs/62_image_job.ipynb #17a2e586
 def _without_data(settings: dict) -> str:
     "Fingerprint of settings that leaves the pictures out"
     return settings_hash({k: v for k, v in settings.items() if k not in ('data', 'n_train')})
@@ -612,6 +612,7 @@ def same_pictures(out, settings: dict) -> None:
         return  # no run, or none that can be read: `Run` says so
     if not isinstance(old, dict) or old.get('data') in (None, settings['data']):
         return
+    old = renamed(old)
     if _without_data(old) == _without_data(settings):
         before = f'fingerprint {old["data"]}, {old["n_train"]} for training'
         raise ValueError(
@@ -645,7 +646,7 @@ def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
         what = f'layers: energies need maps whose side is a power of two, got {odd[0]}'
         raise ValueError(f'{what}; leave out the rows with energies, or choose other layers')
 
-# %% ../nbs/62_image_job.ipynb #ae4e942b
+# %% ../nbs/62_image_job.ipynb #cb2a8f5d
 def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
     "`ValueError` for fewer pictures than a Frechet distance needs"
     need = CLASSIFIERS[settings.clf_preset]['n_features'] + 1
@@ -722,7 +723,7 @@ def open_job(
     use_machine(job)
     return replace(place, run=_open_run(place))
 
-# %% ../nbs/62_image_job.ipynb #30d6b5bf
+# %% ../nbs/62_image_job.ipynb #3bfbca00
 def _usual(job: ImageJob) -> ImageSettings:
     "Settings of the same preset and objective, with nothing of the job's own"
     return resolve(ImageJob(dataset=job.dataset, preset=job.preset, objective=job.objective))
@@ -732,8 +733,7 @@ def _usual(job: ImageJob) -> ImageSettings:
 def __str__(self: ImagePlace) -> str:
     job, train = self.job, self.images['train']
     what = f'{corpus_name(self)}, {len(train):,} training pictures, {job.preset}, {job.objective}, seed {job.seed}'
-    where = f'on {self.device} with {torch.get_num_threads()} threads'
-    return f'{what}, {where}: {job.rows}\n{describe(self.settings, _usual(job))}'
+    return describe(f'{job.rows}: {what}', job, self.settings, _usual(job))
 
 
 @patch

@@ -34,13 +34,13 @@ from ldebm.image_job import (
     score_cfg,
 )
 
-# %% ../nbs/62a_image_stages.ipynb #580d75fa
+# %% ../nbs/62a_image_stages.ipynb #05faac9e
 from .image_metrics import AUGMENTS, ClassifierTask, accuracy, make_classifier, save_classifier
 from .images import ImageBatch, Images, image_batches, rotated
 from .job import open_stage
 from .layered import LayeredEnergy, LayerNets, context_widths
 from .prior import DiffusionEBM
-from .records import Run
+from .records import Run, renamed
 from .schedule import make_schedule
 from .score_prior import make_score_prior
 from .settings import check_params
@@ -423,7 +423,7 @@ def _tuples(values: dict) -> dict:
     "JSON has lists where settings have tuples"
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
-# %% ../nbs/62a_image_stages.ipynb #fce672b2
+# %% ../nbs/62a_image_stages.ipynb #13900cad
 def load_prior(
     path,  # `model.safetensors` of a system
     device='cpu',
@@ -433,7 +433,7 @@ def load_prior(
     tensors, about = load_tensors(path, device)
     if 'row' not in about or 'generator' not in about:
         raise ValueError(f'{path} holds no image prior: it wants the model.safetensors of a row of an image job')
-    settings = check_params(ImageSettings, about['settings'] | dict(objective=about['objective']))
+    settings = check_params(ImageSettings, renamed(about['settings']) | dict(objective=about['objective']))
     generator = Generator(GeneratorCfg(**_tuples(about['generator']))).to(device)
     generator.load_state_dict(_part(tensors, 'generator'))
     generator.eval().requires_grad_(False)

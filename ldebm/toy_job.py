@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from .core import Average, make_gen, progress
 from .data import TOYS
 from .energy import EnergyNet
-from .job import check_names, job_device, use_machine, with_folder
+from .job import check_names, describe, job_device, use_machine, with_folder
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
 from .records import JOB_SETTINGS, Run
 from .schedule import consistent_schedule
-from .settings import choose, describe, setting, settings_table
+from .settings import choose, setting, settings_table
 from .stats import mmd
 from .train import TrainCfg, fit, one_process
 
@@ -247,7 +247,7 @@ def record_settings(settings: ToySettings, density: str, system: str) -> dict:
     about = dict(row=system, density=density, scale=SCALES[density], sample_steps=own.n_steps * length)
     return about | asdict(own)
 
-# %% ../nbs/63_toy_job.ipynb #eb54031a
+# %% ../nbs/63_toy_job.ipynb #891ca6be
 def open_job(job: ToyJob) -> ToyPlace:
     "Resolve, check the names of records, open the run's folder; nothing is written if any of it fails"
     settings = resolve(job)
@@ -266,8 +266,8 @@ def __str__(self: ToyPlace) -> str:
     "What the run is about to do, for a terminal"
     job = self.job
     usual = ToySettings(**PRESETS[job.preset])
-    what = f'{" and ".join(densities(job))}, {job.preset}, seed {job.seed}, on {self.device}'
-    return f'{what}\n{describe(self.settings, usual)}'
+    what = f'{" and ".join(densities(job))}, {job.preset}, seed {job.seed}'
+    return describe(what, job, self.settings, usual)
 
 # %% ../nbs/63_toy_job.ipynb #edc49890
 def train_all(

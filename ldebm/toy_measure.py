@@ -140,10 +140,11 @@ def score(
     metrics = _mmd_metrics(samples, truth, fresh) | _density_metrics(density, x, torch.cat(truth))
     return metrics | _mode_metrics(density, x)
 
-# %% ../nbs/63a_toy_measure.ipynb #faec283d
+# %% ../nbs/63a_toy_measure.ipynb #ccbb1945
 def _traces(prior: DiffusionEBM, start: Tensor, level: int, n_steps: int | None, gen: torch.Generator) -> tuple:
     "States `(n_steps, n, 2)`, energies `(n_steps, n)` and acceptance along the chains of a level"
-    states, energies, accepted = [], [], []
+    states, energies = [], []
+    accepted = []
 
     def look(i, y, F, accept, **more):
         states.append(y.clone())
