@@ -28,13 +28,13 @@ from .image_metrics import CLASSIFIERS
 from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, load_images, shown
 from .job import check_names, describe, job_device, use_machine, with_folder
 from .prior import PriorCfg
-from .records import JOB_SETTINGS, Run, own_name, renamed
 from .schedule import SCHEDULES, make_schedule
 from .score_prior import ScorePriorCfg
+from .records import JOB_SETTINGS, Run, own_name, renamed
 from .settings import check_params, check_settings, choose, parse_settings, setting, settings_table
 from .train import TrainCfg, one_process
 
-# %% ../nbs/62_image_job.ipynb #612a8e8f
+# %% ../nbs/62_image_job.ipynb #052e05e5
 @dataclass(frozen=True)
 class ImageJob:
     "Parameters of `train_digits.ipynb` and `train_images.ipynb`"
@@ -169,12 +169,14 @@ class _MeasureSettings:
     n_samples: int = _measure(1257, 'pictures generated for the metrics', low=2)
     long: int = _measure(10, 'length of the long chains, in short ones', low=1, systems=_EBMS)
 
-# %% ../nbs/62_image_job.ipynb #37216c04
+# %% ../nbs/62_image_job.ipynb #9e48a658
 @dataclass(frozen=True)
 class ImageSettings(_MeasureSettings, _TrainingSettings, _EnergySettings, _GeneratorSettings):
     "Every number that shapes a run"
 
-    objective: str = setting('consistent', 'which sampler and loss', choices=('consistent', 'robust', 'published'))
+    objective: str = setting(
+        'consistent', 'sampler and loss', group='energies', choices=('consistent', 'robust', 'published')
+    )
 
     def _repr_markdown_(self):
         return settings_table(self)._repr_markdown_()
@@ -278,7 +280,7 @@ def preset_of(dataset: str, preset: str) -> dict:
         raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {there}')
     return PRESETS[name, preset]
 
-# %% ../nbs/62_image_job.ipynb #79641983
+# %% ../nbs/62_image_job.ipynb #a9fd3f51
 _RELEASED = dict(schedule='published', T=3, contexts=False, spectral=True, free_head=False, tau_y=0.1, w_cls=0.04)
 OBJECTIVES = dict(
     consistent=dict(),
@@ -345,7 +347,7 @@ def prior_cfg(
         encoder=False,
     )
 
-# %% ../nbs/62_image_job.ipynb #c61da134
+# %% ../nbs/62_image_job.ipynb #6a5f7d1a
 def score_cfg(settings: ImageSettings) -> ScorePriorCfg:
     "Sizes of the score network"
     return ScorePriorCfg(n_levels=settings.score_levels, hidden=settings.score_hidden, n_blocks=settings.score_blocks)
@@ -646,7 +648,7 @@ def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
         what = f'layers: energies need maps whose side is a power of two, got {odd[0]}'
         raise ValueError(f'{what}; leave out the rows with energies, or choose other layers')
 
-# %% ../nbs/62_image_job.ipynb #cb2a8f5d
+# %% ../nbs/62_image_job.ipynb #9a01c78b
 def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
     "`ValueError` for fewer pictures than a Frechet distance needs"
     need = CLASSIFIERS[settings.clf_preset]['n_features'] + 1
@@ -723,14 +725,14 @@ def open_job(
     use_machine(job)
     return replace(place, run=_open_run(place))
 
-# %% ../nbs/62_image_job.ipynb #3bfbca00
+# %% ../nbs/62_image_job.ipynb #61423ccd
 def _usual(job: ImageJob) -> ImageSettings:
     "Settings of the same preset and objective, with nothing of the job's own"
     return resolve(ImageJob(dataset=job.dataset, preset=job.preset, objective=job.objective))
 
 
 @patch
-def __str__(self: ImagePlace) -> str:
+def __repr__(self: ImagePlace) -> str:
     job, train = self.job, self.images['train']
     what = f'{corpus_name(self)}, {len(train):,} training pictures, {job.preset}, {job.objective}, seed {job.seed}'
     return describe(f'{job.rows}: {what}', job, self.settings, _usual(job))

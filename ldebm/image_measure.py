@@ -319,13 +319,14 @@ class Measured:
     log: list = field(default_factory=list)  # Log lines of its training
     note: str = ''  # What else there is to say
 
-# %% ../nbs/62b_image_measure.ipynb #19694c25
+# %% ../nbs/62b_image_measure.ipynb #6f35e2a9
 @patch
 def __str__(self: Measured) -> str:
-    "How long it took, in a line"
-    parts = [f'{len(self.u)} samples in {self.seconds:.1f} s']
-    if self.end is not None:
-        parts.insert(0, f'{self.end.step} steps, {self.end.seconds:.0f} s')
+    "How long it took, and what else there is to say, in a line"
+    parts = []
+    if self.prior is not None:
+        parts.append(f'{self.end.step} steps, {self.end.seconds:.0f} s')
+        parts.append(f'{len(self.u)} samples in {self.seconds:.1f} s')
     return '; '.join(parts + [self.note] * bool(self.note))
 
 
@@ -393,12 +394,12 @@ def gaussian_metrics(place: ImagePlace, ref: Reference) -> dict:
     "Metrics of the Gaussian prior on a generator"
     return score(place, ref, ref.u_gaussian) | cost(place, 'gaussian', None, 0.0, len(ref.u))
 
-# %% ../nbs/62b_image_measure.ipynb #4740554f
+# %% ../nbs/62b_image_measure.ipynb #05316d2c
 def _run_gaussian(place: ImagePlace, ref: Reference) -> Measured:
     "Measure and record the Gaussian prior of a generator"
     metrics = gaussian_metrics(place, ref)
     finish(place, 'gaussian', metrics, None, 0.0)
-    return Measured(ref, None, ref.u_gaussian, metrics)
+    return Measured(ref, None, ref.u_gaussian, metrics, note='nothing to train')
 
 
 def _run_tuned(place: ImagePlace, net: nn.Module) -> Measured:

@@ -247,7 +247,7 @@ def record_settings(settings: ToySettings, density: str, system: str) -> dict:
     about = dict(row=system, density=density, scale=SCALES[density], sample_steps=own.n_steps * length)
     return about | asdict(own)
 
-# %% ../nbs/63_toy_job.ipynb #891ca6be
+# %% ../nbs/63_toy_job.ipynb #f3300c29
 def open_job(job: ToyJob) -> ToyPlace:
     "Resolve, check the names of records, open the run's folder; nothing is written if any of it fails"
     settings = resolve(job)
@@ -262,7 +262,7 @@ def open_job(job: ToyJob) -> ToyPlace:
 
 
 @patch
-def __str__(self: ToyPlace) -> str:
+def __repr__(self: ToyPlace) -> str:
     "What the run is about to do, for a terminal"
     job = self.job
     usual = ToySettings(**PRESETS[job.preset])
