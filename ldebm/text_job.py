@@ -58,6 +58,16 @@ from ldebm.core import (
 )
 from .data import load_grammar
 from .energy import EnergyNet
+from ldebm.latent_metrics import (
+    active_symbols,
+    active_units,
+    ami,
+    homogeneity,
+    information,
+    kmeans_labels,
+    mutual_information,
+    v_measure,
+)
 from .lm import LMS, STOP, lm_lacks
 from ldebm.prior import (
     DiagGaussian,
@@ -72,22 +82,14 @@ from .schedule import SCHEDULES, make_schedule
 from .stats import mean_interval
 from .text import CORPORA, KEPT_MB, Corpus, Vocab, batches, keep_source, load_corpus
 from ldebm.text_metrics import (
-    active_symbols,
-    active_units,
-    ami,
     bleu,
     distinct_n,
     grammar_scores,
-    homogeneity,
-    information,
-    kmeans_labels,
     memorised_share,
-    mutual_information,
     ngram_overlap,
     self_bleu,
     unique_share,
     unseen_share,
-    v_measure,
     wkl,
 )
 from .text_vae import TextCfg, TextModel, sample_sentences, strip

@@ -33,6 +33,7 @@ from ldebm.core import (
 )
 from .data import load_grammar
 from .langevin import ess
+from .latent_metrics import prior_hole
 from ldebm.likelihood import (
     LogZ,
     NLLCfg,
@@ -69,7 +70,6 @@ from ldebm.text_job import (
     scoring,
     train_cfg,
 )
-from .text_metrics import prior_hole
 from .train import launch
 from .zoo import has_codes
 

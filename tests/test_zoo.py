@@ -12,13 +12,13 @@ from torch.nn import functional as nnf
 from torch.testing import assert_close
 
 from ldebm import zoo as Z
-from ldebm.core import Run, load_tensors, save_tensors
+from ldebm.core import SCORING, Run, load_tensors, save_tensors
+from ldebm.latent_metrics import information
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
 from ldebm.prior import DiagGaussian, Posterior, StandardNormal
 from ldebm.text import get_batch, load_corpus
 from ldebm.text_job import (
     OBJECTIVES,
-    SCORING,
     ZOO,
     TextJob,
     TextSettings,
@@ -31,7 +31,6 @@ from ldebm.text_job import (
     train_cfg,
     unused,
 )
-from ldebm.text_metrics import information
 from ldebm.text_score import frozen_weights, score, sentence_log_lik, text_nll
 from ldebm.text_vae import sample_sentences
 from ldebm.train import cyclical, fit, logistic
