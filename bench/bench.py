@@ -33,14 +33,16 @@ from chains import counted_calls  # noqa: E402
 from plain import PlainEnergy, plain_paths  # noqa: E402
 from torch.nn import functional as nnf  # noqa: E402
 
-from ldebm import core, kernels, langevin, native, text_vae  # noqa: E402
+from ldebm import kernels, langevin, native, records, text_vae  # noqa: E402
 from ldebm import prior as priors
-from ldebm.core import atomic_write, check_params, check_writable, keep_memory, progress, provenance, results_root  # noqa: E402
+from ldebm.core import atomic_write, check_writable, keep_memory, progress
 from ldebm.data import load_grammar  # noqa: E402
 from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
 from ldebm.prior import DiffusionEBM  # noqa: E402
+from ldebm.records import provenance, results_root
 from ldebm.resident import MOST, why_not  # noqa: E402
 from ldebm.schedule import make_schedule  # noqa: E402
+from ldebm.settings import check_params
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
 from ldebm.text_job import (
@@ -1262,7 +1264,7 @@ def main(argv=None):
             prov = provenance(start)
             prov.update(
                 machine=machine_name(name),
-                cpu=core._cpu_name(),
+                cpu=records._cpu_name(),
                 torch_threads=opt.threads,
                 onednn=kernels.has_onednn(),
                 matmul=kernels.matmul_backend(),

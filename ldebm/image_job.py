@@ -35,25 +35,15 @@ import torch
 from torch import Tensor, nn
 
 from ldebm.core import (
-    JOB_SETTINGS,
     Average,
-    Run,
-    check_params,
-    choose,
     keep_memory,
     load_tensors,
     make_gen,
-    metric,
-    own_name,
-    parse_settings,
     pick_device,
-    provenance,
-    result_path,
     save_tensors,
     set_threads,
     settings_hash,
     weights_hash,
-    write_result,
 )
 from .energy import GuidedEnergy
 from .generator import Generator, GeneratorCfg, GeneratorModel
@@ -92,8 +82,10 @@ from ldebm.images import (
 )
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
 from .prior import DiffusionEBM, PriorCfg
+from .records import JOB_SETTINGS, Run, metric, own_name, provenance, result_path, write_result
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior
+from .settings import check_params, choose, parse_settings
 from .stats import auroc, latent_mmd, two_sample_auroc, wilson_interval
 from .train import TrainCfg, fit, linear_warmup, one_process
 
@@ -737,7 +729,7 @@ def generator_cfg(s: ImageSettings, images: Images) -> GeneratorCfg:  # Sizes of
 
 
 def corpus_name(p: ImagePlace) -> str:
-    "Name of the pictures in records: that of a set found by name, or in the official archive, whose checksum is known; else `ldebm.core.own_name` of the path"
+    "Name of the pictures in records: that of a set found by name, or in the official archive, whose checksum is known; else `ldebm.records.own_name` of the path"
     found = p.job.dataset in IMAGE_SETS or Path(p.job.dataset).name == CIFAR10_ARCHIVE
     return p.images['train'].name if found else own_name(p.job.dataset)
 

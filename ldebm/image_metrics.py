@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .core import load_tensors, metric, pick_device, save_tensors
+from .core import load_tensors, pick_device, save_tensors
 from .images import ImageBatch, Images, image_batches
+from .records import metric
 from .stats import share_metric
 
 # %% ../nbs/42_image_metrics.ipynb #b7923891

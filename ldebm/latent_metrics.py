@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .core import metric
+from .records import metric
 from ldebm.stats import (
     bootstrap_interval,
     jackknife_interval,

@@ -23,10 +23,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import atomic_write, make_gen, metric, progress, provenance
+from .core import atomic_write, make_gen, progress
 from .energy import QuadraticEnergy, fast_energy
 from .langevin import shorten
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
+from .records import metric, provenance
 from .schedule import consistent_schedule, randn_like
 from .stats import effective, log_mean_exp, regression_mean
 

@@ -28,13 +28,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
 from ldebm.core import (
-    check_params,
-    choose,
     env_flag,
     exclusive,
     load_tensors,
     make_gen,
-    metric,
     pack_state,
     pick_device,
     progress,
@@ -42,6 +39,8 @@ from ldebm.core import (
     unpack_state,
 )
 from .kernels import linear, linear_cross_entropy, product
+from .records import metric
+from .settings import check_params, choose
 from .text_metrics import unseen_share
 
 # %% ../nbs/43_lm.ipynb #4de006b1

@@ -26,7 +26,7 @@ from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .core import metric
+from .records import metric
 
 # %% ../nbs/06_stats.ipynb #d2517da8
 _Z = 1.959964  # 97.5 % point of the normal law

@@ -34,7 +34,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .core import atomic_write, choose, graceful_stop, progress, settings_hash
+from .core import atomic_write, graceful_stop, progress, settings_hash
+from .settings import choose
 
 # %% ../nbs/51_sweep.ipynb #e542d6a3
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from .core import check_writable, choose, data_of, load_results, parse_settings, result_path, row_name
+from .core import check_writable
+from .records import data_of, load_results, result_path, row_name
+from .settings import choose, parse_settings
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
 from .text import CORPORA, keep_source, load_corpus
 from ldebm.text_job import (
@@ -338,7 +340,7 @@ def quoted(
 
 
 def zoo_table(
-    records: list,  # From `ldebm.core.load_results`
+    records: list,  # From `ldebm.records.load_results`
     corpus: str,
     preset: str,
     objective: str,  # Shown

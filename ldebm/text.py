@@ -22,8 +22,9 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from .core import DATA_SETS, atomic_write, own_name, to_device
+from .core import atomic_write, to_device
 from .data import GRAMMAR_ATTRIBUTES, PTB_FILES, load_grammar_files, read_data
+from .records import DATA_SETS, own_name
 
 # %% ../nbs/04_text.ipynb #3136593e
 PAD, UNK, BOS, EOS = '<pad>', '<unk>', '<s>', '</s>'

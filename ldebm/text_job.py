@@ -29,32 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from ldebm.core import (
-    JOB_SETTINGS,
-    OPERATIONAL,
-    SCORING,
-    Run,
     atomic_write,
     batch_sizes,
-    check_params,
-    choose,
-    data_of,
-    group_records,
     keep_memory,
     load_tensors,
     make_gen,
-    metric,
-    own_name,
-    parse_settings,
-    pick,
     pick_device,
     progress,
-    provenance,
-    result_path,
-    row_name,
     save_tensors,
     set_threads,
     weights_hash,
-    write_result,
 )
 from .data import load_grammar
 from .energy import EnergyNet
@@ -78,7 +62,22 @@ from ldebm.prior import (
     cluster_targets,
     published_draw,
 )
+from ldebm.records import (
+    JOB_SETTINGS,
+    OPERATIONAL,
+    SCORING,
+    Run,
+    data_of,
+    group_records,
+    metric,
+    own_name,
+    provenance,
+    result_path,
+    row_name,
+    write_result,
+)
 from .schedule import SCHEDULES, make_schedule
+from .settings import check_params, choose, parse_settings, pick
 from .stats import mean_interval
 from .text import CORPORA, KEPT_MB, Corpus, Vocab, batches, keep_source, load_corpus
 from ldebm.text_metrics import (
@@ -933,7 +932,7 @@ def fit_energies(
 
 # %% ../nbs/61_text_job.ipynb #01a1642b
 def corpus_name(job: TextJob) -> str:
-    "Name of the corpus in records: one of `CORPORA`, or `ldebm.core.own_name` of a user's file"
+    "Name of the corpus in records: one of `CORPORA`, or `ldebm.records.own_name` of a user's file"
     return job.corpus if job.corpus in CORPORA else own_name(job.corpus)
 
 
@@ -1363,12 +1362,12 @@ def scored(r: dict) -> dict:  # Name in `TextSettings` -> value, `None` where th
 
 
 def runs_of(
-    records: list,  # From `ldebm.core.load_results`
+    records: list,  # From `ldebm.records.load_results`
     corpus: str,
     preset: str,  # Wanted
     rows: list,  # `(row, objective)` pairs; a variant is `row+variant`
     data: dict
-    | None = None,  # Fingerprints of the data wanted, as from `ldebm.core.data_of`; those of most of these records if `None`
+    | None = None,  # Fingerprints of the data wanted, as from `ldebm.records.data_of`; those of most of these records if `None`
 ) -> dict:  # Row and objective -> groups as from `group_records`, told from the row's first group on that data
     "Runs of some rows, those on the table's data first"
     rows = [tuple(o) for o in rows]
@@ -1391,7 +1390,7 @@ DAGGER = '\n\n† not valid: upper and lower bound of $\\log Z$ are further apar
 
 
 def run_table(
-    records: list,  # From `ldebm.core.load_results`
+    records: list,  # From `ldebm.records.load_results`
     corpus: str,  # Corpus shown
     preset: str,  # Preset shown
     rows: list,  # `(row, objective)` pairs, or `(row, objective, title)`; a variant is `row+variant`

@@ -16,7 +16,7 @@ import torch
 from sacrebleu.metrics import BLEU
 from scipy.sparse import csr_matrix
 
-from .core import metric
+from .records import metric
 from ldebm.stats import (
     bootstrap_interval,
     clustered_share,

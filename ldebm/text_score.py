@@ -17,19 +17,15 @@ import torch
 from torch import Tensor
 
 from ldebm.core import (
-    Run,
     atomic_write,
     batch_sizes,
     load_tensors,
     make_gen,
-    metric,
     pack_state,
     progress,
-    run_identity,
     save_tensors,
     unpack_state,
     weights_hash,
-    write_result,
 )
 from .data import load_grammar
 from .langevin import ess
@@ -49,6 +45,7 @@ from ldebm.likelihood import (
 )
 from .lm import lm_lacks, reverse_ppl
 from .prior import DiagGaussian, trace_rhat
+from .records import Run, metric, run_identity, write_result
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean, two_sample_auroc
 from .text import get_batch

@@ -21,26 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldebm.core import (
-    JOB_SETTINGS,
-    Average,
-    Run,
-    choose,
-    keep_memory,
-    make_gen,
-    metric,
-    pick_device,
-    progress,
-    provenance,
-    result_path,
-    set_threads,
-    write_result,
-)
+from .core import Average, keep_memory, make_gen, pick_device, progress, set_threads
 from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
 from .langevin import split_rhat
 from .prior import DiagGaussian, DiffusionEBM, PriorCfg
+from .records import JOB_SETTINGS, Run, metric, provenance, result_path, write_result
 from .schedule import consistent_schedule, diffuse
+from .settings import choose
 from .stats import mmd
 from .train import TrainCfg, fit, one_process
 

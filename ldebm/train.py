@@ -34,8 +34,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, notebook_laun
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
-from .core import Run, atomic_write, choose, graceful_stop, make_gen, pick_device, progress, to_device
+from .core import atomic_write, graceful_stop, make_gen, pick_device, progress, to_device
 from .langevin import Pending
+from .records import Run
+from .settings import choose
 
 # %% ../nbs/50_train.ipynb #d13309d5
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from same import assert_same_state, same_log
 from test_train import LINE, Countdown, Killed, Poisoned, line
 
 from ldebm import image_job, text_score
-from ldebm.core import OPERATIONAL, SCORING, Run, run_identity
 from ldebm.image_job import ImageJob, ImageSettings
+from ldebm.records import OPERATIONAL, SCORING, Run, run_identity
 from ldebm.text_job import TextJob, TextSettings, evaluate, finish, fit_energies, open_job, resolve, train_cfg
 from ldebm.toy_job import ToySettings
 from ldebm.train import TrainCfg, fit

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ldebm import data, lm, table, text_job
 from ldebm import text_score as S
-from ldebm.core import check_result
 from ldebm.likelihood import AISCfg, NLLCfg
+from ldebm.records import check_result
 from ldebm.text import BEGIN, BOS, END, EOS, HIDDEN, PAD, SHAPING, UNK, Vocab, load_corpus, make_corpus, split_sentences
 from ldebm.text_job import TextJob, open_job
 

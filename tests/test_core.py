@@ -17,34 +17,35 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm import core
+from ldebm import core, records
 from ldebm.core import (
-    DATA_SETS,
-    Run,
     atomic_write,
-    check_params,
-    data_of,
     graceful_stop,
-    group_records,
-    identity,
-    load_results,
     load_tensors,
     make_gen,
-    metric,
-    notebook_params,
-    own_name,
     pack_state,
     pick_device,
     progress,
-    provenance,
-    result_path,
-    row_name,
     save_tensors,
     settings_hash,
     unpack_state,
     weights_hash,
+)
+from ldebm.records import (
+    DATA_SETS,
+    Run,
+    data_of,
+    group_records,
+    identity,
+    load_results,
+    metric,
+    own_name,
+    provenance,
+    result_path,
+    row_name,
     write_result,
 )
+from ldebm.settings import check_params, notebook_params
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -523,7 +524,8 @@ def test_damaged_checkpoint_of_a_run_names_the_file(tmp_path):
 
 LOOP = """
 import sys, time
-from ldebm.core import Run, graceful_stop
+from ldebm.core import graceful_stop
+from ldebm.records import Run
 run = Run(sys.argv[1], {})
 with graceful_stop() as leave:
     i = 0
@@ -818,7 +820,7 @@ def test_a_record_from_before_a_setting_has_its_default(monkeypatch):
         steps: int = 1
         lr: float = 3.0
 
-    monkeypatch.setattr(core, "JOB_SETTINGS", [Other, Old])
+    monkeypatch.setattr(records, "JOB_SETTINGS", [Other, Old])
     assert identity(dict(d=4, lr=0.1, seed=3)) == dict(d=4, lr=0.1, rho=0.9) and identity(
         dict(steps=3, seed=0)
     ) == dict(steps=3, lr=3.0)
@@ -904,9 +906,9 @@ def test_results_root_is_found_from_below(tmp_path, monkeypatch):
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path / "nbs")
     monkeypatch.delenv("LDEBM_RESULTS", raising=False)
-    assert core.results_root() == tmp_path / "results"
+    assert records.results_root() == tmp_path / "results"
     monkeypatch.setenv("LDEBM_RESULTS", str(tmp_path / "other"))
-    assert core.results_root() == tmp_path / "other"
+    assert records.results_root() == tmp_path / "other"
 
 
 @pytest.mark.parametrize(
@@ -934,7 +936,7 @@ def test_bad_metrics(bad):
 def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path, monkeypatch):
     pkg = tmp_path / "ldebm"
     pkg.mkdir()
-    for name in ("__init__.py", "core.py"):
+    for name in ("__init__.py", "core.py", "records.py"):
         (pkg / name).write_text((ROOT / "ldebm" / name).read_text())
 
     def git(*args):
@@ -942,11 +944,11 @@ def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path, mon
         return subprocess.run(cmd, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit():
-        code = "import ldebm.core as c; print(c.__file__); print(c.env_report()['commit'])"
+        code = "import ldebm.records as c; print(c.__file__); print(c.env_report()['commit'])"
         out, err = python(code, root=tmp_path).communicate()
         assert not err, err
         file, found = out.split()
-        assert Path(file) == pkg / "core.py"
+        assert Path(file) == pkg / "records.py"
         return found
 
     git("init", "-q")

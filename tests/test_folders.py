@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ldebm import core, sweep
-from ldebm.core import FolderInUse, Run, exclusive
+from ldebm import records, sweep
+from ldebm.core import exclusive
 from ldebm.image_job import ImageJob
 from ldebm.image_job import open_job as open_image
+from ldebm.records import FolderInUse, Run
 from ldebm.text_job import TextJob
 from ldebm.text_job import open_job as open_text
 from ldebm.toy_job import ToyJob
@@ -27,13 +28,13 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals and locks as on Unix"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
-HOLD = "import sys, time; from ldebm.core import Run; run = Run(sys.argv[1], {'a': 1}); print('mine', flush=True); time.sleep(300)"
-TRY = "import sys; from ldebm.core import Run, _FolderLock; _FolderLock.wait = .3; Run(sys.argv[1], {'a': 1}); print('mine')"
+HOLD = "import sys, time; from ldebm.records import Run; run = Run(sys.argv[1], {'a': 1}); print('mine', flush=True); time.sleep(300)"
+TRY = "import sys; from ldebm.records import Run, _FolderLock; _FolderLock.wait = .3; Run(sys.argv[1], {'a': 1}); print('mine')"
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(core._FolderLock, "wait", 0.3)
+    monkeypatch.setattr(records._FolderLock, "wait", 0.3)
 
 
 def child(code, path, **env):
@@ -132,7 +133,7 @@ def test_a_forked_process_takes_part_and_does_not_give_the_lock_away(tmp_path):
     pid = os.fork()
     if pid == 0:
         Run(tmp_path / "run", {"a": 1})
-        core._locks.clear()
+        records._locks.clear()
         run._lock = None
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0 and (tmp_path / "run" / ".run.lock").exists()
@@ -190,9 +191,9 @@ def test_a_sweep_leaves_what_another_command_is_at(tmp_path, monkeypatch):
 def weak(request, monkeypatch):
     "A file system without locks, and one whose locks other machines do not see"
     if request.param == "none":
-        monkeypatch.setattr(core, "_flock", lambda f, wait: False)
+        monkeypatch.setattr(records, "_flock", lambda f, wait: False)
     else:
-        monkeypatch.setattr(core, "_locks_reach_others", lambda folder: False)
+        monkeypatch.setattr(records, "_locks_reach_others", lambda folder: False)
     return request.param
 
 
@@ -220,7 +221,7 @@ def test_of_another_machine_one_cannot_know_and_is_told_what_to_delete(tmp_path,
 
 
 def test_without_locks_a_living_process_still_keeps_others_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "_flock", lambda f, wait: False)
+    monkeypatch.setattr(records, "_flock", lambda f, wait: False)
     path = lock_of(tmp_path / "run", pid=os.getppid(), started=psutil.Process(os.getppid()).create_time())
     with pytest.raises(FolderInUse, match=f"process {os.getppid()} on"):
         Run(path, {"a": 1})
@@ -246,7 +247,7 @@ def test_mounts_that_keep_locks_to_themselves(tmp_path):
         ("rw,localflock", False),
     ):
         table.write_text(f"1 0 999:9 / /x rw - nfs a:/ rw,nolock\n2 0 {at} / /y rw - nfs a:/ {options}\n")
-        assert core._locks_reach_others(tmp_path, table) == reach, options
+        assert records._locks_reach_others(tmp_path, table) == reach, options
 
 
 def test_exclusive_without_locks(tmp_path, monkeypatch):
@@ -270,5 +271,5 @@ def test_a_folder_that_cannot_be_written_can_be_read(tmp_path, monkeypatch):
     def refuse(self, folder):
         raise OSError(errno.EROFS, "read-only file system")
 
-    monkeypatch.setattr(core._FolderLock, "__init__", refuse)
+    monkeypatch.setattr(records._FolderLock, "__init__", refuse)
     assert Run(path, {"a": 1}).log_lines() == [{"step": 1}]

@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 
 from ldebm import image_job as ij
 from ldebm import train
-from ldebm.core import check_result, load_tensors, make_gen, notebook_params
+from ldebm.core import load_tensors, make_gen
 from ldebm.generator import Generator, GeneratorCfg, multiply_adds
 from ldebm.image_job import ImageJob, ImageSettings, StageTask
 from ldebm.image_metrics import ClassifierTask
 from ldebm.images import BadImage, ImageBatch, image_batches
 from ldebm.prior import DiffusionEBM
+from ldebm.records import check_result
+from ldebm.settings import notebook_params
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")

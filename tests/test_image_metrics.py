@@ -11,8 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldebm import image_metrics as im
-from ldebm.core import Run, make_gen
+from ldebm.core import make_gen
 from ldebm.images import ImageBatch, Images, load_images
+from ldebm.records import Run
 from ldebm.train import TrainCfg, fit
 
 

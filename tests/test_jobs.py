@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldebm.core import check_result, load_results, load_tensors
+from ldebm.core import load_tensors
 from ldebm.data import load_grammar_files
 from ldebm.prior import DiagGaussian
+from ldebm.records import check_result, load_results
 from ldebm.text import CORPORA, batches, load_corpus
 from ldebm.text_job import (
     TextJob,

@@ -18,10 +18,10 @@ from torch.nn import functional as nnf
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ldebm import energy, kernels, langevin, native
-from ldebm.core import Run
 from ldebm.energy import EnergyNet, fast_energy
 from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
+from ldebm.records import Run
 from ldebm.text import batches, load_corpus
 from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
 from ldebm.text_vae import packing

@@ -490,7 +490,7 @@ def test_record(tmp_path):
 
 
 def test_committed_record():
-    from ldebm.core import results_root
+    from ldebm.records import results_root
 
     rec = L.check_coverage(json.loads((results_root() / "calibration-likelihood.json").read_text()))
     assert [o["seed"] for o in rec["models"]] == list(range(50)) and rec["n"] == 40

@@ -15,10 +15,11 @@ from same import assert_same_state, same_log
 from torch import nn
 
 from ldebm import image_job, toy_job, train
-from ldebm.core import Average, Run, load_results, load_tensors, make_gen, save_tensors
+from ldebm.core import Average, load_tensors, make_gen, save_tensors
 from ldebm.data import load_grammar_files
 from ldebm.energy import SpectralLinear
 from ldebm.prior import DiagGaussian
+from ldebm.records import Run, load_results
 from ldebm.text_job import TextJob, open_job, train_cfg
 from ldebm.train import Interrupted, TrainCfg, count_processes, fit, launch
 

@@ -13,7 +13,7 @@ import torch
 
 from ldebm import image_job, toy_job
 from ldebm import table as T
-from ldebm.core import data_of, group_records, load_results, metric
+from ldebm.records import data_of, group_records, load_results, metric
 from ldebm.text import CORPORA
 from ldebm.text_job import (
     TextJob,
@@ -386,7 +386,7 @@ def test_figures_of_others_stand_beside_ours():
 
 
 def test_settings_of_every_job_are_known():
-    from ldebm.core import JOB_SETTINGS
+    from ldebm.records import JOB_SETTINGS
 
     assert {TextSettings, image_job.ImageSettings, toy_job.ToySettings} <= {*JOB_SETTINGS}
     for r in load_results(PLACE / "results"):

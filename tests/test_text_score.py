@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ldebm import text_score as S
-from ldebm.core import load_tensors, make_gen, metric, unpack_state
+from ldebm.core import load_tensors, make_gen, unpack_state
 from ldebm.data import load_grammar
 from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
+from ldebm.records import metric
 from ldebm.text import get_batch, load_corpus
 from ldebm.text_job import TextJob, TextTask, job_name, resolve
 

@@ -14,8 +14,10 @@ import torch
 from torch.testing import assert_close
 
 from ldebm import toy_job as tj
-from ldebm.core import Run, check_result, load_results, make_gen, notebook_params
+from ldebm.core import make_gen
 from ldebm.data import TOYS
+from ldebm.records import Run, check_result, load_results
+from ldebm.settings import notebook_params
 from ldebm.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +206,7 @@ import sys
 sys.path.insert(0, {root!r})
 from dataclasses import replace
 from ldebm import toy_job as tj
-from ldebm.core import Run
+from ldebm.records import Run
 from ldebm.train import fit
 s = replace(tj.ToySettings(), **{tiny!r}, )
 task = tj.ToyTask('gaussians16', s, 0)

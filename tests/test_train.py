@@ -13,7 +13,8 @@ from same import assert_same_state, same_log
 from torch import nn
 
 from ldebm import train
-from ldebm.core import Run, make_gen
+from ldebm.core import make_gen
+from ldebm.records import Run
 from ldebm.text_job import TextJob, finish, open_job, train_cfg
 from ldebm.train import Interrupted, TrainCfg, fit
 
