@@ -34,6 +34,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldebm.classifier import (
+    AUGMENTS,
+    CLASSIFIERS,
+    ClassifierTask,
+    accuracy,
+    control_accuracy,
+    features_of,
+    make_classifier,
+    predict,
+    save_classifier,
+)
 from ldebm.core import (
     Average,
     keep_memory,
@@ -47,23 +58,7 @@ from ldebm.core import (
 )
 from .energy import GuidedEnergy
 from .generator import Generator, GeneratorCfg, GeneratorModel
-from ldebm.image_metrics import (
-    AUGMENTS,
-    CLASSIFIERS,
-    ClassifierTask,
-    accuracy,
-    class_histogram_kl,
-    control_accuracy,
-    density_coverage,
-    features_of,
-    frechet,
-    frechet_metric,
-    gap_closed,
-    make_classifier,
-    predict,
-    save_classifier,
-    spread_ratio,
-)
+from .image_metrics import class_histogram_kl, density_coverage, frechet, frechet_metric, gap_closed, spread_ratio
 from ldebm.images import (
     CIFAR10_ARCHIVE,
     IMAGE_SETS,

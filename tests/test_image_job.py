@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from ldebm import image_job as ij
 from ldebm import train
+from ldebm.classifier import ClassifierTask
 from ldebm.core import load_tensors, make_gen
 from ldebm.generator import Generator, GeneratorCfg, multiply_adds
 from ldebm.image_job import ImageJob, ImageSettings, StageTask
-from ldebm.image_metrics import ClassifierTask
 from ldebm.images import BadImage, ImageBatch, image_batches
 from ldebm.prior import DiffusionEBM
 from ldebm.records import check_result
