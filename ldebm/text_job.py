@@ -52,7 +52,7 @@ from ldebm.latent_metrics import (
     mutual_information,
     v_measure,
 )
-from .lm import LMS, STOP, lm_lacks
+from .lm import LMS, STOP
 from ldebm.prior import (
     DiagGaussian,
     DiffusionEBM,
@@ -76,6 +76,7 @@ from ldebm.records import (
     row_name,
     write_result,
 )
+from .reverse import lm_lacks
 from .schedule import SCHEDULES, make_schedule
 from .settings import check_params, choose, parse_settings, pick
 from .stats import mean_interval

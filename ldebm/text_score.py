@@ -43,9 +43,9 @@ from ldebm.likelihood import (
     nll_svebm,
     top_log_z,
 )
-from .lm import lm_lacks, reverse_ppl
 from .prior import DiagGaussian, trace_rhat
 from .records import Run, metric, run_identity, write_result
+from .reverse import lm_lacks, reverse_ppl
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean, two_sample_auroc
 from .text import get_batch

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ldebm import data, lm, table, text_job
+from ldebm import data, lm_training, reverse, table, text_job
 from ldebm import text_score as S
 from ldebm.likelihood import AISCfg, NLLCfg
+from ldebm.lm import LMS
 from ldebm.records import check_result
 from ldebm.text import BEGIN, BOS, END, EOS, HIDDEN, PAD, SHAPING, UNK, Vocab, load_corpus, make_corpus, split_sentences
 from ldebm.text_job import TextJob, open_job
@@ -378,16 +379,16 @@ def test_samples_without_words(tmp_path, monkeypatch, made):
 def test_language_models_say_what_they_need():
     for n, k in ((99, 5), (100, 0), (120, 0), (100, 1), (120, 5)):
         text = [["a"] * k] * n
-        why = lm.lm_lacks(text, "small")
-        a, b = lm.protocol(n) if n >= 100 else (n, n)
+        why = reverse.lm_lacks(text, "small")
+        a, b = reverse.protocol(n) if n >= 100 else (n, n)
         if n < 100:
             assert "99 sentences are fewer than the 100" in why
         elif why:
             with pytest.raises(ValueError, match="too little text"):
-                lm.train_lm(text[:a], text[a:b], "small")
+                lm_training.train_lm(text[:a], text[a:b], "small")
         else:
-            assert a * (k + 1) >= 5 * lm.LMS["small"].batch
-    assert lm.lm_lacks([[]] * 100, "small") and not lm.lm_lacks([["a"]] * 100, "small")
+            assert a * (k + 1) >= 5 * LMS["small"].batch
+    assert reverse.lm_lacks([[]] * 100, "small") and not reverse.lm_lacks([["a"]] * 100, "small")
 
 
 def test_the_end_mark_of_language_models_is_no_word():

@@ -18,7 +18,8 @@ from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moment
 from ldebm.images import ImageBatch
 from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
 from ldebm.layered import LayeredEnergy, LayerNets, Stack, upper_score
-from ldebm.lm import LM, LMCfg, as_stream, nats_interval, read_text, segments, side_by_side, train_lm
+from ldebm.lm import LM, LMCfg, as_stream, read_text, side_by_side
+from ldebm.lm_training import segments, train_lm
 from ldebm.prior import (
     DiagGaussian,
     DiffusionEBM,
@@ -31,6 +32,7 @@ from ldebm.prior import (
     published_draw,
     stratified_levels,
 )
+from ldebm.reverse import nats_interval
 from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.text import Batch
