@@ -2,7 +2,7 @@
 
     python bench/bench.py [--only matmul chain ...] [--threads 1 2] [--out results]
 
-Writes `bench-<part>-<machine>.json` as soon as a part is done; a part that fails is named at the end, and the others are kept.
+Writes `bench/<part>-<machine>.json` into the results folder as soon as a part is done; a part that fails is named at the end, and the others are kept.
 One process, a fixed number of threads; compared paths take turns in every round, and bare products with them; the first rounds
 are dropped, and a time is the median over rounds with its quartiles. Arithmetic is counted from sizes, matrix products alone, a
 multiply-add as two.
@@ -1245,7 +1245,8 @@ def main(argv=None):
         return memory_child(preset, corpus, objective, int(steps), int(n), settings)
 
     keep_memory()  # as every job does
-    folder, failed = Path(opt.out) if opt.out else results_root(), []
+    folder = (Path(opt.out) if opt.out else results_root()) / "bench"
+    failed = []
     try:
         check_writable(folder, "name another folder with --out")
     except PermissionError as e:
@@ -1274,7 +1275,7 @@ def main(argv=None):
             rec = dict(bench=name, tiny=opt.tiny, entries=entries, provenance=prov)
             of = f"-{entries[0]['corpus']}" if name == "quality" and opt.run else ""
             atomic_write(
-                folder / f"bench-{name}-{prov['machine']}{of}.json", json.dumps(rec, indent=1, allow_nan=False) + "\n"
+                folder / f"{name}-{prov['machine']}{of}.json", json.dumps(rec, indent=1, allow_nan=False) + "\n"
             )
             print(f"{name}: {len(entries)} entries, {time.perf_counter() - clock:.0f} s", flush=True)
         except Exception:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .core import Average
-from .prior import DiagGaussian
+from .posterior import DiagGaussian
 from .schedule import randn_like
 
 # %% ../nbs/30_generator.ipynb #9a8007b7

@@ -45,6 +45,7 @@ from ldebm.classifier import (
     predict,
     save_classifier,
 )
+from .conditioning import GuidedEnergy
 from ldebm.core import (
     Average,
     keep_memory,
@@ -56,7 +57,6 @@ from ldebm.core import (
     settings_hash,
     weights_hash,
 )
-from .energy import GuidedEnergy
 from .generator import Generator, GeneratorCfg, GeneratorModel
 from .image_metrics import class_histogram_kl, density_coverage, frechet, frechet_metric, gap_closed, spread_ratio
 from ldebm.images import (
@@ -76,7 +76,8 @@ from ldebm.images import (
     textures,
 )
 from .layered import LayeredEnergy, LayerNets, context_widths, edit, from_top, ood_scores, resample_below
-from .prior import DiffusionEBM, PriorCfg
+from .levels import PriorCfg
+from .prior import DiffusionEBM
 from .records import JOB_SETTINGS, Run, metric, own_name, provenance, result_path, write_result
 from .schedule import SCHEDULES, diffuse, make_schedule
 from .score_prior import ScorePriorCfg, make_score_prior

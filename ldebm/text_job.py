@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .clusters import balance_weights, cluster_targets, published_draw
 from ldebm.core import (
     atomic_write,
     batch_sizes,
@@ -52,20 +53,15 @@ from ldebm.latent_metrics import (
     mutual_information,
     v_measure,
 )
+from .levels import PriorCfg
 from .lm import LMS, STOP
-from ldebm.prior import (
-    DiagGaussian,
-    DiffusionEBM,
-    Posterior,
-    PriorCfg,
-    balance_weights,
-    cluster_targets,
-    published_draw,
-)
+from .posterior import DiagGaussian, Posterior
+from .prior import DiffusionEBM
 from ldebm.records import (
     JOB_SETTINGS,
     OPERATIONAL,
     SCORING,
+    RecordName,
     Run,
     data_of,
     group_records,
@@ -939,7 +935,7 @@ def corpus_name(job: TextJob) -> str:
 
 def job_name(job: TextJob) -> str:
     "Name of a run, and of its record"
-    return result_path(**record_name(job), results_dir='').stem
+    return str(RecordName(**record_name(job)))
 
 
 def job_folder(job: TextJob) -> Path:

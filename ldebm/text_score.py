@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .convergence import ess
 from ldebm.core import (
     atomic_write,
     batch_sizes,
@@ -28,7 +29,7 @@ from ldebm.core import (
     weights_hash,
 )
 from .data import load_grammar
-from .langevin import ess
+from .diagnostics import trace_rhat
 from .latent_metrics import prior_hole
 from ldebm.likelihood import (
     LogZ,
@@ -43,8 +44,8 @@ from ldebm.likelihood import (
     nll_svebm,
     top_log_z,
 )
-from .prior import DiagGaussian, trace_rhat
-from .records import Run, metric, run_identity, write_result
+from .posterior import DiagGaussian
+from .records import Run, identity, metric, write_result
 from .reverse import lm_lacks, reverse_ppl
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean, two_sample_auroc
@@ -556,7 +557,7 @@ def is_scored(run: Run, s: TextSettings) -> bool:
         return False
     of = json.loads(run.file('result.json').read_text())['settings']
     return (
-        run_identity(of, changes=True) == run_identity(run.settings, changes=True)
+        identity(of, seed=True, scoring=False) == identity(run.settings, seed=True, scoring=False)
         and {**of, **json.loads(run.file('scored.json').read_text())}.items() >= scoring(s).items()
     )
 

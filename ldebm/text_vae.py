@@ -30,7 +30,7 @@ from ldebm.kernels import (
     linear_cross_entropy,
     product,
 )
-from .prior import DiagGaussian
+from .posterior import DiagGaussian
 
 # %% ../nbs/20_text_vae.ipynb #fa900e45
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .convergence import split_rhat
 from .core import Average, keep_memory, make_gen, pick_device, progress, set_threads
 from .data import ARMS, RATE, TOYS, grid16
 from .energy import EnergyNet
-from .langevin import split_rhat
-from .prior import DiagGaussian, DiffusionEBM, PriorCfg
+from .levels import PriorCfg
+from .posterior import DiagGaussian
+from .prior import DiffusionEBM
 from .records import JOB_SETTINGS, Run, metric, provenance, result_path, write_result
 from .schedule import consistent_schedule, diffuse
 from .settings import choose

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .prior import DiagGaussian, Posterior, Prior, StandardNormal, no_symbols
+from .posterior import DiagGaussian, Posterior, Prior, StandardNormal, no_symbols
 from .schedule import randn_like
 from .text_vae import GaussianHead
 

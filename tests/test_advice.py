@@ -12,7 +12,7 @@ from test_train import LINE, Countdown, Killed, Poisoned, line
 
 from ldebm import image_job, text_score
 from ldebm.image_job import ImageJob, ImageSettings
-from ldebm.records import OPERATIONAL, SCORING, Run, run_identity
+from ldebm.records import OPERATIONAL, SCORING, Run, identity
 from ldebm.text_job import TextJob, TextSettings, evaluate, finish, fit_energies, open_job, resolve, train_cfg
 from ldebm.toy_job import ToySettings
 from ldebm.train import TrainCfg, fit
@@ -100,9 +100,7 @@ def test_what_is_advised_after_a_checkpoint_goes_on_and_is_on_record(tmp_path, c
     metrics, art = evaluate(task, 0)
     record = json.loads(finish(run, task, changed, metrics, art, 1.0).read_text())
     assert record["settings"]["changes"] == found[1].partition("=")[2] and record["settings"]["lr"] == 4e-3
-    assert run_identity(record["settings"], changes=True) != run_identity(
-        {**record["settings"], "changes": ""}, changes=True
-    )
+    assert identity(record["settings"], scoring=False) != identity({**record["settings"], "changes": ""}, scoring=False)
     whole, _, _ = train(
         dataclasses.replace(changed, out=str(tmp_path / "whole"))
     )  # with the changes from the start: the same run
@@ -304,7 +302,7 @@ def test_a_finished_run_is_scored_again_and_its_record_says_how(tmp_path, corpus
         "mean_length"
     ]["n"] == 33
     assert (
-        run_identity(again["settings"]) == run_identity(first["settings"])
+        identity(again["settings"], scoring=False) == identity(first["settings"], scoring=False)
         and len((tmp_path / "run" / "samples.txt").read_text().splitlines()) == 33
     )
 

@@ -33,7 +33,7 @@ def records(tmp_path_factory):
 
 
 def read(folder):
-    return {(rec := json.loads(p.read_text()))["bench"]: rec for p in sorted(folder.glob("bench-*.json"))}
+    return {(rec := json.loads(p.read_text()))["bench"]: rec for p in sorted(folder.glob("bench/*.json"))}
 
 
 CPU_PARTS = set(bench.PARTS) - {"gpu"}
@@ -47,7 +47,7 @@ def test_every_part_writes_a_record(records):
     assert (
         set(got) - {"gpu"} == CPU_PARTS and ("gpu" in got) == torch.cuda.is_available() and load_results(records) == []
     ), "benchmarks are no records of runs"
-    assert all((records / f"bench-{k}-{v['provenance']['machine']}.json").exists() for k, v in got.items()), (
+    assert all((records / "bench" / f"{k}-{v['provenance']['machine']}.json").exists() for k, v in got.items()), (
         "a record is named by its part and the machine"
     )
     for name, rec in got.items():

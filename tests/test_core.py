@@ -1,5 +1,6 @@
 "What a notebook cannot show about `core`: crashes, other processes, signals, and bad input that must leave no trace"
 
+import dataclasses
 import json
 import math
 import os
@@ -686,7 +687,10 @@ def test_broken_records_are_refused_before_anything_is_written(tmp_path, changes
 def test_records(tmp_path):
     run, results = Run(tmp_path / "r", {}), tmp_path / "results"
     p = write_result(run, **record(), results_dir=results)
-    assert p.name == "ldebm-grammar-quick-consistent-s0.json" and p.read_text() == run.file("result.json").read_text()
+    assert (
+        p == results / "runs/grammar/quick/ldebm-consistent-s0.json"
+        and p.read_text() == run.file("result.json").read_text()
+    )
     assert (
         write_result(run.path, **record(metrics={"wkl": metric(0.7)}), results_dir=results) == p
     )  # same settings: replaced
@@ -696,7 +700,7 @@ def test_records(tmp_path):
     assert load_results(results)[0]["settings"] == {"lr": 0.1}
     assert json.loads(run.file("result.json").read_text())["settings"] == {"lr": 0.3}  # the work is not lost
     q = write_result(run, **record(settings={"lr": 0.3}, variant="gc"), results_dir=results)
-    assert q.name == "ldebm+gc-grammar-quick-consistent-s0.json"
+    assert q == p.with_name("ldebm+gc-consistent-s0.json")
     assert {row_name(r): r["metrics"]["wkl"]["value"] for r in load_results(results)} == {"ldebm": 0.7, "ldebm+gc": 0.5}
 
 
@@ -704,7 +708,7 @@ def test_name_is_checked_before_the_work(tmp_path):
     about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
     assert (
         result_path(**about, settings={"lr": 1}, results_dir=tmp_path)
-        == tmp_path / "ldebm-grammar-quick-consistent-s0.json"
+        == tmp_path / "runs/grammar/quick/ldebm-consistent-s0.json"
     )
     write_result(Run(tmp_path / "r", {}), **record(), results_dir=tmp_path)
     with pytest.raises(ValueError, match="lr: 0.1 -> 1"):
@@ -868,7 +872,9 @@ def test_user_data_never_takes_the_name_of_a_data_set(path):
     got = own_name(path)
     assert got not in DATA_SETS and got.casefold() not in DATA_SETS
     write = dict(row="vae", preset="quick", objective="consistent", seed=0, results_dir="x")
-    assert result_path(**write, corpus=got).name == f"vae-{got}-quick-consistent-s0.json", "it is a name for files"
+    assert result_path(**write, corpus=got) == Path("x", "runs", got, "quick", "vae-consistent-s0.json"), (
+        "it is a name for files"
+    )
 
 
 def test_names_of_user_data():
@@ -899,6 +905,60 @@ def test_bad_files_among_records_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="x.json is not JSON"):
         load_results(tmp_path)
+
+
+def test_records_are_found_where_older_versions_put_them(tmp_path):
+    "Side by side in the folder; a run's own folder below it, also in one called `runs`, holds no records"
+    new = write_result(Run(tmp_path / "runs" / "r", {}), **record(), results_dir=tmp_path)
+    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(record(row="vae", variant="")))
+    (tmp_path / "runs" / "r" / "stage").mkdir()
+    (tmp_path / "runs" / "r" / "stage" / "settings.json").write_text("{}")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "chain-x.json").write_text("[]")
+    assert {r["row"] for r in load_results(tmp_path)} == {"ldebm", "vae"}
+    new.write_text("{")
+    with pytest.raises(ValueError, match="ldebm-consistent-s0.json is not JSON"):
+        load_results(tmp_path)
+
+
+def test_a_setting_with_a_new_name_is_found_in_old_files(tmp_path, monkeypatch):
+    "One line in `RENAMED`: a run goes on, its record is replaced, and both names stand in one row"
+    run = Run(tmp_path / "r", {"lr": 0.1, "old": 3})
+    old = write_result(run, **record(settings={"lr": 0.1, "old": 3}), results_dir=tmp_path / "results")
+    path = run.path
+    del run
+    monkeypatch.setitem(records.RENAMED, "old", "new")
+    run = Run(path, {"lr": 0.1, "new": 3})
+    with pytest.raises(ValueError, match=r"other settings \(new: 3 -> 4\)"):
+        Run(path, {"lr": 0.1, "new": 4})
+    (rec,) = load_results(tmp_path / "results")
+    assert rec["settings"] == {"lr": 0.1, "new": 3}
+    assert groups(runs(BASE | {"old": 3}, BASE | {"new": 3})) == [("", [0, 1])]
+    assert write_result(run, **record(settings={"lr": 0.1, "new": 3}), results_dir=tmp_path / "results") == old
+    assert json.loads(old.read_text())["settings"] == {"lr": 0.1, "new": 3}
+    with pytest.raises(ValueError, match=r"other settings \(new: 3 -> 4\)"):
+        write_result(run, **record(settings={"lr": 0.1, "new": 4}), results_dir=tmp_path / "results")
+
+
+def git(*args):
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_record_of_this_repository_is_kept_where_its_name_says():
+    "Tracked by git, so that none is lost to `.gitignore`; and filed under what it is about"
+    if git("rev-parse", "--show-toplevel").stdout.strip() != str(ROOT):
+        pytest.skip("not in a checkout")
+    results = ROOT / "results"
+    files = {p.relative_to(ROOT).as_posix() for p in results.rglob("*.json")}
+    assert files and files <= {*git("ls-files", "results").stdout.splitlines()}
+    for folder in (results, results / "tuning"):
+        found = load_results(folder)
+        names = {f.name for f in dataclasses.fields(records.RecordName)}
+        want = {folder / records.RecordName(**{k: r[k] for k in names}).file for r in found}
+        assert want == {*folder.glob("runs/*/*/*.json")} and len(want) == len(found) > 0
+    assert (
+        git("check-ignore", "-q", "runs/x").returncode == 0 and git("check-ignore", "-q", "results/runs/x").returncode
+    )
 
 
 def test_results_root_is_found_from_below(tmp_path, monkeypatch):

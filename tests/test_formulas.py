@@ -11,29 +11,32 @@ from ldebm import likelihood as L
 from ldebm import stats as st
 from ldebm import text_metrics as tm
 from ldebm import text_vae
+from ldebm.clusters import balance_weights, cluster_targets, published_draw
+from ldebm.conditioning import GuidedEnergy
+from ldebm.convergence import ess, split_rhat
 from ldebm.core import make_gen
-from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
+from ldebm.energy import EnergyNet, fast_energy, level_table
+from ldebm.exact import MixtureEnergy, QuadraticEnergy
 from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
-from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
+from ldebm.langevin import mala_chain, preconditioned_step, shorten, ula_step
 from ldebm.layered import LayeredEnergy, LayerNets, Stack, upper_score
+from ldebm.levels import PriorCfg
 from ldebm.lm import LM, LMCfg, as_stream, read_text, side_by_side
 from ldebm.lm_training import segments, train_lm
-from ldebm.prior import (
-    DiagGaussian,
-    DiffusionEBM,
-    MixtureEnergy,
-    PriorCfg,
-    StandardNormal,
-    balance_weights,
-    cluster_targets,
-    free_bits,
-    published_draw,
+from ldebm.posterior import DiagGaussian, StandardNormal, free_bits
+from ldebm.prior import DiffusionEBM
+from ldebm.reverse import nats_interval
+from ldebm.schedule import (
+    consistent_schedule,
+    cosine_schedule,
+    diffuse,
+    diffuse_pair,
+    diffuse_path,
+    published_schedule,
     stratified_levels,
 )
-from ldebm.reverse import nats_interval
-from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.text import Batch
 from ldebm.text_score import exact_gap, trace_evidence

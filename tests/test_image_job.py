@@ -1052,13 +1052,13 @@ def test_records(whole, reference, tmp_path):
     q = replace(p, job=replace(p.job, results=str(tmp_path / "results"), variant="tiny"))
     path = ij.add_metrics(q, "ldebm", done["ldebm"], dict(more=ij.metric(0.5)))
     assert (
-        path == tmp_path / "results" / "ldebm+tiny-digits-quick-consistent-s0.json"
+        path == tmp_path / "results" / "runs" / "digits" / "quick" / "ldebm+tiny-consistent-s0.json"
         and json.loads(path.read_text())["metrics"]["more"]["value"] == 0.5
     )
     assert ij.finish(p, "gaussian", again, None, 0.0).parent == p.run.path / "gaussian"
     with pytest.raises(ValueError, match="metrics.bad"):
         ij.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.0)
-    assert [o.name for o in (tmp_path / "results").iterdir()] == [path.name]
+    assert [o for o in (tmp_path / "results").rglob("*.json")] == [path]
 
 
 def test_evaluations_are_counted(whole, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from ldebm.core import load_tensors
 from ldebm.data import load_grammar_files
-from ldebm.prior import DiagGaussian
+from ldebm.posterior import DiagGaussian
 from ldebm.records import check_result, load_results
 from ldebm.text import CORPORA, batches, load_corpus
 from ldebm.text_job import (
@@ -185,9 +185,7 @@ def test_notebook_from_command_to_record(tmp_path):
     assert [(r["row"], r["corpus"], r["preset"], r["objective"], r["seed"]) for r in load_results(results)] == [
         ("ldebm", "grammar", "quick", "consistent", 3)
     ]
-    assert [p.name for p in results.iterdir()] == ["ldebm-grammar-quick-consistent-s3.json"] and load_results(
-        results
-    ) == [record]
+    assert [*files(results)] == ["runs/grammar/quick/ldebm-consistent-s3.json"] and load_results(results) == [record]
     assert {
         "bleu",
         "wkl",
@@ -407,7 +405,7 @@ def test_records_are_copied_when_asked_and_never_mixed(tmp_path, own):
     results = tmp_path / "results"
     run, *_, path = train(tiny(tmp_path, corpus=own, results=results))
     assert (
-        path == results / "ldebm-my-lines-quick-consistent-s0.json"
+        path == results / "runs" / "my-lines" / "quick" / "ldebm-consistent-s0.json"
         and path.read_bytes() == run.file("result.json").read_bytes()
     )
     before = files(results)
@@ -419,12 +417,12 @@ def test_records_are_copied_when_asked_and_never_mixed(tmp_path, own):
     assert files(results) == before and not (tmp_path / "other").exists(), "a clash is seen before the work"
     run2, *_, path2 = train(dataclasses.replace(other, variant="mi"))
     assert (
-        path2.name == "ldebm+mi-my-lines-quick-consistent-s0.json"
+        path2 == path.with_name("ldebm+mi-consistent-s0.json")
         and {k: v for k, v in files(results).items() if k in before} == before
     )
     assert len(load_results(results)) == 2
     again = train(tiny(tmp_path, corpus=own, results=results))[-1]  # the same settings replace their own record
-    assert values(json.loads(again.read_text())) == values(json.loads(before[path.name]))
+    assert values(json.loads(again.read_text())) == values(json.loads(before[str(path.relative_to(results))]))
 
 
 def test_folder_of_its_own_by_default(tmp_path, own):

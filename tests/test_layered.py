@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm.energy import Energy, GuidedEnergy, energy_grad, fast_energy
+from ldebm.conditioning import GuidedEnergy
+from ldebm.energy import Energy, energy_grad, fast_energy
+from ldebm.exact import MixtureEnergy
 from ldebm.generator import Generator, GeneratorCfg
 from ldebm.langevin import linear_chain_moments
 from ldebm.layered import (
@@ -23,7 +25,9 @@ from ldebm.layered import (
     resample_below,
     upper_score,
 )
-from ldebm.prior import DiagGaussian, DiffusionEBM, MixtureEnergy, PriorCfg
+from ldebm.levels import PriorCfg
+from ldebm.posterior import DiagGaussian
+from ldebm.prior import DiffusionEBM
 from ldebm.schedule import consistent_schedule, diffuse_pair, published_schedule
 from ldebm.stats import mmd_test
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from ldebm import likelihood as L
-from ldebm.energy import EnergyNet, QuadraticEnergy
+from ldebm.energy import EnergyNet
+from ldebm.exact import QuadraticEnergy
 from ldebm.langevin import shorten
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, StandardNormal
+from ldebm.levels import PriorCfg
+from ldebm.posterior import DiagGaussian, StandardNormal
+from ldebm.prior import DiffusionEBM
 from ldebm.schedule import consistent_schedule, published_schedule
 
 F64 = torch.float64
@@ -492,7 +495,7 @@ def test_record(tmp_path):
 def test_committed_record():
     from ldebm.records import results_root
 
-    rec = L.check_coverage(json.loads((results_root() / "calibration-likelihood.json").read_text()))
+    rec = L.check_coverage(json.loads((results_root() / "calibration" / "likelihood.json").read_text()))
     assert [o["seed"] for o in rec["models"]] == list(range(50)) and rec["n"] == 40
     assert (
         sum(o["covered"] for o in rec["models"]) >= 45

@@ -17,9 +17,9 @@ from torch import nn
 from ldebm import image_job, toy_job, train
 from ldebm.core import Average, load_tensors, make_gen, save_tensors
 from ldebm.data import load_grammar_files
-from ldebm.energy import SpectralLinear
-from ldebm.prior import DiagGaussian
+from ldebm.posterior import DiagGaussian
 from ldebm.records import Run, load_results
+from ldebm.spectral import SpectralLinear
 from ldebm.text_job import TextJob, open_job, train_cfg
 from ldebm.train import Interrupted, TrainCfg, count_processes, fit, launch
 

@@ -103,9 +103,13 @@ def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
         variant="",
         metrics=dict(bleu=metric(1.0)),
         settings=record_settings(job, resolve(replace(job, settings="steps=7"))),
-        provenance=json.loads((PLACE / "results" / "ldebm-grammar-quick-consistent-s0.json").read_text())["provenance"],
+        provenance=json.loads((PLACE / "results/runs/grammar/quick/ldebm-consistent-s0.json").read_text())[
+            "provenance"
+        ],
     )
-    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(other))
+    path = tmp_path / "runs/grammar/quick/vae-consistent-s0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(other))
     with pytest.raises(ValueError, match="already records a run with other settings"):
         T.run_jobs([job])
 
@@ -468,7 +472,8 @@ def test_a_row_of_a_users_own(corpus, tmp_path):
         ).stdout.strip()
         == "Shifted"
     )
-    (tmp_path / "results" / f"{folder.name}.json").unlink()
+    for path in (tmp_path / "results").rglob("*.json"):
+        path.unlink()
     mine.write_text(MINE)
     p = subprocess.run(
         command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)),
@@ -488,7 +493,7 @@ def test_killed_and_started_again(corpus, tmp_path):
     rows = ["ae", "dvae", "gm-vae-i"]
 
     def record(r):
-        return tmp_path / "results" / f"{r}-few-quick-consistent-s0.json"
+        return tmp_path / "results" / "runs" / "few" / "quick" / f"{r}-consistent-s0.json"
 
     def start():
         return subprocess.Popen(

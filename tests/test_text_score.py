@@ -12,9 +12,9 @@ from ldebm import text_score as S
 from ldebm.core import load_tensors, make_gen, unpack_state
 from ldebm.data import load_grammar
 from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
-from ldebm.records import metric
+from ldebm.records import metric, result_path
 from ldebm.text import get_batch, load_corpus
-from ldebm.text_job import TextJob, TextTask, job_name, resolve
+from ldebm.text_job import TextJob, TextTask, record_name, resolve
 
 pytestmark = pytest.mark.usefixtures("in_test")
 TINY = "embed=16 hidden=16 d=3 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 nll_draws=8 nll_sentences=6 lm=''"
@@ -382,10 +382,10 @@ def test_finished_job_is_copied_where_its_record_is_wanted(tmp_path, no_classifi
     own = (tmp_path / "run" / "result.json").read_bytes()
     assert record_of(tmp_path)[1] == first and not (tmp_path / "results").exists()
     job, again = record_of(tmp_path, results=str(tmp_path / "results"))
-    (copy,) = (tmp_path / "results").iterdir()
+    (copy,) = (tmp_path / "results").rglob("*.json")
     assert (
         again == first
-        and copy.stem == job_name(job)
+        and copy == result_path(**record_name(job), results_dir=tmp_path / "results")
         and copy.read_bytes() == own == (tmp_path / "run" / "result.json").read_bytes()
     )
     copy.unlink()
@@ -401,7 +401,7 @@ def test_finished_job_is_copied_where_its_record_is_wanted(tmp_path, no_classifi
 def test_record_of_other_settings_is_not_overwritten(tmp_path, no_classifiers):
     record_of(tmp_path, "a")
     record_of(tmp_path, "b", results=str(tmp_path / "results"), steps=10)
-    (there,) = (tmp_path / "results").iterdir()
+    (there,) = (tmp_path / "results").rglob("*.json")
     before = there.read_bytes()
     with pytest.raises(ValueError, match="already records a run with other settings .steps: 10 -> 12."):
         record_of(tmp_path, "a", results=str(tmp_path / "results"))

@@ -186,8 +186,8 @@ def test_job_records(tmp_path, tiny):
     by = {r["row"]: r["metrics"]["sample_evaluations"]["value"] for r in recs}
     assert by["toy-ebm-short"] <= by["toy-diffusion-ebm"] < by["toy-ebm-long"]
     copies = run_job(replace(job, results=str(tmp_path / "results")))
-    assert {p.parent for p in copies} == {tmp_path / "results"} and (
-        tmp_path / "results" / "toy-ebm-long-pinwheel-tiny-consistent-s0.json"
+    assert {p.parents[3] for p in copies} == {tmp_path / "results"} and (
+        tmp_path / "results" / "runs" / "pinwheel" / "tiny" / "toy-ebm-long-consistent-s0.json"
     ).exists()
     for p, r in zip(copies, recs):
         assert json.loads(p.read_text())["metrics"] == r["metrics"]

@@ -15,7 +15,7 @@ from ldebm import zoo as Z
 from ldebm.core import load_tensors, save_tensors
 from ldebm.latent_metrics import information
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
-from ldebm.prior import DiagGaussian, Posterior, StandardNormal
+from ldebm.posterior import DiagGaussian, Posterior, StandardNormal
 from ldebm.records import SCORING, Run
 from ldebm.text import get_batch, load_corpus
 from ldebm.text_job import (
