@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from ldebm import langevin, native
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, energy_grad
 from ldebm.langevin import mala_chain, mala_resident, mala_states, tilt_chain, tilt_resident, tilt_states
+from ldebm.levels import PriorCfg
 from ldebm.native import FLAGS, compiled, launch_native, no_program, program, why_not
-from ldebm.prior import DiffusionEBM, PriorCfg
+from ldebm.prior import DiffusionEBM
 from ldebm.resident import Sizes
 from ldebm.schedule import make_schedule
 

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldebm import image_job, toy_job, train
 from ldebm.codes import Both, Codes
 from ldebm.core import load_tensors, make_gen
-from ldebm.energy import EnergyNet, QuadraticEnergy
+from ldebm.energy import EnergyNet
+from ldebm.exact import QuadraticEnergy
 from ldebm.image_job import ImageJob
 from ldebm.kernels import rows
-from ldebm.prior import DiagGaussian
+from ldebm.posterior import DiagGaussian
 from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
 from ldebm.zoo import ROWS
 
