@@ -38,7 +38,7 @@ def _exported(symbol):
     if not inspect.isclass(symbol) or symbol.__module__ != '__main__':
         return symbol
     try:
-        from ldebm._modidx import d
+        from ldebm.generator_parts import d
     except ImportError:
         return symbol
     name = symbol.__qualname__

@@ -17,9 +17,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import DATA_SETS, atomic_write, own_name
+from .core import atomic_write
 from .data import PTB_FILES, read_data
 from .grammar_corpus import GRAMMAR_ATTRIBUTES, load_grammar_files
+from .records import DATA_SETS, own_name
 from .sentences import parse_sentences, read_file, read_sentences
 from .text import PAD, UNK, Split, Vocab, build_vocab, make_split
 

@@ -9,8 +9,8 @@ __all__ = ['sampler_evidence', 'trace_evidence', 'plot_evidence']
 import torch
 from torch import Tensor
 
-from .langevin import ess
-from .prior import trace_rhat
+from .convergence import ess
+from .diagnostics import trace_rhat
 from .records import metric
 from .stats import two_sample_auroc
 

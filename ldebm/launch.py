@@ -25,8 +25,9 @@ from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
 from fastcore.basics import patch
 
-from .core import Run, graceful_stop, pick_device
+from .core import graceful_stop, pick_device
 from .peers import Peers, count_processes, launched, portable_error, share_of_threads
+from .records import Run
 from .train import Interrupted, Progress, Task, TrainCfg, check_saved, fit, is_over, load_best
 
 # %% ../nbs/50a_launch.ipynb #8fcb80ad

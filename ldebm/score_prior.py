@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .energy import level_table
-from .kernels import full
+from .layers import full
 from .schedule import Schedule, cosine_schedule, randn_like, stratified_levels
 
 # %% ../nbs/14_score_prior.ipynb #fd640c5d

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from .core import atomic_write, load_tensors, pick_device, save_tensors
+from .corpora import CORPORA, KEPT_MB, Corpus, keep_source, load_corpus
 from .job import Work, check_names, describe, job_device, record, use_machine
+from .peers import count_processes
 from .records import OPERATIONAL, SCORING, RecordName, Run, own_name, renamed
 from .settings import check_params
-from .text import CORPORA, KEPT_MB, Corpus, Vocab, keep_source, load_corpus
+from .text import Vocab
 from .text_measure import lacking
 from ldebm.text_settings import (
     LATER,
@@ -33,7 +35,6 @@ from ldebm.text_settings import (
 )
 from .text_task import TextTask, build_model
 from .text_vae import TextModel
-from .train import count_processes
 
 # %% ../nbs/61_text_job.ipynb #01a1642b
 def corpus_name(

@@ -14,37 +14,40 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/60d_text_measure.ipynb #a863ec54
+from .codes import code_terms
 from .core import make_gen, progress
-from .data import load_grammar
+from .corpora import Corpus
 from .energy_task import logits_of
-from .lm import lm_lacks
-from .prior import Posterior
-from .records import metric
-from .stats import mean_interval
-from .text import Corpus
-from ldebm.text_metrics import (
+from .grammar_corpus import load_grammar
+from ldebm.latent_metrics import (
     active_symbols,
     active_units,
     ami,
-    bleu,
-    distinct_n,
-    grammar_scores,
     homogeneity,
     information,
     kmeans_labels,
-    memorised_share,
     mutual_information,
+    v_measure,
+)
+from .posterior import Posterior
+from .records import metric
+from .reverse import lm_lacks
+from .stats import mean_interval
+from ldebm.text_metrics import (
+    bleu,
+    distinct_n,
+    grammar_scores,
+    memorised_share,
     ngram_overlap,
     self_bleu,
     unique_share,
     unseen_share,
-    v_measure,
     wkl,
 )
 from .text_settings import TextSettings, has_bound, released
 from .text_task import TextTask
 from .text_vae import sample_sentences, strip
-from .zoo import code_terms, head_of
+from .zoo import head_of
 
 # %% ../nbs/60d_text_measure.ipynb #de40a001
 def left_out(

@@ -37,7 +37,7 @@ from ldebm.likelihood import (
     nll_svebm,
     top_log_z,
 )
-from .prior import DiagGaussian, Posterior
+from .posterior import DiagGaussian, Posterior
 from .records import metric
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean

@@ -15,20 +15,20 @@ import torch
 from fastcore.basics import patch
 
 from .core import atomic_write, batch_sizes, make_gen, weights_hash
-from .data import load_grammar
 from .energy_task import fit_energies
 from .evidence import sampler_evidence
+from .grammar_corpus import load_grammar
 from .job import kept_metrics
+from .latent_metrics import prior_hole
+from .launch import launch
 from .likelihood import NLLCfg, nll_metric
-from .lm import lm_lacks, reverse_ppl
 from .records import Run, identity, write_result
+from .reverse import lm_lacks, reverse_ppl
 from .text_job import finish, job_folder, open_job, record_name
 from .text_measure import evaluate, lacking, left_out
-from .text_metrics import prior_hole
 from .text_nll import exact_gap, nll_published, sampled_gap, text_nll
 from .text_settings import TextJob, TextSettings, has_bound, has_energy_stage, released, scoring, train_cfg
 from .text_task import TextTask
-from .train import launch
 from .zoo import has_codes
 
 # %% ../nbs/64_text_score.ipynb #c011f169

@@ -12,12 +12,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .clusters import balance_weights, cluster_targets, published_draw
 from .core import batch_sizes, make_gen
+from .corpora import Corpus
 from .energy import EnergyNet
 from .lm import STOP
-from .prior import DiffusionEBM, Posterior, balance_weights, cluster_targets, published_draw
+from .posterior import Posterior
+from .prior import DiffusionEBM
 from .schedule import make_schedule
-from .text import Corpus
 from .text import batches as sentence_batches
 from ldebm.text_settings import (
     ANNEAL,

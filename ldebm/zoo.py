@@ -105,6 +105,7 @@ DISCRETE = dict(RELEASED, shared=True, draws=1)
 
 # %% ../nbs/21_zoo.ipynb #486d448a
 PANG = dict(
+    objective='consistent',
     schedule='consistent',
     reference='gaussian',
     rho=0.875,

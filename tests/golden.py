@@ -36,7 +36,8 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def make_prior(schedule, symbols=SYMBOLS, spectral=True, **settings):
     "A small `DiffusionEBM` in float64; its spectral norms too, so that no other machine rounds them otherwise"
     from ldebm.energy import EnergyNet
-    from ldebm.prior import DiffusionEBM, PriorCfg
+    from ldebm.levels import PriorCfg
+    from ldebm.prior import DiffusionEBM
     from ldebm.schedule import make_schedule
 
     energy = EnergyNet(D, symbols, LEVELS, 8, 2, spectral=spectral, free_head=True, gen=generator(0)).double()
@@ -47,7 +48,7 @@ def make_prior(schedule, symbols=SYMBOLS, spectral=True, **settings):
 
 
 def make_posterior(mean, log_variance):
-    from ldebm.prior import DiagGaussian
+    from ldebm.posterior import DiagGaussian
 
     return DiagGaussian(mean, log_variance)
 
@@ -66,7 +67,8 @@ def make_score_prior(**settings):
 def make_layered_prior(shape, groups, **settings):
     "Energies over the layers of a small generator, with weights as after training"
     from ldebm.layered import LayeredEnergy, LayerNets, context_widths
-    from ldebm.prior import DiffusionEBM, PriorCfg
+    from ldebm.levels import PriorCfg
+    from ldebm.prior import DiffusionEBM
     from ldebm.schedule import make_schedule
 
     tower = make_generator(shape).requires_grad_(False).eval()
@@ -104,7 +106,8 @@ LADDERS = dict(
 
 
 def make_generator(shape):
-    from ldebm.generator import Generator, GeneratorCfg
+    from ldebm.generator import Generator
+    from ldebm.generator_parts import GeneratorCfg
 
     tower = Generator(GeneratorCfg(shape=(1, 8, 8), **LADDERS[shape]), generator(0)).double()
     with torch.no_grad():
@@ -114,7 +117,7 @@ def make_generator(shape):
 
 
 def generator_loss(tower, free_nats, pictures, seed):
-    from ldebm.generator import GeneratorModel
+    from ldebm.generator_model import GeneratorModel
     from ldebm.images import ImageBatch
 
     n = len(pictures)
@@ -151,7 +154,7 @@ def metropolis_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, 
 
 
 def chain_statistics(traces):
-    from ldebm.langevin import ess, split_rhat
+    from ldebm.convergence import ess, split_rhat
 
     return torch.tensor([split_rhat(traces), ess(traces)], dtype=torch.float64)
 
@@ -190,45 +193,47 @@ def base_kl(prior, q):
 
 
 def clusters(means, k, previous=None, **how):
-    from ldebm.prior import cluster_targets
+    from ldebm.clusters import cluster_targets
 
     return cluster_targets(means, k, gen=generator(3), previous=previous, **how)
 
 
 def released_epoch(labels):
-    from ldebm.prior import published_draw
+    from ldebm.clusters import published_draw
 
     return published_draw(labels, generator(4))
 
 
 def resample_layers(prior, u, k, seed):
-    from ldebm.layered import resample_below
+    from ldebm.layer_control import resample_below
 
     return resample_below(prior, u, k, gen=generator(seed))
 
 
 def edit_latents(prior, u, y, level, keep, seed):
-    from ldebm.layered import edit
+    from ldebm.layer_control import edit
 
     return edit(prior, u, y, level, keep=keep, gen=generator(seed))
 
 
 def outlier_scores(prior, x, seed):
-    from ldebm.layered import ood_scores
+    from ldebm.layer_control import ood_scores
 
     return ood_scores(prior, x, gen=generator(seed))
 
 
 def grammar_batch(n):
     "Sentences of the embedded corpus, and its vocabulary"
-    from ldebm.text import get_batch, load_corpus
+    from ldebm.corpora import load_corpus
+    from ldebm.text import get_batch
 
     corpus = load_corpus("grammar")
     return get_batch(corpus.splits["train"], torch.arange(n)), corpus.vocab
 
 
 def make_text_model(vocab, prior, **settings):
-    from ldebm.text_vae import TextCfg, TextModel
+    from ldebm.text_nets import TextCfg
+    from ldebm.text_vae import TextModel
 
     cfg = TextCfg(**{**dict(embed=8, hidden=8, d=D, init=0.3), **settings})
     return TextModel(len(vocab), cfg, prior, bos=vocab.bos, eos=vocab.eos, gen=generator(5)).double()
@@ -236,7 +241,8 @@ def make_text_model(vocab, prior, **settings):
 
 def make_system(row, objective, vocab):
     "One system of the table as its job builds it, very small"
-    from ldebm.text_job import TextJob, build_model, resolve
+    from ldebm.text_settings import TextJob, resolve
+    from ldebm.text_task import build_model
 
     sizes = "embed=8 hidden=8 batch=6"
     if row.startswith(("svebm", "ldebm")):
@@ -264,7 +270,7 @@ def importance_nll(prior, q, log_lik, draws, seed):
 
 
 def standard_normal(d):
-    from ldebm.prior import StandardNormal
+    from ldebm.posterior import StandardNormal
 
     return StandardNormal(d).double()
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from ldebm import data, lm, table, text_job
 from ldebm import text_score as S
-from ldebm.core import check_result
 from ldebm.corpora import load_corpus, make_corpus, split_sentences
 from ldebm.likelihood import AISCfg, NLLCfg
+from ldebm.records import check_result
 from ldebm.sentences import BEGIN, END, HIDDEN, SHAPING
 from ldebm.text import BOS, EOS, PAD, UNK, Vocab
-from ldebm.text_job import TextJob, open_job
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob
 
 TINY = "embed=8 hidden=8 batch=8 max_len=6 vocab_size=7 n_samples={n} nll_draws=4 nll_sentences=6 lm=quick lm_seeds=1"
 EBM = " d=2 energy_hidden=8 n_blocks=1 T=2 langevin_steps=2 n_symbols=3"

@@ -17,6 +17,7 @@ from ldebm.conditioning import GuidedEnergy
 from ldebm.convergence import ess, split_rhat
 from ldebm.core import make_gen
 from ldebm.energy import EnergyNet, fast_energy, level_table
+from ldebm.evidence import trace_evidence
 from ldebm.exact import MixtureEnergy, QuadraticEnergy
 from ldebm.generator import Generator
 from ldebm.generator_model import GeneratorModel
@@ -27,9 +28,11 @@ from ldebm.langevin import mala_chain, preconditioned_step, shorten, ula_step
 from ldebm.layer_control import upper_score
 from ldebm.layered import LayeredEnergy, LayerNets
 from ldebm.levels import PriorCfg
-from ldebm.lm import LM, LMCfg, as_stream, nats_interval, read_text, segments, side_by_side, train_lm
+from ldebm.lm import LM, LMCfg, as_stream, read_text, side_by_side
+from ldebm.lm_training import segments, train_lm
 from ldebm.posterior import DiagGaussian, StandardNormal, free_bits
 from ldebm.prior import DiffusionEBM
+from ldebm.reverse import nats_interval
 from ldebm.schedule import (
     consistent_schedule,
     cosine_schedule,
@@ -42,7 +45,7 @@ from ldebm.schedule import (
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
 from ldebm.stacks import Stack
 from ldebm.text import Batch
-from ldebm.text_score import exact_gap, trace_evidence
+from ldebm.text_nll import exact_gap
 from ldebm.train import linear_warmup
 
 F64 = torch.float64

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ldebm import image_metrics as im
 from ldebm.core import make_gen
-from ldebm.images import load_images
+from ldebm.image_sets import load_images
 
 
 def value(m):

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ldebm.core import load_tensors
-from ldebm.data import load_grammar_files
+from ldebm.corpora import CORPORA, load_corpus
 from ldebm.energy_task import fit_energies
-from ldebm.prior import DiagGaussian
+from ldebm.grammar_corpus import load_grammar_files
+from ldebm.posterior import DiagGaussian
 from ldebm.records import check_result, load_results
-from ldebm.text import CORPORA, batches, load_corpus
+from ldebm.text import batches
 from ldebm.text_job import corpus_name, finish, job_name, load_model, open_job, record_settings, scores
 from ldebm.text_measure import evaluate
 from ldebm.text_settings import TextJob, resolve, train_cfg

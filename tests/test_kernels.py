@@ -18,13 +18,15 @@ from torch.nn import functional as nnf
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ldebm import energy, kernels, langevin, native
+from ldebm.corpora import load_corpus
 from ldebm.energy import EnergyNet, fast_energy
-from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
+from ldebm.kernels import has_onednn, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
-from ldebm.layers import packing
+from ldebm.layers import gru, linear, linear_cross_entropy, packing
 from ldebm.records import Run
-from ldebm.text import batches, load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
+from ldebm.text import batches
+from ldebm.text_settings import TextJob, resolve, train_cfg
+from ldebm.text_task import TextTask
 from ldebm.train import fit
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

@@ -9,6 +9,7 @@ from tiny_lm import TINY, model
 from torch.nn import functional as nnf
 
 from ldebm.core import make_gen
+from ldebm.corpora import split_sentences
 from ldebm.lm import (
     LM,
     LMS,
@@ -25,7 +26,6 @@ from ldebm.lm import (
     read_text,
     side_by_side,
 )
-from ldebm.text import split_sentences
 
 F64 = torch.float64
 
@@ -213,7 +213,7 @@ def test_unknown_words_are_named():
 def test_whole_sentences_of_a_file(tmp_path):
     f = tmp_path / "mine.txt"
     f.write_text("\n".join(" ".join(f"w{i}_{j}" for j in range(60)) for i in range(100)))
-    from ldebm.text import load_corpus
+    from ldebm.corpora import load_corpus
 
     whole, cut = split_sentences(str(f), seed=5), load_corpus(str(f), seed=5, max_len=12, vocab_size=50)
     assert {k: len(v) for k, v in whole.items()} == {"train": 90, "valid": 5, "test": 5}

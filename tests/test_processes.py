@@ -16,13 +16,15 @@ from torch import nn
 
 from ldebm import image_job, toy_job
 from ldebm import launch as launching
-from ldebm.core import Average, Run, load_results, load_tensors, make_gen, save_tensors
-from ldebm.data import load_grammar_files
-from ldebm.energy import SpectralLinear
+from ldebm.core import Average, load_tensors, make_gen, save_tensors
+from ldebm.grammar_corpus import load_grammar_files
 from ldebm.launch import launch
 from ldebm.peers import count_processes
-from ldebm.prior import DiagGaussian
-from ldebm.text_job import TextJob, open_job, train_cfg
+from ldebm.posterior import DiagGaussian
+from ldebm.records import Run, load_results
+from ldebm.spectral import SpectralLinear
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, train_cfg
 from ldebm.train import Interrupted, TrainCfg, fit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")

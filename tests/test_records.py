@@ -397,9 +397,9 @@ def test_names_of_user_data():
 
 
 def test_every_data_set_is_known():
-    from ldebm.data import TOYS
-    from ldebm.images import IMAGE_SETS
-    from ldebm.text import CORPORA
+    from ldebm.corpora import CORPORA
+    from ldebm.image_sets import IMAGE_SETS
+    from ldebm.toys import TOYS
 
     assert {*CORPORA, *IMAGE_SETS, *TOYS} <= {*DATA_SETS}
 

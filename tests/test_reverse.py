@@ -13,8 +13,8 @@ from tiny_lm import TINY, model, text
 
 from ldebm import lm_training, reverse
 from ldebm.core import make_gen
+from ldebm.corpora import split_sentences
 from ldebm.lm import LMS, lm_nll, lm_words
-from ldebm.text import split_sentences
 
 F64 = torch.float64
 

@@ -13,11 +13,11 @@ from ldebm.convergence import split_rhat
 from ldebm.diagnostics import plot_energy_traces, trace_rhat
 from ldebm.energy import Energy, EnergyNet, fast_energy
 from ldebm.exact import QuadraticEnergy
-from ldebm.kernels import RecordedGrad
+from ldebm.graphs import RecordedGrad, recorded_terms
 from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, tilt_chain, tilt_states
 from ldebm.levels import PriorCfg, base_kl
 from ldebm.posterior import DiagGaussian
-from ldebm.prior import DiffusionEBM, consistent_terms, published_terms, recorded_terms
+from ldebm.prior import DiffusionEBM, consistent_terms, published_terms
 from ldebm.schedule import (
     consistent_schedule,
     cosine_schedule,

@@ -13,9 +13,9 @@ import torch
 
 from ldebm import image_job, toy_job
 from ldebm import table as T
+from ldebm.corpora import CORPORA
 from ldebm.records import data_of, group_records, load_results, metric
 from ldebm.report import run_table, runs_of, scored
-from ldebm.text import CORPORA
 from ldebm.text_job import corpus_name, job_name, record_settings
 from ldebm.text_score import TUNING
 from ldebm.text_settings import TextJob, TextSettings, resolve

@@ -11,14 +11,16 @@ from same import assert_same_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldebm import image_job, toy_job, train
+from ldebm.api import rows
 from ldebm.codes import Both, Codes
 from ldebm.core import load_tensors, make_gen
 from ldebm.energy import EnergyNet
+from ldebm.energy_task import fit_energies
 from ldebm.exact import QuadraticEnergy
 from ldebm.image_job import ImageJob
-from ldebm.kernels import rows
 from ldebm.posterior import DiagGaussian
-from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
 from ldebm.zoo import ROWS
 
 SMALL = "embed=16 hidden=16 batch=32"

@@ -14,13 +14,14 @@ from torch.testing import assert_close
 from ldebm import codes as C
 from ldebm import zoo as Z
 from ldebm.core import load_tensors, save_tensors
+from ldebm.corpora import load_corpus
+from ldebm.latent_metrics import information
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
 from ldebm.posterior import DiagGaussian, Posterior, Prior, StandardNormal
 from ldebm.records import SCORING, Run
-from ldebm.text import get_batch, load_corpus
+from ldebm.text import get_batch
 from ldebm.text_job import open_job, record_settings
 from ldebm.text_measure import evaluate
-from ldebm.text_metrics import information
 from ldebm.text_nll import frozen_weights, sentence_log_lik, text_nll
 from ldebm.text_score import score
 from ldebm.text_settings import LATER, OBJECTIVES, TextJob, TextSettings, resolve, train_cfg, unused
