@@ -45,19 +45,9 @@ from ldebm.schedule import make_schedule  # noqa: E402
 from ldebm.settings import check_params
 from ldebm.stats import two_sample_auroc  # noqa: E402
 from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
-from ldebm.text_job import (
-    TextJob,
-    TextSettings,
-    TextTask,
-    build_model,
-    fit_energies,
-    load_model,
-    open_job,
-    prior_cfg,
-    resolve,
-    train_cfg,
-)  # noqa: E402
+from ldebm.text_job import TextJob, TextSettings, TextTask, build_model, fit_energies, load_model, open_job
 from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
+from ldebm.text_settings import prior_cfg, resolve, train_cfg
 from ldebm.text_vae import sample_sentences, strip  # noqa: E402
 from ldebm.train import fit, make_optimizer  # noqa: E402
 

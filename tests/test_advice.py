@@ -13,7 +13,8 @@ from test_train import LINE, Countdown, Killed, Poisoned, line
 from ldebm import image_job, text_score
 from ldebm.image_job import ImageJob, ImageSettings
 from ldebm.records import OPERATIONAL, SCORING, Run, identity
-from ldebm.text_job import TextJob, TextSettings, evaluate, finish, fit_energies, open_job, resolve, train_cfg
+from ldebm.text_job import TextJob, TextSettings, evaluate, finish, fit_energies, open_job
+from ldebm.text_settings import resolve, train_cfg
 from ldebm.toy_job import ToySettings
 from ldebm.train import TrainCfg, fit
 

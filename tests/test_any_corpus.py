@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ldebm import data, lm_training, reverse, table, text_job
 from ldebm import text_score as S
-from ldebm.likelihood import AISCfg, NLLCfg
+from ldebm.annealing import AISCfg
+from ldebm.likelihood import NLLCfg
 from ldebm.lm import LMS
 from ldebm.records import check_result
 from ldebm.text import BEGIN, BOS, END, EOS, HIDDEN, PAD, SHAPING, UNK, Vocab, load_corpus, make_corpus, split_sentences

@@ -28,11 +28,10 @@ from ldebm.text_job import (
     open_job,
     plot_latents,
     record_settings,
-    resolve,
     samples_by_symbol,
     scores,
-    train_cfg,
 )
+from ldebm.text_settings import resolve, train_cfg
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 

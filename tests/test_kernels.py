@@ -23,7 +23,8 @@ from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product
 from ldebm.langevin import mala_chain, tilt_chain
 from ldebm.records import Run
 from ldebm.text import batches, load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
+from ldebm.text_job import TextJob, TextTask
+from ldebm.text_settings import resolve, train_cfg
 from ldebm.text_vae import packing
 from ldebm.train import fit
 

@@ -17,11 +17,13 @@ from torch import nn
 from ldebm import image_job, toy_job, train
 from ldebm.core import Average, load_tensors, make_gen, save_tensors
 from ldebm.data import load_grammar_files
+from ldebm.launch import launch
 from ldebm.posterior import DiagGaussian
 from ldebm.records import Run, load_results
 from ldebm.spectral import SpectralLinear
-from ldebm.text_job import TextJob, open_job, train_cfg
-from ldebm.train import Interrupted, TrainCfg, count_processes, fit, launch
+from ldebm.text_job import TextJob, open_job
+from ldebm.text_settings import train_cfg
+from ldebm.train import Interrupted, TrainCfg, count_processes, fit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,8 @@ from ldebm.prior import DiffusionEBM
 from ldebm.recovery import frozen_free
 from ldebm.schedule import consistent_schedule, published_schedule
 from ldebm.text import load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve
+from ldebm.text_job import TextJob, TextTask
+from ldebm.text_settings import resolve
 from ldebm.text_vae import cut_after, strip
 
 F64 = torch.float64

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from ldebm import text_score as S
+from ldebm.annealing import AISCfg, LogZ, Plan
 from ldebm.core import load_tensors, make_gen, unpack_state
 from ldebm.data import load_grammar
-from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
+from ldebm.likelihood import NLLCfg, estimation_interval
+from ldebm.paths import Proposal
 from ldebm.records import metric, result_path
 from ldebm.text import get_batch, load_corpus
-from ldebm.text_job import TextJob, TextTask, record_name, resolve
+from ldebm.text_job import TextJob, TextTask, record_name
+from ldebm.text_settings import resolve
 
 pytestmark = pytest.mark.usefixtures("in_test")
 TINY = "embed=16 hidden=16 d=3 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 nll_draws=8 nll_sentences=6 lm=''"

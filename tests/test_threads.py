@@ -17,7 +17,8 @@ from ldebm.exact import QuadraticEnergy
 from ldebm.image_job import ImageJob
 from ldebm.kernels import rows
 from ldebm.posterior import DiagGaussian
-from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
+from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job
+from ldebm.text_settings import train_cfg
 from ldebm.zoo import ROWS, Both, Codes
 
 SMALL = "embed=16 hidden=16 batch=32"

@@ -15,7 +15,8 @@ from torch import nn
 from ldebm import train
 from ldebm.core import make_gen
 from ldebm.records import Run
-from ldebm.text_job import TextJob, finish, open_job, train_cfg
+from ldebm.text_job import TextJob, finish, open_job
+from ldebm.text_settings import train_cfg
 from ldebm.train import Interrupted, TrainCfg, fit
 
 pytestmark = pytest.mark.usefixtures("in_test")

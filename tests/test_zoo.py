@@ -28,11 +28,10 @@ from ldebm.text_job import (
     evaluate,
     open_job,
     record_settings,
-    resolve,
-    train_cfg,
     unused,
 )
 from ldebm.text_score import frozen_weights, score, sentence_log_lik, text_nll
+from ldebm.text_settings import resolve, train_cfg
 from ldebm.text_vae import sample_sentences
 from ldebm.train import cyclical, fit, logistic
 
