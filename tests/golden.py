@@ -276,20 +276,21 @@ def standard_normal(d):
 
 
 def released_nll(prior, q, log_lik, draws, chunk, seed):
-    from ldebm.likelihood import nll_ldebm
+    from ldebm.published import nll_ldebm
 
     return nll_ldebm(prior, q, log_lik, draws, chunk, generator(seed))
 
 
 def annealed_log_z(prior, z_next, t, seed):
-    from ldebm.likelihood import AISCfg, log_z_bounds
+    from ldebm.annealing import AISCfg, log_z_bounds
 
     work = AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
     return log_z_bounds(prior, z_next, t, work, generator(seed))
 
 
 def bounded_nll(prior, q, log_lik, seed):
-    from ldebm.likelihood import AISCfg, NLLCfg, nll_bounds
+    from ldebm.annealing import AISCfg
+    from ldebm.likelihood import NLLCfg, nll_bounds
 
     annealing = AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
     work = NLLCfg(draws=8, chains=2, most=8, paths=2, n_z=8, ais=annealing, top=32, fit=32, rich=4)

@@ -10,11 +10,13 @@ import torch
 
 from ldebm import evidence, text_nll
 from ldebm import text_score as S
+from ldebm.annealing import AISCfg, LogZ, Plan
 from ldebm.core import load_tensors, make_gen, unpack_state
 from ldebm.corpora import load_corpus
 from ldebm.grammar_corpus import load_grammar
 from ldebm.job import kept_metrics
-from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
+from ldebm.likelihood import NLLCfg, estimation_interval
+from ldebm.paths import Proposal
 from ldebm.records import metric, result_path
 from ldebm.text import get_batch
 from ldebm.text_job import record_name
