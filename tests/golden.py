@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from defined import Anywhere
+
+ldebm, text = Anywhere(), Anywhere("text")  # names, on whatever page they stand
 
 PLAIN = dict(LDEBM_RESIDENT="0", LDEBM_RECORD="0", LDEBM_RUNNERS="0", LDEBM_MATMUL="blas", OMP_NUM_THREADS="1")
 
@@ -35,29 +38,21 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 def make_prior(schedule, symbols=SYMBOLS, spectral=True, **settings):
     "A small `DiffusionEBM` in float64; its spectral norms too, so that no other machine rounds them otherwise"
-    from ldebm.energy import EnergyNet
-    from ldebm.prior import DiffusionEBM, PriorCfg
-    from ldebm.schedule import make_schedule
-
-    energy = EnergyNet(D, symbols, LEVELS, 8, 2, spectral=spectral, free_head=True, gen=generator(0)).double()
+    energy = ldebm.EnergyNet(D, symbols, LEVELS, 8, 2, spectral=spectral, free_head=True, gen=generator(0)).double()
     with torch.no_grad():
         energy.head.weight.mul_(1000)
     energy.power_iterate(50)
-    return DiffusionEBM(make_schedule(schedule, LEVELS), energy, PriorCfg(**settings))
+    return ldebm.DiffusionEBM(ldebm.make_schedule(schedule, LEVELS), energy, ldebm.PriorCfg(**settings))
 
 
 def make_posterior(mean, log_variance):
-    from ldebm.prior import DiagGaussian
-
-    return DiagGaussian(mean, log_variance)
+    return ldebm.DiagGaussian(mean, log_variance)
 
 
 def make_score_prior(**settings):
     "Its last layer is zero at the start: drawn, so that there is something to see"
-    from ldebm.score_prior import ScorePriorCfg, make_score_prior
-
-    cfg = ScorePriorCfg(n_levels=30, hidden=8, n_blocks=2, **settings)
-    prior = make_score_prior(D, cfg, SYMBOLS, generator(0)).double()
+    cfg = ldebm.ScorePriorCfg(n_levels=30, hidden=8, n_blocks=2, **settings)
+    prior = ldebm.make_score_prior(D, cfg, SYMBOLS, generator(0)).double()
     with torch.no_grad():
         prior.net.out.weight.copy_(0.3 * normal(D, 8, seed=1))
     return prior
@@ -65,15 +60,11 @@ def make_score_prior(**settings):
 
 def make_layered_prior(shape, groups, **settings):
     "Energies over the layers of a small generator, with weights as after training"
-    from ldebm.layered import LayeredEnergy, LayerNets, context_widths
-    from ldebm.prior import DiffusionEBM, PriorCfg
-    from ldebm.schedule import make_schedule
-
     tower = make_generator(shape).requires_grad_(False).eval()
-    nets = LayerNets(
+    nets = ldebm.LayerNets(
         tower.cfg.sizes,
         tower.cfg.channels,
-        context_widths(tower),
+        ldebm.context_widths(tower),
         sum(groups),
         LEVELS,
         8,
@@ -85,8 +76,8 @@ def make_layered_prior(shape, groups, **settings):
     with torch.no_grad():
         for net in nets.nets:
             net.head.weight.mul_(10)
-    energy = LayeredEnergy(tower, nets, LEVELS, groups)
-    return DiffusionEBM(make_schedule("consistent", LEVELS), energy, PriorCfg(n_steps=3, **settings))
+    energy = ldebm.LayeredEnergy(tower, nets, LEVELS, groups)
+    return ldebm.DiffusionEBM(ldebm.make_schedule("consistent", LEVELS), energy, ldebm.PriorCfg(n_steps=3, **settings))
 
 
 LADDERS = dict(
@@ -104,9 +95,7 @@ LADDERS = dict(
 
 
 def make_generator(shape):
-    from ldebm.generator import Generator, GeneratorCfg
-
-    tower = Generator(GeneratorCfg(shape=(1, 8, 8), **LADDERS[shape]), generator(0)).double()
+    tower = ldebm.Generator(ldebm.GeneratorCfg(shape=(1, 8, 8), **LADDERS[shape]), generator(0)).double()
     with torch.no_grad():
         for head in tower.prior:
             head.weight.mul_(5)
@@ -114,46 +103,33 @@ def make_generator(shape):
 
 
 def generator_loss(tower, free_nats, pictures, seed):
-    from ldebm.generator import GeneratorModel
-    from ldebm.images import ImageBatch
-
     n = len(pictures)
-    batch = ImageBatch(pictures, torch.zeros(n, 0, dtype=torch.long), torch.arange(n))
-    return GeneratorModel(tower, free_nats)(batch, generator(seed))
+    batch = ldebm.ImageBatch(pictures, torch.zeros(n, 0, dtype=torch.long), torch.arange(n))
+    return ldebm.GeneratorModel(tower, free_nats)(batch, generator(seed))
 
 
 def frozen(energy):
-    from ldebm.energy import fast_energy
-
-    return fast_energy(energy)
+    return ldebm.fast_energy(energy)
 
 
 # A chain's target: energy, first states, levels, means and variances
 
 
 def unadjusted_chain(target, n_steps, squared_step, temperature, y=None, gen=None):
-    from ldebm.langevin import tilt_chain
-
-    return tilt_chain(*target, n_steps, s2=squared_step, tau=temperature, y=y, gen=gen)
+    return ldebm.tilt_chain(*target, n_steps, s2=squared_step, tau=temperature, y=y, gen=gen)
 
 
 def preconditioned_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
-    from ldebm.langevin import tilt_chain
-
-    return tilt_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    return ldebm.tilt_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
 
 
 def metropolis_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
     "States and mean acceptance"
-    from ldebm.langevin import mala_chain
-
-    return mala_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    return ldebm.mala_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
 
 
 def chain_statistics(traces):
-    from ldebm.langevin import ess, split_rhat
-
-    return torch.tensor([split_rhat(traces), ess(traces)], dtype=torch.float64)
+    return torch.tensor([ldebm.split_rhat(traces), ldebm.ess(traces)], dtype=torch.float64)
 
 
 def level_conditional(prior, z_next, t):
@@ -190,61 +166,47 @@ def base_kl(prior, q):
 
 
 def clusters(means, k, previous=None, **how):
-    from ldebm.prior import cluster_targets
-
-    return cluster_targets(means, k, gen=generator(3), previous=previous, **how)
+    return ldebm.cluster_targets(means, k, gen=generator(3), previous=previous, **how)
 
 
 def released_epoch(labels):
-    from ldebm.prior import published_draw
-
-    return published_draw(labels, generator(4))
+    return ldebm.published_draw(labels, generator(4))
 
 
 def resample_layers(prior, u, k, seed):
-    from ldebm.layered import resample_below
-
-    return resample_below(prior, u, k, gen=generator(seed))
+    return ldebm.resample_below(prior, u, k, gen=generator(seed))
 
 
 def edit_latents(prior, u, y, level, keep, seed):
-    from ldebm.layered import edit
-
-    return edit(prior, u, y, level, keep=keep, gen=generator(seed))
+    return ldebm.edit(prior, u, y, level, keep=keep, gen=generator(seed))
 
 
 def outlier_scores(prior, x, seed):
-    from ldebm.layered import ood_scores
-
-    return ood_scores(prior, x, gen=generator(seed))
+    return ldebm.ood_scores(prior, x, gen=generator(seed))
 
 
 def grammar_batch(n):
     "Sentences of the embedded corpus, and its vocabulary"
-    from ldebm.text import get_batch, load_corpus
-
-    corpus = load_corpus("grammar")
-    return get_batch(corpus.splits["train"], torch.arange(n)), corpus.vocab
+    corpus = ldebm.load_corpus("grammar")
+    return ldebm.get_batch(corpus.splits["train"], torch.arange(n)), corpus.vocab
 
 
 def make_text_model(vocab, prior, **settings):
-    from ldebm.text_vae import TextCfg, TextModel
-
-    cfg = TextCfg(**{**dict(embed=8, hidden=8, d=D, init=0.3), **settings})
-    return TextModel(len(vocab), cfg, prior, bos=vocab.bos, eos=vocab.eos, gen=generator(5)).double()
+    cfg = ldebm.TextCfg(**{**dict(embed=8, hidden=8, d=D, init=0.3), **settings})
+    return ldebm.TextModel(len(vocab), cfg, prior, bos=vocab.bos, eos=vocab.eos, gen=generator(5)).double()
 
 
 def make_system(row, objective, vocab):
     "One system of the table as its job builds it, very small"
-    from ldebm.text_job import TextJob, build_model, resolve
-
     sizes = "embed=8 hidden=8 batch=6"
     if row.startswith(("svebm", "ldebm")):
         sizes += " d=6 energy_hidden=8 n_blocks=2 langevin_steps=2 n_symbols=4"
     if row.startswith("ldebm"):
         sizes += " T=3"
-    settings = resolve(TextJob(corpus="grammar", preset="quick", objective=objective, row=row, settings=sizes))
-    return build_model(settings, vocab, 0).double()
+    settings = text.resolve(
+        ldebm.TextJob(corpus="grammar", preset="quick", objective=objective, row=row, settings=sizes)
+    )
+    return ldebm.build_model(settings, vocab, 0).double()
 
 
 def decode_greedily(model, z, max_len):
@@ -252,42 +214,30 @@ def decode_greedily(model, z, max_len):
 
 
 def sample_text(model, n, seed, max_len):
-    from ldebm.text_vae import sample_sentences
-
-    return sample_sentences(model, n, gen=generator(seed), max_len=max_len)
+    return ldebm.sample_sentences(model, n, gen=generator(seed), max_len=max_len)
 
 
 def importance_nll(prior, q, log_lik, draws, seed):
-    from ldebm.likelihood import nll_importance
-
-    return nll_importance(prior, q, log_lik, draws, gen=generator(seed))
+    return ldebm.nll_importance(prior, q, log_lik, draws, gen=generator(seed))
 
 
 def standard_normal(d):
-    from ldebm.prior import StandardNormal
-
-    return StandardNormal(d).double()
+    return ldebm.StandardNormal(d).double()
 
 
 def released_nll(prior, q, log_lik, draws, chunk, seed):
-    from ldebm.likelihood import nll_ldebm
-
-    return nll_ldebm(prior, q, log_lik, draws, chunk, generator(seed))
+    return ldebm.nll_ldebm(prior, q, log_lik, draws, chunk, generator(seed))
 
 
 def annealed_log_z(prior, z_next, t, seed):
-    from ldebm.likelihood import AISCfg, log_z_bounds
-
-    work = AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
-    return log_z_bounds(prior, z_next, t, work, generator(seed))
+    work = ldebm.AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
+    return ldebm.log_z_bounds(prior, z_next, t, work, generator(seed))
 
 
 def bounded_nll(prior, q, log_lik, seed):
-    from ldebm.likelihood import AISCfg, NLLCfg, nll_bounds
-
-    annealing = AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
-    work = NLLCfg(draws=8, chains=2, most=8, paths=2, n_z=8, ais=annealing, top=32, fit=32, rich=4)
-    return nll_bounds(prior, q, log_lik, work, generator(seed))
+    annealing = ldebm.AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
+    work = ldebm.NLLCfg(draws=8, chains=2, most=8, paths=2, n_z=8, ais=annealing, top=32, fit=32, rich=4)
+    return ldebm.nll_bounds(prior, q, log_lik, work, generator(seed))
 
 
 # -- cases
