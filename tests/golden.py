@@ -155,7 +155,9 @@ def prior_kl(prior, q, z, n, seed):
 
 
 def prior_traces(prior, n, copies, seed, n_steps):
-    return prior.energy_traces(n, copies, gen=generator(seed), n_steps=n_steps)
+    "`F` along chains; without a Metropolis test those of the top level, from the first update on"
+    traces = prior.energy_traces(n, copies, gen=generator(seed), n_steps=n_steps)
+    return traces if prior.cfg.mala and not prior.published else traces[-1][1:]
 
 
 def symbol_logits(prior, z, t):
