@@ -38,28 +38,22 @@ from torch.nn import functional as nnf
 from ldebm import kernels, langevin, native, records, text_vae
 from ldebm import prior as priors
 from ldebm.core import atomic_write, check_writable, keep_memory, progress
-from ldebm.data import load_grammar
-from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
+from ldebm.corpora import load_corpus
+from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
+from ldebm.energy_task import fit_energies
+from ldebm.grammar_corpus import load_grammar
+from ldebm.graphs import MANY
 from ldebm.prior import DiffusionEBM
 from ldebm.records import provenance, results_root
 from ldebm.resident import MOST, why_not
 from ldebm.schedule import make_schedule
 from ldebm.settings import check_params
 from ldebm.stats import two_sample_auroc
-from ldebm.text import Batch, Vocab, load_corpus
-from ldebm.text_job import (
-    TextJob,
-    TextSettings,
-    TextTask,
-    build_model,
-    fit_energies,
-    load_model,
-    open_job,
-    prior_cfg,
-    resolve,
-    train_cfg,
-)
+from ldebm.text import Batch, Vocab
+from ldebm.text_job import load_model, open_job
 from ldebm.text_metrics import grammar_scores, wkl, word_counts
+from ldebm.text_settings import TextJob, TextSettings, prior_cfg, resolve, train_cfg
+from ldebm.text_task import TextTask, build_model
 from ldebm.text_vae import sample_sentences, strip
 from ldebm.train import fit, make_optimizer
 

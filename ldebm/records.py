@@ -731,15 +731,16 @@ def write_result(
     path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_write(path, text)
 
-# %% ../nbs/01_records.ipynb #9e91ae00
+# %% ../nbs/01_records.ipynb #b18a9676
 def load_results(
     folder=None,  # Folder of records; `results_root()` if `None`
-) -> list[dict]:  # Records, in order of path
+) -> list[dict]:  # Records, in order of their names
     "All records of runs in a folder, settings under today's names; `ValueError` names a bad file"
     folder = Path(folder) if folder is not None else results_root()
     flat = [p for p in folder.glob('*.json') if not p.name.startswith(('bench-', 'calibration-'))]
     grouped = folder.glob('runs/*/*/*-s*.json')  # a run's own folder may be called `runs`, too, and holds other JSON
-    return [_read_record(p) for p in sorted([*flat, *grouped])]
+    records = [_read_record(p) for p in sorted([*flat, *grouped])]
+    return sorted(records, key=lambda r: str(RecordName(**{k: r[k] for k in (*_TEXT_KEYS, 'seed')})))
 
 # %% ../nbs/01_records.ipynb #cb838d31
 def _is_data(key: str) -> bool:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 
 from ldebm.energy import EnergyNet, fast_energy
-from ldebm.resident import Sizes
+from ldebm.whole_chains import Sizes
 
 # Columns of a block of the kernel for GPUs: 2, 3 and 3; inputs in even and odd numbers of four; one symbol, and more
 # than threads in a warp

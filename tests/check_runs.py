@@ -19,7 +19,7 @@ def metrics(run: Path) -> dict[str, float]:
 
 def check_text(run: Path) -> str:
     "On the embedded corpus: better than guessing, above the grammar's own entropy, reverse perplexity above its floor"
-    from ldebm.text import load_corpus
+    from ldebm.corpora import load_corpus
 
     m, corpus = metrics(run), load_corpus("grammar")
     words = (corpus.splits["valid"].lengths - 1).double().mean().item()  # predicted a sentence, the end mark included

@@ -110,23 +110,37 @@ def generator_loss(tower, free_nats, pictures, seed):
 
 
 def frozen(energy):
-    return ldebm.fast_energy(energy)
+    return ldebm.Frozen(energy)
+
+
+def energy_and_slope(energy, z, t, y=None):
+    return ldebm.energy_grad(energy, z, t, y)
 
 
 # A chain's target: energy, first states, levels, means and variances
 
 
+def conditional(target, temperature, y):
+    energy, z, t, mean, variance = target
+    temperature = torch.as_tensor(temperature, dtype=z.dtype).expand_as(variance)
+    return ldebm.Conditional(energy, t, mean, variance, temperature, y=y)
+
+
 def unadjusted_chain(target, n_steps, squared_step, temperature, y=None, gen=None):
-    return ldebm.tilt_chain(*target, n_steps, s2=squared_step, tau=temperature, y=y, gen=gen)
+    level = conditional(target, temperature, y)
+    return ldebm.chain(level, ldebm.unadjusted(level, squared_step), target[1], n_steps, metropolis=False, gen=gen)[0]
 
 
 def preconditioned_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
-    return ldebm.tilt_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    level = conditional(target, temperature, y)
+    step = ldebm.preconditioned(level, rho, drift)
+    return ldebm.chain(level, step, target[1], n_steps, metropolis=False, gen=gen)[0]
 
 
 def metropolis_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
     "States and mean acceptance"
-    return ldebm.mala_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    level = conditional(target, temperature, y)
+    return ldebm.chain(level, ldebm.preconditioned(level, rho, drift), target[1], n_steps, gen=gen)
 
 
 def chain_statistics(traces):
@@ -135,7 +149,7 @@ def chain_statistics(traces):
 
 def level_conditional(prior, z_next, t):
     "Mean and variance of the Gaussian that level `t` tilts"
-    return prior.tilt(z_next, t)
+    return prior.tilted_gaussian(z_next, t)
 
 
 def prior_terms(prior, q, z, seed, labels=None, weights=None):
@@ -143,6 +157,8 @@ def prior_terms(prior, q, z, seed, labels=None, weights=None):
 
 
 def prior_sample(prior, n, seed, **asked):
+    if "known" in asked:
+        asked["known"] = (*asked["known"], asked.pop("sweeps"))
     return prior.sample(n, gen=generator(seed), **asked)
 
 
@@ -155,9 +171,9 @@ def prior_kl(prior, q, z, n, seed):
 
 
 def prior_traces(prior, n, copies, seed, n_steps):
-    "`F` along chains; without a Metropolis test those of the top level, from the first update on"
-    traces = prior.energy_traces(n, copies, gen=generator(seed), n_steps=n_steps)
-    return traces if prior.cfg.mala and not prior.published else traces[-1][1:]
+    "`F` along chains; without a Metropolis test those of the top level, up to the last update but one"
+    traces = ldebm.energy_traces(prior, n, copies, gen=generator(seed), n_steps=n_steps)
+    return traces if prior.metropolis else traces[-1][:-1]
 
 
 def symbol_logits(prior, z, t):
@@ -345,7 +361,7 @@ def chain_cases() -> dict:
         for kind, drift in (("metropolis", math.inf), ("truncated", 0.3)):
             ends = metropolis_chain(target, 6, 0.5, 0.2, drift, **more, gen=generator(53))
             out.update({f"{kind}{name} {k}": v for k, v in zip(("end", "acceptance"), ends)})
-    value, slope = energy.grad(z, t, y, None, energy.base(t))
+    value, slope = energy_and_slope(energy, z, t, y)
     walk = normal(40, 3, seed=54).cumsum(0)
     return {**out, "energy": value, "slope": slope, "statistics": chain_statistics(walk)}
 

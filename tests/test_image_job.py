@@ -1,4 +1,4 @@
-"Image jobs: every stage killed, stopped and resumed to the same bits, bad input that writes nothing, models that come back, records"
+"Image jobs: stages killed and resumed to the same bits, bad input that writes nothing, models that come back, records"
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,25 +19,35 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from ldebm import image_figures as figures
 from ldebm import image_job as ij
-from ldebm import train
+from ldebm import image_measure as measure
+from ldebm import image_metrics, train
+from ldebm import image_stages as stages
+from ldebm import image_uses as uses
+from ldebm.classifier import ClassifierTask
 from ldebm.core import load_tensors, make_gen
-from ldebm.generator import Generator, GeneratorCfg, multiply_adds
-from ldebm.image_job import ImageJob, ImageSettings, StageTask
-from ldebm.image_metrics import ClassifierTask
-from ldebm.images import BadImage, ImageBatch, image_batches
+from ldebm.decode import BadImage
+from ldebm.generator import Generator
+from ldebm.generator_model import GeneratorModel, multiply_adds
+from ldebm.generator_parts import GeneratorCfg
+from ldebm.image_job import ImageJob, ImageSettings
+from ldebm.image_stages import StageTask
+from ldebm.images import ImageBatch, image_batches
+from ldebm.job import save_figure
 from ldebm.prior import DiffusionEBM
-from ldebm.records import check_result
+from ldebm.records import check_result, metric
 from ldebm.settings import notebook_params
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 TINY = (
-    "layers='1x3x16x1 1x2x16x0' enc_blocks=0 limit=300 gen_steps=50 gen_batch=32 steps=50 batch=32 checks=2 T=2 langevin_steps=2 energy_hidden=8 warmup=5 "
-    "score_hidden=16 score_blocks=1 score_levels=6 ddpm_share=1 clf_steps=50 n_samples=60 long=2 tune='1 2' joint_steps=50"
+    "layers='1x3x16x1 1x2x16x0' enc_blocks=0 limit=300 gen_steps=50 gen_batch=32 steps=50 batch=32 checks=2 "
+    "T=2 langevin_steps=2 energy_hidden=8 warmup=5 score_hidden=16 score_blocks=1 score_levels=6 ddpm_share=1 "
+    "clf_steps=50 n_samples=60 long=2 tune='1 2' joint_steps=50"
 )
 MAPS = "layers='1x3x12x1 4x1x8x0'"  # after TINY: a ladder with a map
-AT = 45  # steps after which stages are killed: between the checkpoint of step 40 and the end, in the second of two passes
+AT = 45  # steps after which stages are killed: after the checkpoint of step 40, in the second of two passes
 ROWS = ["ldebm", "ldebm-coupled", "joint-ebm", "ddpm"]
 
 
@@ -79,14 +89,14 @@ def whole(tmp_path_factory):
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     place = ij.open_job(job(tmp_path_factory.mktemp("whole") / "run"))
-    got["generator"] = ij.train_generator(place)
-    got["classifier"] = ij.train_classifier(place)
+    got["generator"] = stages.train_generator(place)
+    got["classifier"] = stages.train_classifier(place)
 
     def ask(name):
         if name == "place":
             return place
         if name not in got:
-            got[name] = ij.train_prior(place, name, got["generator"][0])
+            got[name] = stages.train_prior(place, name, got["generator"][0])
         return got[name]
 
     yield ask
@@ -134,21 +144,21 @@ def log_of(lines):
 
 def test_generator_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     p = ij.open_job(job(tmp_path / "run"))
-    g, end, log = interrupted(monkeypatch, lambda: ij.train_generator(p))
+    g, end, log = interrupted(monkeypatch, lambda: stages.train_generator(p))
     g0, end0, log0 = whole("generator")
     assert_same(weights(g), weights(g0))
     assert log_of(log) == log_of(log0) and (end.step, end.samples) == (end0.step, end0.samples) == (50, 1600)
     assert torch.equal(g.sample(5, gen=make_gen(1)), g0.sample(5, gen=make_gen(1)))
     assert not any(q.requires_grad for q in g.parameters()) and not g.training
     before = p.run.file("generator/checkpoint.safetensors").read_bytes()
-    assert_same(weights(ij.train_generator(p)[0]), weights(g))  # finished: nothing is trained again
+    assert_same(weights(stages.train_generator(p)[0]), weights(g))  # finished: nothing is trained again
     assert p.run.file("generator/checkpoint.safetensors").read_bytes() == before
 
 
 def test_classifier_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     p = ij.open_job(job(tmp_path / "run"))
     net, acc = interrupted(
-        monkeypatch, lambda: ij.train_classifier(p), ClassifierTask, 44
+        monkeypatch, lambda: stages.train_classifier(p), ClassifierTask, 44
     )  # its passes are short, and end in checkpoints
     assert_same(weights(net), weights(whole("classifier")[0]))
     assert acc == whole("classifier")[1] and p.run.file("classifier.safetensors").exists()
@@ -158,27 +168,27 @@ def test_classifier_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
 def test_priors_resume_bit_for_bit(row, whole, tmp_path, monkeypatch):
     p = ij.open_job(job(tmp_path / "run"))
     if row == "joint-ebm":
-        p = replace(p, s=replace(p.s, steps=100))  # it takes half as many steps, of as many evaluations
+        p = replace(p, settings=replace(p.settings, steps=100))  # it takes half as many steps, of as many evaluations
     g = whole("generator")[0]
-    prior, end, log = interrupted(monkeypatch, lambda: ij.train_prior(p, row, g))
+    prior, end, log = interrupted(monkeypatch, lambda: stages.train_prior(p, row, g))
     if row == "joint-ebm":
         q = ij.open_job(job(tmp_path / "other"))
-        q = replace(q, s=replace(q.s, steps=100))
-        prior0, end0, log0 = ij.train_prior(q, row, g)
+        q = replace(q, settings=replace(q.settings, steps=100))
+        prior0, end0, log0 = stages.train_prior(q, row, g)
     else:
         prior0, end0, log0 = whole(row)
     assert_same(weights(prior), weights(prior0))
     assert log_of(log) == log_of(log0) and end.step == end0.step == 50
-    a, b = (ij.sample_prior(p, o, 6)[0] for o in (prior, prior0))
+    a, b = (measure.sample_prior(p, o, 6)[0] for o in (prior, prior0))
     assert torch.equal(a, b) and a.isfinite().all()
 
 
 def test_fine_tuning(whole, tmp_path, monkeypatch):
-    "Generator and energies together: resumable; the frozen generator and prior stay as they were, and the copies move, prior networks and encoder included"
+    "Generator and energies together: resumable; frozen ones stay, the copies move, prior networks and encoder too"
     p = ij.open_job(job(tmp_path / "run"))
     g0, prior0 = whole("generator")[0], whole("ldebm-coupled")[0]
     before = weights(g0), weights(prior0)
-    g, prior, end, log = interrupted(monkeypatch, lambda: ij.fine_tune(p, "ldebm-coupled", g0, prior0))
+    g, prior, end, log = interrupted(monkeypatch, lambda: stages.fine_tune(p, "ldebm-coupled", g0, prior0))
     assert_same(weights(g0), before[0])
     assert_same(weights(prior0), before[1])
     for part in ("prior.0.weight", "combine.1.weight", "head.weight", "post.1.weight", "stem.weight"):
@@ -188,50 +198,49 @@ def test_fine_tuning(whole, tmp_path, monkeypatch):
         and prior.energy.generator is g
         and not any(q.requires_grad for q in g.parameters())
     )
-    again = ij.fine_tune(ij.open_job(job(tmp_path / "other")), "ldebm-coupled", g0, prior0)
+    again = stages.fine_tune(ij.open_job(job(tmp_path / "other")), "ldebm-coupled", g0, prior0)
     assert_same(weights(again[0]), weights(g))
     assert_same(weights(again[1]), weights(prior))
     assert {"nll", "kl", "ebm", "ebm_enc", "cls_t", "norm_main", "norm_ebm"} <= set(log[0])
-    g2, prior2 = ij.load_prior(ij.save_prior(p, "ldebm-coupled-joint", g, prior))
+    g2, prior2 = stages.load_prior(stages.save_prior(p, "ldebm-coupled-joint", g, prior))
     assert_same(weights(g2), weights(g))
     assert torch.equal(
-        ij.sample_prior(p, prior2, 4, y=torch.arange(4))[0], ij.sample_prior(p, prior, 4, y=torch.arange(4))[0]
+        measure.sample_prior(p, prior2, 4, y=torch.arange(4))[0],
+        measure.sample_prior(p, prior, 4, y=torch.arange(4))[0],
     )
+
+
+def gradients(model, term):
+    "Gradient of a term by the name of the parameter, `None` where there is none"
+    names, params = zip(*model.named_parameters())
+    return dict(zip(names, torch.autograd.grad(term.sum(), params, retain_graph=True, allow_unused=True)))
+
+
+def moved(grads, name):
+    return grads[name] is not None and bool((grads[name] != 0).any())
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
-    "The contrast of the energies moves the generator's prior networks through T, and `ebm_enc` its inference network; frozen, neither"
+    "The energies' contrast moves the generator's prior networks through T, `ebm_enc` its encoder; frozen, neither"
     rows = "ldebm"
     p = ij.open_job(job(tmp_path / "run", "T=2 langevin_steps=2", objective=objective, rows=rows))
     x = p.images["train"].x(torch.arange(24))
     b = ImageBatch(x, p.images["train"].labels[:24], torch.arange(24))
     for joint in (True, False):
-        g = ij.train_generator(whole("place"))[0]
-        m = ij.build_prior(p, "ldebm", g)
+        g = stages.train_generator(whole("place"))[0]
+        m = stages.build_prior(p, "ldebm", g)
         prior = DiffusionEBM(m.prior.schedule, m.prior.energy, replace(m.prior.cfg, encoder=joint))
-        model = ij.PriorModel(m.generator, prior, joint=joint)
+        model = stages.PriorModel(m.generator, prior, joint=joint)
         out = model(b, make_gen(0))
         assert {"kl", "nll"} <= set(out) if joint else "nll" not in out
-
-        def grads(k):
-            return {
-                n: o
-                for (n, _), o in zip(
-                    g.named_parameters(),
-                    torch.autograd.grad(out[k].sum(), list(g.parameters()), retain_graph=True, allow_unused=True),
-                )
-            }
 
         if not joint:
             assert not any(q.requires_grad for q in g.parameters()) and model.groups()["main"] == []
             continue
         assert model.groups()["main"] == list(g.parameters())
 
-        def moved(gr, k):
-            return gr[k] is not None and bool((gr[k] != 0).any())
-
-        ebm, enc = grads("ebm"), grads("ebm_enc")
+        ebm, enc = (gradients(g, out[k]) for k in ("ebm", "ebm_enc"))
         assert not any(moved(ebm, k) for k in ebm)  # held latents hold the tower
         assert (
             moved(enc, "prior.0.weight")
@@ -242,25 +251,26 @@ def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
 
 
 CHILD = """
-import json, os, sys, time
-from ldebm import core, image_job as ij
+import sys, time
+from ldebm import core, image_job as ij, image_stages as stages
 out, settings, want, hang, kill = sys.argv[1:]
-place = ij.open_job(ij.ImageJob(out=out, settings=settings, rows='ldebm ldebm-coupled joint-ebm ddpm', device='cpu', threads=1))
+rows = 'ldebm ldebm-coupled joint-ebm ddpm'
+place = ij.open_job(ij.ImageJob(out=out, settings=settings, rows=rows, device='cpu', threads=1))
 stopping, old = [], core.graceful_stop._handle
 def handle(self, *args): old(self, *args); stopping.append(1)
 core.graceful_stop._handle = handle
-stage, plain = 'generator', ij.StageTask.weights
+stage, plain = 'generator', stages.StageTask.weights
 def weights(self, step, steps):
     if stage == want and step == int(hang):
         print('there', flush=True)
         if kill == '1': time.sleep(300)
         while not stopping: time.sleep(.01)   # the signal must have come before the step ends
     return plain(self, step, steps)
-ij.StageTask.weights = weights
+stages.StageTask.weights = weights
 try:
-    g = ij.train_generator(place)[0]
+    g = stages.train_generator(place)[0]
     stage = 'ldebm-coupled'
-    ij.train_prior(place, stage, g)
+    stages.train_prior(place, stage, g)
 except KeyboardInterrupt as e: print('interrupted:', e, flush=True); sys.exit(3)
 print('end', flush=True)
 """
@@ -289,45 +299,41 @@ def child(out, stage, at, signum):
 @posix
 @pytest.mark.slow
 def test_signals_in_two_stages(whole, tmp_path):
-    "SIGTERM in the generator saves and says so; the same job again goes on and is killed in the prior; a third sitting ends with the bits of an undisturbed one"
+    "SIGTERM in the generator saves; the job goes on, is killed in the prior, and ends with the usual bits"
     p, out, err = child(tmp_path / "run", "generator", 33, signal.SIGTERM)
     assert p.returncode == 3 and "interrupted: stopped at step 34 of 50; run the same command again" in out, out + err
     p, out, err = child(tmp_path / "run", "ldebm-coupled", 44, signal.SIGKILL)
     assert p.returncode == -signal.SIGKILL and "end" not in out, out + err
     place = ij.open_job(job(tmp_path / "run"))
-    g = ij.train_generator(place)[0]
+    g = stages.train_generator(place)[0]
     assert_same(weights(g), weights(whole("generator")[0]))
-    saved = ij.stage(
-        place,
-        "ldebm-coupled",
-        objective="consistent",
-        generator=ij.generator_hash(g),
-        **{k: v for k, v in asdict(place.s).items() if k not in ij.MEASURING},
-    ).load()
+    saved = stages.prior_stage(place, "ldebm-coupled", g).load()
     assert saved["progress"]["step"] == 40 and saved["progress"]["batch"] == 15, "not in mid-epoch"
-    prior, end, log = ij.train_prior(place, "ldebm-coupled", g)
+    prior, end, log = stages.train_prior(place, "ldebm-coupled", g)
     assert_same(weights(prior), weights(whole("ldebm-coupled")[0]))
     assert log_of(log) == log_of(whole("ldebm-coupled")[2])
-    assert torch.equal(ij.sample_prior(place, prior, 9)[0], ij.sample_prior(place, whole("ldebm-coupled")[0], 9)[0])
+    assert torch.equal(
+        measure.sample_prior(place, prior, 9)[0], measure.sample_prior(place, whole("ldebm-coupled")[0], 9)[0]
+    )
 
 
 def test_a_prior_belongs_to_one_generator(whole, tmp_path):
     p = whole("place")
     whole("ldebm")
-    other = ij.GeneratorModel(ij.Generator(p.cfg, make_gen(7, "x"))).learned()
+    other = GeneratorModel(Generator(p.cfg, make_gen(7, "x"))).learned()
     with pytest.raises(ValueError, match="other settings.*generator"):
-        ij.train_prior(p, "ldebm", other)
+        stages.train_prior(p, "ldebm", other)
 
 
 def test_resume_false_starts_afresh(tmp_path):
     short = "gen_steps=4 checks=1"
     p = ij.open_job(job(tmp_path / "run", short))
-    a = ij.train_generator(p)
+    a = stages.train_generator(p)
     seen, real = [], StageTask.weights
     q = ij.open_job(job(tmp_path / "run", short, resume=False))
     try:
         StageTask.weights = lambda self, at, steps: (seen.append(at), real(self, at, steps))[1]
-        b = ij.train_generator(q)
+        b = stages.train_generator(q)
     finally:
         StageTask.weights = real
     assert seen == [0, 1, 2, 3] and log_of(a[2]) == log_of(b[2])
@@ -362,7 +368,7 @@ BAD = [
     (dict(settings="batch=4000"), "digits has 1257 training pictures, fewer than batch=4000: lower it"),
     (dict(settings="limit=50 batch=10"), "digits has 50 training pictures, fewer than gen_batch=128"),
     (dict(settings="mixed_precision=fp16"), "mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'"),
-    (dict(settings="mixed_precision=fp8"), "mixed_precision must be"),
+    (dict(settings="mixed_precision=fp8"), "setting mixed_precision='fp8' .* must be one of"),
     (
         dict(objective="published", rows="ldebm ddpm"),
         "objective 'published' is one of the diffusion EBM: leave other rows to 'consistent'",
@@ -370,38 +376,39 @@ BAD = [
     (dict(objective="robust", rows="joint-ebm"), "objective 'robust' is one of the diffusion EBM"),
     (dict(settings="schedule=published"), "schedule 'published' does not go with objective 'consistent'"),
     (dict(objective="robust", settings="schedule=cosine"), "schedule 'cosine' does not go with objective 'robust'"),
-    (dict(settings="schedule=linear"), "unknown schedule 'linear'"),
-    (dict(settings="T=0"), "T must be at least 1, got 0"),
+    (dict(settings="schedule=linear"), "setting schedule='linear' .* must be one of"),
+    (dict(settings="T=0"), "setting T=0 .* must be at least 1"),
     (dict(settings="T=500"), "levels T must be an integer from 1 to 250"),
-    (dict(steps=-1), "steps must"),
-    (dict(generator_steps=-3), "gen_steps must be at least 1, got -3"),
-    (dict(n_samples=-5), "n_samples must be at least 2, got -5"),
+    (dict(steps=-1), "setting steps=-1 .* must be at least 1"),
+    (dict(generator_steps=-3), "setting gen_steps=-3 .* must be at least 1"),
+    (dict(n_samples=-5), "setting n_samples=-5 .* must be at least 2"),
     (dict(seed=-1), "seed must not be negative"),
     (dict(threads=-1), "threads must not be negative"),
-    (dict(settings="w_kl=-.1"), "KL weights must not be negative"),
+    (dict(settings="w_kl=-.1"), "setting w_kl=-0.1 .* must be at least 0"),
     (dict(settings="tune='1 -1'"), "KL weights must not be negative"),
     (dict(settings="tune=''", rows="gaussian-tuned"), "tune is empty: the row gaussian-tuned"),
     (dict(settings="tune='a'"), "tune='a' must be numbers"),
-    (dict(settings="labelled=1.5"), r"labelled must lie in \[0, 1\], got 1.5"),
+    (dict(settings="labelled=1.5"), "setting labelled=1.5 .* must be at least 0 and at most 1"),
     (dict(settings="rho=1."), r"rho must lie in \[0, 1\)"),
     (dict(settings="joint_rho=1.5"), r"rho must lie in \[0, 1\), got 1.5"),
     (dict(settings="ema=1."), r"ema must lie in \[0, 1\)"),
-    (dict(settings="gen_ema=-.1"), r"gen_ema must lie in"),
-    (dict(settings="tau_y=0."), "tau_y and joint_lr must be positive"),
-    (dict(settings="energy_hidden=0"), "energy_hidden must be at least 1"),
-    (dict(settings="w_cls=-1."), "w_cls must be at least 0"),
-    (dict(settings="lr=0."), "lr must be positive"),
-    (dict(settings="gen_lr=-1."), "lr must be positive"),
-    (dict(settings="clip=-1."), "clip must be positive, or 0 for gradients of any norm, got -1"),
-    (dict(settings="score_levels=1"), "n_levels must be at least 2, got 1"),
-    (dict(settings="clf_preset=huge"), "unknown classifier 'huge'"),
-    (dict(settings="likelihood=poisson"), "likelihood must be"),
-    (dict(settings="sigma=0."), "sigma must be positive"),
-    (dict(settings="langevin_steps=0"), "langevin_steps must be at least 1"),
-    (dict(settings="checks=0"), "checks must be at least 1"),
+    (dict(settings="gen_ema=-.1"), "setting gen_ema=-0.1 .* must be at least 0"),
+    (dict(settings="tau_y=0."), "setting tau_y=0.0 .* must be above 0"),
+    (dict(settings="energy_hidden=0"), "setting energy_hidden=0 .* must be at least 1"),
+    (dict(settings="w_cls=-1."), "setting w_cls=-1.0 .* must be at least 0"),
+    (dict(settings="lr=0."), "setting lr=0.0 .* must be above 0"),
+    (dict(settings="gen_lr=-1."), "setting gen_lr=-1.0 .* must be above 0"),
+    (dict(settings="clip=-1."), "setting clip=-1.0 .*0 for any.* must be at least 0"),
+    (dict(settings="score_levels=1"), "setting score_levels=1 .* must be at least 2"),
+    (dict(settings="clf_preset=huge"), "setting clf_preset='huge' .* must be one of 'digits', 'small', 'paper'"),
+    (dict(settings="likelihood=poisson"), "setting likelihood='poisson' .* must be one of"),
+    (dict(settings="sigma=0."), "setting sigma=0.0 .* must be above 0"),
+    (dict(settings="langevin_steps=0"), "setting langevin_steps=0 .* must be at least 1"),
+    (dict(settings="checks=0"), "setting checks=0 .* must be at least 1"),
     (dict(settings="size=16"), "digits has pictures of 8 pixels a side, not 16"),
     (dict(settings="levels=300"), "300 cannot be made of them"),
-    (dict(settings="weighting=none", objective="robust"), "weighting must be one of"),
+    (dict(settings="weighting=none", objective="robust"), "setting weighting='none' .* must be one of"),
+    (dict(settings="objective=published"), "'objective' is a parameter of its own"),
     (dict(attributes="table.csv"), "digits has its own labels; attributes_csv is for pictures in files"),
     (dict(device="tpu"), "unknown device 'tpu'"),
     (dict(on_bad="ignore"), "on_bad must be 'error' or 'skip'"),
@@ -436,7 +443,9 @@ def test_parameters_cells_have_the_names_of_the_dataclass(name):
 def test_every_preset_resolves(objective):
     for dataset, preset in ij.PRESETS:
         s = ij.resolve(ImageJob(dataset="cifar10" if dataset == "*" else dataset, preset=preset, objective=objective))
-        assert s == replace(ImageSettings(), **{**ij.PRESETS[dataset, preset], **ij.OBJECTIVES[objective]})
+        assert s == replace(
+            ImageSettings(), **ij.PRESETS[dataset, preset] | ij.OBJECTIVES[objective] | dict(objective=objective)
+        )
     assert (
         ij.resolve(
             ImageJob(objective=objective, steps=7, generator_steps=8, n_samples=9, settings="steps=11 beta1=.5")
@@ -448,7 +457,7 @@ def test_every_preset_resolves(objective):
 def test_results_of_other_settings_refused_before_work(tmp_path):
     res = str(tmp_path / "results")
     p = ij.open_job(job(tmp_path / "run", results=res, rows="ldebm"))
-    ij.finish(p, "ldebm", dict(a=ij.metric(1.0)), None, 1.0)
+    measure.finish(p, "ldebm", dict(a=metric(1.0)), None, 1.0)
     with pytest.raises(ValueError, match="already records a run with other settings.*rho"):
         ij.open_job(job(tmp_path / "other", "rho=.5", results=res, rows="ldebm"))
     assert not (tmp_path / "other").exists()
@@ -545,14 +554,14 @@ def test_a_folder_or_zip_is_never_filed_under_the_name_of_a_set(tmp_path):
 
 
 def test_pictures_without_labels(tmp_path):
-    "The classifier learns by how many quarters a picture is turned; a coupled prior is refused; an uncoupled one is trained and recorded"
+    "The classifier learns how far a picture is turned; a coupled prior is refused; an uncoupled one is recorded"
     path = pictures(tmp_path / "plain.zip", classes=False)
     kw = dict(dataset=path, preset="small", settings=SMALL + " clf_preset=digits steps=4 gen_steps=4 clf_steps=3")
     with pytest.raises(ValueError, match="plain has no labels to couple to: leave out the row ldebm-coupled"):
         ij.open_job(job(tmp_path / "run", **kw))
     assert not (tmp_path / "run").exists()
     p = ij.open_job(job(tmp_path / "run", **{**kw, "rows": "ldebm"}))
-    v = ij.labelled_images(p.images)["train"]
+    v = stages.labelled_images(p.images)["train"]
     n = len(p.images["train"])
     assert (
         v.attributes == {"turn": ("0", "90", "180", "270")}
@@ -562,12 +571,12 @@ def test_pictures_without_labels(tmp_path):
     assert torch.equal(v.pixels[n + 3], p.images["train"].pixels[3].rot90(1, (1, 2))) and torch.equal(
         v.pixels[2 * n], p.images["train"].pixels[0].flip(1, 2)
     )
-    net, acc = ij.train_classifier(p)
+    net, acc = stages.train_classifier(p)
     assert list(net.heads.values()) == [4] and list(acc) == ["turn"]
-    g = ij.train_generator(p)[0]
-    u = ij.sample_prior(p, ij.train_prior(p, "ldebm", g)[0], 4)[0]
-    assert ij.decode_all(g, u).shape == (4, 3, 8, 8)
-    metrics = ij.gaussian_metrics(p, ij.make_reference(p, g, net))
+    g = stages.train_generator(p)[0]
+    u = measure.sample_prior(p, stages.train_prior(p, "ldebm", g)[0], 4)[0]
+    assert measure.decode_all(g, u).shape == (4, 3, 8, 8)
+    metrics = measure.gaussian_metrics(p, measure.make_reference(p, g, net))
     assert metrics["frechet"]["value"] is not None
     for k, why in dict(
         class_kl="no labels", frechet_test="6 test pictures", frechet_real="needs 33", prior_hole_test="needs 40"
@@ -578,7 +587,7 @@ def test_pictures_without_labels(tmp_path):
             and why in metrics[k]["estimator"]
         )
     digits = ij.open_job(job(tmp_path / "digits")).images
-    assert ij.labelled_images(digits) is digits
+    assert stages.labelled_images(digits) is digits
 
 
 def folder(path, names, side=8, mode="RGB"):
@@ -597,7 +606,7 @@ FEW = SMALL + " clf_preset=digits steps=2 gen_steps=2 clf_steps=2 checks=1 batch
 
 
 def test_what_a_late_stage_needs_is_asked_first(tmp_path):
-    "Attributes, sides and numbers that would fail after training: left out and said, or refused with a remedy that works"
+    "Attributes, sides and numbers that would fail after training: left out, or refused with a remedy that works"
     path = folder(tmp_path / "mine", [f"train/{i}.png" for i in range(60)] + [f"test/{i}.png" for i in range(4)])
     (tmp_path / "a.csv").write_text(
         "file,fur,wings,name\n" + "".join(f"train/{i}.png,{'long short'.split()[i % 2]},0,n{i}\n" for i in range(60))
@@ -614,8 +623,8 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
     ):
         assert part in said
     assert all(list(v.attributes) == ["fur"] and v.labels.shape[1] == 1 for v in p.images.values())
-    acc = ij.train_classifier(p)[1]
-    assert ij.accuracy_text(acc) == "classifier (fur): no test picture has a label"  # labels for training only
+    acc = stages.train_classifier(p)[1]
+    assert figures.accuracy_text(acc) == "classifier (fur): no test picture has a label"  # labels for training only
     (tmp_path / "b.csv").write_text("file,wings\n" + "".join(f"train/{i}.png,0\n" for i in range(60)))
     with (
         pytest.raises(ValueError, match="no labels to couple to: leave out the row ldebm-coupled"),
@@ -635,12 +644,12 @@ def test_a_side_that_no_layer_divides(tmp_path, remedy):
     kw = dict(dataset=path, preset="small", rows="ldebm")
     with pytest.raises(
         ValueError,
-        match='bottom layer of side 16 does not divide pictures of side 28: settings="size=32" resamples them.* last side is 4 or less',
+        match='side 16 does not divide pictures of side 28: settings="size=32" resamples.* last side is 4 or less',
     ):
         ij.open_job(job(tmp_path / "run", **{**kw, "settings": FEW + " layers='4x1x8x0 16x1x8x0'"}))
     assert not (tmp_path / "run").exists()
     p = ij.open_job(job(tmp_path / "run", **{**kw, "settings": FEW + f" layers='4x1x8x0 16x1x8x0' {remedy}"}))
-    assert ij.train_generator(p)[1].step == 2
+    assert stages.train_generator(p)[1].step == 2
     with pytest.raises(
         ValueError, match="does not divide pictures of side 8: give layers whose last side is 8 or less"
     ):
@@ -656,18 +665,20 @@ def test_names_that_somebody_gave(tmp_path):
     path = folder(tmp_path / "odd", [f"{c}/{i}.png" for c in ("$5", "a|b$", "犬") for i in range(20)])
     p = ij.open_job(job(tmp_path / "run", dataset=path, preset="small", settings=FEW, rows="ldebm-coupled"))
     assert p.images["train"].attributes == {"class": ("$5", "a|b$", "犬")}
-    ij.save_figure(
-        p, "requests", ij.plot_rows([p.images["train"].x()[:3]] * 3, list(p.images["train"].attributes["class"]))
+    save_figure(
+        p.run,
+        "requests",
+        figures.plot_rows([p.images["train"].x()[:3]] * 3, list(p.images["train"].attributes["class"])),
     )
     m = dict(
-        control_accuracy=ij.metric(0.5, n=2),
-        frechet=ij.absent("2 samples"),
-        density=ij.metric(1.0),
-        coverage=ij.metric(1.0),
+        control_accuracy=metric(0.5, n=2),
+        frechet=measure.absent("2 samples"),
+        density=metric(1.0),
+        coverage=metric(1.0),
     )
-    text = ij.control_table({"not a a|b$": m})
+    text = figures.control_table({"not a a|b$": m})
     assert text.splitlines()[-1] == r"| not a a\|b\$ | 0.500 | absent: 2 samples | 1.000 | 1.000 |"
-    assert list(ij.request_metrics({"犬": m, "猫": m, "a b": m, "a-b": m}))[:4] == [
+    assert list(uses.request_metrics({"犬": m, "猫": m, "a b": m, "a-b": m}))[:4] == [
         "control_犬",
         "control_猫",
         "control_a_b",
@@ -676,18 +687,18 @@ def test_names_that_somebody_gave(tmp_path):
 
 
 def test_one_snapshot_serves_the_run(tmp_path):
-    "Pictures and table may change or go once the job is open; a later sitting with others is refused, and says what has changed"
+    "Pictures and table may change once the job is open; a later sitting with others is refused, and says why"
     path = folder(tmp_path / "mine", [f"{i}.png" for i in range(60)])
     table = tmp_path / "a.csv"
     text = "".join(f"{i}.png,{i % 2}\n" for i in range(60))
     table.write_text(text)
     kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(table), rows="ldebm-coupled")
     p = ij.open_job(job(tmp_path / "run", **kw))
-    whole = weights(ij.train_generator(ij.open_job(job(tmp_path / "undisturbed", **kw)))[0])
+    whole = weights(stages.train_generator(ij.open_job(job(tmp_path / "undisturbed", **kw)))[0])
     for f in Path(path).iterdir():
         f.unlink()
     table.unlink()
-    assert_same(weights(ij.train_generator(p)[0]), whole)
+    assert_same(weights(stages.train_generator(p)[0]), whole)
     with pytest.raises(ValueError, match="has no pictures"):
         ij.open_job(job(tmp_path / "run", **kw))
     folder(tmp_path / "mine", [f"{i}.png" for i in range(60)])
@@ -699,7 +710,7 @@ def test_one_snapshot_serves_the_run(tmp_path):
             folder(tmp_path / "mine", ["59.png"])  # another picture under an old name
         with pytest.raises(
             ValueError,
-            match=r"pictures or labels have changed since the run in .*run began .* put them back, or start another run with out=",
+            match=r"have changed since the run in .*run began .* put them back, or start another run with out=",
         ):
             ij.open_job(job(tmp_path / "run", **kw))
         assert ij.open_job(job(tmp_path / f"new{len(list(tmp_path.iterdir()))}", **kw)).run.path.exists()  # the remedy
@@ -711,28 +722,28 @@ def quick(a, b, gen=None, **kw):
     "In place of a two-sample test that takes a second: the same conditions"
     if min(len(a), len(b)) < 20 or a.shape[1] != b.shape[1]:
         raise ValueError("too few points")
-    return ij.metric(0.5, n=len(a) + len(b))
+    return metric(0.5, n=len(a) + len(b))
 
 
 def whole_job(p):
     "Everything that the page does with an opened job, figures apart. Metrics by row"
-    g = ij.train_generator(p)[0]
-    net, acc = ij.train_classifier(p)
-    ref = ij.make_reference(p, g, net)
+    g = stages.train_generator(p)[0]
+    net, acc = stages.train_classifier(p)
+    ref = measure.make_reference(p, g, net)
     row = p.job.rows
-    done = ij.run_row(p, row, g, ref)
-    results = {"gaussian": ij.gaussian_metrics(p, ref), row: done.metrics}
-    ij.finish(p, "gaussian", results["gaussian"], None, 0.0)
-    ij.add_metrics(p, row, done, ij.ood_metrics(ij.ood(p, done.prior, ij.outliers(p, 8), 8)))
-    said = ij.accuracy_text(acc) + ij.rows_table(results)
+    done = measure.run_system(p, row, ref)
+    results = {"gaussian": measure.gaussian_metrics(p, ref), row: done.metrics}
+    measure.finish(p, "gaussian", results["gaussian"], None, 0.0)
+    measure.add_metrics(p, row, done, uses.ood_metrics(uses.ood(p, done.prior, uses.outliers(p, 8), 8)))
+    said = figures.accuracy_text(acc) + figures.systems_table(results)
     if row == "ldebm-coupled":
-        asked = ij.control_all(p, ref, done.prior, n=40)
-        ij.add_metrics(p, row, done, ij.request_metrics(asked))
+        asked = uses.control_all(p, ref, done.prior, n=40)
+        measure.add_metrics(p, row, done, uses.request_metrics(asked))
         wanted = torch.tensor([len(v) - 1 for v in p.images["train"].attributes.values()])
         said += (
-            ij.control_table(asked)
-            + ij.trade_off_table(ij.trade_off(p, ref, done.prior, (0.0, 2.0)))
-            + ij.one_by_one_table(ij.add_one_by_one(p, ref, done.prior, wanted, 20)[1])
+            figures.control_table(asked)
+            + figures.trade_off_table(uses.trade_off(p, ref, done.prior, (0.0, 2.0)))
+            + figures.one_by_one_table(uses.add_one_by_one(p, ref, done.prior, wanted, 20)[1])
         )
     said.encode()  # no name breaks a page
     return {r: check_result(json.loads((p.run.path / r / "result.json").read_text()))["metrics"] for r in results}
@@ -752,7 +763,7 @@ def advised(one, why):
 
 
 def opened(one, folder):
-    "The job, or what it is after the advice of every refusal was followed, and the refusals; `None` if there is no advice left"
+    "The job after the advice of every refusal was followed, and the refusals; `None` if there is no advice left"
     said = []
     while one is not None and len(said) < 6:
         try:
@@ -768,8 +779,8 @@ def opened(one, folder):
 def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
     "Whatever hypothesis draws: one clear sentence before training, or a complete record"
     monkeypatch.setenv("IN_TEST", "1")
-    monkeypatch.setattr(ij, "two_sample_auroc", quick)
-    monkeypatch.setattr(ij, "frechet_metric", lambda a, b, gen=None: ij.metric(ij.frechet(a, b), n=len(a)))
+    monkeypatch.setattr(measure, "two_sample_auroc", quick)
+    monkeypatch.setattr(measure, "frechet_metric", lambda a, b, gen=None: metric(image_metrics.frechet(a, b), n=len(a)))
     ended = []
 
     @settings(max_examples=18, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
@@ -822,13 +833,13 @@ def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
 
 def test_hidden_labels_are_those_of_the_same_pictures(tmp_path):
     p = ij.open_job(job(tmp_path / "run", "labelled=.3"))
-    hide, again = ij.hide_labels(p), ij.hide_labels(p)
+    hide, again = stages.hide_labels(p), stages.hide_labels(p)
     hidden = {}
     for h, g in (
         (hide, make_gen(1)),
         (hide, make_gen(2)),
         (again, make_gen(3)),
-        (ij.hide_labels(ij.open_job(job(tmp_path / "run", "labelled=.3"))), None),
+        (stages.hide_labels(ij.open_job(job(tmp_path / "run", "labelled=.3"))), None),
     ):
         for b in image_batches(p.images["train"], 32, gen=g):
             seen = h(b)
@@ -837,13 +848,13 @@ def test_hidden_labels_are_those_of_the_same_pictures(tmp_path):
                 assert hidden.setdefault(i, y < 0) == (y < 0)
     assert len(hidden) == 300 and 0.6 < sum(hidden.values()) / 300 < 0.8
     other = (
-        ij.hide_labels(replace(p, job=replace(p.job, seed=1)))(
+        stages.hide_labels(replace(p, job=replace(p.job, seed=1)))(
             next(iter(image_batches(p.images["train"], 300)))
         ).labels[:, 0]
         < 0
     )
     assert other.tolist() != [hidden[i] for i in range(300)]
-    assert ij.hide_labels(ij.open_job(job(tmp_path / "all"))) is None
+    assert stages.hide_labels(ij.open_job(job(tmp_path / "all"))) is None
 
 
 def test_hidden_labels_train_and_validate(tmp_path, whole):
@@ -851,21 +862,21 @@ def test_hidden_labels_train_and_validate(tmp_path, whole):
     p = ij.open_job(job(tmp_path / "run", "labelled=.3 limit=100 steps=4 checks=1", rows="ldebm-coupled"))
     assert len(p.images["valid"]) > len(p.images["train"])
     g, seen = whole("generator")[0], []
-    model = ij.build_prior(p, "ldebm-coupled", g)
+    model = stages.build_prior(p, "ldebm-coupled", g)
     real = model.prior.terms
     model.prior.terms = lambda q, u, gen=None, labels=None, **kw: (
         seen.append(labels.clone()),
         real(q, u, gen, labels=labels, **kw),
     )[1]
-    StageTask(p.images, model, None, 4, 32, 1, 0, ij.hide_labels(p)).validate()
+    StageTask(p.images, model, None, 4, 32, 1, 0, stages.hide_labels(p)).validate()
     assert torch.equal(torch.cat(seen), p.images["valid"].labels[:, 0])
-    log = ij.train_prior(p, "ldebm-coupled", g)[2]
-    none = ij.train_prior(
+    log = stages.train_prior(p, "ldebm-coupled", g)[2]
+    none = stages.train_prior(
         ij.open_job(job(tmp_path / "none", "labelled=0. steps=4 checks=1 limit=100", rows="ldebm-coupled")),
         "ldebm-coupled",
         g,
     )[2]
-    a, b = ([o["cls_t"] for o in l if o["kind"] == "train"] for l in (log, none))
+    a, b = ([o["cls_t"] for o in lines if o["kind"] == "train"] for lines in (log, none))
     assert 0 < a[0] < 2 and b[0] == 0  # a third of ln 10, and nothing
 
 
@@ -881,9 +892,9 @@ def test_models_come_back(row, extra, whole, tmp_path):
     else:
         own = dict(objective="robust", rows=row) if row.startswith("ldebm") else {}  # with a temperature of the symbols
         p = ij.open_job(job(tmp_path / "run", f"{extra} steps=3 gen_steps=2 checks=1", **own))
-        g = ij.train_generator(p)[0]
-        prior = ij.train_prior(p, row, g)[0]
-    g2, prior2 = ij.load_prior(ij.save_prior(p, row, g, prior))
+        g = stages.train_generator(p)[0]
+        prior = stages.train_prior(p, row, g)[0]
+    g2, prior2 = stages.load_prior(stages.save_prior(p, row, g, prior))
     assert_same(weights(g2), weights(g))
     assert (
         g2.cfg == g.cfg
@@ -893,8 +904,8 @@ def test_models_come_back(row, extra, whole, tmp_path):
     )
     asks = [dict()] + ([dict(y=torch.arange(5))] if row == "ldebm-coupled" else [])
     for kw in asks:
-        a, b = (ij.sample_prior(p, o, 5, **kw)[0] for o in (prior, prior2))
-        assert torch.equal(a, b) and torch.equal(ij.decode_all(g, a), ij.decode_all(g2, b))
+        a, b = (measure.sample_prior(p, o, 5, **kw)[0] for o in (prior, prior2))
+        assert torch.equal(a, b) and torch.equal(measure.decode_all(g, a), measure.decode_all(g2, b))
     if isinstance(prior, DiffusionEBM):
         t = torch.zeros(5, dtype=torch.long)
         assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.tau_y == (
@@ -908,20 +919,20 @@ def test_models_come_back(row, extra, whole, tmp_path):
 
 def test_what_is_no_model(whole, tmp_path):
     with pytest.raises(ValueError, match="holds no image prior: it wants the model.safetensors of a row"):
-        ij.load_prior(whole("place").run.file("classifier.safetensors"))
-    path = ij.save_prior(whole("place"), "ldebm", whole("generator")[0], whole("ldebm")[0])
+        stages.load_prior(whole("place").run.file("classifier.safetensors"))
+    path = stages.save_prior(whole("place"), "ldebm", whole("generator")[0], whole("ldebm")[0])
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="cut.safetensors"):
-        ij.load_prior(tmp_path / "cut.safetensors")
+        stages.load_prior(tmp_path / "cut.safetensors")
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_gradients_that_the_optimiser_sees(objective, tmp_path, monkeypatch):
-    "`published` clips nothing, as the released code: Adam's first moment after one step is (1 - beta1) times the gradient of the summed terms, however large; the others keep the norm at 10"
+    "`published` clips nothing: Adam's first moment is (1 - beta1) times the gradient; the others keep the norm at 10"
     p = ij.open_job(
         job(tmp_path / "run", "steps=1 gen_steps=3 checks=1 joint_steps=0 warmup=0", objective=objective, rows="ldebm")
     )
-    g, found, clip = ij.train_generator(p)[0], {}, train.Accelerator.clip_grad_norm_
+    g, found, clip = stages.train_generator(p)[0], {}, train.Accelerator.clip_grad_norm_
 
     def look(self, params, most, *args):
         params = list(params)
@@ -933,7 +944,7 @@ def test_gradients_that_the_optimiser_sees(objective, tmp_path, monkeypatch):
         return norm
 
     monkeypatch.setattr(train.Accelerator, "clip_grad_norm_", look)
-    _, _, log = ij.train_prior(p, "ldebm", g)
+    _, _, log = stages.train_prior(p, "ldebm", g)
     assert found["raw"].norm() > 100 and [o["norm_ebm"] for o in log if o["kind"] == "train"] == pytest.approx(
         [found["raw"].norm().item()], rel=1e-4
     )
@@ -945,14 +956,16 @@ def test_gradients_that_the_optimiser_sees(objective, tmp_path, monkeypatch):
     moments = torch.cat(
         [v.flatten() for k, v in load_tensors(state)[0].items() if ".optimizer." in k and k.endswith("exp_avg")]
     ).double()
-    wd = p.s.decay  # torch's L2 decay joins the gradient
-    assert (moments.norm() / found["seen"].norm()).item() == pytest.approx(1 - p.s.beta1, rel=1e-2 if wd else 1e-4)
+    wd = p.settings.decay  # torch's L2 decay joins the gradient
+    assert (moments.norm() / found["seen"].norm()).item() == pytest.approx(
+        1 - p.settings.beta1, rel=1e-2 if wd else 1e-4
+    )
 
 
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 @pytest.mark.parametrize("extra", ["", MAPS])
 def test_objectives_train(objective, extra, tmp_path):
-    "A few steps of each, coupled, on vectors and maps: finite terms of the right names, and the constants of the objective in force"
+    "A few steps of each, coupled, on vectors and maps: finite terms, and the constants of the objective in force"
     p = ij.open_job(
         job(
             tmp_path / "run",
@@ -961,10 +974,10 @@ def test_objectives_train(objective, extra, tmp_path):
             rows="ldebm-coupled",
         )
     )
-    g = ij.train_generator(p)[0]
-    before = ij.generator_hash(g)
-    prior, end, log = ij.train_prior(p, "ldebm-coupled", g)
-    assert end.step == 4 and ij.generator_hash(g) == before, "frozen"
+    g = stages.train_generator(p)[0]
+    before = stages.generator_hash(g)
+    prior, end, log = stages.train_prior(p, "ldebm-coupled", g)
+    assert end.step == 4 and stages.generator_hash(g) == before, "frozen"
     terms = {k for o in log for k in o}
     assert (
         {"ebm", "cls_t", "sym", "mi", "loss", "norm_ebm"} <= terms
@@ -979,45 +992,50 @@ def test_objectives_train(objective, extra, tmp_path):
         else not any(prior.energy.nets.contexts)
     )
     if objective == "published":
-        assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.tau_y) == (3e-5, "likelihood", 0.1) and p.s.ema == 0
-    assert ij.sample_prior(p, prior, 4, y=torch.arange(4))[0].isfinite().all()
+        assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.tau_y) == (
+            3e-5,
+            "likelihood",
+            0.1,
+        ) and p.settings.ema == 0
+    assert measure.sample_prior(p, prior, 4, y=torch.arange(4))[0].isfinite().all()
 
 
 def test_tune_gaussian_keeps_the_best(tmp_path, whole, monkeypatch):
-    "The smallest distance to validation pictures, wherever it stands in the list; distances are those of the generators' own samples"
+    "The smallest distance to validation pictures, wherever it stands; distances are of the generators' own samples"
     p, net = ij.open_job(job(tmp_path / "run", "gen_steps=6 checks=1 tune='.1 1 4'")), whole("classifier")[0]
-    g, w, dist, end = ij.tune_gaussian(p, net)
+    g, w, dist, end = measure.tune_gaussian(p, net)
     assert list(dist) == [0.1, 1.0, 4.0] and dist[w] == min(dist.values()) and end.step == 6
-    fv = ij.features_of(net, p.images["valid"])
+    fv = image_metrics.features_of(net, p.images["valid"])
     for k in dist:
-        gk = ij.train_generator(p, k)[0]
-        assert dist[k] == pytest.approx(ij.frechet(ij.features_of(net, gk.sample(60, gen=make_gen(0, "tune"))), fv))
-        assert (ij.generator_hash(gk) == ij.generator_hash(g)) == (k == w)
+        gk = stages.train_generator(p, k)[0]
+        assert dist[k] == pytest.approx(
+            image_metrics.frechet(image_metrics.features_of(net, gk.sample(60, gen=make_gen(0, "tune"))), fv)
+        )
+        assert (stages.generator_hash(gk) == stages.generator_hash(g)) == (k == w)
     for made, best in (([3.0, 1.0, 2.0], 1.0), ([1.0, 2.0, 3.0], 0.1), ([3.0, 2.0, 1.0], 4.0)):
-        it = iter(made)
-        monkeypatch.setattr(ij, "frechet", lambda a, b: next(it))
-        g, w, *_ = ij.tune_gaussian(p, net)
-        assert w == best and ij.generator_hash(g) == ij.generator_hash(ij.train_generator(p, best)[0])
+        monkeypatch.setattr(measure, "frechet", lambda a, b, made=iter(made): next(made))
+        g, w, *_ = measure.tune_gaussian(p, net)
+        assert w == best and stages.generator_hash(g) == stages.generator_hash(stages.train_generator(p, best)[0])
 
 
 @pytest.fixture(scope="module")
 def reference(whole):
-    return ij.make_reference(whole("place"), whole("generator")[0], whole("classifier")[0])
+    return measure.make_reference(whole("place"), whole("generator")[0], whole("classifier")[0])
 
 
 def test_records(whole, reference, tmp_path):
     "One valid record for each row, under its name in the run and, when asked, in the folder of results"
     p = whole("place")
     assert reference.u.shape == (60, 5) and reference.u_test.shape == (360, 5)
-    done = {r: ij.run_row(p, r, whole("generator")[0], reference) for r in ("ldebm", "ddpm")}
-    again = ij.score(p, reference, done["ldebm"].u)
+    done = {r: measure.run_system(p, r, reference) for r in ("ldebm", "ddpm")}
+    again = measure.score(p, reference, done["ldebm"].u)
     assert again == {k: done["ldebm"].metrics[k] for k in again}, "the same numbers from the same seed"
     for r in ("ldebm-coupled", "joint-ebm"):
-        ij.save_prior(p, r, whole("generator")[0], whole(r)[0])
-        ij.finish(
+        stages.save_prior(p, r, whole("generator")[0], whole(r)[0])
+        measure.finish(
             p,
             r,
-            {**again, **ij.cost(p, r, whole(r)[1], 1.0, 60), **ij.chain_health(p, reference, whole(r)[0])},
+            {**again, **measure.cost(p, r, whole(r)[1], 1.0, 60), **measure.chain_health(p, reference, whole(r)[0])},
             whole(r)[1],
             1.0,
         )
@@ -1047,17 +1065,17 @@ def test_records(whole, reference, tmp_path):
         assert ("spread_long" in m) == (r != "ddpm") and (p.run.path / r / "model.safetensors").exists()
         assert m["sample_evaluations"]["value"] == {"joint-ebm": 2 * 2 + 1, "ddpm": 6}.get(r, 2 * (2 + 1))
         assert rec["settings"]["langevin_steps"] == 2 and rec["settings"]["n_train"] == 300
-    table = ij.rows_table({r: d.metrics for r, d in done.items()})
-    assert table.count("\n") == 3 and all(ij.ROWS[r] in table for r in done)
+    table = figures.systems_table({r: d.metrics for r, d in done.items()})
+    assert table.count("\n") == 3 and all(ij.SYSTEMS[r] in table for r in done)
     q = replace(p, job=replace(p.job, results=str(tmp_path / "results"), variant="tiny"))
-    path = ij.add_metrics(q, "ldebm", done["ldebm"], dict(more=ij.metric(0.5)))
+    path = measure.add_metrics(q, "ldebm", done["ldebm"], dict(more=metric(0.5)))
     assert (
         path == tmp_path / "results" / "runs" / "digits" / "quick" / "ldebm+tiny-consistent-s0.json"
         and json.loads(path.read_text())["metrics"]["more"]["value"] == 0.5
     )
-    assert ij.finish(p, "gaussian", again, None, 0.0).parent == p.run.path / "gaussian"
+    assert measure.finish(p, "gaussian", again, None, 0.0).parent == p.run.path / "gaussian"
     with pytest.raises(ValueError, match="metrics.bad"):
-        ij.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.0)
+        measure.finish(q, "ddpm", dict(bad=dict(value=float("nan"), interval=None, n=1, estimator="")), None, 1.0)
     assert [o for o in (tmp_path / "results").rglob("*.json")] == [path]
 
 
@@ -1069,34 +1087,34 @@ def test_evaluations_are_counted(whole, monkeypatch):
     monkeypatch.setattr(FastLayered, "grad", lambda self, *a, **kw: (n.append(1), real(self, *a, **kw))[1])
     for row in ("ldebm", "joint-ebm"):
         n.clear()
-        ij.sample_prior(whole("place"), whole(row)[0], 3)
-        assert len(n) == ij.evaluations(whole("place"), row)
+        measure.sample_prior(whole("place"), whole(row)[0], 3)
+        assert len(n) == measure.evaluations(whole("place"), row)
 
 
 def test_same_seed_same_numbers(whole, reference):
     p = whole("place")
-    u = ij.sample_prior(p, whole("ldebm")[0], 60)[0]
-    assert torch.equal(ij.sample_prior(p, whole("ldebm")[0], 60)[0], u)
-    again = ij.make_reference(p, whole("generator")[0], whole("classifier")[0])
+    u = measure.sample_prior(p, whole("ldebm")[0], 60)[0]
+    assert torch.equal(measure.sample_prior(p, whole("ldebm")[0], 60)[0], u)
+    again = measure.make_reference(p, whole("generator")[0], whole("classifier")[0])
     assert torch.equal(again.u, reference.u) and (again.recon, again.gaussian) == (reference.recon, reference.gaussian)
-    other = ij.sample_prior(replace(p, job=replace(p.job, seed=1)), whole("ldebm")[0], 60)[0]
+    other = measure.sample_prior(replace(p, job=replace(p.job, seed=1)), whole("ldebm")[0], 60)[0]
     assert not torch.equal(other, u)
 
 
 def test_control_and_outliers(whole, reference):
     p, prior = whole("place"), whole("ldebm-coupled")[0]
-    y = ij.wanted_labels(p, 25)
+    y = uses.wanted_labels(p, 25)
     assert y.shape == (25, 1) and y[:, 0].tolist() == [i % 10 for i in range(25)]
-    m, x = ij.control(p, reference, prior, ij.wanted_labels(p, 40), 2.0)
+    m, x = uses.control(p, reference, prior, uses.wanted_labels(p, 40), 2.0)
     assert x.shape == (40, 1, 8, 8) and 0 <= m["control_accuracy"]["value"] <= 1 and m["control_accuracy"]["n"] == 40
-    curve = ij.trade_off(p, reference, prior, (0.0, 1.0), 40)
-    assert list(curve) == [0.0, 1.0] and {"control_accuracy_g0", "coverage_g1"} <= set(ij.control_metrics(curve))
-    assert set(ij.requests(p, 20)) == {"class", "not a class"}
-    no = ij.requests(p, 20)["not a class"]
+    curve = uses.trade_off(p, reference, prior, (0.0, 1.0), 40)
+    assert list(curve) == [0.0, 1.0] and {"control_accuracy_g0", "coverage_g1"} <= set(uses.control_metrics(curve))
+    assert set(uses.requests(p, 20)) == {"class", "not a class"}
+    no = uses.requests(p, 20)["not a class"]
     assert no.shape == (20, 10) and (~no).sum(1).tolist() == [1] * 20
-    sets = ij.outliers(p, 12)
-    res = ij.ood(p, prior, {k: sets[k] for k in ("permuted", "noise")}, 12)
-    got = ij.ood_metrics(res)
+    sets = uses.outliers(p, 12)
+    res = uses.ood(p, prior, {k: sets[k] for k in ("permuted", "noise")}, 12)
+    got = uses.ood_metrics(res)
     assert set(got) == {
         f"ood_{s}_{k}_{i}"
         for s in ("inference", "diffusion", "ratio")

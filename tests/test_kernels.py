@@ -12,19 +12,21 @@ from unittest.mock import patch
 import pytest
 import torch
 from chains import PUBLISHED, counted_calls
-from plain import PlainEnergy, plain_gru, plain_logits, plain_loss, plain_paths, plain_product
+from plain import PlainEnergy, backwards, plain_gru, plain_logits, plain_loss, plain_paths, plain_product
 from torch import nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ldebm import energy, kernels, langevin, native
+from ldebm.corpora import load_corpus
 from ldebm.energy import EnergyNet, fast_energy
-from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
+from ldebm.kernels import has_onednn, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
+from ldebm.layers import gru, linear, linear_cross_entropy, packing
 from ldebm.records import Run
-from ldebm.text import batches, load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
-from ldebm.text_vae import packing
+from ldebm.text import batches
+from ldebm.text_settings import TextJob, resolve, train_cfg
+from ldebm.text_task import TextTask
 from ldebm.train import fit
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -453,8 +455,9 @@ def test_two_directions_as_pytorch_packs_them(lengths):
     x = pad[p.row, p.col]
     want, last = rnn(pack_padded_sequence(pad, n, batch_first=True, enforce_sorted=False))
     ahead, end = gru(rnn, p.pack(x), torch.zeros(B, H, dtype=F64))
-    back, first = gru(rnn, p.pack(x[p.back]), torch.zeros(B, H, dtype=F64), reverse=True)
-    close(torch.cat([ahead, back[p.back]], 1), want.data, TOL[F64])
+    turned = backwards(p)
+    back, first = gru(rnn, p.pack(x[turned]), torch.zeros(B, H, dtype=F64), reverse=True)
+    close(torch.cat([ahead, back[turned]], 1), want.data, TOL[F64])
     to = p.order.argsort()
     close(torch.stack([end[to], first[to]]), last, TOL[F64])
 
@@ -542,7 +545,8 @@ def test_gru_ends():
         return kernels.gru_ends(rnn, p.pack(x))
 
     def two(x):
-        return tuple(gru(rnn, p.pack(v), x.new_zeros(4, 8), reverse=r)[1] for r, v in ((False, x), (True, x[p.back])))
+        sides = (False, x), (True, x[backwards(p)])
+        return tuple(gru(rnn, p.pack(v), x.new_zeros(4, 8), reverse=r)[1] for r, v in sides)
 
     found = []
     for f in (one, two):

@@ -13,13 +13,19 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldebm import energy, langevin, native, prior, schedule, text_job, text_score
+from ldebm.clusters import cluster_targets
+from ldebm.corpora import load_corpus
 from ldebm.energy import AutogradEnergy, Energy, EnergyNet, energy_grad
-from ldebm.layered import Stack
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, cluster_targets, frozen_free
+from ldebm.levels import PriorCfg
+from ldebm.posterior import DiagGaussian
+from ldebm.prior import DiffusionEBM
+from ldebm.recovery import frozen_free
 from ldebm.schedule import consistent_schedule, published_schedule
-from ldebm.text import load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve
-from ldebm.text_vae import cut_after, strip
+from ldebm.stacks import Stack
+from ldebm.text_nets import cut_after
+from ldebm.text_settings import TextJob, resolve
+from ldebm.text_task import TextTask
+from ldebm.text_vae import strip
 
 F64 = torch.float64
 VECTORS = Path(__file__).parents[1] / "data" / "published" / "released-code-vectors.json"

@@ -9,39 +9,25 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldebm import langevin
-from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
-from ldebm.kernels import RecordedGrad
-from ldebm.langevin import (
-    can_record,
-    linear_chain_moments,
-    mala_chain,
-    mala_states,
-    record,
-    split_rhat,
-    tilt_chain,
-    tilt_states,
-)
-from ldebm.prior import (
-    DiagGaussian,
-    DiffusionEBM,
-    PriorCfg,
-    base_kl,
-    consistent_terms,
-    flat_variances,
-    plot_energy_traces,
-    published_terms,
-    recorded_terms,
-    trace_rhat,
-)
+from ldebm.convergence import split_rhat
+from ldebm.diagnostics import plot_energy_traces, trace_rhat
+from ldebm.energy import Energy, EnergyNet, fast_energy
+from ldebm.exact import QuadraticEnergy
+from ldebm.graphs import RecordedGrad, recorded_terms
+from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, tilt_chain, tilt_states
+from ldebm.levels import PriorCfg, base_kl
+from ldebm.posterior import DiagGaussian
+from ldebm.prior import DiffusionEBM, consistent_terms, published_terms
 from ldebm.schedule import (
     consistent_schedule,
     cosine_schedule,
     diffuse_pair,
     diffuse_path,
+    flat_variances,
     make_schedule,
     published_schedule,
 )
-from ldebm.text_vae import Decoder, TextCfg
+from ldebm.text_nets import Decoder, TextCfg
 
 F64 = torch.float64
 SE = 5  # standard errors allowed

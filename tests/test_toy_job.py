@@ -1,4 +1,4 @@
-"Toy jobs: bad input, scores that can fail, equal evaluations, interruption, records, and what the committed records claim"
+"Toy jobs: bad input, scores that can fail, equal evaluations, interruption, records, and what records claim"
 
 import json
 import os
@@ -14,10 +14,11 @@ import torch
 from torch.testing import assert_close
 
 from ldebm import toy_job as tj
+from ldebm import toy_measure as measure
 from ldebm.core import make_gen
-from ldebm.data import TOYS
 from ldebm.records import Run, check_result, load_results
 from ldebm.settings import notebook_params
+from ldebm.toys import TOYS
 from ldebm.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,7 @@ def test_parameters_cell_is_the_dataclass():
 @pytest.mark.parametrize("density", list(TOYS))
 @pytest.mark.parametrize("preset", ["small", "quick"])
 def test_equal_evaluations(preset, density, monkeypatch):
-    "Training and samples cost the same with and without diffusion, to within the first gradient of each chain and the rounding of steps"
+    "Training and samples cost the same with and without diffusion, to within first gradients and rounding"
     monkeypatch.delenv("IN_TEST", raising=False)
     s = tj.resolve(tj.ToyJob(preset=preset))
     a, b = (tj.evaluations(tj.settings_for(s, density, diffusion)) for diffusion in (True, False))
@@ -103,19 +104,19 @@ def test_pinwheel_arms():
     arm = torch.randint(10, (n,), generator=gen)
     a = 2 * torch.pi / 10 * arm + 0.25 * r.exp()
     x = 2 * torch.stack([r * a.cos() + t * a.sin(), t * a.cos() - r * a.sin()], 1)
-    k, K = tj.modes("pinwheel", x)
+    k, K = measure.modes("pinwheel", x)
     assert K == 10 and (k == arm).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("density", list(TOYS))
 def test_scores_can_fail(density):
-    "Fresh samples pass every score; a lost third, an uneven half, a blur and a collapse each fail the score made for it"
+    "Fresh samples pass every score; a lost third, a blur and a collapse each fail the score made for it"
     n = 1500
     x = TOYS[density].sample(4 * n, make_gen(3))
-    k, K = tj.modes(density, x)
+    k, K = measure.modes(density, x)
 
     def rate(v):
-        return {m: o["value"] for m, o in tj.score(density, [v], 0, 2).items()}
+        return {m: o["value"] for m, o in measure.score(density, [v], 0, 2).items()}
 
     good = rate(x[:n])
     assert (
@@ -139,7 +140,7 @@ def test_energy_density_of_zero_energy():
         torch.nn.init.zeros_(q)
     u = torch.linspace(-5, 5, 120)
     want = torch.exp(-0.5 * torch.cartesian_prod(u, u).square().sum(-1) / 0.8**2) / (2 * torch.pi * 0.8**2)
-    assert_close(tj.energy_density(p, 0.8, n=120), want.reshape(120, 120), atol=1e-4, rtol=1e-3)
+    assert_close(measure.energy_density(p, 0.8, n=120), want.reshape(120, 120), atol=1e-4, rtol=1e-3)
 
 
 def test_average_follows_weights():
@@ -165,24 +166,30 @@ def run_job(job):
     for d in tj.densities(job):
         models = tj.train_all(place, d)
         samples, seconds = tj.sample_all(place, d, models)
-        for row in tj.ROWS:
+        for row in tj.SYSTEMS:
             kind = "diffusion" if row == "toy-diffusion-ebm" else "single"
-            mix = tj.mixing(models[kind][0], tj.SCALES[d], d, make_gen(0), n_steps=8, n_cond=2, n_chains=4)
+            mix = measure.mixing(models[kind][0], tj.SCALES[d], d, make_gen(0), n_steps=8, n_cond=2, n_chains=4)
             out.append(
-                tj.finish(
-                    place, d, row, tj.score(d, samples[row], 0, place.s.repeats), mix, models[kind][1], seconds[row]
+                measure.finish(
+                    place,
+                    d,
+                    row,
+                    measure.score(d, samples[row], 0, place.settings.repeats),
+                    mix,
+                    models[kind][1],
+                    seconds[row],
                 )
             )
     return out
 
 
 def test_job_records(tmp_path, tiny):
-    "One valid record for each density and row; nothing leaves the run folder unless asked; a second call gives the same numbers"
+    "A valid record for each density and system; nothing leaves the run folder unless asked; numbers repeat"
     job = tj.ToyJob(preset="tiny", out=str(tmp_path / "run"))
     first = run_job(job)
     assert len(first) == 6 and all(tmp_path / "run" in p.parents for p in first)
     recs = [check_result(json.loads(p.read_text())) for p in first]
-    assert {(r["row"], r["corpus"]) for r in recs} == {(row, d) for row in tj.ROWS for d in TOYS}
+    assert {(r["row"], r["corpus"]) for r in recs} == {(row, d) for row in tj.SYSTEMS for d in TOYS}
     by = {r["row"]: r["metrics"]["sample_evaluations"]["value"] for r in recs}
     assert by["toy-ebm-short"] <= by["toy-diffusion-ebm"] < by["toy-ebm-long"]
     copies = run_job(replace(job, results=str(tmp_path / "results")))
@@ -206,11 +213,13 @@ import sys
 sys.path.insert(0, {root!r})
 from dataclasses import replace
 from ldebm import toy_job as tj
+from ldebm import toy_measure as measure
 from ldebm.records import Run
 from ldebm.train import fit
 s = replace(tj.ToySettings(), **{tiny!r}, )
 task = tj.ToyTask('gaussians16', s, 0)
-fit(task, Run(sys.argv[1], {{}}), replace(tj.train_cfg(s), checkpoint_every=2, log_every=1), 0, on_epoch=lambda line: print(line['step'], flush=True))
+cfg = replace(tj.train_cfg(s), checkpoint_every=2, log_every=1)
+fit(task, Run(sys.argv[1], {{}}), cfg, 0, on_epoch=lambda line: print(line['step'], flush=True))
 """
 
 
@@ -245,13 +254,13 @@ def test_kill_and_resume_bitwise(tmp_path):
 
 @pytest.mark.parametrize("density", list(TOYS))
 def test_committed_records(density):
-    "Three seeds: the distance of the diffusion model's samples to the truth is at most twice a fresh sample's, with the model without diffusion beside it"
+    "Three seeds: the diffusion model's samples are at most twice as far from the truth as a fresh sample"
     recs = [r for r in load_results(ROOT / "results") if r["corpus"] == density and r["preset"] == "small"]
-    for row in tj.ROWS:
+    for row in tj.SYSTEMS:
         mine = [r for r in recs if r["row"] == row]
         assert {r["seed"] for r in mine} >= {0, 1, 2}, row
         for r in mine:
-            assert r["settings"] == json.loads(json.dumps(tj.row_settings(tj.ToySettings(), density, row))), (
+            assert r["settings"] == json.loads(json.dumps(tj.record_settings(tj.ToySettings(), density, row))), (
                 "recorded with other settings than the preset's"
             )
             assert r["metrics"]["mmd"]["n"] >= 4000
