@@ -35,13 +35,13 @@ from ldebm.text_job import (
     load_own,
     record_name,
     record_settings,
-    resolve,
     run_table,
     runs_of,
     scoring,
     unused,
 )
 from .text_score import copy_record, tuning_jobs
+from .text_settings import resolve
 from .zoo import ROWS, TABLE
 
 # %% ../nbs/66_table.ipynb #42421841

@@ -53,6 +53,7 @@ from ldebm.latent_metrics import (
     mutual_information,
     v_measure,
 )
+from .launch import launch
 from .levels import PriorCfg
 from .lm import LMS, STOP
 from .posterior import DiagGaussian, Posterior
@@ -94,7 +95,6 @@ from ldebm.train import (
     TrainCfg,
     count_processes,
     cyclical,
-    launch,
     launched,
     linear_warmup,
     logistic,

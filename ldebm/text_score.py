@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .annealing import LogZ, Plan, log_z_bounds
 from .convergence import ess
 from ldebm.core import (
     atomic_write,
@@ -31,20 +32,11 @@ from ldebm.core import (
 from .data import load_grammar
 from .diagnostics import trace_rhat
 from .latent_metrics import prior_hole
-from ldebm.likelihood import (
-    LogZ,
-    NLLCfg,
-    Plan,
-    Proposal,
-    SentenceBounds,
-    log_z_bounds,
-    nll_importance,
-    nll_ldebm,
-    nll_metric,
-    nll_svebm,
-    top_log_z,
-)
+from .launch import launch
+from .likelihood import NLLCfg, SentenceBounds, nll_importance, nll_metric, top_log_z
+from .paths import Proposal
 from .posterior import DiagGaussian
+from .published import nll_ldebm, nll_svebm
 from .records import Run, identity, metric, write_result
 from .reverse import lm_lacks, reverse_ppl
 from .schedule import diffuse_path
@@ -66,9 +58,8 @@ from ldebm.text_job import (
     record_name,
     released,
     scoring,
-    train_cfg,
 )
-from .train import launch
+from .text_settings import train_cfg
 from .zoo import has_codes
 
 # %% ../nbs/64_text_score.ipynb #61150b3c
