@@ -128,7 +128,7 @@ def whole(own, tmp_path_factory):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, own, whole):
-    "SIGTERM to the second process in mid-epoch: both stop after that step; the same command again ends with the same bits"
+    "SIGTERM to the second process in mid-epoch: both stop after that step; the same command ends with the same bits"
 
     def stop(task):
         plain = task.weights
@@ -556,7 +556,8 @@ launch(task, run, train_cfg(task.s), 0, device, processes=2, more=has_energy_sta
 took = fit_energies(task, run, 0, device)
 import torch
 learned = dict(task.model.state_dict(), threads=torch.tensor(torch.get_num_threads()))
-save_tensors(sys.argv[1]+"/learned-"+os.environ.get("RANK", "0"), learned, dict(took=took, training=task.model.training))
+said = dict(took=took, training=task.model.training)
+save_tensors(sys.argv[1]+"/learned-"+os.environ.get("RANK", "0"), learned, said)
 """
 
 

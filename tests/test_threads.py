@@ -196,7 +196,7 @@ save_tensors(sys.argv[1]+'/learned', task.model.state_dict())
 
 @pytest.mark.slow
 def test_the_promise(tmp_path):
-    "One seed on two threads, twice: equal bits, energies trained alone as well. On one thread: the same but for last digits"
+    "One seed on two threads, twice: equal bits, energies as well. On one thread: the same but for last digits"
     for name, threads in (("a", 2), ("b", 2), ("one", 1)):
         env = {**os.environ, "OMP_NUM_THREADS": "2", "IN_TEST": "1"}
         subprocess.run(
