@@ -42,6 +42,7 @@ CPU_PARTS = set(bench.PARTS) - {"gpu"}
 # -- records
 
 
+@pytest.mark.slow
 def test_every_part_writes_a_record(records):
     got = read(records)
     assert (
@@ -72,6 +73,7 @@ def test_every_part_writes_a_record(records):
                 assert math.isclose(e["share"], e["rate"] / max(e["rate_shape"], e["rate_square"]))
 
 
+@pytest.mark.slow
 def test_what_is_compared(records):
     got = {k: [e for e in v["entries"] if "pending" not in e] for k, v in read(records).items()}
     assert {e["path"] for e in got["chain"]} >= {"plain", "blas", "bf16"}
@@ -95,6 +97,7 @@ def test_what_is_compared(records):
     assert ends["plain"] < 1e-4 and ends["blas"] < 1e-4 < ends["bf16"], "the paths are the same chains"
 
 
+@pytest.mark.slow
 def test_failed_part_is_named_and_loses_nothing(tmp_path, monkeypatch, capsys):
     def broken(opt):
         raise RuntimeError("no such luck")
@@ -157,6 +160,7 @@ def test_products_are_measured_beside_the_paths():
     bench.SECONDS.clear()
 
 
+@pytest.mark.slow
 def test_half_precision_is_pending_where_it_is_emulated(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.kernels, "has_bf16", lambda: False)
     opt = bench.parse(["--threads", "1"])
@@ -171,6 +175,7 @@ def test_half_precision_is_pending_where_it_is_emulated(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_what_a_gpu_would_run(monkeypatch):
     "The part for a GPU, on the processor: everything but recorded chains and launches"
     opt = bench.on_gpu(bench.parse(["--tiny", "--threads", "1", "--out", "x"]), "cpu")
@@ -380,6 +385,7 @@ def run_page(folder, monkeypatch):
     return "\n".join(o.data for o in shown if hasattr(o, "data") and isinstance(o.data, str)), len(figures)
 
 
+@pytest.mark.slow
 def test_page_of_records(records, monkeypatch):
     text, figures = run_page(records, monkeypatch)
     assert figures == 3 and ("pending" in text or torch.cuda.is_available()), "the GPU"

@@ -331,6 +331,7 @@ def task(corpus, objective="published", seed=0, settings="", row="ldebm"):
     )
 
 
+@pytest.mark.slow
 def test_published_clusters_start_from_the_same_sentences_every_epoch(corpus):
     t, seen = task(corpus), []
 
@@ -354,6 +355,7 @@ def test_published_clusters_start_from_the_same_sentences_every_epoch(corpus):
     )
 
 
+@pytest.mark.slow
 def test_numbers_of_published_clusters_settle(corpus):
     "While the encoder moves a little, as between two epochs, sentences keep their number"
     t = task(corpus)
