@@ -126,31 +126,49 @@ def generator_loss(tower, free_nats, pictures, seed):
 
 
 def frozen(energy):
-    from ldebm.energy import fast_energy
+    from ldebm.energy import Frozen
 
-    return fast_energy(energy)
+    return Frozen(energy)
+
+
+def energy_and_slope(energy, z, t, y):
+    from ldebm.energy import energy_grad
+
+    return energy_grad(energy, z, t, y)
 
 
 # A chain's target: energy, first states, levels, means and variances
 
 
-def unadjusted_chain(target, n_steps, squared_step, temperature, y=None, gen=None):
-    from ldebm.langevin import tilt_chain
+def tilted(target, temperature, y):
+    "What a chain samples, and its first states"
+    from ldebm.langevin import Conditional
 
-    return tilt_chain(*target, n_steps, s2=squared_step, tau=temperature, y=y, gen=gen)
+    energy, z, t, mean, variance = target
+    temperature = torch.as_tensor(temperature, dtype=z.dtype).expand_as(variance)
+    return Conditional(energy, t, mean, variance, temperature, y=y), z
+
+
+def unadjusted_chain(target, n_steps, squared_step, temperature, y=None, gen=None):
+    from ldebm.langevin import chain, unadjusted
+
+    level, z = tilted(target, temperature, y)
+    return chain(level, unadjusted(level, squared_step), z, n_steps, metropolis=False, gen=gen)[0]
 
 
 def preconditioned_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
-    from ldebm.langevin import tilt_chain
+    from ldebm.langevin import chain, preconditioned
 
-    return tilt_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    level, z = tilted(target, temperature, y)
+    return chain(level, preconditioned(level, rho, drift), z, n_steps, metropolis=False, gen=gen)[0]
 
 
 def metropolis_chain(target, n_steps, rho, temperature, drift=math.inf, y=None, gen=None):
     "States and mean acceptance"
-    from ldebm.langevin import mala_chain
+    from ldebm.langevin import chain, preconditioned
 
-    return mala_chain(*target, n_steps, rho=rho, tau=temperature, drift=drift, y=y, gen=gen)
+    level, z = tilted(target, temperature, y)
+    return chain(level, preconditioned(level, rho, drift), z, n_steps, metropolis=True, gen=gen)
 
 
 def chain_statistics(traces):
@@ -161,14 +179,18 @@ def chain_statistics(traces):
 
 def level_conditional(prior, z_next, t):
     "Mean and variance of the Gaussian that level `t` tilts"
-    return prior.tilt(z_next, t)
+    return prior.tilted_gaussian(z_next, t)
 
 
 def prior_terms(prior, q, z, seed, labels=None, weights=None):
     return prior.terms(q, z, generator(seed), labels, weights)
 
 
-def prior_sample(prior, n, seed, **asked):
+def prior_sample(prior, n, seed, known=None, sweeps=8, **asked):
+    from ldebm.prior import Known
+
+    if known is not None:
+        asked["known"] = Known(*known, sweeps)
     return prior.sample(n, gen=generator(seed), **asked)
 
 
@@ -181,7 +203,9 @@ def prior_kl(prior, q, z, n, seed):
 
 
 def prior_traces(prior, n, copies, seed, n_steps):
-    return prior.energy_traces(n, copies, gen=generator(seed), n_steps=n_steps)
+    from ldebm.diagnostics import energy_traces
+
+    return energy_traces(prior, n, copies, gen=generator(seed), n_steps=n_steps)
 
 
 def symbol_logits(prior, z, t):
@@ -399,7 +423,7 @@ def chain_cases() -> dict:
         for kind, drift in (("metropolis", math.inf), ("truncated", 0.3)):
             ends = metropolis_chain(target, 6, 0.5, 0.2, drift, **more, gen=generator(53))
             out.update({f"{kind}{name} {k}": v for k, v in zip(("end", "acceptance"), ends)})
-    value, slope = energy.grad(z, t, y, None, energy.base(t))
+    value, slope = energy_and_slope(energy, z, t, y)
     walk = normal(40, 3, seed=54).cumsum(0)
     return {**out, "energy": value, "slope": slope, "statistics": chain_statistics(walk)}
 
