@@ -109,10 +109,13 @@ def test_the_order_of_threads_between_waits_does_not_matter(start, sizes):
 @pytest.mark.parametrize(
     "instead",
     [
-        ("p ^= 1; return sum", "return sum"),
+        ("p ^= 1;\n            return sum", "return sum"),
         ("l--, q ^= 1", "l--"),
         ("cluster_sync();\n        // down", "block_sync();\n        // down"),
-        ("block_sync();\n        float sum = 0.f;\n        if (tid < S*C)", "float sum = 0.f;\n        if (tid < S*C)"),
+        (
+            "block_sync();\n        float sum = 0.f;\n        if (tid < S * C)",
+            "float sum = 0.f;\n        if (tid < S * C)",
+        ),
     ],
 )
 def test_without_a_wait_or_a_second_buffer_the_order_would_matter(start, instead):
