@@ -2,13 +2,14 @@
 
     python bench/bench.py [--only matmul chain ...] [--threads 1 2] [--out results]
 
-Writes `bench/<part>-<machine>.json` into the results folder as soon as a part is done; a part that fails is named at the end, and the others are kept.
-One process, a fixed number of threads; compared paths take turns in every round, and bare products with them; the first rounds
-are dropped, and a time is the median over rounds with its quartiles. Arithmetic is counted from sizes, matrix products alone, a
-multiply-add as two.
+Writes `bench/<part>-<machine>.json` into the results folder as soon as a part is done. A part that fails is named at
+the end, and the others are kept. One process, a fixed number of threads. Compared paths take turns in every round, and
+bare products with them; the first rounds are dropped, and a time is the median over rounds with its quartiles.
+Arithmetic is counted from sizes, matrix products alone, a multiply-add as two.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -25,41 +26,36 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import checkout as checkout  # the package and the tests of this checkout
 
-import torch  # noqa: E402
-from chains import counted_calls  # noqa: E402
-from plain import PlainEnergy, plain_paths  # noqa: E402
-from torch.nn import functional as nnf  # noqa: E402
+# isort: split
 
-from ldebm import kernels, langevin, native, records, text_vae  # noqa: E402
+import torch
+from chains import counted_calls
+from plain import PlainEnergy, plain_paths
+from torch.nn import functional as nnf
+
+from ldebm import kernels, langevin, native, records, text_vae
 from ldebm import prior as priors
 from ldebm.core import atomic_write, check_writable, keep_memory, progress
-from ldebm.data import load_grammar  # noqa: E402
-from ldebm.energy import MANY, EnergyNet, FastEnergy, MixedEnergy, each, fast_energy  # noqa: E402
-from ldebm.prior import DiffusionEBM  # noqa: E402
+from ldebm.corpora import load_corpus
+from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
+from ldebm.energy_task import fit_energies
+from ldebm.grammar_corpus import load_grammar
+from ldebm.graphs import MANY
+from ldebm.prior import DiffusionEBM
 from ldebm.records import provenance, results_root
-from ldebm.resident import MOST, why_not  # noqa: E402
-from ldebm.schedule import make_schedule  # noqa: E402
+from ldebm.resident import MOST, why_not
+from ldebm.schedule import make_schedule
 from ldebm.settings import check_params
-from ldebm.stats import two_sample_auroc  # noqa: E402
-from ldebm.text import Batch, Vocab, load_corpus  # noqa: E402
-from ldebm.text_job import (
-    TextJob,
-    TextSettings,
-    TextTask,
-    build_model,
-    fit_energies,
-    load_model,
-    open_job,
-    prior_cfg,
-    resolve,
-    train_cfg,
-)  # noqa: E402
-from ldebm.text_metrics import grammar_scores, wkl, word_counts  # noqa: E402
-from ldebm.text_vae import sample_sentences, strip  # noqa: E402
-from ldebm.train import fit, make_optimizer  # noqa: E402
+from ldebm.stats import two_sample_auroc
+from ldebm.text import Batch, Vocab
+from ldebm.text_job import load_model, open_job
+from ldebm.text_metrics import grammar_scores, wkl, word_counts
+from ldebm.text_settings import TextJob, TextSettings, prior_cfg, resolve, train_cfg
+from ldebm.text_task import TextTask, build_model
+from ldebm.text_vae import sample_sentences, strip
+from ldebm.train import fit, make_optimizer
 
 OBJECTIVES = ("published", "consistent")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
@@ -87,16 +83,22 @@ def machine_name(part):
 
 
 def flop_energy(B, d, H, N, K, backward=True, plain=False, T=0):
-    """`F` of B latents, and its gradient in them. Layers: d to H, H to H, the latent's share of the merge layer, N blocks, K logits; the gradient
-    goes back through the same. The plain path embeds the level at every call (two layers and their share of the merge) and sends a gradient to that share too"""
+    """`F` of B latents, and its gradient in them
+
+    Layers: d to H, H to H, the latent's share of the merge layer, N blocks, K logits; the gradient goes back through
+    the same. The plain path embeds the level at every call (two layers and their share of the merge) and sends a
+    gradient to that share too"""
     once = 2 * B * (d * H + H * H * (2 + N) + H * K)
     return once * (1 + backward) + plain * 2 * B * H * H * (3 + backward)
 
 
 def flop_energy_step(B, n, s, objective, plain=False):
-    """Energy in one training step, chains apart, forward and back: n positives, n negatives and B clean latents (back to weights and inputs: twice the forward).
-    With a share of the energy's gradient in the encoder once more, back to the latents alone: positives (`published`), or both (`consistent`).
-    The levels' share, T rows, is below a thousandth and left out, except on the plain path, which has it for every row"""
+    """Energy in one training step, chains apart, forward and back
+
+    n positives, n negatives and B clean latents; back to weights and inputs is twice the forward. With a share of the
+    energy's gradient in the encoder once more, back to the latents alone: positives (`published`), or both
+    (`consistent`). The levels' share, T rows, is below a thousandth and left out, except on the plain path, which has
+    it for every row"""
     H, N, K = s.energy_hidden, s.n_blocks, s.n_symbols
     rows, again = 2 * n + B * (K > 1), n * (1 + (objective == "consistent")) * (s.enc_share > 0)
     forward, both = flop_energy(1, s.d, H, N, K, False, plain), flop_energy(1, s.d, H, N, K, True, plain)
@@ -105,7 +107,9 @@ def flop_energy_step(B, n, s, objective, plain=False):
 
 
 def flop_norms(s):
-    "Spectral norms of one training step where power iterations are squared: `W W'` of each layer, its powers, and their products with a vector. Few iterations are no matrix products"
+    """Spectral norms of one training step where power iterations are squared
+
+    `W W'` of each layer, its powers, and their products with a vector. Few iterations are no matrix products"""
     n, H, K, G = chain_prior(s).power_iterations - 1, s.energy_hidden, s.n_symbols, 5 + s.n_blocks
     if n < MANY:
         return 0
@@ -122,7 +126,9 @@ def flop_encoder(words, B, s):
 
 
 def flop_decoder(words, B, V, s, plain=False):
-    "Three gates, and the logits of every word; the latent's share of the gates once a sentence (plain: a word), the first state, the bag of words. Forward"
+    """Three gates, and the logits of every word; the latent's share of the gates, the first state, the bag of words
+
+    Forward. The share of the gates is once a sentence, on the plain path once a word"""
     bow = 2 * B * s.d * V if s.w_bow > 0 else 0
     return (
         2 * words * (3 * s.hidden * (s.embed + s.hidden) + s.hidden * V)
@@ -137,7 +143,9 @@ def evaluations(s):
 
 
 def flop_step(B, read, words, V, s, objective, plain=False):
-    "One optimiser step by part; `read`: words the encoder runs over, `words`: words the decoder predicts. Backward is twice the forward"
+    """One optimiser step by part; backward is twice the forward
+
+    `read`: words the encoder runs over; `words`: words the decoder predicts"""
     n = 2 * B if s.reference == "flat" and objective == "published" and s.T > 1 else B
     enc, dec = flop_encoder(read, B, s), flop_decoder(words, B, V, s, plain)
     energy, back = flop_energy_step(B, n, s, objective, plain)
@@ -181,7 +189,9 @@ def once(f):
 
 
 def interleave(paths, repeats, warm=1, beside=None, before=None):
-    "Seconds of each round of each path, the paths taking turns; `before` is called ahead of each path, and `beside` at the end of every round that counts"
+    """Seconds of each round of each path, the paths taking turns
+
+    `before` is called ahead of each path, and `beside` at the end of every round that counts"""
     out = {k: [] for k in paths}
     for i in range(warm + repeats):
         for k, f in paths.items():
@@ -246,14 +256,14 @@ def product_seconds(shape, precision, budget, rounds=5, device="cpu"):
     return {k: [s / inner for s in v] for k, v in interleave({k: many(f) for k, f in fs.items()}, rounds, 0).items()}
 
 
-SECONDS, BESIDE = (
-    {},
-    5,
-)  # (shape, precision, threads, device) -> library -> seconds of a product; how many rounds, if none were measured beside the paths
+SECONDS = {}  # (shape, precision, threads, device) -> library -> seconds of a product
+BESIDE = 5  # Rounds of a product, if none were measured beside the paths
 
 
 def measure_products(opt, shapes, precisions, rounds=1):
-    "One more round of bare products at the present number of threads, between rounds of the paths that they are compared with: a machine's speed drifts"
+    """One more round of bare products at the present number of threads
+
+    Between rounds of the paths that they are compared with: a machine's speed drifts"""
     for shape in {tuple(x) for x in (*shapes, opt.square)}:
         for p in precisions:
             mine = SECONDS.setdefault((shape, p, torch.get_num_threads(), opt.device), {})
@@ -285,14 +295,9 @@ def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=Non
         **more,
     )
     if shape:
-        own, squares = (
-            max(machine_rates(opt, shape, precision, n_threads).values()),
-            machine_rates(opt, opt.square, precision, n_threads),
-        )
-        square, usual = (
-            max(squares.values()),
-            squares["cuda" if opt.device != "cpu" else "blas" if precision == "fp32" else "onednn"],
-        )  # the latter by the library that PyTorch itself takes
+        own = max(machine_rates(opt, shape, precision, n_threads).values())
+        squares = machine_rates(opt, opt.square, precision, n_threads)
+        square, usual = max(squares.values()), squares[usual_library(opt, precision)]
         e.update(
             shape=list(shape),
             rate_shape=own,
@@ -302,6 +307,13 @@ def entry(opt, what, path, n_threads, precision, sizes, seconds, flop, shape=Non
             share_torch=e["rate"] / usual,
         )
     return e
+
+
+def usual_library(opt, precision):
+    "The one that PyTorch itself takes"
+    if opt.device != "cpu":
+        return "cuda"
+    return "blas" if precision == "fp32" else "onednn"
 
 
 NO_BF16 = "this processor does not multiply in bf16"
@@ -316,12 +328,10 @@ def pending(what, path, why, **more):
 
 def bench_matmul(opt):
     "Products of the sizes that the model has, by each library"
-    shapes, out = (
-        ((8, 12, 12), (16, 16, 8))
-        if opt.tiny
-        else ((128, 200, 200), (256, 200, 200), (128, 1536, 512), (2048, 512, 10001), (1024, 1024, 1024)),
-        [],
-    )
+    shapes = ((128, 200, 200), (256, 200, 200), (128, 1536, 512), (2048, 512, 10001), (1024, 1024, 1024))
+    if opt.tiny:
+        shapes = ((8, 12, 12), (16, 16, 8))
+    out = []
     for n in opt.threads:
         with threads(n):
             for shape in shapes:
@@ -407,11 +417,16 @@ def chain_paths(prior, z, t, compiled=None, half=True):
 
 
 def bench_chain(opt):
-    """Chains of the published sampler, each on a level of its own. `end_difference` is the distance of the end from that of the closed form in double precision
-    with the same noise, relative to how far chains move"""
+    """Chains of the published sampler, each on a level of its own
+
+    `end_difference` is the distance of the end from that of the closed form in double precision with the same noise,
+    relative to how far chains move"""
     s = job("published", opt)
     B = 16 if opt.tiny else 128
-    prior, z, t, out = chain_prior(s), torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T, []
+    shape = (B, s.energy_hidden, s.energy_hidden)
+    prior = chain_prior(s)
+    z, t = torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T
+    out = []
 
     def same(x, g):
         return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
@@ -434,21 +449,12 @@ def bench_chain(opt):
         with threads(n):
             if compiled:
                 torch._dynamo.reset()
-            paths, shape = (
-                chain_paths(prior, z, t, compiled, "bf16" in opt.precisions),
-                (B, s.energy_hidden, s.energy_hidden),
-            )
+            paths = chain_paths(prior, z, t, compiled, "bf16" in opt.precisions)
             if compiled:
                 start = once(paths["compile"][1])
-            secs, far = (
-                interleave(
-                    {k: f for k, (_, f) in paths.items()},
-                    opt.rounds(15),
-                    2,
-                    lambda: measure_products(opt, (shape,), opt.precisions),
-                ),
-                {},
-            )
+            runs = {k: f for k, (_, f) in paths.items()}
+            secs = interleave(runs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), opt.precisions))
+            far = {}
             for k, (_, f) in paths.items():
                 with patch.object(langevin, "randn_like", same):
                     far[k] = ((f(gen(2)).double() - end).norm() / moved).item()
@@ -457,11 +463,8 @@ def bench_chain(opt):
             more = dict(compile_seconds=start) if k == "compile" else {}
             out.append(entry(opt, "chain", k, n, precision, sizes, secs[k], flop, shape, end_difference=far[k], **more))
         if compiled is None:
-            out.append(
-                pending(
-                    "chain", "compile", "not asked for (--compile)" if not opt.compile else "no C++ compiler", threads=n
-                )
-            )
+            why = "no C++ compiler" if opt.compile else "not asked for (--compile)"
+            out.append(pending("chain", "compile", why, threads=n))
         if "bf16" not in opt.precisions:
             out += [pending("chain", k, NO_BF16, threads=n) for k in ("mixed", "bf16", "native_bf16")]
         out += [
@@ -548,74 +551,78 @@ def fixed_batches(task, n):
     return [found[(2 * k + 1) * len(found) // (2 * n)] for k in range(n)]
 
 
+def labels_of(s, objective, device="cpu"):
+    "Labels and label weights of a step, as training has them once clusters are there"
+    labels = (torch.arange(s.batch) % s.n_symbols).to(device)
+    return labels, torch.ones(s.n_symbols, device=device) if objective == "consistent" else None
+
+
+def words_in(batches, s):
+    "Words that the decoder predicts, and those that the encoder runs over, padding included where it does"
+    words = [int((b.lengths - 1).sum()) for b in batches]
+    return words, [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in batches]
+
+
 def bench_step(opt):
-    """One optimiser step, averaged over batches spread over the lengths of the corpus. Under `published` all batches are padded and the encoder runs over padding,
-    which its arithmetic counts; the decoder predicts real words alone on both paths"""
-    out, corpus = [], load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
-    for objective in OBJECTIVES:
-        s = job(objective, opt)
-        task = TextTask(corpus, s, 0)
-        bs, V = fixed_batches(task, 1 if opt.tiny else 3), len(corpus.vocab)
-        start = {k: v.clone() for k, v in task.model.state_dict().items()}
-        labels, lw = torch.arange(s.batch) % s.n_symbols, torch.ones(s.n_symbols) if objective == "consistent" else None
-        words = [int((b.lengths - 1).sum()) for b in bs]
-        read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
-        sizes = dict(
-            batch=s.batch,
-            words=words,
-            read=read,
-            embed=s.embed,
-            hidden=s.hidden,
-            vocabulary=V,
-            d=s.d,
-            langevin_steps=s.langevin_steps,
-            levels=s.T,
-        )
-        for n in opt.threads:
-            with threads(n):
+    """One optimiser step, averaged over batches spread over the lengths of the corpus
 
-                def runner(path, precision):
-                    def go(bs=bs):
-                        task.model.load_state_dict(start)
-                        with plain_paths() if path == "plain" else nullcontext():
-                            st = Stepper(s, objective, task.model, all_terms(task))
-                            spent = [st.step(b, labels, lw, precision, gen(4)) for b in bs]
-                        return {k: sum(o.get(k, 0.0) for o in spent) / len(spent) for k in PARTS_OF_STEP}
+    Under `published` all batches are padded and the encoder runs over padding, which its arithmetic counts; the decoder
+    predicts real words alone on both paths"""
+    corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
+    tasks = {objective: TextTask(corpus, job(objective, opt), 0) for objective in OBJECTIVES}
+    return [e for objective, task in tasks.items() for n in opt.threads for e in step_entries(opt, task, objective, n)]
 
-                    return go
 
-                paths = {(p, q): runner(p, q) for q in opt.precisions for p in ("plain", "fast")}
-                got, rounds, shape = {k: [] for k in paths}, opt.rounds(3), (opt.loss_rows, s.hidden, V)
-                for i in progress(
-                    range(1 + rounds), desc=f"step, {objective}, {n} thread{'s' * (n > 1)}", unit="round"
-                ):
-                    for k, f in paths.items():
-                        if i:
-                            got[k].append(f())
-                        else:
-                            f(bs[-1:])  # warm-up, on the longest
-                    if i:
-                        measure_products(opt, (shape,), opt.precisions)
-            for (path, precision), v in got.items():
-                flops = [flop_step(s.batch, r, w, V, s, objective, path == "plain") for r, w in zip(read, words)]
-                by_part = {k: sum(f[k] for f in flops) / len(flops) for k in flops[0]}
-                split = {k: statistics.median(o[k] for o in v) for k in PARTS_OF_STEP}
-                out.append(
-                    entry(
-                        opt,
-                        "step",
-                        path,
-                        n,
-                        precision,
-                        sizes,
-                        [sum(o.values()) for o in v],
-                        sum(by_part.values()),
-                        shape,
-                        objective=objective,
-                        split=split,
-                        flop_split=by_part,
-                    )
-                )
+def step_runner(task, objective, batches, start, path, precision):
+    "Steps on batches from the weights `start`: seconds of each part, in the mean"
+    labels, label_weights = labels_of(task.s, objective)
+
+    def go(batches=batches):
+        task.model.load_state_dict(start)
+        with plain_paths() if path == "plain" else nullcontext():
+            stepper = Stepper(task.s, objective, task.model, all_terms(task))
+            spent = [stepper.step(b, labels, label_weights, precision, gen(4)) for b in batches]
+        return {k: sum(o.get(k, 0.0) for o in spent) / len(spent) for k in PARTS_OF_STEP}
+
+    return go
+
+
+def step_rounds(opt, runners, batches, shape, what):
+    "What each runner took in each round, taking turns"
+    got = {k: [] for k in runners}
+    for i in progress(range(1 + opt.rounds(3)), desc=what, unit="round"):
+        for k, f in runners.items():
+            if i:
+                got[k].append(f())
+            else:
+                f(batches[-1:])  # warm-up, on the longest
+        if i:
+            measure_products(opt, (shape,), opt.precisions)
+    return got
+
+
+def step_entries(opt, task, objective, n):
+    "Entries of one objective with `n` threads"
+    s, V = task.s, len(task.corpus.vocab)
+    batches = fixed_batches(task, 1 if opt.tiny else 3)
+    start = {k: v.clone() for k, v in task.model.state_dict().items()}
+    words, read = words_in(batches, s)
+    sizes = {k: getattr(s, k) for k in ("batch", "embed", "hidden", "d", "langevin_steps")}
+    sizes.update(words=words, read=read, vocabulary=V, levels=s.T)
+    shape = (opt.loss_rows, s.hidden, V)
+    ways = [(path, precision) for precision in opt.precisions for path in ("plain", "fast")]
+    runners = {way: step_runner(task, objective, batches, start, *way) for way in ways}
+    with threads(n):
+        got = step_rounds(opt, runners, batches, shape, f"step, {objective}, {n} thread{'s' * (n > 1)}")
+    out = []
+    for (path, precision), v in got.items():
+        flops = [flop_step(s.batch, r, w, V, s, objective, path == "plain") for r, w in zip(read, words)]
+        by_part = {k: sum(f[k] for f in flops) / len(flops) for k in flops[0]}
+        split = {k: statistics.median(o[k] for o in v) for k in PARTS_OF_STEP}
+        more = dict(objective=objective, split=split, flop_split=by_part)
+        seconds, flop = [sum(o.values()) for o in v], sum(by_part.values())
+        out.append(entry(opt, "step", path, n, precision, sizes, seconds, flop, shape, **more))
+    task.model.load_state_dict(start)
     return out
 
 
@@ -633,73 +640,68 @@ def counted_words():
 
 
 def bench_generate(opt):
-    """Sentences from a model with its initial weights. Such a model hardly ever ends a sentence, so nearly each takes all the words it may: the worst case"""
+    """Sentences from a model with its initial weights
+
+    Such a model hardly ever ends a sentence, so nearly each takes all the words it may: the worst case"""
+    words = ["<pad>", "<unk>", "<s>", "</s>", *map(str, range(9997))]
+    vocab = load_corpus("grammar", max_len=24).vocab if opt.tiny else Vocab(words)
     out = []
-    vocab = (
-        load_corpus("grammar", max_len=24).vocab
-        if opt.tiny
-        else Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(9997))])
-    )
     for objective in OBJECTIVES:
         s = job(objective, opt)
         model = build_model(s, vocab, 0).eval()
-        V = len(vocab)
-        found = []
-
-        def run(n, path, precision="fp32", bar=None):
-            def go():
-                with (
-                    plain_paths() if path == "plain" else nullcontext(),
-                    counted_words() as words,
-                    torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-                ):
-                    sample_sentences(model, n, gen=gen(5), max_len=s.max_len, progress=bar)
-                found.append(sum(words))
-
-            return go
-
-        for n in opt.threads:
-            few = 8 if opt.tiny else 100
-            shape = (few, s.hidden, V)
-            with threads(n):
-                secs = interleave(
-                    {p: run(few, *p) for p in (("plain", "fp32"), *(("fast", q) for q in opt.precisions))},
-                    opt.rounds(5),
-                    beside=lambda: measure_products(opt, (shape,), opt.precisions),
-                )
-            words = dict(zip(secs, found[-len(secs) :]))
-            for p, v in secs.items():
-                out.append(generated(opt, objective, *p, n, few, words[p], v, s, V))
-        n, many = max(opt.threads), 40 if opt.tiny else 46_000
-        if opt.skip_long:
-            out.append(
-                pending(
-                    "generate",
-                    "fast",
-                    "left out (--skip-long)",
-                    objective=objective,
-                    threads=n,
-                    sizes=dict(sentences=many),
-                )
-            )
-        else:
-            for precision in opt.precisions:
-                with threads(n):
-                    v = [
-                        once(
-                            run(
-                                many,
-                                "fast",
-                                precision,
-                                lambda it: progress(it, desc=f"generating, {objective}, {precision}", unit="chunk"),
-                            )
-                        )
-                    ]
-                out.append(generated(opt, objective, "fast", precision, n, many, found[-1], v, s, V))
+        out += [*few_sentences(opt, model, s, objective), *many_sentences(opt, model, s, objective)]
     return out
 
 
-def generated(opt, objective, path, precision, n_threads, n, words, seconds, s, V):
+def generate(model, s, n, path, precision, bar=None):
+    "Words that generating `n` sentences computes"
+    with (
+        plain_paths() if path == "plain" else nullcontext(),
+        counted_words() as words,
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        sample_sentences(model, n, gen=gen(5), max_len=s.max_len, progress=bar)
+    return sum(words)
+
+
+def few_sentences(opt, model, s, objective):
+    "Entries of each path, the paths taking turns"
+    few = 8 if opt.tiny else 100
+    shape = (few, s.hidden, model.n_words)
+    ways = [("plain", "fp32"), *(("fast", q) for q in opt.precisions)]
+    words, out = {}, []
+
+    def runner(way):
+        return lambda: words.update({way: generate(model, s, few, *way)})
+
+    for n in opt.threads:
+        with threads(n):
+            beside = functools.partial(measure_products, opt, (shape,), opt.precisions)
+            secs = interleave({way: runner(way) for way in ways}, opt.rounds(5), beside=beside)
+        out += [generated(opt, objective, way, n, few, words[way], v, s, model.n_words) for way, v in secs.items()]
+    return out
+
+
+def many_sentences(opt, model, s, objective):
+    "One entry of each precision, generated once"
+    n, many = max(opt.threads), 40 if opt.tiny else 46_000
+    if opt.skip_long:
+        more = dict(objective=objective, threads=n, sizes=dict(sentences=many))
+        return [pending("generate", "fast", "left out (--skip-long)", **more)]
+    out = []
+    for precision in opt.precisions:
+        bar = functools.partial(progress, desc=f"generating, {objective}, {precision}", unit="chunk")
+        with threads(n):
+            start = time.perf_counter()
+            words = generate(model, s, many, "fast", precision, bar)
+            seconds = [time.perf_counter() - start]
+        out.append(generated(opt, objective, ("fast", precision), n, many, words, seconds, s, model.n_words))
+    return out
+
+
+def generated(opt, objective, way, n_threads, n, words, seconds, s, V):
+    "An entry; `way`: path and precision"
+    path, precision = way
     e = entry(
         opt,
         "generate",
@@ -730,7 +732,9 @@ def slope(xs, ys):
 
 
 def bench_growth(opt):
-    "Time against one size at a time, from the published ones with a batch of 32 sentences; `slope`: the exponent of the power law fitted. One thread"
+    """Time against one size at a time, from the published ones with a batch of 32 sentences, on one thread
+
+    `slope` is the exponent of the power law fitted"""
     V, out = 40 if opt.tiny else 10_001, []
     vocab = Vocab(["<pad>", "<unk>", "<s>", "</s>", *map(str, range(V - 4))])
 
@@ -825,7 +829,7 @@ def peak_mb():
 
 
 def memory_child(preset, corpus, objective, steps, n_threads, settings):
-    "In a process of its own: a few training steps, and the largest resident memory after importing, loading and training"
+    "In a process of its own: a few training steps; largest resident memory after importing, loading and training"
     torch.set_num_threads(n_threads)
     keep_memory()  # as every job does
     out = dict(imported=peak_mb())
@@ -906,67 +910,79 @@ def trained(opt, folder):
     return task
 
 
-def bench_quality(opt):
-    """The prior of a trained model, sampled with more and fewer updates a level: what less arithmetic costs in samples.
-    `hole`: samples against encodings; `long`: samples against those with most updates; `wkl` and `grammatical`: the sentences they become"""
-    n, out, count = max(opt.threads), [], 100 if opt.tiny else 2000
-    with tempfile.TemporaryDirectory() as folder, threads(n):
-        task = trained(opt, folder)
-        e, grammar = task.s, load_grammar() if task.corpus.name == "grammar" else None
-        m, words_of = task.model.eval(), word_counts(task.corpus["train"].sentences())
-        q = task.encode("train")
-        g = gen(1)
-        pick = torch.randperm(len(q), generator=g)[:count]
-        z = q[pick].rsample(g)
+def repeated(f, n):
+    "What the last of `n` calls gave, and the seconds of each"
+    found, seconds = [], []
+    for _ in range(n):
+        seconds.append(once(lambda: found.append(f())))
+    return found[-1], seconds
 
-        def decode(u, half=False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                return [
-                    task.corpus.vocab.decode(o)
-                    for o in strip(m.decoder.generate(u, max_len=e.max_len), task.corpus.vocab.eos)
-                ]
 
-        steps = sorted(
-            {0, e.langevin_steps} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, e.langevin_steps, 4 * e.langevin_steps}
+class Quality:
+    "Samples of a trained prior with some number of updates a level, and the sentences that they become"
+
+    def __init__(self, opt, task):
+        self.opt, self.task, self.count = opt, task, 100 if opt.tiny else 2000
+        self.model, self.grammar = task.model.eval(), load_grammar() if task.corpus.name == "grammar" else None
+        self.words_of = word_counts(task.corpus["train"].sentences())
+        q, g = task.encode("train"), gen(1)
+        self.encodings = q[torch.randperm(len(q), generator=g)[: self.count]].rsample(g)
+        own = task.s.langevin_steps
+        self.updates = sorted({0, own} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, own, 4 * own})
+        self.far = self.sample(self.updates[-1], 7)
+
+    def sample(self, updates, seed):
+        return self.model.prior.sample(self.count, gen=gen(seed), n_steps=updates)
+
+    def decode(self, u, half=False):
+        vocab = self.task.corpus.vocab
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            ids = self.model.decoder.generate(u, max_len=self.task.s.max_len)
+        return [vocab.decode(o) for o in strip(ids, vocab.eos)]
+
+    def grammatical(self, words):
+        return grammar_scores(words, self.grammar.log_prob)["grammatical"]
+
+    def of_sentences(self, u, own):
+        "Scores of the sentences; for the settings' own number of updates also of those decoded in half precision"
+        words = self.decode(u)
+        out = dict(grammatical=self.grammatical(words)) if self.grammar else {}
+        if own and "bf16" in self.opt.precisions:
+            half = self.decode(u, True)
+            out["same_half"] = sum(a == b for a, b in zip(words, half)) / self.count
+            if self.grammar:
+                out["grammatical_half"] = self.grammatical(half)
+        return dict(wkl=wkl(words, self.words_of, gen=gen(6)), **out)
+
+    def entry(self, updates, n):
+        s = self.task.s
+        u, seconds = repeated(functools.partial(self.sample, updates, 2), self.opt.rounds(3))
+        gradient = flop_energy(self.count, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
+        return dict(
+            what="quality",
+            path="fast",
+            threads=n,
+            precision="fp32",
+            sizes=dict(samples=self.count, updates=updates, levels=s.T, most=self.updates[-1]),
+            seconds=spread(seconds),
+            flop=s.T * evaluations(replace(s, langevin_steps=updates)) * gradient,
+            settings=s.langevin_steps,
+            corpus=self.task.corpus.name,
+            hole=two_sample_auroc(u, self.encodings, gen=gen(3)),
+            long=two_sample_auroc(u, self.far, gen=gen(4)),
+            **self.of_sentences(u, updates == s.langevin_steps),
         )
-        far = m.prior.sample(count, gen=gen(7), n_steps=steps[-1])
-        for updates in steps:
-            us = []
-            secs = [
-                once(lambda: us.append(m.prior.sample(count, gen=gen(2), n_steps=updates)))
-                for _ in range(opt.rounds(3))
-            ]
-            u = us[-1]
-            words, own = decode(u), updates == e.langevin_steps and "bf16" in opt.precisions
-            more = dict(grammatical=grammar_scores(words, grammar.log_prob)["grammatical"]) if grammar else {}
-            if own:
-                half = decode(u, True)
-                more["same_half"] = sum(a == b for a, b in zip(words, half)) / count
-                if grammar:
-                    more["grammatical_half"] = grammar_scores(half, grammar.log_prob)["grammatical"]
-            flop = (
-                e.T
-                * evaluations(replace(e, langevin_steps=updates))
-                * flop_energy(count, e.d, e.energy_hidden, e.n_blocks, e.n_symbols)
-            )
-            out.append(
-                dict(
-                    what="quality",
-                    path="fast",
-                    threads=n,
-                    precision="fp32",
-                    sizes=dict(samples=count, updates=updates, levels=e.T, most=steps[-1]),
-                    seconds=spread(secs),
-                    flop=flop,
-                    settings=e.langevin_steps,
-                    corpus=task.corpus.name,
-                    hole=two_sample_auroc(u, z, gen=gen(3)),
-                    long=two_sample_auroc(u, far, gen=gen(4)),
-                    wkl=wkl(words, words_of, gen=gen(6)),
-                    **more,
-                )
-            )
-    return out
+
+
+def bench_quality(opt):
+    """The prior of a trained model, sampled with more and fewer updates a level: what less arithmetic costs in samples
+
+    `hole`: samples against encodings; `long`: samples against those with most updates; `wkl` and `grammatical`: the
+    sentences they become"""
+    n = max(opt.threads)
+    with tempfile.TemporaryDirectory() as folder, threads(n):
+        quality = Quality(opt, trained(opt, folder))
+        return [quality.entry(updates, n) for updates in quality.updates]
 
 
 WHAT = ("chain", "step", "generate")
@@ -993,14 +1009,25 @@ def launches(f):
 
 
 def bench_gpu(opt):
-    "Chain, training step and generation on a GPU: launch by launch, and with recorded chains; every time ends when the GPU has ended"
-    with threads(opt.threads[0]):
-        return on_device(opt, opt.threads[0])
+    """Chain, training step and generation on a GPU: launch by launch, and with recorded chains
+
+    Every time ends when the GPU has ended"""
+    n, out = opt.threads[0], []
+    corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
+    with threads(n):
+        for objective in OBJECTIVES:
+            print(f"gpu: {objective} ...", flush=True)
+            device = OnDevice(opt, n, objective, corpus)
+            for part in opt.what:
+                out += getattr(device, part)()
+    return out
 
 
 @contextmanager
 def replayed(resident=False):
-    "`RuntimeError` unless a chain, or a step's terms with their chain, was recorded or replayed inside, or with `resident` a chain run as one kernel: what is shown as such has to be"
+    """`RuntimeError` unless a chain was recorded or replayed inside: what is shown as such has to be
+
+    Or a step's terms with their chain; with `resident`: unless a chain was run as one kernel"""
     with counted_calls((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms")) as calls:
         yield
     if not calls:
@@ -1009,165 +1036,149 @@ def replayed(resident=False):
         )
 
 
-def on_device(opt, n):
-    dev, out = torch.device(opt.device), []
-    cuda = dev.type == "cuda"
+class OnDevice:
+    "What is measured on one device with `n` threads under one objective"
 
-    def g(seed):
-        return gen(seed, dev)
+    def __init__(self, opt, n, objective, corpus):
+        self.opt, self.n, self.objective, self.corpus = opt, n, objective, corpus
+        self.device, self.s = torch.device(opt.device), job(objective, opt)
+        self.prior = chain_prior(self.s).to(self.device)
+        self.fast = fast_energy(self.prior.energy)
+        batch = self.s.batch if opt.tiny else 128
+        self.z = torch.randn(batch, self.s.d, generator=gen(1)).to(self.device)
+        self.t = (torch.arange(batch) % self.s.T).to(self.device)
+        self.ways = self.possible()
 
-    def how(path):
-        return patch.dict(
-            os.environ,
-            LDEBM_RECORD=str(int(path in ("recorded", "resident"))),
-            LDEBM_RESIDENT=str(int(path == "resident")),
-        )
+    @property
+    def cuda(self):
+        return self.device.type == "cuda"
 
-    def held(path, f):
+    def possible(self):
+        "Names of the ways to run a chain here"
+        stopped = why_not(self.fast.sizes(), self.z)
+        if self.cuda and stopped:
+            print(f"gpu: chains are not one kernel, {stopped}", flush=True)
+        return ("plain", "fast", *(("recorded",) if self.cuda else ()), *(() if stopped else ("resident",)))
+
+    def gen(self, seed):
+        return gen(seed, self.device)
+
+    def held(self, path, f):
+        "`f` on one path, which is an error if it was not taken"
+        resident = path == "resident"
+        recorded = path in ("recorded", "resident")
+        switches = dict(LDEBM_RECORD=str(int(recorded)), LDEBM_RESIDENT=str(int(resident)))
+
         def go():
-            with how(path), replayed(path == "resident") if path in ("recorded", "resident") else nullcontext():
+            with patch.dict(os.environ, switches), replayed(resident) if recorded else nullcontext():
                 return f()
 
-        return waited(go, dev)
+        return waited(go, self.device)
 
-    def add(
-        what, path, precision, sizes, f, secs, flop, shape, **more
-    ):  # `f`: what launches are counted in, if anything
-        out.append(
-            entry(
-                opt,
-                what,
-                path,
-                n,
-                precision,
-                sizes,
-                secs,
-                flop,
-                shape,
-                launches=launches(f) if cuda and f is not None else None,
-                **more,
-            )
-        )
+    def beside(self, shape, precisions):
+        return functools.partial(measure_products, self.opt, (shape,), precisions)
 
-    corpus = load_corpus("grammar" if opt.tiny else "ptb", max_len=24 if opt.tiny else 40)
-    V = len(corpus.vocab)
-    for objective in OBJECTIVES:
-        s = job(objective, opt)
-        B = s.batch if opt.tiny else 128
-        print(f"gpu: {objective} ...", flush=True)
-        prior = chain_prior(s).to(dev)
-        z = torch.randn(B, s.d, generator=gen(1)).to(dev)
-        t = (torch.arange(B) % s.T).to(dev)
-        fast, shape = fast_energy(prior.energy), (B, s.energy_hidden, s.energy_hidden)
-        energies = dict(plain=PlainEnergy(prior.energy), fast=fast, recorded=fast, resident=fast)
-        stopped = why_not(fast.sizes(), z)
-        if cuda and stopped:
-            print(f"gpu: chains are not one kernel, {stopped}", flush=True)
-        ways = ("plain", "fast", *(("recorded",) if cuda else ()), *(() if stopped else ("resident",)))
-        fs = {
-            k: held(k, lambda k=k: prior.chain_from(z, t, fast=energies[k], gen=g(2)))
-            for k in ways
-            if "chain" in opt.what
-        }
-        secs = interleave(fs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), ("fp32",)))
-        for k, v in secs.items():
-            flop = evaluations(s) * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
-            add(
-                "chain",
-                k,
-                "fp32",
-                dict(batch=B, d=s.d, steps=evaluations(s), levels=s.T),
-                fs[k],
-                v,
-                flop,
-                shape,
-                objective=objective,
-            )
-        task, shape = TextTask(corpus, s, 0), (opt.loss_rows, s.hidden, V)
-        task.model.to(dev)
-        bs = fixed_batches(task, 1 if opt.tiny else 3)
-        labels, lw = (
-            (torch.arange(s.batch) % s.n_symbols).to(dev),
-            torch.ones(s.n_symbols, device=dev) if objective == "consistent" else None,
-        )
-        words = [int((b.lengths - 1).sum()) for b in bs]
-        read = [int(b.lengths.sum()) if s.packed else b.ids.numel() for b in bs]
-        there, start = [b.to(dev) for b in bs], {k: v.clone() for k, v in task.model.state_dict().items()}
-        st = []
+    def entry(self, what, way, sizes, counted, seconds, flop, shape):
+        "`way`: path and precision; `counted`: what launches are counted in, if anything"
+        launched = launches(counted) if self.cuda and counted is not None else None
+        more = dict(launches=launched, objective=self.objective)
+        return entry(self.opt, what, way[0], self.n, way[1], sizes, seconds, flop, shape, **more)
 
-        def afresh():  # every time from the same weights
-            task.model.load_state_dict(start)
-            st[:] = [Stepper(s, objective, task.model, all_terms(task))]
+    def chain(self):
+        s, B = self.s, len(self.z)
+        shape = (B, s.energy_hidden, s.energy_hidden)
 
-        def step(path, precision, some):
-            def go():
-                with plain_paths() if path == "plain" else nullcontext():
-                    for b in some:
-                        st[0].step(b, labels, lw, precision, g(4))
+        def run(path):
+            energy = PlainEnergy(self.prior.energy) if path == "plain" else self.fast
+            return self.held(path, lambda: self.prior.chain_from(self.z, self.t, fast=energy, gen=self.gen(2)))
 
-            return held(path, go)
+        runs = {path: run(path) for path in self.ways}
+        secs = interleave(runs, self.opt.rounds(15), 2, self.beside(shape, ("fp32",)))
+        sizes = dict(batch=B, d=s.d, steps=evaluations(s), levels=s.T)
+        out = []
+        for path, v in secs.items():
+            gradient = flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=path == "plain")
+            flop = evaluations(s) * gradient
+            out.append(self.entry("chain", (path, "fp32"), sizes, runs[path], v, flop, shape))
+        return out
 
-        fs = {(k, q): step(k, q, there) for q in opt.precisions for k in ways if "step" in opt.what}
+    def step(self):
+        s, V = self.s, len(self.corpus.vocab)
+        task = TextTask(self.corpus, s, 0)
+        task.model.to(self.device)
+        batches = fixed_batches(task, 1 if self.opt.tiny else 3)
+        there = [b.to(self.device) for b in batches]
+        steps = StepsOnDevice(self, task)
+        shape = (self.opt.loss_rows, s.hidden, V)
+        ways = [(path, precision) for precision in self.opt.precisions for path in self.ways]
+        runs = {way: steps.run(*way, there) for way in ways}
+        beside, afresh = self.beside(shape, self.opt.precisions), waited(steps.afresh, self.device)
         with counted_calls((langevin, "run_chains")) as kernels_run:
-            secs = interleave(
-                fs, opt.rounds(5), 2, lambda: measure_products(opt, (shape,), opt.precisions), waited(afresh, dev)
-            )
-        if fs and "resident" in ways and not kernels_run:
-            raise RuntimeError(f"a step's chains, {objective}, are not one kernel: there are too many")
-        for (k, q), v in secs.items():
-            flop = sum(
-                sum(flop_step(s.batch, r, w, V, s, objective, k == "plain").values()) for r, w in zip(read, words)
-            ) / len(bs)
-            add(
-                "step",
-                k,
-                q,
-                dict(batch=s.batch, words=words, read=read, vocabulary=V),
-                step(k, q, there[:1]),
-                [x / len(bs) for x in v],
-                flop,
-                shape,
-                objective=objective,
-            )
-        model, found = build_model(s, corpus.vocab, 0).to(dev).eval(), []
+            secs = interleave(runs, self.opt.rounds(5), 2, beside, afresh)
+        if "resident" in self.ways and not kernels_run:
+            raise RuntimeError(f"a step's chains, {self.objective}, are not one kernel: there are too many")
+        words, read = words_in(batches, s)
+        sizes = dict(batch=s.batch, words=words, read=read, vocabulary=V)
+        out = []
+        for way, v in secs.items():
+            counts = [flop_step(s.batch, r, w, V, s, self.objective, way[0] == "plain") for r, w in zip(read, words)]
+            flop = sum(sum(c.values()) for c in counts) / len(batches)
+            seconds = [x / len(batches) for x in v]
+            out.append(self.entry("step", way, sizes, steps.run(*way, there[:1]), seconds, flop, shape))
+        return out
 
-        def sentences(path, precision, count):
+    def generate(self):
+        model = build_model(self.s, self.corpus.vocab, 0).to(self.device).eval()
+        few = ((8, 2), (40, 1)) if self.opt.tiny else ((100, self.opt.rounds(5)), (46_000, 1))
+        counts = few[:1] if self.opt.skip_long and not self.opt.tiny else few
+        return [e for count, rounds in counts for e in self.generated(model, count, rounds)]
+
+    def generated(self, model, count, rounds):
+        "Entries of `count` sentences; as one kernel only where that many chains are, in full precision"
+        s, V, words = self.s, len(self.corpus.vocab), {}
+
+        def run(path, precision):
             def go():
-                with counted_words() as w, torch.autocast(dev.type, torch.bfloat16, enabled=precision == "bf16"):
-                    sample_sentences(model, count, gen=g(5), max_len=s.max_len)
-                found.append(sum(w))
+                half = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+                with counted_words() as computed, half:
+                    sample_sentences(model, count, gen=self.gen(5), max_len=s.max_len)
+                words[path, precision] = sum(computed)
 
-            return held(path, go)
+            return self.held(path, go)
 
-        for count, rounds in (
-            ((8, 2), (40, 1)) if opt.tiny else ((100, opt.rounds(5)), (46_000, 1))[: 2 - opt.skip_long]
-        ):
-            if "generate" not in opt.what:
-                break
-            fs, shape = (
-                {
-                    (k, q): sentences(k, q, count)
-                    for k in ways[1:]
-                    for q in opt.precisions
-                    if k != "resident" or count <= MOST and q == "fp32"
-                },
-                (min(count, 256), s.hidden, V),
-            )
-            for (k, q), v in interleave(fs, rounds, 1, lambda: measure_products(opt, (shape,), opt.precisions)).items():
-                words = found[list(fs).index((k, q))]
-                add(
-                    "generate",
-                    k,
-                    q,
-                    dict(sentences=count, words=words, max_len=s.max_len),
-                    fs[k, q] if count < 1000 else None,
-                    v,  # a profile of more would hold millions of events
-                    flop_generate(count, words, V, s),
-                    shape,
-                    objective=objective,
-                )
-            found.clear()
-    return out
+        def possible(path, precision):
+            return path != "resident" or count <= MOST and precision == "fp32"
+
+        ways = [(k, q) for k in self.ways[1:] for q in self.opt.precisions if possible(k, q)]
+        shape, runs = (min(count, 256), s.hidden, V), {way: run(*way) for way in ways}
+        out = []
+        for way, v in interleave(runs, rounds, 1, self.beside(shape, self.opt.precisions)).items():
+            counted = runs[way] if count < 1000 else None  # a profile of more would hold millions of events
+            sizes = dict(sentences=count, words=words[way], max_len=s.max_len)
+            out.append(self.entry("generate", way, sizes, counted, v, flop_generate(count, words[way], V, s), shape))
+        return out
+
+
+class StepsOnDevice:
+    "Training steps of a task, every round from the same weights"
+
+    def __init__(self, where, task):
+        self.where, self.task = where, task
+        self.start = {k: v.clone() for k, v in task.model.state_dict().items()}
+        self.labels, self.label_weights = labels_of(task.s, where.objective, where.device)
+        self.stepper = None
+
+    def afresh(self):
+        self.task.model.load_state_dict(self.start)
+        self.stepper = Stepper(self.task.s, self.where.objective, self.task.model, all_terms(self.task))
+
+    def run(self, path, precision, batches):
+        def go():
+            with plain_paths() if path == "plain" else nullcontext():
+                for b in batches:
+                    self.stepper.step(b, self.labels, self.label_weights, precision, self.where.gen(4))
+
+        return self.where.held(path, go)
 
 
 PARTS = dict(
@@ -1214,7 +1225,8 @@ def parse(argv):
         "--run",
         default=None,
         metavar="FOLDER",
-        help="finished text run, with energies in its prior, whose samples the part quality studies (default: it trains one on the embedded corpus)",
+        help="finished text run, with energies in its prior, whose samples the part quality studies "
+        "(default: it trains one on the embedded corpus)",
     )
     p.add_argument("--memory-child", nargs=6, help=argparse.SUPPRESS)
     opt = p.parse_args(argv)

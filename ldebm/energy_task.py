@@ -15,11 +15,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import make_gen, weights_hash
-from .prior import DiagGaussian, DiffusionEBM
+from .launch import launch
+from .peers import launched
+from .posterior import DiagGaussian
+from .prior import DiffusionEBM
 from .records import Run
 from .text_settings import energy_cfg, has_energy_stage
 from .text_task import TextTask
-from .train import launch, launched
 
 # %% ../nbs/60c_energy_task.ipynb #8aa6a727
 class EnergyModel(nn.Module):

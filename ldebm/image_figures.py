@@ -19,7 +19,7 @@ from .image_job import SYSTEMS, ImagePlace
 from .image_measure import Reference, decode_all
 from .image_uses import SCHEMES
 from .images import plot_grid
-from .layered import from_top, resample_below
+from .layer_control import from_top, resample_below
 from .prior import DiffusionEBM
 from .schedule import diffuse
 

@@ -22,17 +22,21 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
+from .cifar import CIFAR10_ARCHIVE
+from .classifier import CLASSIFIERS
 from .core import settings_hash
-from .generator import GeneratorCfg
-from .image_metrics import CLASSIFIERS
-from .images import CIFAR10_ARCHIVE, IMAGE_SETS, Images, fewer_levels, load_images, shown
+from .generator_parts import GeneratorCfg
+from .image_files import shown
+from .image_sets import IMAGE_SETS, load_images
+from .images import Images, fewer_levels
 from .job import check_names, describe, job_device, use_machine, with_folder
-from .prior import PriorCfg
+from .levels import PriorCfg
+from .peers import one_process
+from .records import JOB_SETTINGS, Run, own_name, renamed
 from .schedule import SCHEDULES, make_schedule
 from .score_prior import ScorePriorCfg
-from .records import JOB_SETTINGS, Run, own_name, renamed
 from .settings import check_params, check_settings, choose, parse_settings, setting, settings_table
-from .train import TrainCfg, one_process
+from .train import TrainCfg
 
 # %% ../nbs/62_image_job.ipynb #052e05e5
 @dataclass(frozen=True)

@@ -16,19 +16,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .classifier import features_of, predict
 from .core import make_gen
 from .generator import Generator
 from .image_job import ImagePlace, measurable, numbers, record_name, record_settings
-from ldebm.image_metrics import (
-    class_histogram_kl,
-    density_coverage,
-    features_of,
-    frechet,
-    frechet_metric,
-    gap_closed,
-    predict,
-    spread_ratio,
-)
+from .image_metrics import class_histogram_kl, density_coverage, frechet, frechet_metric, gap_closed, spread_ratio
 from .image_stages import fine_tune, save_prior, train_generator, train_prior
 from .images import Images, image_batches
 from .job import record, work_of

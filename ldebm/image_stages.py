@@ -21,7 +21,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import Average, load_tensors, make_gen, pick_device, save_tensors, weights_hash
-from .generator import Generator, GeneratorCfg, GeneratorModel
+from .generator import Generator
+from .generator_model import GeneratorModel
+from .generator_parts import GeneratorCfg
 from ldebm.image_job import (
     GENERATOR_SETTINGS,
     MEASURING,
@@ -35,10 +37,11 @@ from ldebm.image_job import (
 )
 
 # %% ../nbs/62a_image_stages.ipynb #05faac9e
-from .image_metrics import AUGMENTS, ClassifierTask, accuracy, make_classifier, save_classifier
-from .images import ImageBatch, Images, image_batches, rotated
+from .classifier import AUGMENTS, ClassifierTask, accuracy, make_classifier, save_classifier
+from .images import ImageBatch, Images, image_batches
 from .job import open_stage
 from .layered import LayeredEnergy, LayerNets, context_widths
+from .outliers import rotated
 from .prior import DiffusionEBM
 from .records import Run, renamed
 from .schedule import make_schedule

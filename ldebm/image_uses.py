@@ -12,16 +12,18 @@ import re
 import torch
 from torch import Tensor
 
+from .classifier import control_accuracy, features_of, predict
+from .conditioning import GuidedEnergy
 from .core import make_gen
-from .energy import GuidedEnergy
 from .image_job import ImagePlace
 from .image_measure import Reference, absent, decode_all, sample_prior
-from .image_metrics import control_accuracy, density_coverage, features_of, frechet, predict
+from .image_metrics import density_coverage, frechet
 from .image_stages import n_values
-from .images import inverted, noise_images, permuted, rotated, shapes, textures
-from .layered import edit, ood_scores
+from .layer_control import edit, ood_scores
+from .outliers import inverted, noise_images, permuted, rotated, textures
 from .prior import DiffusionEBM
 from .records import metric
+from .shapes import shapes
 from .stats import auroc, wilson_interval
 
 # %% ../nbs/62c_image_uses.ipynb #4a4f0103

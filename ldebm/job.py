@@ -165,23 +165,22 @@ def metrics_table(
             lines.append(' | '.join(['| ' + name, *_metric_cells(metrics[name])]) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/60_job.ipynb #9a71692c
+# %% ../nbs/60_job.ipynb #3cc51041
 def save_figure(
     run: Run,  # The job's
     name: str,  # Of the file, without its ending
     ax,  # Axes of the figure, or several of them
-) -> Path:  # The file
+) -> None:
     "Save a figure under `figures/`"
     first = ax if hasattr(ax, 'figure') else ax[0]
     run.file('figures').mkdir(exist_ok=True)
-    path = run.file(f'figures/{name}.png')
-    first.figure.savefig(path, dpi=110)
-    return path
+    first.figure.savefig(run.file(f'figures/{name}.png'), dpi=110)
 
-# %% ../nbs/60_job.ipynb #2d2ff28f
+# %% ../nbs/60_job.ipynb #a3eca052
 def run_files(
-    run: Run,  # The job's
+    run: Run | str | Path,  # The job's, or its folder
 ) -> list[str]:  # Names within the folder, sorted
     "All that a run has left behind"
-    found = [p for p in run.path.rglob('*') if p.is_file() and not p.name.startswith('.')]
-    return sorted(p.relative_to(run.path).as_posix() for p in found)
+    folder = run.path if isinstance(run, Run) else Path(run)
+    found = [p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.')]
+    return sorted(p.relative_to(folder).as_posix() for p in found)

@@ -24,9 +24,12 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import atomic_write, make_gen, progress
-from .energy import QuadraticEnergy, fast_energy
+from .energy import fast_energy
+from .exact import QuadraticEnergy
 from .langevin import shorten
-from .prior import DiagGaussian, DiffusionEBM, PriorCfg
+from .levels import PriorCfg
+from .posterior import DiagGaussian
+from .prior import DiffusionEBM
 from .records import metric, provenance
 from .schedule import consistent_schedule, randn_like
 from .stats import effective, log_mean_exp, regression_mean

@@ -60,7 +60,13 @@ def plainly():
 
 # %% ../nbs/08_registry.ipynb #01f4f9b8
 class Checks:
-    "Checks of chains that were put off: here none, each was made at once"
+    "Checks of chains that were put off within its `with` blocks: here none, each was made at once"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
     def settle(self, patient: bool = False):
         "`FloatingPointError` for the first chain that was bad; `patient`: only of checks whose answer is there"
@@ -74,7 +80,6 @@ class Checks:
 
 # %% ../nbs/08_registry.ipynb #eb8033e8
 @replaceable
-@contextlib.contextmanager
-def deferred_checks():
-    "Within this context checks of chains may be put off until `settle`"
-    yield Checks()
+def deferred_checks() -> Checks:
+    "What may put off checks of chains, within each `with` block it is used in, until `settle`"
+    return Checks()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Schedule', 'published_schedule', 'consistent_schedule', 'cosine_schedule', 'make_schedule',
-           'plot_schedules', 'randn_like', 'diffuse', 'diffuse_pair', 'diffuse_path', 'plot_levels']
+           'plot_schedules', 'randn_like', 'diffuse', 'diffuse_pair', 'diffuse_path', 'plot_levels',
+           'stratified_levels', 'published_step', 'flat_variances']
 
 # %% ../nbs/10_schedule.ipynb #41cf2dbb
 import math
@@ -186,3 +187,36 @@ def plot_levels(sched: Schedule, z: Tensor, gen=None, levels=None):
         ax.set_title(f'level {i}', fontsize=8)
         ax.set(xticks=[], yticks=[])
     return axs
+
+# %% ../nbs/10_schedule.ipynb #7b56a61b
+def stratified_levels(
+    B: int,  # How many
+    T: int,  # Number of levels
+    gen: torch.Generator | None = None,  # Source of randomness
+    device='cpu',
+) -> Tensor:  # Shape `(B,)`, long, 0..T-1
+    "Random levels, each uniform, spread evenly over the batch"
+    u = torch.rand((), generator=gen, device=device)
+    t = ((torch.arange(B, device=device) + u) * T / B).long().clamp(max=T - 1)
+    if torch.device(device).type == 'cuda':  # where `randperm` cannot be recorded
+        return t[torch.rand(B, generator=gen, device=device).argsort()]
+    return t[torch.randperm(B, generator=gen, device=device)]
+
+# %% ../nbs/10_schedule.ipynb #aeab1cb3
+def published_step(
+    sched: Schedule,
+    t: Tensor,  # Levels, shape `(B,)`
+    b2: float,  # Squared base step
+    like: Tensor,  # Gives dtype and device
+) -> Tensor:  # `s_t^2`, shape `(B, 1)`
+    "Squared step, and temperature, of the published sampler"
+    growth = sched.at('sbar', t, like) / sched.at('sbar', torch.zeros_like(t), like)
+    return growth * b2 * sched.at('sigma', t + 1, like) ** 2
+
+# %% ../nbs/10_schedule.ipynb #b73ae3b5
+def flat_variances(sched: Schedule) -> Tensor:  # Shape `(T,)`
+    "Variance of each level under the `flat` reference with zero energy"
+    variances = [sched.sigma[-1] ** 2]
+    for t in reversed(range(sched.T - 1)):
+        variances.append((variances[-1] + sched.sigma[t + 1] ** 2) / sched.a[t + 1] ** 2)
+    return torch.stack(variances[::-1])

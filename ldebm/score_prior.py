@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .energy import level_table
-from .kernels import full
-from .prior import stratified_levels
-from .schedule import Schedule, cosine_schedule, randn_like
+from .layers import full
+from .schedule import Schedule, cosine_schedule, randn_like, stratified_levels
 
 # %% ../nbs/14_score_prior.ipynb #fd640c5d
 def linear_schedule(

@@ -20,28 +20,15 @@ from pathlib import Path
 import torch
 
 from .core import check_writable
+from .corpora import CORPORA, keep_source, load_corpus
 from .records import data_of, load_results, result_path, row_name
+from .report import run_table, runs_of
 from .settings import choose, parse_settings
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
-from .text import CORPORA, keep_source, load_corpus
-from ldebm.text_job import (
-    OBJECTIVES,
-    PRESETS,
-    TextJob,
-    TextSettings,
-    check_corpus,
-    job_folder,
-    job_name,
-    load_own,
-    record_name,
-    record_settings,
-    resolve,
-    run_table,
-    runs_of,
-    scoring,
-    unused,
-)
+from .text_job import job_folder, job_name, record_name, record_settings
 from .text_score import copy_record, tuning_jobs
+from .text_settings import OBJECTIVES, PRESETS, TextJob, TextSettings, load_own, resolve, scoring, unused
+from .text_task import check_corpus
 from .zoo import ROWS, TABLE
 
 # %% ../nbs/66_table.ipynb #42421841

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['bleu', 'word_counts', 'wkl', 'unseen_share', 'wkl_reference', 'distinct_n', 'unique_share', 'memorised_share',
-           'ngram_overlap', 'self_bleu', 'self_bleu_real', 'mutual_information', 'mutual_information_per_batch',
-           'active_symbols', 'effective_symbols', 'homogeneity', 'v_measure', 'ami', 'homogeneity_per_batch',
-           'random_homogeneity', 'active_units', 'information', 'kmeans_labels', 'prior_hole', 'grammar_scores']
+           'ngram_overlap', 'self_bleu', 'self_bleu_real', 'grammar_scores']
 
 # %% ../nbs/41_text_metrics.ipynb #07944d14
 import math
@@ -17,35 +15,42 @@ import numpy as np
 import torch
 from sacrebleu.metrics import BLEU
 from scipy.sparse import csr_matrix
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_mutual_info_score
-from threadpoolctl import threadpool_limits
-from torch import Tensor
 
 from .records import metric
 from ldebm.stats import (
     bootstrap_interval,
     clustered_share,
     jackknife_interval,
-    latent_mmd,
     mean_interval,
     resample_counts,
     share_metric,
-    two_sample_auroc,
 )
 
 # %% ../nbs/41_text_metrics.ipynb #85a9ef49
-def _boot_note(gen, what):
-    return '; no interval without a generator' if gen is None else f'; bootstrap over {what}, 95 %'
+def _boot_note(gen, unit):
+    return '; no interval without a generator' if gen is None else f'; bootstrap over {unit}, 95 %'
 
 
-def _check_pairs(a, b):
-    if len(a) != len(b):
-        raise ValueError(f'{len(a)} hypotheses for {len(b)} references')
-    if not len(a):
+def _check_pairs(hyps, refs):
+    if len(hyps) != len(refs):
+        raise ValueError(f'{len(hyps)} hypotheses for {len(refs)} references')
+    if not len(hyps):
         raise ValueError('no sentences')
 
 
+def _bootstrap_bleu(scorer, hyps, refs, gen, n_boot):
+    "95 % percentile interval over resampled sentence pairs; BLEU is a function of counts that add up over pairs"
+    pairs = [scorer.corpus_score([h], [[r]]) for h, r in zip(hyps, refs)]
+    counts = torch.tensor([[*p.counts, *p.totals, p.sys_len, p.ref_len] for p in pairs], dtype=torch.long)
+    scores = []
+    for _ in range(n_boot):
+        drawn = torch.randint(len(hyps), (len(hyps),), generator=gen)
+        *orders, sys_len, ref_len = counts[drawn].sum(0).tolist()
+        score = BLEU.compute_bleu(orders[:4], orders[4:], sys_len, ref_len, smooth_method='none')
+        scores.append(score.score)
+    return np.percentile(scores, [2.5, 97.5])
+
+# %% ../nbs/41_text_metrics.ipynb #6b495f04
 def bleu(
     hyps: list[list[str]],  # Hypotheses
     refs: list[list[str]],  # One reference each
@@ -54,49 +59,35 @@ def bleu(
 ) -> dict:  # Metric, 0 to 100
     "Corpus BLEU-4, equal to multi-bleu.perl; Papineni et al. (2002). `ValueError` when the lists differ in length"
     _check_pairs(hyps, refs)
-    kind, h, r = (
-        BLEU(tokenize='none', force=True, smooth_method='none'),
-        [' '.join(o) for o in hyps],
-        [' '.join(o) for o in refs],
-    )
-    interval = _bootstrap_bleu(kind, h, r, gen, n_boot) if gen is not None else None
-    return metric(
-        kind.corpus_score(h, [r]).score,
-        interval,
-        len(h),
-        'corpus BLEU-4, unsmoothed (multi-bleu)' + _boot_note(gen, 'sentence pairs'),
-    )
-
-
-def _bootstrap_bleu(kind, h, r, gen, n_boot):
-    "95 % percentile interval over resampled sentence pairs"
-    scores = [kind.corpus_score([a], [[b]]) for a, b in zip(h, r)]
-    stats = torch.tensor([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=torch.long)
-    out = []
-    for _ in range(n_boot):
-        c = stats[torch.randint(len(h), (len(h),), generator=gen)].sum(0).tolist()
-        out.append(BLEU.compute_bleu(c[:4], c[4:8], c[8], c[9], smooth_method='none').score)
-    return np.percentile(out, [2.5, 97.5])
+    scorer = BLEU(tokenize='none', force=True, smooth_method='none')
+    hyps = [' '.join(s) for s in hyps]
+    refs = [' '.join(s) for s in refs]
+    interval = None if gen is None else _bootstrap_bleu(scorer, hyps, refs, gen, n_boot)
+    estimator = 'corpus BLEU-4, unsmoothed (multi-bleu)' + _boot_note(gen, 'sentence pairs')
+    return metric(scorer.corpus_score(hyps, [refs]).score, interval, len(hyps), estimator)
 
 # %% ../nbs/41_text_metrics.ipynb #57e96c69
+def _split_s(sentence):
+    return ' '.join(sentence).replace("'s", " 's").split()
+
+
+def _n_found(items, known):
+    return sum(o in known for o in items)
+
+
 def word_counts(
     sents: list[list[str]],  # Sentences
 ) -> Counter:  # Occurrences of each word
     "Count words, with `'s` split off as a word of its own"
     return Counter(w for s in sents for w in _split_s(s))
 
-
-def _split_s(s):
-    return ' '.join(s).replace("'s", " 's").split()
-
-
+# %% ../nbs/41_text_metrics.ipynb #264f3527
 def _count_matrix(samples, ids):
     "Words of each sentence, `(n, V+1)`: a column for each word in `ids`, and one for all others"
-    cols = [[ids.get(w, len(ids)) for w in _split_s(s)] for s in samples]
-    ends = np.cumsum([0] + [len(c) for c in cols])
-    return csr_matrix(
-        (np.ones(ends[-1]), np.array([i for c in cols for i in c], dtype=int), ends), shape=(len(cols), len(ids) + 1)
-    )
+    sentences = [_split_s(s) for s in samples]
+    ends = np.cumsum([0] + [len(s) for s in sentences])
+    columns = np.array([ids.get(w, len(ids)) for s in sentences for w in s], dtype=int)
+    return csr_matrix((np.ones(ends[-1]), columns, ends), shape=(len(samples), len(ids) + 1))
 
 
 def _kl(counts, t):
@@ -105,6 +96,15 @@ def _kl(counts, t):
     return (g * np.log(np.where(g > 0, g, 1) / t[:, None])).sum(0)
 
 
+def _bootstrap_wkl(counts, t, gen, n_boot, block=25):
+    "wKL of each bootstrap sample of sentences"
+    drawn = resample_counts(counts.shape[0], n_boot, gen)
+    words = drawn @ np.asarray(counts.sum(1))
+    drawn = drawn[words[:, 0] > 0]  # draws of nothing but empty sentences have no frequencies
+    blocks = np.array_split(drawn, max(1, len(drawn) // block))
+    return np.concatenate([_kl(counts.T @ b.T, t) for b in blocks])
+
+# %% ../nbs/41_text_metrics.ipynb #355775dd
 def wkl(
     samples: list[list[str]],  # Generated sentences
     train: list[list[str]] | Counter,  # Training sentences, or their `word_counts`
@@ -113,81 +113,83 @@ def wkl(
     n_boot: int = 100,  # Bootstrap replicates
 ) -> dict:  # Metric, nats
     "KL(generated || train) of word frequencies, words unseen in train skipped; Shi et al. (2020), `test_wKL.py`"
-    samples, t = samples[:n_max], train if isinstance(train, Counter) else word_counts(train)
-    X, freq = _count_matrix(samples, {w: i for i, w in enumerate(t)}), np.array(list(t.values()), dtype=float)
-    if not X.nnz or not len(freq):
+    samples = samples[:n_max]
+    known = train if isinstance(train, Counter) else word_counts(train)
+    counts = _count_matrix(samples, {w: i for i, w in enumerate(known)})
+    if not counts.nnz or not known:
         raise ValueError('wkl needs words on both sides')
-    freq = freq / freq.sum()
-    value, interval = _kl(np.asarray(X.sum(0)).T, freq)[0], None
-    if gen is not None:
-        w = resample_counts(len(samples), n_boot, gen)
-        w = w[(w @ np.asarray(X.sum(1)))[:, 0] > 0]  # draws of nothing but empty sentences have no frequencies
-        interval = bootstrap_interval(
-            value, np.concatenate([_kl(X.T @ c.T, freq) for c in np.array_split(w, max(1, len(w) // 25))])
-        )
-    return metric(
-        value,
-        interval,
-        len(samples),
-        'unigram KL(generated || train), plug-in, unseen words skipped' + _boot_note(gen, 'sentences'),
-    )
+    t = np.array(list(known.values()), dtype=float)
+    t = t / t.sum()
+    value = _kl(np.asarray(counts.sum(0)).T, t)[0]
+    interval = None if gen is None else bootstrap_interval(value, _bootstrap_wkl(counts, t, gen, n_boot))
+    estimator = 'unigram KL(generated || train), plug-in, unseen words skipped' + _boot_note(gen, 'sentences')
+    return metric(value, interval, len(samples), estimator)
 
-
+# %% ../nbs/41_text_metrics.ipynb #83871a87
 def unseen_share(
     samples: list[list[str]],  # Generated sentences
     train: list[list[str]] | Counter,  # Training sentences, or their `word_counts`
 ) -> dict:  # Metric, 0 to 1
     "Share of generated words that training text lacks: what `wkl` skips"
-    t = train if isinstance(train, Counter) else word_counts(train)
-    split = [_split_s(s) for s in samples]
-    return clustered_share(
-        [sum(w not in t for w in s) for s in split], [len(s) for s in split], 'share of words unseen in train'
-    )
+    known = train if isinstance(train, Counter) else word_counts(train)
+    sentences = [_split_s(s) for s in samples]
+    unseen = [len(s) - _n_found(s, known) for s in sentences]
+    return clustered_share(unseen, [len(s) for s in sentences], 'share of words unseen in train')
 
 # %% ../nbs/41_text_metrics.ipynb #2af06388
+def _resampled_wkl(flat, lengths, t, n, gen):
+    "wKL of `n` resampled sentences: words `flat` of sentences of `lengths` words, against their frequencies `t`"
+    drawn = torch.randint(len(lengths), (n,), generator=gen).numpy()
+    times = np.bincount(drawn, minlength=len(lengths))
+    g = np.bincount(flat, weights=np.repeat(times, lengths), minlength=len(t))
+    g = g / g.sum()
+    used = g > 0
+    return float((g[used] * np.log(g[used] / t[used])).sum())
+
+
 def wkl_reference(
     train: list[list[str]],  # Training sentences
     n: int = 40_000,  # Sentences drawn, with replacement
     gen: torch.Generator | None = None,  # Source of the draws
     n_rep: int = 20,  # Repetitions
-) -> dict:  # Metric, nats; the interval is the range of single draws
-    "wKL of `n` sentences resampled from train: what a generator with the training frequencies scores, and the 95 % range of its score"
-    split = [_split_s(s) for s in train]
-    ids = {w: i for i, w in enumerate(dict.fromkeys(w for s in split for w in s))}
-    flat, lens = np.array([ids[w] for s in split for w in s]), np.array([len(s) for s in split])
+) -> dict:  # Metric, nats; the interval is the 95 % range of single draws
+    "wKL of `n` sentences resampled from train: what a generator with the training frequencies scores"
+    sentences = [_split_s(s) for s in train]
+    words = dict.fromkeys(w for s in sentences for w in s)
+    ids = {w: i for i, w in enumerate(words)}
+    flat = np.array([ids[w] for s in sentences for w in s])
+    lengths = np.array([len(s) for s in sentences])
     t = np.bincount(flat) / len(flat)
-
-    def once():
-        times = np.bincount(torch.randint(len(split), (n,), generator=gen).numpy(), minlength=len(split))
-        g = np.bincount(flat, weights=np.repeat(times, lens), minlength=len(t))
-        g = g / g.sum()
-        return float((g[g > 0] * np.log(g[g > 0] / t[g > 0])).sum())
-
-    v = [once() for _ in range(n_rep)]
-    interval = bootstrap_interval(np.mean(v), v) if n_rep > 1 else None
-    return metric(np.mean(v), interval, n, f'unigram KL of resampled train, mean and 95 % range of {n_rep} draws')
+    values = [_resampled_wkl(flat, lengths, t, n, gen) for _ in range(n_rep)]
+    interval = bootstrap_interval(np.mean(values), values) if n_rep > 1 else None
+    estimator = f'unigram KL of resampled train, mean and 95 % range of {n_rep} draws'
+    return metric(np.mean(values), interval, n, estimator)
 
 # %% ../nbs/41_text_metrics.ipynb #a682a3a8
-def _ngrams(s, n):
-    return [tuple(s[i : i + n]) for i in range(len(s) - n + 1)]
+def _ngrams(sentence, n):
+    return [tuple(sentence[i : i + n]) for i in range(len(sentence) - n + 1)]
+
+
+def _only_here(items, counts):
+    "How many different ones of a sentence's `items` stand nowhere else, given their `counts` over all sentences"
+    return sum(v == counts[g] for g, v in Counter(items).items())
 
 
 def _distinct(items, estimator):
     "Different things over things, from a list of things for each sentence"
-    counts = Counter(g for o in items for g in o)
-    D, N = len(counts), sum(counts.values())
+    counts = Counter(g for sentence in items for g in sentence)
+    D = len(counts)
+    N = sum(counts.values())
     if not N:
         return metric(None, n=len(items), estimator=estimator)
-    u, m = (
-        np.array([sum(v == counts[g] for g, v in Counter(o).items()) for o in items]),
-        np.array([len(o) for o in items]),
-    )
-    interval = (
-        jackknife_interval(D / N, (D - u) / np.maximum(N - m, 1), lo=0.0, hi=1.0) if (m < N).all() else None
-    )  # `None`: one sentence has it all
+    m = np.array([len(sentence) for sentence in items])
+    interval = None
+    if (m < N).all():  # otherwise one sentence has it all
+        u = np.array([_only_here(sentence, counts) for sentence in items])
+        interval = jackknife_interval(D / N, (D - u) / np.maximum(N - m, 1), lo=0.0, hi=1.0)
     return metric(D / N, interval, len(items), f'{estimator}; jackknife over sentences, 95 %')
 
-
+# %% ../nbs/41_text_metrics.ipynb #4a83baf9
 def distinct_n(
     samples: list[list[str]],  # Generated sentences
     n: int = 2,  # Order of the n-grams
@@ -195,7 +197,7 @@ def distinct_n(
     "Different n-grams / all n-grams; Li et al. (2016), section 5.3"
     return _distinct([_ngrams(s, n) for s in samples], f'distinct {n}-grams / all {n}-grams')
 
-
+# %% ../nbs/41_text_metrics.ipynb #26b2c972
 def unique_share(
     samples: list[list[str]],  # Generated sentences
 ) -> dict:  # Metric, 0 to 1; depends on the number of sentences
@@ -209,9 +211,10 @@ def memorised_share(
 ) -> dict:  # Metric, 0 to 1
     "Share of sentences found word for word in train, with Wilson's interval"
     known = {tuple(s) for s in train}
-    return share_metric(sum(tuple(s) in known for s in samples), len(samples), 'share of samples in train, Wilson 95 %')
+    copied = sum(tuple(s) in known for s in samples)
+    return share_metric(copied, len(samples), 'share of samples in train, Wilson 95 %')
 
-
+# %% ../nbs/41_text_metrics.ipynb #2d4e01d5
 def ngram_overlap(
     samples: list[list[str]],  # Generated sentences
     train: list[list[str]],  # Training sentences
@@ -219,91 +222,116 @@ def ngram_overlap(
     n: int = 4,  # Order of the n-grams
 ) -> dict:  # Metrics `overlap_<n>` and, with `heldout`, `overlap_<n>_real`
     "Share of n-grams that training text contains, beside that of real text"
-    sets = {f'overlap_{n}': samples} | ({} if heldout is None else {f'overlap_{n}_real': heldout})
-    grams = {k: [_ngrams(s, n) for s in v] for k, v in sets.items()}
-    asked = {g for v in grams.values() for o in v for g in o}
+    texts = {f'overlap_{n}': samples}
+    if heldout is not None:
+        texts[f'overlap_{n}_real'] = heldout
+    asked = {g for text in texts.values() for s in text for g in _ngrams(s, n)}
     known = {g for s in train for g in _ngrams(s, n) if g in asked}
-    return {
-        k: clustered_share(
-            [sum(g in known for g in o) for o in v], [len(o) for o in v], f'share of {n}-grams found in train'
-        )
-        for k, v in grams.items()
-    }
+    shares = {}
+    for name, text in texts.items():
+        grams = [_ngrams(s, n) for s in text]
+        found = [_n_found(g, known) for g in grams]
+        shares[name] = clustered_share(found, [len(g) for g in grams], f'share of {n}-grams found in train')
+    return shares
 
 # %% ../nbs/41_text_metrics.ipynb #7635241e
-def _grams(s: list[str]) -> Counter:
-    return Counter(tuple(s[i : i + n]) for n in range(1, 5) for i in range(len(s) - n + 1))
+def _gram_counts(sentence: list[str]) -> Counter:
+    "Counts of all n-grams of orders 1 to 4"
+    return Counter(g for n in range(1, 5) for g in _ngrams(sentence, n))
 
 
-def _top3(counts: list[Counter]) -> dict:
-    "For each n-gram: its three largest counts in a sentence and these sentences, `[(count, sentence), ...]`"
-    top = {}
+def _largest_counts(counts: list[Counter], most: int = 3) -> dict:
+    "For each n-gram: its `most` largest counts in a sentence and these sentences, `[(count, sentence), ...]`"
+    largest = {}
     for i, c in enumerate(counts):
         for g, v in c.items():
-            t = top.setdefault(g, [])
-            if len(t) < 3 or v > t[-1][0]:
-                t.append((v, i))
-                t.sort(key=lambda o: -o[0])
-                del t[3:]
-    return top
+            top = largest.setdefault(g, [])
+            if len(top) < most or v > top[-1][0]:
+                top.append((v, i))
+                top.sort(key=lambda entry: -entry[0])
+                del top[most:]
+    return largest
+
+
+def _sentence_bleu(match, total, length, ref):
+    score = BLEU.compute_bleu(
+        match, total, length, ref, smooth_method='floor', smooth_value=0.1, effective_order=True
+    ).score
+    return min(100.0, score)
 
 # %% ../nbs/41_text_metrics.ipynb #c72e207e
-def _sentence_bleu(match, total, length, ref):
-    return min(
-        100.0,
-        BLEU.compute_bleu(
-            match, total, length, ref, smooth_method='floor', smooth_value=0.1, effective_order=True
-        ).score,
-    )
+class _Match:
+    "n-grams that sentence `i` shares with the others, by order, and how many fewer without each of them"
+
+    def __init__(self, i, sentence, counts, largest):
+        self.length = len(sentence)
+        self.found = [0] * 4
+        self.total = [max(0, self.length - n) for n in range(4)]
+        self.lost = {}  # sentence -> matches by order that come from it alone
+        for g, v in counts.items():
+            others = [entry for entry in largest[g] if entry[1] != i]
+            (first, j), (second, _) = (others + [(0, -1)] * 2)[:2]
+            self.found[len(g) - 1] += min(v, first)
+            fewer = min(v, first) - min(v, second)
+            if fewer:
+                self.lost.setdefault(j, [0] * 4)[len(g) - 1] += fewer
+
+    def score(self, ref, lost=(0, 0, 0, 0)):
+        found = [a - b for a, b in zip(self.found, lost)]
+        return _sentence_bleu(found, self.total, self.length, ref)
 
 
+def _reference_lengths(i, length, by_length):
+    "Nearest length of another sentence, the next nearest, and the one sentence that has the nearest, if it is one"
+    lengths = [r for r in by_length if r != length or len(by_length[r]) > 1]
+    lengths.sort(key=lambda r: (abs(r - length), r))
+    only = [j for j in by_length[lengths[0]] if j != i]
+    if len(only) > 1 or len(lengths) == 1:
+        return lengths[0], lengths[0], None
+    return lengths[0], lengths[1], only[0]
+
+# %% ../nbs/41_text_metrics.ipynb #612f879f
 def _self_scores(samples):
     "Score of each sentence against all others, and what the sum over the *others* loses without it"
-    counts, where = [_grams(s) for s in samples], {}
+    counts = [_gram_counts(s) for s in samples]
+    largest = _largest_counts(counts)
+    by_length = {}
     for i, s in enumerate(samples):
-        where.setdefault(len(s), []).append(i)
-    top, scores, lost = _top3(counts), np.zeros(len(samples)), np.zeros(len(samples))
-    for i, (s, c) in enumerate(zip(samples, counts)):
-        match, total, without = [0] * 4, [max(0, len(s) - n) for n in range(4)], {}
-        for g, v in c.items():
-            (b, j), (b2, _) = ([o for o in top[g] if o[1] != i] + [(0, -1)] * 2)[:2]
-            match[len(g) - 1] += min(v, b)
-            if min(v, b2) < min(v, b):
-                without.setdefault(j, [0] * 4)[len(g) - 1] += min(v, b) - min(v, b2)
-        lengths = sorted((o for o in where if o != len(s) or len(where[o]) > 1), key=lambda o: (abs(o - len(s)), o))
-        ref = lengths[0]
-        only = [j for j in where[ref] if j != i]
-        if len(only) == 1 and len(lengths) > 1:
-            without.setdefault(only[0], [0] * 4)
-        scores[i] = _sentence_bleu(match, total, len(s), ref)
-        for j, m in without.items():
-            r = lengths[1] if only == [j] and len(lengths) > 1 else ref
-            lost[j] += scores[i] - _sentence_bleu([a - b for a, b in zip(match, m)], total, len(s), r)
+        by_length.setdefault(len(s), []).append(i)
+    scores = np.zeros(len(samples))
+    lost = np.zeros(len(samples))
+    for i, s in enumerate(samples):
+        match = _Match(i, s, counts[i], largest)
+        nearest, next_nearest, owner = _reference_lengths(i, len(s), by_length)
+        if owner is not None:
+            match.lost.setdefault(owner, [0] * 4)
+        scores[i] = match.score(nearest)
+        for j, fewer in match.lost.items():
+            lost[j] += scores[i] - match.score(next_nearest if j == owner else nearest, fewer)
     return scores, lost
 
-
+# %% ../nbs/41_text_metrics.ipynb #951debcc
 def self_bleu(
     samples: list[list[str]],  # Generated sentences
     gen: torch.Generator | None = None,  # Draws the subsample
     n_max: int = 1000,  # Sentences compared with one another
 ) -> dict:  # Metric, 0 to 100; no interval below three samples
-    "Mean sentence BLEU-4 of each sample against all others (floor smoothing 0.1); Zhu et al. (2018). `ValueError` below two samples"
+    "Mean BLEU-4 of each sample against all others; Zhu et al. (2018). `ValueError` below two samples"
     if len(samples) < 2:
         raise ValueError('self_bleu needs at least two samples')
     if len(samples) > n_max:
-        samples = [samples[i] for i in torch.randperm(len(samples), generator=gen)[:n_max].tolist()]
-    (scores, lost), n = _self_scores(samples), len(samples)
-    interval = (
-        jackknife_interval(scores.mean(), (scores.sum() - scores - lost) / (n - 1), lo=0.0, hi=100.0) if n > 2 else None
-    )
-    return metric(
-        scores.mean(),
-        interval,
-        n,
-        'mean sentence BLEU-4 against all other samples, floor 0.1; jackknife over sentences, 95 %',
-    )
+        drawn = torch.randperm(len(samples), generator=gen)[:n_max].tolist()
+        samples = [samples[i] for i in drawn]
+    n = len(samples)
+    scores, lost = _self_scores(samples)
+    interval = None
+    if n > 2:
+        left_out = (scores.sum() - scores - lost) / (n - 1)
+        interval = jackknife_interval(scores.mean(), left_out, lo=0.0, hi=100.0)
+    estimator = 'mean sentence BLEU-4 against all other samples, floor 0.1; jackknife over sentences, 95 %'
+    return metric(scores.mean(), interval, n, estimator)
 
-
+# %% ../nbs/41_text_metrics.ipynb #bf83a948
 def self_bleu_real(
     real: list[list[str]],  # Real sentences
     n: int,  # How many are compared with one another: the `n` of the metric it goes with
@@ -314,340 +342,6 @@ def self_bleu_real(
         raise ValueError(f'{n} real sentences are needed for a self-BLEU that can be compared, got {len(real)}')
     return self_bleu(real, gen, n_max=n)
 
-# %% ../nbs/41_text_metrics.ipynb #1932a8d1
-def _log_p(x: Tensor, probs: bool) -> Tensor:
-    "Log-probabilities in float64; `ValueError` for values that are not finite or not probabilities"
-    x = torch.as_tensor(x).detach().double()
-    if x.ndim != 2 or not len(x):
-        raise ValueError(f'need one row of symbols per sentence, got shape {tuple(x.shape)}')
-    if not probs:
-        if not torch.isfinite(x).all():
-            raise ValueError('logits are not finite')
-        return x.log_softmax(-1)
-    if not ((x >= 0).all() and torch.allclose(x.sum(-1), x.new_ones(()), atol=1e-4)):
-        raise ValueError('rows are not probabilities')
-    return (x / x.sum(-1, keepdim=True)).log()
-
-
-def mutual_information(
-    x: Tensor,  # Logits of the symbols, `(n, K)`; probabilities with `probs=True`
-    probs: bool = False,  # Is `x` probabilities?
-) -> dict:  # Metric, nats
-    "I(sentence; symbol) = H(mean p) - mean H(p) over the whole set, with a delta-method interval"
-    lp = _log_p(x, probs)
-    lbar = lp.logsumexp(0) - math.log(len(lp))
-    kl = torch.where(lp > -torch.inf, lp.exp() * (lp - lbar), 0.0).sum(-1)
-    interval = mean_interval(kl.cpu())
-    interval = None if interval is None else [max(0.0, o) for o in interval]
-    return metric(kl.mean().clamp(min=0.0), interval, len(lp), 'H(mean p) - mean H(p), whole set, normal 95 %')
-
-
-def mutual_information_per_batch(
-    x: Tensor,  # Logits of the symbols, `(n, K)`, in file order; probabilities with `probs=True`
-    batch_size: int = 128,  # As published: 128 (LDEBM), 50 (DGM-VAE), 30 (SVEBM)
-    probs: bool = False,  # Is `x` probabilities?
-) -> dict:  # Metric, nats, at most the log of the batch size
-    "The *published* protocol: mutual information of each full batch, averaged. Not comparable across batch sizes or numbers of symbols"
-    m = len(x) // batch_size
-    if not m:
-        raise ValueError(f'{len(x)} sentences do not fill a batch of {batch_size}')
-    v = [mutual_information(x[i * batch_size : (i + 1) * batch_size], probs)['value'] for i in range(m)]
-    return metric(
-        np.mean(v),
-        mean_interval(v),
-        m * batch_size,
-        f'MI as published, mean over {m} batches of {batch_size}, normal 95 %',
-    )
-
-# %% ../nbs/41_text_metrics.ipynb #1dff0624
-def active_symbols(
-    x: Tensor,  # Logits or probabilities, `(n, K)`
-) -> dict:  # Metric, 1 to K
-    "Number of symbols that are the most probable one for at least one sentence"
-    x = torch.as_tensor(x)
-    top, counts = x.argmax(-1).unique(return_inverse=True, return_counts=True)[1:]
-    left_out = len(counts) - (counts[top] == 1).double().cpu()
-    return metric(
-        len(counts),
-        jackknife_interval(len(counts), left_out, lo=1, hi=x.shape[-1]),
-        len(x),
-        'distinct argmax symbols; jackknife 95 %',
-    )
-
-
-def effective_symbols(
-    x: Tensor,  # Logits of the symbols, `(n, K)`; probabilities with `probs=True`
-    probs: bool = False,  # Is `x` probabilities?
-) -> dict:  # Metric, 1 to K
-    "exp(H(mean p)): the number of equally used symbols with the same entropy"
-    lp = _log_p(x, probs)
-    lbar = lp.logsumexp(0) - math.log(len(lp))
-    h = -torch.where(lp > -torch.inf, lp.exp() * lbar, 0.0).sum(-1)  # one term a sentence; their mean is H(mean p)
-    interval = mean_interval(h.cpu())
-    interval = None if interval is None else [min(max(math.exp(o), 1.0), lp.shape[1]) for o in interval]
-    return metric(h.mean().exp(), interval, len(lp), 'exp(H(mean p)), delta method 95 %')
-
-# %% ../nbs/41_text_metrics.ipynb #0f63811b
-def _codes(x) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-
-
-def _pair(labels, clusters):
-    "Both as codes 0, 1, ..."
-    a, c = _codes(labels), _codes(clusters)
-    if a.shape != c.shape or a.ndim != 1 or not len(a):
-        raise ValueError(f'need one label and one cluster each, got shapes {a.shape} and {c.shape}')
-    return np.unique(a, return_inverse=True)[1], np.unique(c, return_inverse=True)[1]
-
-
-def _entropy(n, axis):
-    "Entropy of counts along `axis`, nats"
-    p = n / n.sum(axis, keepdims=True)
-    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis)
-
-
-def _entropies(a, c, batch=None):
-    "H(a), H(c), H(a, c) of each full batch"
-    b = len(a) if batch is None else batch
-    m, A, C = len(a) // b, a.max() + 1, c.max() + 1
-    t = np.bincount((np.repeat(np.arange(m), b) * A + a[: m * b]) * C + c[: m * b], minlength=m * A * C).reshape(
-        m, A, C
-    )
-    return _entropy(t.sum(2), 1), _entropy(t.sum(1), 1), _entropy(t.reshape(m, -1), 1)
-
-
-def _homogeneity(a, c, batch=None):
-    "Of each batch; 1 where there is one label only, as in scikit-learn"
-    ha, hc, hac = _entropies(a, c, batch)
-    return np.where(ha > 1e-12, (ha + hc - hac) / np.where(ha > 1e-12, ha, 1), 1.0)
-
-
-def _v_measure(a, c):
-    h, k = _homogeneity(a, c)[0], _homogeneity(c, a)[0]
-    return 2 * h * k / (h + k) if h + k > 0 else 0.0
-
-
-def _with_chance(name, attribute, score, labels, clusters, gen, n_perm, n_boot, estimator, lo):
-    "The score with a bootstrap interval, and its mean and 95 % range over permuted clusters"
-    a, c = _pair(labels, clusters)
-
-    def draw():
-        return torch.randint(len(a), (len(a),), generator=gen).numpy()
-
-    name, value = name + ('_' if attribute else '') + attribute, float(score(a, c))
-    chance = [score(a, c[torch.randperm(len(c), generator=gen).numpy()]) for _ in range(n_perm)]
-    by_chance = metric(
-        np.mean(chance),
-        np.percentile(chance, [2.5, 97.5]),
-        len(a),
-        f'{estimator}; mean and 95 % range of {n_perm} random permutations',
-    )
-    interval = (
-        bootstrap_interval(value, [score(a[i], c[i]) for i in (draw() for _ in range(n_boot))], lo, 1.0)
-        if n_boot > 1
-        else None
-    )
-    return {
-        name: metric(
-            value,
-            interval,
-            len(a),
-            estimator
-            + ('; bootstrap over sentences, 95 %' if n_boot > 1 else '; no interval: no replicates asked for'),
-        ),
-        f'{name}_chance': by_chance,
-    }
-
-# %% ../nbs/41_text_metrics.ipynb #8019439c
-def homogeneity(
-    labels,  # Attribute of each sentence, `(n,)`
-    clusters,  # Symbol of each sentence, `(n,)`
-    gen: torch.Generator | None = None,  # Source of permutations and bootstrap
-    attribute: str = '',  # Added to the names: `homogeneity_<attribute>`
-    n_perm: int = 20,  # Permutations for the chance level
-    n_boot: int = 50,  # Bootstrap replicates; no interval below 2
-) -> dict:  # Metrics `homogeneity[_attribute]` and `homogeneity[_attribute]_chance`
-    "1 - H(label | cluster)/H(label) over the whole set, with its chance level; Rosenberg & Hirschberg (2007)"
-    return _with_chance(
-        'homogeneity',
-        attribute,
-        lambda a, c: _homogeneity(a, c)[0],
-        labels,
-        clusters,
-        gen,
-        n_perm,
-        n_boot,
-        'homogeneity, whole set',
-        0.0,
-    )
-
-
-def v_measure(
-    labels,  # Attribute of each sentence, `(n,)`
-    clusters,  # Symbol of each sentence, `(n,)`
-    gen: torch.Generator | None = None,  # Source of permutations and bootstrap
-    attribute: str = '',  # Added to the names: `v_measure_<attribute>`
-    n_perm: int = 20,  # Permutations for the chance level
-    n_boot: int = 50,  # Bootstrap replicates; no interval below 2
-) -> dict:  # Metrics `v_measure[_attribute]` and `v_measure[_attribute]_chance`
-    "Harmonic mean of homogeneity and completeness over the whole set; Rosenberg & Hirschberg (2007)"
-    return _with_chance(
-        'v_measure', attribute, _v_measure, labels, clusters, gen, n_perm, n_boot, 'V-measure, whole set', 0.0
-    )
-
-
-def ami(
-    labels,  # Attribute of each sentence, `(n,)`
-    clusters,  # Symbol of each sentence, `(n,)`
-    gen: torch.Generator | None = None,  # Source of permutations and bootstrap
-    attribute: str = '',  # Added to the names: `ami_<attribute>`
-    n_perm: int = 5,  # Permutations for the chance level
-    n_boot: int = 30,  # Bootstrap replicates; no interval below 2
-) -> dict:  # Metrics `ami[_attribute]` and `ami[_attribute]_chance`
-    "Adjusted mutual information, arithmetic mean of the entropies, over the whole set; Vinh et al. (2010)"
-    return _with_chance(
-        'ami',
-        attribute,
-        adjusted_mutual_info_score,
-        labels,
-        clusters,
-        gen,
-        n_perm,
-        n_boot,
-        'adjusted mutual information, whole set',
-        -1.0,
-    )
-
-# %% ../nbs/41_text_metrics.ipynb #0b91b9c4
-def homogeneity_per_batch(
-    labels,  # Attribute of each sentence, `(n,)`, in file order
-    clusters,  # Symbol of each sentence, `(n,)`
-    gen: torch.Generator | None = None,  # Source of the permutations
-    attribute: str = '',  # Added to the names
-    batch_size: int = 128,  # As published: 128 (LDEBM), 30 (SVEBM)
-    n_perm: int = 5,  # Permutations for the chance level
-) -> dict:  # Metrics `homogeneity_per_batch[_attribute]` and `..._chance`
-    "The *published* protocol: homogeneity of each full batch, averaged. Not comparable across batch sizes or cluster counts"
-    if len(labels) < batch_size:
-        raise ValueError(f'{len(labels)} labels do not fill a batch of {batch_size}')
-    name, est = (
-        'homogeneity_per_batch' + ('_' if attribute else '') + attribute,
-        f'homogeneity as published, mean over batches of {batch_size}',
-    )
-    out = _with_chance(
-        'homogeneity_per_batch',
-        attribute,
-        lambda a, c: _homogeneity(a, c, batch_size).mean(),
-        labels,
-        clusters,
-        gen,
-        n_perm,
-        0,
-        est,
-        0.0,
-    )
-    v = _homogeneity(*_pair(labels, clusters), batch_size)
-    return {**out, name: metric(v.mean(), mean_interval(v), len(v) * batch_size, f'{est}; normal over batches, 95 %')}
-
-
-def random_homogeneity(
-    labels,  # Attribute of each sentence, `(n,)`, in file order
-    n_clusters: int,  # Number of symbols
-    gen: torch.Generator,  # Source of the clusters
-    batch_size: int | None = None,  # Sentences scored together; all of them if `None`
-    n_rep: int = 20,  # Draws
-) -> dict:  # Metric
-    "Homogeneity of symbols drawn uniformly *at random*, which know nothing: mean and 95 % range of single draws"
-    a = np.unique(_codes(labels), return_inverse=True)[1]
-    if batch_size is not None and len(a) < batch_size:
-        raise ValueError(f'{len(a)} labels do not fill a batch of {batch_size}')
-    v = [
-        _homogeneity(a, torch.randint(n_clusters, (len(a),), generator=gen).numpy(), batch_size).mean()
-        for _ in range(n_rep)
-    ]
-    what = 'whole set' if batch_size is None else f'mean over batches of {batch_size}'
-    return metric(
-        np.mean(v),
-        bootstrap_interval(np.mean(v), v, 0.0, 1.0),
-        len(a),
-        f'homogeneity of {n_clusters} uniformly random clusters, {what}; mean and 95 % range of {n_rep} draws',
-    )
-
-# %% ../nbs/41_text_metrics.ipynb #ee422d56
-def active_units(
-    means: Tensor,  # Posterior means, `(n, d)`
-    threshold: float = 0.01,  # Variance from which a unit counts
-    gen: torch.Generator | None = None,  # Source of the bootstrap, on the CPU; no interval if `None`
-    n_boot: int = 200,  # Bootstrap replicates
-) -> dict:  # Metric, 0 to d
-    "Number of latent units whose posterior mean varies over the set; Burda et al. (2016)"
-    if means.ndim != 2 or len(means) < 2:
-        raise ValueError(f'need means of at least two sentences, (n, d), got {tuple(means.shape)}')
-    x = means.detach().cpu().double()
-    n = len(x)
-    if not torch.isfinite(x).all():
-        raise ValueError('means are not finite')
-    interval = None
-    if gen is not None:
-        c, w = x - x.mean(0), torch.from_numpy(resample_counts(n, n_boot, gen))
-        v = (w @ c**2 / n - (w @ c / n) ** 2) * n / (n - 1)
-        interval = np.percentile((v > threshold).sum(1), [2.5, 97.5])
-    return metric(
-        int((x.var(0) > threshold).sum()),
-        interval,
-        n,
-        f'Var of posterior mean > {threshold}' + _boot_note(gen, 'sentences'),
-    )
-
-# %% ../nbs/41_text_metrics.ipynb #25066433
-def information(
-    q,  # Posterior of `n` sentences, with `rsample` and `pairwise` (`ldebm.prior.DiagGaussian`, or those of `ldebm.zoo`)
-    gen: torch.Generator | None = None,  # Source of one draw a sentence
-    rows: int = 512,  # Draws at a time
-) -> dict:  # Metric, nats
-    "Mutual information of sentence and latent, over the whole set"
-    n, z, out = len(q), q.rsample(gen).double(), []
-    q = q.map(Tensor.double)
-    for i in torch.arange(n).split(rows):
-        w = q.pairwise(z[i])  # (rows, n)
-        out.append(w[torch.arange(len(i)), i] - w.logsumexp(1) + math.log(n))
-    v = torch.cat(out)
-    return metric(
-        v.mean().item(),
-        mean_interval(v),
-        n,
-        f'I(x; z), aggregated posterior of {n} sentences, nats; at most {math.log(n):.2f}',
-    )
-
-# %% ../nbs/41_text_metrics.ipynb #d44ea207
-def kmeans_labels(
-    features: Tensor,  # Posterior means or probabilities, `(n, d)`
-    K: int,  # Clusters
-    gen: torch.Generator | None = None,  # Source of the starts, on the CPU
-) -> Tensor:  # `(n,)`, long
-    "k-means, best of five starts; `ValueError` for fewer points than clusters"
-    if len(features) < K:
-        raise ValueError(
-            f'{len(features)} points cannot make {K} clusters: lower the number of symbols or use more data'
-        )
-    with threadpool_limits(1):  # sums over several threads differ in their last bits
-        return torch.from_numpy(
-            KMeans(K, n_init=5, random_state=int(torch.randint(2**31 - 1, (), generator=gen))).fit_predict(
-                features.double().numpy()
-            )
-        ).long()
-
-# %% ../nbs/41_text_metrics.ipynb #65c40df3
-def prior_hole(
-    prior_samples: Tensor,  # Draws from the prior, `(n, d)`
-    posterior_samples: Tensor,  # One draw from q(z|x) for each sentence of a data set, `(m, d)`
-    gen: torch.Generator,  # Source of subsets and folds, on the CPU
-    max_n: int = 2000,  # Points used a side
-) -> dict:  # Metrics `prior_hole_auroc` and `prior_hole_mmd`
-    "Whether latents of the prior can be told from those of the data; Lopez-Paz & Oquab (2017), Gretton et al. (2012)"
-    a, b = (x.detach().cpu()[torch.randperm(len(x), generator=gen)[:max_n]] for x in (prior_samples, posterior_samples))
-    return dict(prior_hole_auroc=two_sample_auroc(a, b, gen, max_n=max_n), prior_hole_mmd=latent_mmd(a, b))
-
 # %% ../nbs/41_text_metrics.ipynb #d16c119d
 def grammar_scores(
     samples: list[list[str]],  # Generated sentences
@@ -655,18 +349,17 @@ def grammar_scores(
     train: list[list[str]] | None = None,  # Training sentences, for `memorised`
 ) -> dict:  # Metrics `grammatical`, `exact_nll` and, with `train`, `memorised`
     "Judge samples by the distribution they should follow; `ValueError` when `log_prob` returns NaN or +inf"
-    known = {s: float(log_prob(list(s))) for s in {tuple(s) for s in samples}}
-    bad = next((s for s, v in known.items() if math.isnan(v) or v == math.inf), None)
-    if bad is not None:
-        raise ValueError(f"log_prob of {' '.join(bad)!r} is {known[bad]}")
-    nll = [-known[tuple(s)] for s in samples if math.isfinite(known[tuple(s)])]
-    out = {
-        'grammatical': share_metric(len(nll), len(samples), 'share with finite exact log-probability, Wilson 95 %'),
-        'exact_nll': metric(
-            np.mean(nll) if nll else None,
-            mean_interval(nll),
-            len(nll),
-            'mean -log p over grammatical samples, normal 95 %',
-        ),
-    }
-    return out if train is None else {**out, 'memorised': memorised_share(samples, train)}
+    distinct = {tuple(s) for s in samples}
+    known = {s: float(log_prob(list(s))) for s in distinct}
+    for sentence, value in known.items():
+        if math.isnan(value) or value == math.inf:
+            raise ValueError(f"log_prob of {' '.join(sentence)!r} is {value}")
+    log_probs = [known[tuple(s)] for s in samples]
+    nll = [-v for v in log_probs if math.isfinite(v)]
+    mean = np.mean(nll) if nll else None
+    share = share_metric(len(nll), len(samples), 'share with finite exact log-probability, Wilson 95 %')
+    estimator = 'mean -log p over grammatical samples, normal 95 %'
+    scores = {'grammatical': share, 'exact_nll': metric(mean, mean_interval(nll), len(nll), estimator)}
+    if train is not None:
+        scores['memorised'] = memorised_share(samples, train)
+    return scores

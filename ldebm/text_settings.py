@@ -17,12 +17,12 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from .levels import PriorCfg
 from .lm import LMS
-from .prior import PriorCfg
 from .records import JOB_SETTINGS
 from .schedule import SCHEDULES, make_schedule
 from .settings import check_params, check_settings, choose, parse_settings, pick, setting, settings_table
-from .text_vae import TextCfg
+from .text_nets import TextCfg
 from .train import CHANGEABLE, TrainCfg, cyclical, linear_warmup, logistic, parse_changes
 from .zoo import PRIORS, ROWS, head_of, latent_parts, parse_terms
 

@@ -12,12 +12,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .clusters import balance_weights, cluster_targets, published_draw
 from .core import batch_sizes, make_gen
+from .corpora import Corpus
 from .energy import EnergyNet
 from .lm import STOP
-from .prior import DiffusionEBM, Posterior, balance_weights, cluster_targets, published_draw
+from .posterior import Posterior
+from .prior import DiffusionEBM
 from .schedule import make_schedule
-from .text import Corpus
 from .text import batches as sentence_batches
 from ldebm.text_settings import (
     ANNEAL,
@@ -241,7 +243,7 @@ def start_epoch(
     labels = cluster_targets(means, K, dims=dims, gen=gen, previous=previous, n_init=5)
     return dict(labels=labels, weights=balance_weights(labels, K))
 
-# %% ../nbs/60b_text_task.ipynb #b44c568d
+# %% ../nbs/60b_text_task.ipynb #dd6ad20a
 @patch
 def batches(
     self: TextTask,
@@ -250,7 +252,8 @@ def batches(
     start: int = 0,  # Batches to skip
 ):  # `(batch, extra)`, the second for `TextModel.forward`
     "Batches of one epoch"
-    settings, train, state = self.settings, self.corpus['train'], state or {}
+    settings, train = self.settings, self.corpus['train']
+    state = state or {}
     width = int(train.lengths.max()) if released(settings) else None
     options = dict(bucket=settings.bucket, pad_to=width, drop_last=True, index=state.get('index'), start=start)
     for batch in sentence_batches(train, settings.batch, gen=gen, **options):

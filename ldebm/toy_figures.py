@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .core import make_gen
-from .data import TOYS
 from .prior import DiffusionEBM
 from .toy_job import SCALES, SYSTEMS, ToyPlace, densities, evaluations, settings_for
 from .toy_measure import energy_density, exact_density, reference
+from .toys import TOYS
 
 # %% ../nbs/63b_toy_figures.ipynb #9b66a65a
 _SHOWN = {

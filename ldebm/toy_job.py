@@ -18,15 +18,18 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import Average, make_gen, progress
-from .data import TOYS
 from .energy import EnergyNet
 from .job import check_names, describe, job_device, use_machine, with_folder
-from .prior import DiagGaussian, DiffusionEBM, PriorCfg
+from .levels import PriorCfg
+from .peers import one_process
+from .posterior import DiagGaussian
+from .prior import DiffusionEBM
 from .records import JOB_SETTINGS, Run
 from .schedule import consistent_schedule
 from .settings import choose, setting, settings_table
 from .stats import mmd
-from .train import TrainCfg, fit, one_process
+from .toys import TOYS
+from .train import TrainCfg, fit
 
 # %% ../nbs/63_toy_job.ipynb #9bd54abe
 @dataclass(frozen=True)

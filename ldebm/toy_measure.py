@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .convergence import split_rhat
 from .core import make_gen
-from .data import ARMS, RATE, TOYS, grid16
 from .job import record, work_of
-from .langevin import split_rhat
 from .prior import DiffusionEBM
 from .records import metric
 from .schedule import diffuse
 from .stats import mmd
 from .toy_job import ToyPlace, evaluations, record_name, record_settings, settings_for
+from .toys import ARMS, RATE, TOYS, grid16
 
 # %% ../nbs/63a_toy_measure.ipynb #a0354a21
 @torch.no_grad()

@@ -6,13 +6,11 @@ from unittest.mock import patch
 import torch
 
 from ldebm.energy import EnergyNet, fast_energy
-from ldebm.resident import Sizes
+from ldebm.whole_chains import Sizes
 
-SMALL = [
-    Sizes(6, 24, 5, 2),
-    Sizes(5, 36, 1, 0),
-    Sizes(3, 40, 37, 1),
-]  # columns of a block of the kernel for GPUs: 2, 3 and 3; inputs in even and odd numbers of four; one symbol, and more than threads in a warp
+# Columns of a block of the kernel for GPUs: 2, 3 and 3; inputs in even and odd numbers of four; one symbol, and more
+# than threads in a warp
+SMALL = [Sizes(6, 24, 5, 2), Sizes(5, 36, 1, 0), Sizes(3, 40, 37, 1)]
 PUBLISHED = Sizes(40, 200, 20, 12)
 
 

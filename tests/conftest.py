@@ -3,10 +3,13 @@
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # `import bench`, `import against`
 
 NO_DATA = "LDEBM_DATA is not set: no real data"
 

@@ -1,6 +1,10 @@
-"""Import modules, each in a process of its own, with the optional packages hidden: `python tests/import_alone.py ldebm.core ldebm.data`
+"""Import modules, each in a process of its own, with the optional packages hidden
 
-A process is forked from one that has loaded what takes long and the package requires anyway, so that a module takes a fraction of a second."""
+    python tests/import_alone.py ldebm.core ldebm.data             # whether they can be
+    python tests/import_alone.py --loaded ldebm.core ldebm.data    # and what of the package each brings
+
+A process is forked from one that has loaded what takes long and the package requires anyway, so that a module takes a
+fraction of a second."""
 
 import importlib
 import os
@@ -35,21 +39,22 @@ class Hide:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden: it is optional)", name=name)
 
 
-def load(module):
+def load(module, loaded=False):
     mod = importlib.import_module(module)
     missing = [n for n in getattr(mod, "__all__", []) if not hasattr(mod, n)]
     if missing:
         raise SystemExit(f"{module} promises {missing} and does not define them")
-    print("ok", module, flush=True)
+    own = sorted(m.removeprefix("ldebm.") for m in sys.modules if m.startswith("ldebm."))
+    print(*((module, *own) if loaded else ("ok", module)), flush=True)
 
 
-def forked(module):
+def forked(module, loaded):
     "Exit status of a child that loads it"
     sys.stdout.flush()
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
-        load(module)
+        load(module, loaded)
         os._exit(0)
     except BaseException:
         print(f"{module}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -63,7 +68,8 @@ def main(*modules):
 
     taken = [m for m in sys.modules if m.partition(".")[0] in {"ldebm", *HIDDEN}]
     assert not taken, f"already loaded: {taken}"
-    return sum(forked(m) != 0 for m in modules)
+    loaded = "--loaded" in modules
+    return sum(forked(m, loaded) != 0 for m in modules if m != "--loaded")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ import torch
 from same import assert_same_state, same_log
 from test_train import LINE, Countdown, Killed, Poisoned, line
 
-from ldebm import image_job, image_stages, text_score
+from ldebm import image_job, text_score
+from ldebm.energy_task import fit_energies
 from ldebm.image_job import ImageJob, ImageSettings
 from ldebm.records import OPERATIONAL, SCORING, Run, identity
-from ldebm.text_job import TextJob, TextSettings, evaluate, finish, fit_energies, open_job, resolve, train_cfg
+from ldebm.text_job import finish, open_job
+from ldebm.text_measure import evaluate
+from ldebm.text_settings import TextJob, TextSettings, resolve, train_cfg
 from ldebm.toy_job import ToySettings
 from ldebm.train import TrainCfg, fit
 
@@ -60,7 +63,7 @@ def spoil(task, at):
 
 def train(job):
     run, task, device = open_job(job)
-    return run, task, fit(task, run, train_cfg(task.s), job.seed, device)
+    return run, task, fit(task, run, train_cfg(task.settings), job.seed, device)
 
 
 # -- numbers that are not
@@ -74,7 +77,7 @@ def test_without_a_checkpoint_none_is_promised(tmp_path, corpus):
         FloatingPointError,
         match="at step 3 .*; there is no checkpoint yet: train anew in another folder, with a lower lr or lr_ebm",
     ):
-        fit(task, run, train_cfg(task.s), 0, device)
+        fit(task, run, train_cfg(task.settings), 0, device)
     assert not run.file("checkpoint.safetensors").exists()
     assert (
         train(dataclasses.replace(job, out=str(tmp_path / "another"), settings=job.settings + " lr=1e-4 lr_ebm=1e-4"))[
@@ -89,7 +92,7 @@ def test_what_is_advised_after_a_checkpoint_goes_on_and_is_on_record(tmp_path, c
     run, task, device = open_job(job)
     spoil(task, 6)
     with pytest.raises(FloatingPointError) as e:
-        fit(task, run, train_cfg(task.s), 0, device)
+        fit(task, run, train_cfg(task.settings), 0, device)
     found = re.search(
         r"the last checkpoint is intact \(step 4\): to go on .* put (changes=\S+) into the settings", str(e.value)
     )
@@ -145,9 +148,9 @@ def test_energies_of_an_encoder_that_was_trained_further_are_made_anew(tmp_path,
 def test_a_stage_of_pictures_names_its_rate(tmp_path, rows, name):
     job = ImageJob(rows=rows, device="cpu", threads=1, out=str(tmp_path / "run"), settings="gen_lr=1e30 gen_clip=1e30")
     with pytest.raises(FloatingPointError, match=f"train anew in another folder, with a lower {name}"):
-        image_stages.train_generator(image_job.open_job(job))
+        image_job.train_generator(image_job.open_job(job))
     again = dataclasses.replace(job, out=str(tmp_path / "another"), settings="gen_lr=1e-4 gen_clip=10")
-    assert image_stages.train_generator(image_job.open_job(again))[1].step == 12
+    assert image_job.train_generator(image_job.open_job(again))[1].step == 12
 
 
 # -- changes on purpose
@@ -263,7 +266,7 @@ def test_half_a_run_goes_on_with_other_checkpoints_threads_and_name(tmp_path, co
     run, task, device = open_job(job)
     spoil(task, 6)
     with pytest.raises(FloatingPointError):
-        fit(task, run, train_cfg(task.s), 0, device)
+        fit(task, run, train_cfg(task.settings), 0, device)
     run, task, end = train(
         dataclasses.replace(
             job,
@@ -324,10 +327,10 @@ def test_a_finished_run_is_scored_on_another_device(tmp_path):
 
 def test_pictures_are_measured_by_another_classifier(tmp_path):
     job = ImageJob(rows="ldebm", device="cpu", threads=1, out=str(tmp_path / "run"))
-    image_stages.train_classifier(image_job.open_job(job))
+    image_job.train_classifier(image_job.open_job(job))
     other = dataclasses.replace(job, n_samples=90, settings="clf_steps=6 long=3 tune='1 2'")
     place = image_job.open_job(other)
-    image_stages.train_classifier(place)
+    image_job.train_classifier(place)
     assert sorted(p.name for p in place.run.path.glob("classifier*")) == [
         "classifier",
         "classifier-digits-6",

@@ -1,4 +1,4 @@
-"Any file at all: it is refused before training in one sentence that says what to do, or the job ends in a complete record"
+"Any file at all is refused before training, in one sentence that says what to do, or the job ends in a complete record"
 
 import hashlib
 import json
@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from ldebm import data, lm, table, text_job
 from ldebm import text_score as S
+from ldebm.corpora import load_corpus, make_corpus, split_sentences
 from ldebm.likelihood import AISCfg, NLLCfg
 from ldebm.records import check_result
-from ldebm.text import BEGIN, BOS, END, EOS, HIDDEN, PAD, SHAPING, UNK, Vocab, load_corpus, make_corpus, split_sentences
-from ldebm.text_job import TextJob, open_job
+from ldebm.sentences import BEGIN, END, HIDDEN, SHAPING
+from ldebm.text import BOS, EOS, PAD, UNK, Vocab
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob
 
 TINY = "embed=8 hidden=8 batch=8 max_len=6 vocab_size=7 n_samples={n} nll_draws=4 nll_sentences=6 lm=quick lm_seeds=1"
 EBM = " d=2 energy_hidden=8 n_blocks=1 T=2 langevin_steps=2 n_symbols=3"
@@ -29,7 +32,8 @@ ROWS = {
 }
 CFG = NLLCfg(draws=4, chains=4, fit=16, rich=2, top=16, n_z=4, paths=2, ais=AISCfg(chains=2, long=2, pilot=8))
 REMEDY = re.compile(
-    r"a corpus is a text file with one sentence a line|a corpus has one sentence a line|at least \d+ (sentences )?are needed|convert it|begin a new line|lower |give "
+    r"a corpus is a text file with one sentence a line|a corpus has one sentence a line|"
+    r"at least \d+ (sentences )?are needed|convert it|begin a new line|lower |give "
 )
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<eos>", "<bos>", "<sos>", "<UNK>", "</S>", "<Pad>")
 ODD = "\ufeff\u200b\u200d\u00ad\u00a0\u2028\u0085\x01\x1b\x1c\x7f\r\x0b'\ufe0f\ufffd\u202e\ufffe"
@@ -255,7 +259,8 @@ def test_data_of_a_name_that_changes_between_two_sittings(tmp_path, monkeypatch)
     p.write_text(p.read_text().replace("4", "3"))
     with pytest.raises(
         ValueError,
-        match="holds a run on other text of dailydialog .fingerprint .*: bring the old data back, or choose another folder",
+        match="holds a run on other text of dailydialog .fingerprint .*: "
+        "bring the old data back, or choose another folder",
     ):
         open_job(job)
     p.write_text(p.read_text().replace("3", "4"))
@@ -281,7 +286,9 @@ def test_files_of_a_name_are_read_once(tmp_path, monkeypatch):
     assert data.read_data("demo", {"a.txt": data.checksum(b"right\n")}) == {"a.txt": b"right\n"} and seen == ["a.txt"]
 
 
-OWN = "from ldebm.zoo import ROWS, Row\nROWS['mine'] = Row('Mine', 'single', dict(prior='none', d=0), about='a row of the test')\n"
+OWN = """from ldebm.zoo import ROWS, Row
+ROWS['mine'] = Row('Mine', 'single', dict(prior='none', d=0), about='a row of the test')
+"""
 
 
 @pytest.mark.usefixtures("in_test")

@@ -1,4 +1,6 @@
-"Benchmarks: every part runs and writes its record, what it counts is what PyTorch counts, and the page renders the records. No time is judged"
+"""Benchmarks: every part runs and writes its record, what it counts is what PyTorch counts, the page renders them
+
+No time is judged"""
 
 import json
 import math
@@ -9,16 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain import plain_paths
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import bench
 from ldebm.records import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-from plain import plain_paths  # noqa: E402
-
-import bench  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("in_test")
 

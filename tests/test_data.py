@@ -7,26 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm import data
-from ldebm.data import (
-    GRAMMAR_FILES,
-    TOYS,
-    Alt,
-    Grammar,
-    Seq,
-    checksum,
-    derivations,
-    find_data,
-    grammar_texts,
-    load_grammar,
-    load_grammar_files,
-    opt,
-    pinwheel,
-    pinwheel_log_density,
-    seq,
-    words,
-    write_grammar,
-)
+from ldebm import data, grammar_corpus
+from ldebm.data import checksum, find_data
+from ldebm.grammar import Alt, Grammar, Seq, derivations, opt, seq, words
+from ldebm.grammar_corpus import GRAMMAR_FILES, grammar_texts, load_grammar, load_grammar_files, write_grammar
+from ldebm.toys import TOYS, pinwheel, pinwheel_log_density
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +61,7 @@ def test_files_in_the_checkout_are_regenerated_bit_by_bit(tmp_path):
 def test_the_corpus_without_its_files_is_the_same(clean, monkeypatch):
     in_memory = load_grammar_files()
     write_grammar(clean / "here" / "grammar")
-    monkeypatch.setattr(data, "grammar_texts", lambda: pytest.fail("regenerated although the files are there"))
+    monkeypatch.setattr(grammar_corpus, "grammar_texts", lambda: pytest.fail("made although the files are there"))
     from_files = load_grammar_files()
     for split in ("train", "valid", "test"):
         assert in_memory[split][0] == from_files[split][0]

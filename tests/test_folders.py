@@ -1,4 +1,4 @@
-"A run's folder has one owner at a time: other processes, killed ones, other machines, file systems without locks, launchers, notebooks"
+"A run's folder has one owner at a time: other processes, killed ones, machines, file systems without locks, launchers"
 
 import errno
 import json
@@ -18,8 +18,8 @@ from ldebm.core import exclusive
 from ldebm.image_job import ImageJob
 from ldebm.image_job import open_job as open_image
 from ldebm.records import FolderInUse, Run
-from ldebm.text_job import TextJob
 from ldebm.text_job import open_job as open_text
+from ldebm.text_settings import TextJob
 from ldebm.toy_job import ToyJob
 from ldebm.toy_job import open_job as open_toy
 
@@ -28,8 +28,20 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals and locks as on Unix"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
-HOLD = "import sys, time; from ldebm.records import Run; run = Run(sys.argv[1], {'a': 1}); print('mine', flush=True); time.sleep(300)"
-TRY = "import sys; from ldebm.records import Run, _FolderLock; _FolderLock.wait = .3; Run(sys.argv[1], {'a': 1}); print('mine')"
+HOLD = """
+import sys, time
+from ldebm.records import Run
+run = Run(sys.argv[1], {'a': 1})
+print('mine', flush=True)
+time.sleep(300)
+"""
+TRY = """
+import sys
+from ldebm.records import Run, _FolderLock
+_FolderLock.wait = 0.3
+Run(sys.argv[1], {'a': 1})
+print('mine')
+"""
 
 
 @pytest.fixture(autouse=True)

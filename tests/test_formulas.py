@@ -7,36 +7,46 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ldebm import layers, text_nets, text_vae
 from ldebm import likelihood as L
 from ldebm import stats as st
 from ldebm import text_metrics as tm
-from ldebm import text_vae
+from ldebm.clusters import balance_weights, cluster_targets, published_draw
+from ldebm.codes import Codes
+from ldebm.conditioning import GuidedEnergy
+from ldebm.convergence import ess, split_rhat
 from ldebm.core import make_gen
-from ldebm.energy import EnergyNet, GuidedEnergy, QuadraticEnergy, fast_energy, level_table
-from ldebm.generator import Generator, GeneratorCfg, GeneratorModel
+from ldebm.energy import EnergyNet, fast_energy, level_table
+from ldebm.evidence import trace_evidence
+from ldebm.exact import MixtureEnergy, QuadraticEnergy
+from ldebm.generator import Generator
+from ldebm.generator_model import GeneratorModel
+from ldebm.generator_parts import GeneratorCfg
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
-from ldebm.langevin import ess, mala_chain, preconditioned_step, shorten, split_rhat, ula_step
-from ldebm.layered import LayeredEnergy, LayerNets, Stack, upper_score
-from ldebm.lm import LM, LMCfg, as_stream, nats_interval, read_text, segments, side_by_side, train_lm
-from ldebm.prior import (
-    DiagGaussian,
-    DiffusionEBM,
-    MixtureEnergy,
-    PriorCfg,
-    StandardNormal,
-    balance_weights,
-    cluster_targets,
-    free_bits,
-    published_draw,
+from ldebm.langevin import mala_chain, preconditioned_step, shorten, ula_step
+from ldebm.layer_control import upper_score
+from ldebm.layered import LayeredEnergy, LayerNets
+from ldebm.levels import PriorCfg
+from ldebm.lm import LM, LMCfg, as_stream, read_text, side_by_side
+from ldebm.lm_training import segments, train_lm
+from ldebm.posterior import DiagGaussian, StandardNormal, free_bits
+from ldebm.prior import DiffusionEBM
+from ldebm.reverse import nats_interval
+from ldebm.schedule import (
+    consistent_schedule,
+    cosine_schedule,
+    diffuse,
+    diffuse_pair,
+    diffuse_path,
+    published_schedule,
     stratified_levels,
 )
-from ldebm.schedule import consistent_schedule, cosine_schedule, diffuse, diffuse_pair, diffuse_path, published_schedule
 from ldebm.score_prior import ScorePriorCfg, make_score_prior
+from ldebm.stacks import Stack
 from ldebm.text import Batch
-from ldebm.text_score import exact_gap, trace_evidence
+from ldebm.text_nll import exact_gap
 from ldebm.train import linear_warmup
-from ldebm.zoo import Codes
 
 F64 = torch.float64
 PUBLISHED = {"objective": "published", "reference": "flat", "mala": False}
@@ -162,7 +172,7 @@ def test_published_terms_written_out(weighting, T, kappa):
     sigma = [math.sqrt(1 - x**2) for x in a]
     for k, levels in enumerate(rows):
 
-        def col(f):
+        def col(f, levels=levels):
             return torch.tensor([[f(t)] for t in levels.tolist()], dtype=F64)
 
         def noised(t):
@@ -271,7 +281,7 @@ LENGTHS = torch.tensor([5, 3, 4])
 
 
 def text_model(seed=0, d=4, **cfg):
-    c = text_vae.TextCfg(embed=6, hidden=6, d=d, init=0.6, **cfg)
+    c = text_nets.TextCfg(embed=6, hidden=6, d=d, init=0.6, **cfg)
     return text_vae.TextModel(10, c, StandardNormal(d), bos=2, eos=3, gen=gen(seed)).double()
 
 
@@ -330,13 +340,13 @@ def test_weighted_terms_are_means_over_the_batch():
 
 def test_dropout_keeps_the_mean_and_words_their_first():
     x, p, n = torch.ones(40_000, dtype=F64), 0.3, 40_000
-    y = text_vae.dropout(x, p, gen())
+    y = layers.dropout(x, p, gen())
     assert (
         y.unique().tolist() == pytest.approx([0, 1 / 0.7])
         and abs((y == 0).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
     )
     ids, first = torch.full((n,), 7), torch.arange(n) % 4 == 0
-    kept = text_vae.drop_words(ids, first, p, gen())
+    kept = text_nets.drop_words(ids, first, p, gen())
     assert (kept[first] == 7).all() and abs((kept[~first] == 0).double().mean() - p) < 5 * (
         p * (1 - p) / (0.75 * n)
     ) ** 0.5
@@ -346,7 +356,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_its_mass():
     "With the word by which it is reached, and the others' odds as they were"
     p, n = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=F64), 20_000
     for top_p, words in ((0.4, {1}), (0.6, {1, 3}), (0.8, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
-        got = text_vae.pick_word(p.log().expand(n, 4), top_p, gen(1)).bincount(minlength=4) / n
+        got = text_nets.pick_word(p.log().expand(n, 4), top_p, gen(1)).bincount(minlength=4) / n
         want = torch.tensor([p[k].item() * (k in words) for k in range(4)])
         want = want / want.sum()
         assert ((got - want).abs() <= 5 * (want * (1 - want) / n).sqrt()).all(), (top_p, got)
@@ -355,14 +365,14 @@ def test_nucleus_is_the_smallest_set_that_reaches_its_mass():
 def test_words_are_drawn_at_the_temperature(monkeypatch):
     "Logits over the temperature, once"
     m, z, seen = text_model().eval().decoder, randn(3, 4, g=gen(1)), []
-    monkeypatch.setattr(text_vae, "pick_word", lambda logits, top_p, g: seen.append(logits) or logits.argmax(-1))
+    monkeypatch.setattr(text_nets, "pick_word", lambda logits, top_p, g: seen.append(logits) or logits.argmax(-1))
     m.generate(z, max_len=1, temperature=0.25, gen=gen())
     h, _ = m.rnn(torch.cat([m.embed.weight[2].expand(3, -1), z], 1)[:, None], m.start(z)[None])
     assert_close(seen[0], h[:, 0] @ m.embed.weight.T / 0.25)
 
 
 def test_end_marks():
-    assert text_vae.cut_after(torch.tensor([[5, 3, 7, 3], [6, 6, 3, 8]]), 3).tolist() == [[5, 3, 0], [6, 6, 3]]
+    assert text_nets.cut_after(torch.tensor([[5, 3, 7, 3], [6, 6, 3, 8]]), 3).tolist() == [[5, 3, 0], [6, 6, 3]]
     assert text_vae.strip(torch.tensor([[5, 3, 0], [6, 6, 3]]), 3) == [[5], [6, 6]]
 
 
@@ -787,12 +797,14 @@ def test_estimate_of_the_released_code_written_out(T):
     def log_normal(x, m, v):
         return sum(-((float(u) - float(w)) ** 2) / (2 * v) - 0.5 * math.log(2 * math.pi * v) for u, w in zip(x, m))
 
+    def noise():
+        return randn(chunk * B, d, g=g)
+
+    def quad(up, x, here, above, v):
+        return float(((up * x - here * above) ** 2).sum()) / (2 * v)
+
     weights = [[] for _ in range(B)]
     for _ in range(draws // chunk):
-
-        def noise():
-            return randn(chunk * B, d, g=g)
-
         z = q.mean.repeat(chunk, 1) + (0.5 * q.logvar.repeat(chunk, 1)).exp() * noise()
         noised = [abar[k] * z + math.sqrt(1 - abar[k] ** 2) * noise() for k in range(T + 1)]
         above = [a[k + 1] * noised[k] + math.sqrt(1 - a[k + 1] ** 2) * noise() for k in range(T)]
@@ -801,15 +813,13 @@ def test_estimate_of_the_released_code_written_out(T):
             for k in range(T):
                 v, up, here = 1 - a[k + 1] ** 2, (1.0 if k == T - 1 else a[k + 1]), (0.0 if k == T - 1 else 1.0)
                 f = [F(net, (up * noised[k][r])[None], torch.tensor([k])).item() for r in rows]
-
-                def quad(r, x):
-                    return float(((up * noised[k][r] - here * x[r]) ** 2).sum()) / (2 * v)
-
                 drawn = [log_normal(noised[k][r], abar[k] * z[r], 1 - abar[k] ** 2) for r in rows]
-                under = [f[j] - quad(r, above[k]) - drawn[j] for j, r in enumerate(rows)]
+                under = [f[j] - quad(up, noised[k][r], here, above[k][r], v) - drawn[j] for j, r in enumerate(rows)]
                 log_z.append(math.log(sum(math.exp(x) for x in under) / chunk))
                 drawn = [log_normal(above[k][r], a[k + 1] * noised[k][r], v) for r in rows]
-                parts.append([f[j] - quad(r, noised[k + 1]) - drawn[j] for j, r in enumerate(rows)])
+                parts.append(
+                    [f[j] - quad(up, noised[k][r], here, noised[k + 1][r], v) - drawn[j] for j, r in enumerate(rows)]
+                )
             for j, r in enumerate(rows):
                 prior = sum(o[j] for o in parts) - sum(log_z) + log_normal(noised[T][r], [0.0] * d, 1.0)
                 own = sum(log_normal([z[r, c]], [q.mean[b, c]], float(q.logvar[b, c].exp())) for c in range(d))

@@ -25,12 +25,15 @@ from ldebm import image_measure as measure
 from ldebm import image_metrics, train
 from ldebm import image_stages as stages
 from ldebm import image_uses as uses
+from ldebm.classifier import ClassifierTask
 from ldebm.core import load_tensors, make_gen
-from ldebm.generator import Generator, GeneratorCfg, GeneratorModel, multiply_adds
+from ldebm.decode import BadImage
+from ldebm.generator import Generator
+from ldebm.generator_model import GeneratorModel, multiply_adds
+from ldebm.generator_parts import GeneratorCfg
 from ldebm.image_job import ImageJob, ImageSettings
-from ldebm.image_metrics import ClassifierTask
 from ldebm.image_stages import StageTask
-from ldebm.images import BadImage, ImageBatch, image_batches
+from ldebm.images import ImageBatch, image_batches
 from ldebm.job import save_figure
 from ldebm.prior import DiffusionEBM
 from ldebm.records import check_result, metric

@@ -21,37 +21,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import ldebm.images as li
-from ldebm.images import (
-    CIFAR10_ARCHIVE,
-    CIFAR10_CLASSES,
-    CIFAR10_FILES,
-    SHAPES,
-    BadImage,
-    Images,
-    cifar10,
-    decode_files,
-    decode_image,
-    draw_shapes,
-    fair_order,
-    fewer_levels,
-    find_images,
-    image_batches,
-    images_from_files,
-    inverted,
-    list_images,
-    load_images,
-    noise_images,
-    only_class,
-    permuted,
-    plot_grid,
-    read_attributes,
-    read_cifar10,
-    rotated,
-    shapes,
-    textures,
-    without_class,
-)
+from ldebm import cifar, decode
+from ldebm.attributes import read_attributes
+from ldebm.cifar import CIFAR10_ARCHIVE, CIFAR10_CLASSES, CIFAR10_FILES, cifar10, read_cifar10
+from ldebm.core import cache_folder
+from ldebm.decode import BadImage, Decoding, decode_files, decode_image
+from ldebm.image_files import ChangedFile, find_images, list_images
+from ldebm.image_folders import images_from_files
+from ldebm.image_sets import load_images
+from ldebm.images import Images, fair_order, fewer_levels, image_batches, plot_grid
+from ldebm.outliers import inverted, noise_images, only_class, permuted, rotated, textures, without_class
+from ldebm.shapes import N_JITTER, SHAPES, draw_shapes, shapes
 
 
 def gen(seed=0):
@@ -241,7 +221,7 @@ def test_shapes_are_no_table_and_are_reproducible():
 
 
 def test_shapes_colour_changes_colour_only():
-    j = torch.rand(1, li.N_JITTER, generator=gen())
+    j = torch.rand(1, N_JITTER, generator=gen())
     a, b = (draw_shapes(torch.tensor([[1, c, 1, 0]]), j, 32)[0] for c in (0, 2))
     changed = (a != b).any(0)
     assert changed[:16, :16].sum() > 50 and changed[20:].sum() == 0 and changed[:, 20:].sum() == 0
@@ -292,7 +272,7 @@ def test_folder_and_zip_agree(tmp_path, pets):
 
 def test_limit_decodes_only_what_is_needed(tmp_path, pets, monkeypatch):
     path, calls = write_zip(tmp_path / "p.zip", pets), []
-    monkeypatch.setattr(li, "decode_image", lambda *a, **k: (calls.append(1), decode_image(*a, **k))[1])
+    monkeypatch.setattr(decode, "decode_image", lambda *a, **k: (calls.append(1), decode_image(*a, **k))[1])
     sets = load_images(path, limit=10, cache=False)
     assert len(sets["train"]) == 10 and len(calls) == 10 + 4 + 4
     assert sets["train"].label("class").bincount().tolist() == [5, 5]
@@ -378,7 +358,7 @@ def zip_with_damage(path):
 
 def load_damaged(path, **kw):
     files = list_images(path)
-    return files, decode_files(path, files, size=12, **kw)
+    return files, decode_files(path, files, Decoding(size=12, **kw))
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -455,25 +435,25 @@ def test_decoding_conventions():
 def test_cache_is_used_and_refreshed(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "p", {f"{i}.png": picture(seed=i) for i in range(30)})
     files = list_images(path)
-    px, _ = decode_files(path, files, cache=True)
+    px, _ = decode_files(path, files, Decoding(cache=True))
     assert {p.suffix for p in (tmp_path / "cache" / "images").iterdir()} == {".u8", ".json"}
     calls = []
-    monkeypatch.setattr(li, "decode_image", lambda *a, **k: (calls.append(1), decode_image(*a, **k))[1])
-    assert torch.equal(decode_files(path, files, cache=True)[0], px) and not calls
-    decode_files(path, files, size=6, cache=True)
+    monkeypatch.setattr(decode, "decode_image", lambda *a, **k: (calls.append(1), decode_image(*a, **k))[1])
+    assert torch.equal(decode_files(path, files, Decoding(cache=True))[0], px) and not calls
+    decode_files(path, files, Decoding(size=6, cache=True))
     assert len(calls) == 30  # other settings, other file
     (path / "3.png").write_bytes(picture(seed=333))
     os.utime(path / "3.png", ns=(1, 1))
     files = list_images(path)
-    new, _ = decode_files(path, files, cache=True)
+    new, _ = decode_files(path, files, Decoding(cache=True))
     at = [f.name for f in files].index("3.png")
     assert torch.equal(new[at], pixels_of(picture(seed=333))) and not torch.equal(px[at], new[at])
     px[0] = 0  # a mapped tensor may be written to; the file stays
-    assert torch.equal(decode_files(path, files, cache=True)[0], new)
+    assert torch.equal(decode_files(path, files, Decoding(cache=True))[0], new)
 
 
 def test_large_sets_are_mapped_from_a_file(tmp_path, monkeypatch, pets):
-    monkeypatch.setattr(li, "CACHE_FROM", 10_000)
+    monkeypatch.setattr(decode, "CACHE_FROM", 10_000)
     sets = load_images(write_zip(tmp_path / "p.zip", pets))
     assert len(list((tmp_path / "cache" / "images").glob("*.u8"))) == 1  # train alone is large
     plain = load_images(tmp_path / "p.zip", cache=False)
@@ -487,14 +467,15 @@ def test_large_sets_are_mapped_from_a_file(tmp_path, monkeypatch, pets):
 def test_killed_decoding_leaves_nothing_to_mistake(tmp_path):
     path = write_folder(tmp_path / "p", {f"{i:03}.png": picture(seed=i) for i in range(30)})
     code = (
-        "import sys, time, ldebm.images as li\n"
-        "real, n = li.decode_image, []\n"
+        "import sys, time\n"
+        "from ldebm import decode as d, image_files as f\n"
+        "real, n = d.decode_image, []\n"
         "def slow(*a):\n"
         "    n.append(1)\n"
         "    if len(n) == 20: print('now', flush=True); time.sleep(60)\n"
         "    return real(*a)\n"
-        "li.decode_image = slow\n"
-        "li.decode_files(sys.argv[1], li.list_images(sys.argv[1]), cache=True)\n"
+        "d.decode_image = slow\n"
+        "d.decode_files(sys.argv[1], f.list_images(sys.argv[1]), d.Decoding(cache=True))\n"
     )
     p = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, env={**os.environ, "IN_TEST": "1"}
@@ -506,13 +487,13 @@ def test_killed_decoding_leaves_nothing_to_mistake(tmp_path):
     left = list(folder.iterdir())
     assert len(left) == 1 and left[0].suffix == ".tmp"  # it had begun
     os.utime(left[0], (time.time() - 7200,) * 2)
-    px, kept = decode_files(path, list_images(path), cache=True)
+    px, kept = decode_files(path, list_images(path), Decoding(cache=True))
     px = px.clone()
     assert len(kept) == 30 and torch.equal(px[29], pixels_of(picture(seed=29)))
     assert {q.suffix for q in folder.iterdir()} == {".u8", ".json"}  # and what was left is gone
     raw = next(folder.glob("*.u8"))
     raw.write_bytes(raw.read_bytes()[:-1])  # a file that was cut is not believed either
-    assert torch.equal(decode_files(path, list_images(path), cache=True)[0], px)
+    assert torch.equal(decode_files(path, list_images(path), Decoding(cache=True))[0], px)
 
 
 # -- attributes
@@ -742,7 +723,8 @@ def test_layouts_that_could_be_either(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="folders test, train may be splits, or classes like moon: say layout='splits', which leaves out what is in no split, or layout='classes'",
+        match="folders test, train may be splits, or classes like moon: say layout='splits', "
+        "which leaves out what is in no split, or layout='classes'",
     ):
         load_images(path)
     sets, said = said_by(load_images, path, layout="splits")
@@ -797,46 +779,46 @@ def test_pictures_that_change_between_listing_and_decoding(tmp_path, change):
             os.utime(at, ns=(old.st_atime_ns, old.st_mtime_ns))
     for cache in (False, True):
         with pytest.raises(
-            li.ChangedFile, match="07.png (has changed since|was removed after) the pictures were listed; start again"
+            ChangedFile, match="07.png (has changed since|was removed after) the pictures were listed; start again"
         ):
-            decode_files(path, files, on_bad="skip", cache=cache)
+            decode_files(path, files, Decoding(on_bad="skip", cache=cache))
     assert not list((tmp_path / "cache").rglob("*.*"))
 
 
 def test_a_file_put_back_with_its_old_date_is_decoded_again(tmp_path):
     path = write_folder(tmp_path / "p", {f"{i}.png": picture(seed=i) for i in range(30)})
-    px = decode_files(path, list_images(path), cache=True)[0].clone()
+    px = decode_files(path, list_images(path), Decoding(cache=True))[0].clone()
     old = (path / "3.png").stat()
     (path / "3.png").write_bytes(picture(seed=33)[: old.st_size].ljust(old.st_size, b"\0"))
     os.utime(path / "3.png", ns=(old.st_atime_ns, old.st_mtime_ns))
-    assert not torch.equal(decode_files(path, list_images(path), cache=True)[0], px)
+    assert not torch.equal(decode_files(path, list_images(path), Decoding(cache=True))[0], px)
 
 
 # -- a cache that cannot be written
 
 
 def test_pictures_without_a_home(tmp_path, monkeypatch):
-    "No folder for the cache: the pictures are there all the same, and the word says which variable helps; a cache that can be read is read"
+    "No folder for the cache: the pictures are there, and the warning names the variable; a cache that can be read is read"
     path = write_folder(tmp_path / "p", {f"{i}.png": picture(seed=i) for i in range(30)})
-    want = decode_files(path, list_images(path), cache=True)[0].clone()
+    want = decode_files(path, list_images(path), Decoding(cache=True))[0].clone()
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("LDEBM_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
     for _ in range(2):
-        got, said = said_by(decode_files, path, list_images(path), cache=True)
+        got, said = said_by(decode_files, path, list_images(path), Decoding(cache=True))
         assert torch.equal(got[0], want)
     assert (
         "stands in for it until this process ends; name a folder that lasts in LDEBM_CACHE"
-        in said_by(li.cache_folder, "images")[1]
+        in said_by(cache_folder, "images")[1]
     )
     monkeypatch.setenv("LDEBM_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(OSError, match="name another one in LDEBM_CACHE"):
-        decode_files(path, list_images(path), cache=True)
-    assert torch.equal(decode_files(path, list_images(path), cache=False)[0], want)
+        decode_files(path, list_images(path), Decoding(cache=True))
+    assert torch.equal(decode_files(path, list_images(path), Decoding(cache=False))[0], want)
 
 
 def test_every_user_of_the_cache_does_without_a_home(tmp_path, monkeypatch):
-    "Compiled programs and downloads: where the home cannot be written, where there is none at all, and where LDEBM_CACHE itself is at fault"
+    "Compiled programs and downloads: a home that cannot be written, no home at all, and LDEBM_CACHE itself at fault"
     from ldebm import core, native
     from ldebm.data import data_root, find_data
 
@@ -879,7 +861,7 @@ def test_every_user_of_the_cache_does_without_a_home(tmp_path, monkeypatch):
 
 
 def test_any_folder_is_read_or_refused_in_one_sentence(monkeypatch):
-    "Whatever hypothesis draws: each picture in one split, each file that is not used said; or one sentence that says why not"
+    "Whatever hypothesis draws: each picture in one split and unused files named, or one sentence that says why not"
     monkeypatch.setenv("IN_TEST", "1")
     read = []
 
@@ -1034,7 +1016,7 @@ def test_archive_is_never_unpacked(tmp_path):
 def test_cifar_download_is_checked(tmp_path, monkeypatch):
     archive = fake_archive(tmp_path / "served.tar.gz", fake_files())
     monkeypatch.setenv("LDEBM_DATA", str(tmp_path / "none"))
-    monkeypatch.setattr(li, "CIFAR10_URL", archive.as_uri())
+    monkeypatch.setattr(cifar, "CIFAR10_URL", archive.as_uri())
     with pytest.raises(FileNotFoundError, match="set LDEBM_DOWNLOAD=1"):
         load_images("cifar10")
     with pytest.raises(ValueError, match="wrong checksum"):
@@ -1147,7 +1129,7 @@ def test_plot_grid():
 def test_pillow_is_named_when_missing():
     code = (
         "import sys; sys.modules['PIL'] = None\n"
-        "from ldebm.images import decode_image\n"
+        "from ldebm.decode import decode_image\n"
         "try: decode_image(b'')\n"
         "except ImportError as e: print(e)\n"
     )
@@ -1157,7 +1139,7 @@ def test_pillow_is_named_when_missing():
 
 def test_notes_beside_the_cache_are_plain_json(tmp_path):
     path = write_zip(tmp_path / "p.zip", {f"{i}.png": picture(seed=i) for i in range(30)})
-    decode_files(path, list_images(path), cache=True)
+    decode_files(path, list_images(path), Decoding(cache=True))
     note = json.loads(next((tmp_path / "cache" / "images").glob("*.json")).read_text())
     assert note["shape"] == [30, 3, 12, 12] and note["kept"] == list(range(30)) and note["bad"] == []
-    assert images_from_files(path, cache=True)["train"].shape == (3, 12, 12)
+    assert images_from_files(path, decoding=Decoding(cache=True))["train"].shape == (3, 12, 12)

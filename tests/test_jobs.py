@@ -12,27 +12,17 @@ import pytest
 import torch
 
 from ldebm.core import load_tensors
-from ldebm.data import load_grammar_files
-from ldebm.prior import DiagGaussian
+from ldebm.corpora import CORPORA, load_corpus
+from ldebm.energy_task import fit_energies
+from ldebm.grammar_corpus import load_grammar_files
+from ldebm.posterior import DiagGaussian
 from ldebm.records import check_result, load_results
-from ldebm.text import CORPORA, batches, load_corpus
-from ldebm.text_job import (
-    TextJob,
-    TextTask,
-    corpus_name,
-    evaluate,
-    finish,
-    fit_energies,
-    job_name,
-    load_model,
-    open_job,
-    plot_latents,
-    record_settings,
-    resolve,
-    samples_by_symbol,
-    scores,
-    train_cfg,
-)
+from ldebm.text import batches
+from ldebm.text_job import corpus_name, finish, job_name, load_model, open_job, record_settings, scores
+from ldebm.text_measure import evaluate
+from ldebm.text_settings import TextJob, resolve, train_cfg
+from ldebm.text_show import plot_latents, samples_by_symbol
+from ldebm.text_task import TextTask
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 
@@ -74,7 +64,7 @@ def tiny(tmp_path, **kw):
 def train(job):
     "What the notebook does, without its pictures"
     run, task, device = open_job(job)
-    end = fit(task, run, train_cfg(task.s), job.seed, device)
+    end = fit(task, run, train_cfg(task.settings), job.seed, device)
     metrics, found = evaluate(task, job.seed)
     return run, task, found, finish(run, task, job, metrics, found, end.seconds, end.samples / max(end.seconds, 1e-9))
 
@@ -394,7 +384,7 @@ def test_ptb_from_its_files(tmp_path, ldebm_data):
         tiny(tmp_path, corpus="ptb", settings=f"{NET} batch=256", steps=2, objective="published")
     )
     task.validate = lambda: dict(recon_nll=torch.tensor(1.0))  # the whole set would take a while
-    end = fit(task, run, train_cfg(task.s), 0, device)
+    end = fit(task, run, train_cfg(task.settings), 0, device)
     assert end.samples == 512 and len(task.corpus["test"]) == 3761 and run.settings["corpus"] == "ptb"
 
 
@@ -443,8 +433,8 @@ BAD = [
     (dict(row="gan"), "unknown row 'gan'.* Known: rnn-lm, ae, vae, .*ldebm"),
     (dict(row="vae-fb", objective="published"), "row 'vae-fb' has no published variant"),
     (dict(corpus="gramar"), "unknown corpus 'gramar'; did you mean 'grammar'"),
-    (dict(settings="T=0"), "T must be at least 1, got 0"),
-    (dict(settings="T=-3"), "T must be at least 1, got -3"),
+    (dict(settings="T=0"), "setting T=0 .* must be at least 1"),
+    (dict(settings="T=-3"), "setting T=-3 .* must be at least 1"),
     (dict(settings="T=2.5"), "setting T='2.5' must be int"),
     (dict(settings="t=3"), "unknown setting 't'"),
     (dict(settings="w_kl"), "write name=value"),
@@ -453,34 +443,34 @@ BAD = [
     (dict(settings="T=300"), "T must be an integer from 1 to 250"),
     (dict(settings="schedule=published"), "belongs to objective 'published' alone"),
     (dict(settings="d=0"), "a model without latent has d=0"),
-    (dict(settings="d=-1"), "d must be >= 0|d must be at least 1"),
+    (dict(settings="d=-1"), "setting d=-1 .* must be at least 0"),
     (dict(settings="embed=16 hidden=32"), r"hidden \(32\) must equal embed \(16\)"),
-    (dict(settings="n_symbols=0"), "n_symbols must be at least 1"),
-    (dict(settings="batch=1"), "batch must be at least 2"),
+    (dict(settings="n_symbols=0"), "setting n_symbols=0 .* must be at least 1"),
+    (dict(settings="batch=1"), "setting batch=1 .* must be at least 2"),
     (dict(settings="dropout=1.0"), r"dropout must lie in \[0, 1\)"),
-    (dict(settings="lr=0"), "lr must be positive"),
-    (dict(settings="lr=nan"), "lr must be positive, got nan"),
+    (dict(settings="lr=0"), "setting lr=0.0 .* must be above 0"),
+    (dict(settings="lr=nan"), "setting lr=nan .* must be a finite number above 0"),
     (dict(settings="rho=1"), r"rho must lie in \[0, 1\)"),
-    (dict(settings="tau=0"), "tau and b2 must be positive"),
-    (dict(settings="langevin_steps=-1"), "n_steps must be >= 0"),
+    (dict(settings="tau=0"), "setting tau=0.0 .* must be above 0"),
+    (dict(settings="langevin_steps=-1"), "setting langevin_steps=-1 .* must be at least 0"),
     (dict(settings="reference=gauss"), "reference must be one of"),
-    (dict(settings="mixed_precision=half"), "mixed_precision must be 'no', 'bf16' or 'fp16', got 'half'"),
+    (dict(settings="mixed_precision=half"), "setting mixed_precision='half' .* must be one of 'no', 'bf16', 'fp16'"),
     (dict(settings="mixed_precision=fp16"), "fp16"),
-    (dict(settings="max_len=2"), "max_len must be at least 3"),
-    (dict(settings="vocab_size=2"), "vocab_size must be at least 4"),
+    (dict(settings="max_len=2"), "setting max_len=2 .* must be at least 3"),
+    (dict(settings="vocab_size=2"), "setting vocab_size=2 .* must be at least 4"),
     (dict(settings="prior=gaussian"), "unknown prior 'gaussian'.* Known: ebm, none, normal"),
-    (dict(settings="energy_hidden=0"), "hidden must be at least 1"),
+    (dict(settings="energy_hidden=0"), "setting energy_hidden=0 .* must be at least 1"),
     (dict(settings="batch=9000"), "8000 training sentences, fewer than a batch of 9000"),
     (dict(settings="batch=4000 accumulate=3"), "accumulate"),
-    (dict(settings="cluster_dims=0"), "cluster_dims must be at least 1"),
+    (dict(settings="cluster_dims=0"), "setting cluster_dims=0 .* must be at least 1"),
     (dict(seed=-1), "seed must not be negative, got -1"),
-    (dict(steps=-5), "steps must be at least 1, got -5"),
-    (dict(settings="energy_steps=-1"), "energy_steps must not be negative"),
-    (dict(settings="energy_batch=1"), "energy_batch must be at least 2"),
-    (dict(settings="energy_lr=0"), "energy_lr positive"),
+    (dict(steps=-5), "setting steps=-5 .* must be at least 1"),
+    (dict(settings="energy_steps=-1"), "setting energy_steps=-1 .* must be at least 0"),
+    (dict(settings="energy_batch=1"), "setting energy_batch=1 .* must be at least 2"),
+    (dict(settings="energy_lr=0"), "setting energy_lr=0.0 .* must be above 0"),
     (dict(settings="energy_steps=5", objective="published"), "energy_steps would have no effect"),
     (dict(split="train"), "unknown split 'train'"),
-    (dict(n_samples=-1), "n_samples must be at least 2, got -1"),
+    (dict(n_samples=-1), "setting n_samples=-1 .* must be at least 2"),
     (dict(threads=-1), "threads must be 0 or more, got -1"),
     (dict(device="gpu"), "unknown device 'gpu'"),
     (dict(device="cuda:77"), "device 'cuda:77' is not available"),
@@ -574,10 +564,10 @@ def test_energies_alone(tmp_path):
             out=tmp_path / name,
         )
         run, task, device = open_job(job)
-        fit(task, run, train_cfg(task.s), job.seed, device)
+        fit(task, run, train_cfg(task.settings), job.seed, device)
         sides = 2.0 * torch.randint(2, (400, 1), generator=torch.Generator().manual_seed(0)) - 1
         task.encode = lambda split: DiagGaussian(
-            2 * sides.expand(400, task.s.d), torch.full((400, task.s.d), -2.0)
+            2 * sides.expand(400, task.settings.d), torch.full((400, task.settings.d), -2.0)
         )  # latents that no Gaussian prior fits
         return job, run, task, device
 

@@ -1,4 +1,4 @@
-"Fast paths against plain PyTorch: products, the loss, the recurrent layer, the gradient of the energy, chains, and a whole training run"
+"Fast paths against plain PyTorch: products, loss, recurrent layer, gradient of the energy, chains, a whole training"
 
 import itertools
 import math
@@ -12,19 +12,21 @@ from unittest.mock import patch
 import pytest
 import torch
 from chains import PUBLISHED, counted_calls
-from plain import PlainEnergy, plain_gru, plain_logits, plain_loss, plain_paths, plain_product
+from plain import PlainEnergy, backwards, plain_gru, plain_logits, plain_loss, plain_paths, plain_product
 from torch import nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ldebm import energy, kernels, langevin, native
+from ldebm.corpora import load_corpus
 from ldebm.energy import EnergyNet, fast_energy
-from ldebm.kernels import gru, has_onednn, linear, linear_cross_entropy, product, whole
+from ldebm.kernels import has_onednn, product, whole
 from ldebm.langevin import mala_chain, tilt_chain
+from ldebm.layers import gru, linear, linear_cross_entropy, packing
 from ldebm.records import Run
-from ldebm.text import batches, load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve, train_cfg
-from ldebm.text_vae import packing
+from ldebm.text import batches
+from ldebm.text_settings import TextJob, resolve, train_cfg
+from ldebm.text_task import TextTask
 from ldebm.train import fit
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -55,7 +57,10 @@ def randn(*size, dtype=F64, seed=0):
 
 @contextmanager
 def using(backend, dtype=F32, known=True):
-    "Products by this library; or `compiled`: energies as compiled code, where the machine has what it takes, and where the energy is `known` nothing else"
+    """Products by this library
+
+    Or `compiled`: energies as compiled code, where the machine has what it takes; where the energy is `known` nothing
+    else"""
     one = backend == "compiled"
     if one and (why := native.why_not(PUBLISHED, torch.zeros(1, PUBLISHED.d, dtype=dtype))):
         pytest.skip(why)
@@ -353,7 +358,9 @@ def grads(f, xs, need, gs, **kw):
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_gru(backend, dtype, lengths):
-    "States, last states, and gradients to words, first states, constant inputs and weights; with and without constant inputs"
+    """States, last states, and gradients to words, first states, constant inputs and weights
+
+    With and without constant inputs"""
     B, i, j, H = len(lengths), 5, 3, 4
     p = packing(torch.tensor(lengths))
     N = len(p.row)
@@ -386,7 +393,7 @@ def test_gru(backend, dtype, lengths):
             with using(backend):
                 out, gx = (
                     grads(
-                        lambda x, h, e: f(net, p.pack(x), h, e, reverse),
+                        lambda x, h, e, f=f, net=net, reverse=reverse: f(net, p.pack(x), h, e, reverse),
                         [None if x is None else x.to(to) for x in xs],
                         need,
                         gs,
@@ -448,8 +455,9 @@ def test_two_directions_as_pytorch_packs_them(lengths):
     x = pad[p.row, p.col]
     want, last = rnn(pack_padded_sequence(pad, n, batch_first=True, enforce_sorted=False))
     ahead, end = gru(rnn, p.pack(x), torch.zeros(B, H, dtype=F64))
-    back, first = gru(rnn, p.pack(x[p.back]), torch.zeros(B, H, dtype=F64), reverse=True)
-    close(torch.cat([ahead, back[p.back]], 1), want.data, TOL[F64])
+    turned = backwards(p)
+    back, first = gru(rnn, p.pack(x[turned]), torch.zeros(B, H, dtype=F64), reverse=True)
+    close(torch.cat([ahead, back[turned]], 1), want.data, TOL[F64])
     to = p.order.argsort()
     close(torch.stack([end[to], first[to]]), last, TOL[F64])
 
@@ -480,8 +488,10 @@ def test_gru_under_autocast():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_gru_of_other_devices(half, monkeypatch):
-    """PyTorch's own kernel, as GPUs run it: the precision of autocast, and as in training wherever gradients are wanted, because cuDNN differentiates nothing else,
-    also in a model that evaluates (the likelihood differentiates one in its latents)"""
+    """PyTorch's own kernel, as GPUs run it, in the precision of autocast
+
+    As in training wherever gradients are wanted, because cuDNN differentiates nothing else: also in a model that
+    evaluates (the likelihood differentiates one in its latents)"""
     p, rnn, seen, real = (
         packing(torch.tensor([3, 7, 1, 4])),
         nn.GRU(6, 8).eval().requires_grad_(False),
@@ -535,7 +545,8 @@ def test_gru_ends():
         return kernels.gru_ends(rnn, p.pack(x))
 
     def two(x):
-        return tuple(gru(rnn, p.pack(v), x.new_zeros(4, 8), reverse=r)[1] for r, v in ((False, x), (True, x[p.back])))
+        sides = (False, x), (True, x[backwards(p)])
+        return tuple(gru(rnn, p.pack(v), x.new_zeros(4, 8), reverse=r)[1] for r, v in sides)
 
     found = []
     for f in (one, two):
@@ -714,7 +725,10 @@ def test_chain_ends_at_the_same_point(backend, kind, dtype):
 
 # -- a whole training run
 
-SMALL = "embed=24 hidden=24 d=6 energy_hidden=16 n_blocks=2 langevin_steps=4 T=3 n_symbols=5 batch=32 dropout=.2 word_dropout=.2 w_cls=1 max_len=16 checkpoint_every=100"
+SMALL = (
+    "embed=24 hidden=24 d=6 energy_hidden=16 n_blocks=2 langevin_steps=4 T=3 n_symbols=5 batch=32 dropout=.2 "
+    "word_dropout=.2 w_cls=1 max_len=16 checkpoint_every=100"
+)
 
 
 def train(folder, objective, seed=0, settings=SMALL, steps=20, dtype=F64, log_every=1, **kw):
@@ -807,7 +821,9 @@ def test_generation_equals_plain_generation(backend):
 
 @pytest.mark.slow
 def test_half_precision_trains_as_well(tmp_path):
-    "The validation loss after a short training in bf16 lies within what seeds do to it in single precision, widened by their spread"
+    """The validation loss after a short training in bf16 lies within what seeds do to it in single precision
+
+    Widened by their spread"""
     kw = dict(
         objective="consistent",
         settings="batch=32 max_len=16 langevin_steps=5 hidden=64 embed=64",
@@ -831,7 +847,7 @@ def test_half_precision_trains_as_well(tmp_path):
 
 
 def test_loss_memory_is_never_shared_by_two_graphs():
-    "Two losses alive at once have their own memory; a second backward of one whose memory went on is refused, not wrong"
+    "Two losses alive at once have their own memory; a second backward of one whose memory went on is refused"
     g = gen(0)
     data = [
         (
@@ -845,17 +861,17 @@ def test_loss_memory_is_never_shared_by_two_graphs():
     for h, w, _ in data:
         h.grad = w.grad = None
     losses = [linear_cross_entropy(*d).sum() for d in data]
-    for l in losses:
-        l.backward(retain_graph=True)
+    for loss in losses:
+        loss.backward(retain_graph=True)
     for h, w, t in data:
         want = torch.autograd.grad(plain_loss(h, w, t).sum(), (h, w))
         for a, b in zip((h.grad, w.grad), want):
             torch.testing.assert_close(a, b)
     linear_cross_entropy(*data[0]).sum().backward()  # takes the memory
     refused = 0
-    for l in losses:
+    for loss in losses:
         try:
-            l.backward(retain_graph=True)
+            loss.backward(retain_graph=True)
         except RuntimeError as e:
             assert "modified by an inplace operation" in str(e)
             refused += 1

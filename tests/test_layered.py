@@ -6,25 +6,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm.energy import Energy, GuidedEnergy, energy_grad, fast_energy
-from ldebm.generator import Generator, GeneratorCfg
+from ldebm.conditioning import GuidedEnergy
+from ldebm.energy import Energy, energy_grad, fast_energy
+from ldebm.exact import MixtureEnergy
+from ldebm.generator import Generator
+from ldebm.generator_parts import GeneratorCfg
 from ldebm.langevin import linear_chain_moments
-from ldebm.layered import (
-    LayeredEnergy,
-    LayerNets,
-    MapNets,
-    Stack,
-    VectorNets,
-    context_widths,
-    edit,
-    from_top,
-    layer_swaps,
-    ood_scores,
-    resample_below,
-    upper_score,
-)
-from ldebm.prior import DiagGaussian, DiffusionEBM, MixtureEnergy, PriorCfg
+from ldebm.layer_control import edit, from_top, layer_swaps, ood_scores, resample_below, upper_score
+from ldebm.layered import LayeredEnergy, LayerNets, context_widths
+from ldebm.levels import PriorCfg
+from ldebm.map_nets import MapNets
+from ldebm.posterior import DiagGaussian
+from ldebm.prior import DiffusionEBM
 from ldebm.schedule import consistent_schedule, diffuse_pair, published_schedule
+from ldebm.stacks import Stack, VectorNets
 from ldebm.stats import mmd_test
 
 F64 = torch.float64

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from ldebm import likelihood as L
-from ldebm.energy import EnergyNet, QuadraticEnergy
+from ldebm.energy import EnergyNet
+from ldebm.exact import QuadraticEnergy
 from ldebm.langevin import shorten
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, StandardNormal
+from ldebm.levels import PriorCfg
+from ldebm.posterior import DiagGaussian, StandardNormal
+from ldebm.prior import DiffusionEBM
 from ldebm.schedule import consistent_schedule, published_schedule
 
 F64 = torch.float64

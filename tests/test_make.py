@@ -78,7 +78,9 @@ def stand_in(tmp_path):
     "In place of papermill: keeps its arguments, and leaves a notebook"
     path = tmp_path / "stand-in"
     path.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\njson.dump(sys.argv[1:], open({str(tmp_path / 'args.json')!r}, 'w'))\nopen(sys.argv[2], 'w').write('whole')\n"
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"json.dump(sys.argv[1:], open({str(tmp_path / 'args.json')!r}, 'w'))\n"
+        "open(sys.argv[2], 'w').write('whole')\n"
     )
     path.chmod(0o755)
     return f"PAPERMILL={path}"
@@ -296,7 +298,9 @@ def test_a_checkout_may_lie_anywhere(tmp_path):
             [
                 venv / "bin" / "python",
                 "-c",
-                "import ldebm, importlib.metadata as m; print(ldebm.__file__); print(m.version('ldebm'), [e.value for e in m.entry_points(group='nbdev') if e.name == 'ldebm'])",
+                "import ldebm, importlib.metadata as m; print(ldebm.__file__); "
+                "entries = [e.value for e in m.entry_points(group='nbdev') if e.name == 'ldebm']; "
+                "print(m.version('ldebm'), entries)",
             ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": site},
@@ -343,7 +347,11 @@ def test_table_and_bench_name_the_option_for_their_folders(tmp_path):
         )
 
     for option, other in (("--results", "--out"), ("--out", "--results")):
-        code = f"import os, sys; os.chdir({str(ROOT)!r}); from ldebm import table; table.run_jobs = lambda *a, **k: sys.exit('ran'); sys.exit(table.main(['--rows', 'vae', '--seeds', '0', '{option}', {bad!r}, '{other}', {str(tmp_path)!r}]))"
+        given = ["--rows", "vae", "--seeds", "0", option, bad, other, str(tmp_path)]
+        code = (
+            f"import os, sys; os.chdir({str(ROOT)!r}); from ldebm import table; "
+            f"table.run_jobs = lambda *a, **k: sys.exit('ran'); sys.exit(table.main({given!r}))"
+        )
         res = refused("-c", code)
         assert res.returncode == 2 and f"{bad} cannot be written: name another folder with {option}" in res.stderr, (
             res.stderr
@@ -362,7 +370,8 @@ def test_table_and_bench_name_the_option_for_their_folders(tmp_path):
 def test_a_second_run_that_is_refused_leaves_the_first_its_notebook(tmp_path):
     run, go = tmp_path / "run", tmp_path / "go"
     (tmp_path / "stand-in").write_text(
-        f'#!/bin/bash\necho "$PASS" > "$2"; [ "$PASS" != refused ] || exit 1; while [ ! -f "{go}" ]; do sleep .05; done\n'
+        '#!/bin/bash\necho "$PASS" > "$2"; [ "$PASS" != refused ] || exit 1; '
+        f'while [ ! -f "{go}" ]; do sleep .05; done\n'
     )
     (tmp_path / "stand-in").chmod(0o755)
     args = ["make", "toy2d", "NO_VENV=1", f"PAPERMILL={tmp_path}/stand-in", f"RUN={run}"]

@@ -15,10 +15,11 @@ from torch.testing import assert_close
 from ldebm import langevin, native
 from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, energy_grad
 from ldebm.langevin import mala_chain, mala_resident, mala_states, tilt_chain, tilt_resident, tilt_states
+from ldebm.levels import PriorCfg
 from ldebm.native import FLAGS, compiled, launch_native, no_program, program, why_not
-from ldebm.prior import DiffusionEBM, PriorCfg
-from ldebm.resident import Sizes
+from ldebm.prior import DiffusionEBM
 from ldebm.schedule import make_schedule
+from ldebm.whole_chains import Sizes
 
 ODD = [*SMALL, Sizes(1, 4, 1, 0), Sizes(256, 256, 3, 0), Sizes(2, 36, 300, 1), Sizes(17, 33, 2, 29)]
 TIGHT = {torch.float64: dict(rtol=1e-10, atol=1e-11), torch.float32: dict(rtol=2e-4, atol=2e-5)}
@@ -414,7 +415,7 @@ def test_contexts_and_chains_under_autocast(monkeypatch):
         (MixedEnergy(e, torch.bfloat16), args["context"].bfloat16()),
     ):
 
-        def run():
+        def run(energies=energies, context=context):
             with torch.autocast("cpu", torch.bfloat16, enabled=energies is not e):
                 return tilt_chain(energies, **{**args, "context": context}, n_steps=3, rho=0.8, gen=gen(3))
 
@@ -500,7 +501,7 @@ def test_symbols_that_are_asked_for(dtype, monkeypatch):
             args.pop("context")
             args["y"] = torch.arange(71) % sizes.n_symbols
             want, got = both(
-                lambda: (
+                lambda e=e, args=args: (
                     tilt_chain(e, **args, n_steps=4, rho=0.8, gen=gen(3)),
                     *mala_chain(e, **args, n_steps=4, gen=gen(3)),
                 ),

@@ -14,14 +14,18 @@ import torch
 from same import assert_same_state, same_log
 from torch import nn
 
-from ldebm import image_job, toy_job, train
+from ldebm import image_job, toy_job
+from ldebm import launch as launching
 from ldebm.core import Average, load_tensors, make_gen, save_tensors
-from ldebm.data import load_grammar_files
-from ldebm.energy import SpectralLinear
-from ldebm.prior import DiagGaussian
+from ldebm.grammar_corpus import load_grammar_files
+from ldebm.launch import launch
+from ldebm.peers import count_processes
+from ldebm.posterior import DiagGaussian
 from ldebm.records import Run, load_results
-from ldebm.text_job import TextJob, open_job, train_cfg
-from ldebm.train import Interrupted, TrainCfg, count_processes, fit, launch
+from ldebm.spectral import SpectralLinear
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, train_cfg
+from ldebm.train import Interrupted, TrainCfg, fit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +168,7 @@ def test_the_caller_gets_the_selected_model(whole, monkeypatch):
         == end.best
         == min(o[task.select] for o in run.log_lines() if o["kind"] == "valid")
     )
-    monkeypatch.setattr(train, "start_processes", lambda *args: pytest.fail("a finished run trains no further"))
+    monkeypatch.setattr(launching, "start_processes", lambda *args: pytest.fail("a finished run trains no further"))
     before = run.file("log.jsonl").read_bytes()
     assert launch(task, run, dataclasses.replace(train_cfg(task.s), log_every=3), 0, "cpu", processes=2) == end
     assert run.file("log.jsonl").read_bytes() == before
@@ -485,7 +489,7 @@ def test_a_notebook_under_a_launcher(tmp_path, own):
             "--main_process_port",
             "0",
             "-m",
-            "ldebm.train",
+            "ldebm.launch",
             str(ROOT / "nbs" / "train_ptb.ipynb"),
             str(out / "train_ptb.ipynb"),
             "--kernel",
@@ -543,7 +547,7 @@ WAYS = f"""
 import os, sys
 from ldebm.core import save_tensors
 from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
-from ldebm.train import launch
+from ldebm.launch import launch
 run, task, device = open_job(TextJob(corpus=sys.argv[2], steps=6, settings="{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32", threads=2, processes=2, device="cpu", out=sys.argv[1]))
 launch(task, run, train_cfg(task.s), 0, device, processes=2, more=has_energy_stage(task.s))
 took = fit_energies(task, run, 0, device)
@@ -627,7 +631,7 @@ def test_the_launchers_entry_refuses(tmp_path, monkeypatch, argv, world, wrong):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=wrong):
-        train.run_notebook(
+        launching.run_notebook(
             [str(ROOT / "nbs" / a) if i == 0 and a.startswith("train") else a for i, a in enumerate(argv)]
         )
     assert not list(tmp_path.iterdir())

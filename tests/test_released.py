@@ -1,4 +1,4 @@
-"Numbers that the released LDEBM code gave, and what it does beside its formulas: starts of k-means, power iterations, padding"
+"Numbers that the released LDEBM code gave, and what it does beside its formulas: k-means, power iterations, padding"
 
 import json
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,13 +13,19 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldebm import energy, langevin, native, prior, schedule, text_job, text_score
+from ldebm.clusters import cluster_targets
+from ldebm.corpora import load_corpus
 from ldebm.energy import AutogradEnergy, Energy, EnergyNet, energy_grad
-from ldebm.layered import Stack
-from ldebm.prior import DiagGaussian, DiffusionEBM, PriorCfg, cluster_targets, frozen_free
+from ldebm.levels import PriorCfg
+from ldebm.posterior import DiagGaussian
+from ldebm.prior import DiffusionEBM
+from ldebm.recovery import frozen_free
 from ldebm.schedule import consistent_schedule, published_schedule
-from ldebm.text import load_corpus
-from ldebm.text_job import TextJob, TextTask, resolve
-from ldebm.text_vae import cut_after, strip
+from ldebm.stacks import Stack
+from ldebm.text_nets import cut_after
+from ldebm.text_settings import TextJob, resolve
+from ldebm.text_task import TextTask
+from ldebm.text_vae import strip
 
 F64 = torch.float64
 VECTORS = Path(__file__).parents[1] / "data" / "published" / "released-code-vectors.json"
@@ -400,7 +406,9 @@ def test_layers_without_a_norm_and_of_weight_zero_are_left_alone():
 
 @pytest.mark.parametrize("K", [2, 50])
 def test_published_makes_as_many_power_iterations_as_the_released_code(corpus, K):
-    "One for each pass of its energy in a step: two chains, and by hand what `get_ebm_loss`, the encoder's terms, bottleneck and clusters ask"
+    """One for each pass of its energy in a step
+
+    Two chains, and by hand what `get_ebm_loss`, the encoder's terms, bottleneck and clusters ask"""
     t, n = task(corpus, settings=f"langevin_steps={K}"), []
     with patch.object(EnergyNet, "power_iterate", lambda self, k=1: n.append(k)):
         t.model.before_step()

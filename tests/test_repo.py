@@ -143,7 +143,7 @@ def test_contributing_commands(tmp_path):
         "NO_VENV": "1",
         "PYTHONPATH": str(copy),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENV['PATH']}",
-        "NBDEV_ARGS": "--path nbs/90_docs.ipynb",
+        "NBDEV_ARGS": "--path nbs/93_docs.ipynb",
         "PYTEST_ARGS": "tests/test_repo.py -k changelog_and",
     }
     for c in commands:
@@ -188,7 +188,7 @@ def test_notebook_size(nb):
 
 @pytest.mark.parametrize("nb", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=name)
 def test_component_notebook(nb):
-    from ldebm.docs import page_name
+    from ldebm.pages import page_name
 
     src = [text(c["source"]) for c in cells(nb)]
     exp = [m[1] for s in src for m in re.finditer(r"^#\|\s*default_exp\s+(\S+)", s, flags=re.M)]
@@ -256,7 +256,7 @@ def test_hidden_packages_are_hidden():
 
 
 def test_modules_have_notebooks():
-    from ldebm.docs import page_name
+    from ldebm.pages import page_name
 
     assert set(MODULES) <= {page_name(p) for p in NOTEBOOKS}
 
@@ -340,7 +340,7 @@ def test_no_machine_paths_in_files():
         assert not m, f"{f} names {m.group(0)}"
 
 
-# -- make and the site --------------------------------------------------------------------------------------------------
+# -- make and the site ------------------------------------------------------------------------------------------------
 
 
 def test_make_says_what_python_it_needs(tmp_path):

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from ldebm.langevin import mala_resident, mala_states, tilt_resident, tilt_states
 from ldebm.native import compiler, compiler_version
-from ldebm.resident import CLUSTER, Sizes, source, why_not
+from ldebm.resident import CLUSTER, source, why_not
+from ldebm.whole_chains import Sizes
 
 FIBRES = Path(__file__).with_name("fibres.cpp")
 on_gpu = pytest.mark.skipif(

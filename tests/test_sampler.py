@@ -1,4 +1,4 @@
-"The sampler's law: what finite chains draw, level by level, is what algebra says, under both objectives and both references"
+"The sampler's law: what finite chains draw, level by level, is what algebra says, under all objectives and references"
 
 import copy
 import math
@@ -9,39 +9,25 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldebm import langevin
-from ldebm.energy import Energy, EnergyNet, QuadraticEnergy, fast_energy
-from ldebm.kernels import RecordedGrad
-from ldebm.langevin import (
-    can_record,
-    linear_chain_moments,
-    mala_chain,
-    mala_states,
-    record,
-    split_rhat,
-    tilt_chain,
-    tilt_states,
-)
-from ldebm.prior import (
-    DiagGaussian,
-    DiffusionEBM,
-    PriorCfg,
-    base_kl,
-    consistent_terms,
-    flat_variances,
-    plot_energy_traces,
-    published_terms,
-    recorded_terms,
-    trace_rhat,
-)
+from ldebm.convergence import split_rhat
+from ldebm.diagnostics import plot_energy_traces, trace_rhat
+from ldebm.energy import Energy, EnergyNet, fast_energy
+from ldebm.exact import QuadraticEnergy
+from ldebm.graphs import RecordedGrad, recorded_terms
+from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, tilt_chain, tilt_states
+from ldebm.levels import PriorCfg, base_kl
+from ldebm.posterior import DiagGaussian
+from ldebm.prior import DiffusionEBM, consistent_terms, published_terms
 from ldebm.schedule import (
     consistent_schedule,
     cosine_schedule,
     diffuse_pair,
     diffuse_path,
+    flat_variances,
     make_schedule,
     published_schedule,
 )
-from ldebm.text_vae import Decoder, TextCfg
+from ldebm.text_nets import Decoder, TextCfg
 
 F64 = torch.float64
 SE = 5  # standard errors allowed
@@ -183,7 +169,7 @@ def test_steps_have_the_moments_of_a_longer_chain_only_when_they_should():
 @pytest.mark.parametrize("n_steps", [0, 1, 7])
 @pytest.mark.parametrize("make", [consistent_schedule, cosine_schedule])
 def test_zero_energy_is_standard_normal_at_every_level(make, n_steps, mala):
-    "Any number of steps, with or without a Metropolis test; neighbouring levels are as correlated as the diffusion makes them"
+    "Any number of steps, with or without a Metropolis test; neighbours are as correlated as the diffusion makes them"
     n, d = 12_000, 3
     for T in (1, 2, 6):
         s = make(T)
@@ -327,7 +313,7 @@ def test_no_energy_no_gradient_noise(reference):
 
 @pytest.mark.parametrize("objective", ["consistent", "published"])
 def test_one_level_a_sample_is_unbiased(objective):
-    "A random level times T has the mean of all levels; `published` has no such claim, and takes one random level and the last"
+    "A random level times T has the mean of all levels; `published`, which does not claim it, takes one and the last"
     if objective == "published":
         net = EnergyNet(2, 3, 4, 8, 1, gen=gen(0))
         seen = spy(p := model(net, "published", n_steps=1))
@@ -598,7 +584,7 @@ class Replay:
 @pytest.mark.parametrize("kind", ["tilt", "flow", "mala"])
 @pytest.mark.parametrize("symbol", [False, True])
 def test_recorded_chain_equals_the_chain_it_recorded(kind, symbol):
-    "Same noise, same end point; new weights, states and symbols go in through the recording's inputs, not a new recording"
+    "Same noise, same end point; new weights, states and symbols go in through the recording's inputs"
     g, n = gen(0), 7
     net = EnergyNet(5, 3, 4, hidden=16, n_blocks=2, gen=g).double()
     Replay.made = 0
@@ -753,7 +739,7 @@ def test_a_recording_keeps_no_two_calls():
 
 
 def test_a_recording_follows_parameters():
-    "New parameters in the old memory get the gradient; new memory, a frozen part or other settings are another recording"
+    "New parameters in the old memory get the gradient; new memory, a frozen part, other settings: another recording"
     p = network("consistent")
     q = DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6))
     z = q.rsample(gen(1))
@@ -831,7 +817,9 @@ def test_patient_questions_are_about_chains_of_the_step_before_last():
 @pytest.mark.parametrize("resident", "01")
 @pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
 def test_recorded_terms_on_a_gpu(objective, resident, monkeypatch):
-    "The same noise gives the same terms and gradients, recorded or launched singly, also where earlier steps are still remembered"
+    """The same noise gives the same terms and gradients, recorded or launched singly
+
+    Also where earlier steps are still remembered"""
     monkeypatch.setenv("LDEBM_RESIDENT", resident)
     found = []
     for on in "01":

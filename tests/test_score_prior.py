@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ldebm import score_prior as sp
 from ldebm.core import load_tensors, make_gen, save_tensors
-from ldebm.prior import DiagGaussian, StandardNormal
+from ldebm.posterior import DiagGaussian, StandardNormal
 from ldebm.schedule import diffuse
 from ldebm.stats import mmd2
 

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from ldebm import stats as st
 from ldebm.core import make_gen
-from ldebm.data import TOYS, pinwheel
 from ldebm.stats import kernel, mmd, mmd2, mmd_test
+from ldebm.toys import TOYS, pinwheel
 
 
 def value(m):

@@ -13,20 +13,12 @@ import torch
 
 from ldebm import image_job, toy_job
 from ldebm import table as T
+from ldebm.corpora import CORPORA
 from ldebm.records import data_of, group_records, load_results, metric
-from ldebm.text import CORPORA
-from ldebm.text_job import (
-    TextJob,
-    TextSettings,
-    corpus_name,
-    job_name,
-    record_settings,
-    resolve,
-    run_table,
-    runs_of,
-    scored,
-)
+from ldebm.report import run_table, runs_of, scored
+from ldebm.text_job import corpus_name, job_name, record_settings
 from ldebm.text_score import TUNING
+from ldebm.text_settings import TextJob, TextSettings, resolve
 from ldebm.zoo import ROWS, TABLE, Row
 
 TINY = "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 nll_draws=4 nll_sentences=4 importance_draws=4 lm=''"

@@ -6,18 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm.data import load_grammar, load_grammar_files
-from ldebm.text import (
-    DD_LABELS,
-    Vocab,
-    batches,
-    build_vocab,
-    get_batch,
-    load_corpus,
-    make_split,
-    n_batches,
-    parse_sentences,
-)
+from ldebm.corpora import DD_LABELS, load_corpus
+from ldebm.grammar_corpus import load_grammar, load_grammar_files
+from ldebm.sentences import parse_sentences
+from ldebm.text import Vocab, batches, build_vocab, get_batch, make_split, n_batches
 
 
 def gen(seed):
@@ -241,7 +233,8 @@ def test_what_is_no_word(text, want, said):
 def test_an_end_in_the_middle(line, word):
     with pytest.raises(
         ValueError,
-        match=f"mine.txt: sentence 2 has the word '{word}' in the middle .line 3., which is reserved: begin a new line there",
+        match=f"mine.txt: sentence 2 has the word '{word}' in the middle .line 3., "
+        "which is reserved: begin a new line there",
     ):
         parse_sentences(f"x y\n\n{line}\n".encode(), "mine.txt")
 

@@ -8,13 +8,18 @@ import os
 import pytest
 import torch
 
+from ldebm import evidence, text_nll
 from ldebm import text_score as S
 from ldebm.core import load_tensors, make_gen, unpack_state
-from ldebm.data import load_grammar
+from ldebm.corpora import load_corpus
+from ldebm.grammar_corpus import load_grammar
+from ldebm.job import kept_metrics
 from ldebm.likelihood import AISCfg, LogZ, NLLCfg, Plan, Proposal, estimation_interval
 from ldebm.records import metric, result_path
-from ldebm.text import get_batch, load_corpus
-from ldebm.text_job import TextJob, TextTask, record_name, resolve
+from ldebm.text import get_batch
+from ldebm.text_job import record_name
+from ldebm.text_settings import TextJob, resolve
+from ldebm.text_task import TextTask
 
 pytestmark = pytest.mark.usefixtures("in_test")
 TINY = "embed=16 hidden=16 d=3 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 nll_draws=8 nll_sentences=6 lm=''"
@@ -62,12 +67,12 @@ def test_frozen_weights_come_back(task):
     before = [p.requires_grad for p in m.parameters()]
     assert not all(before) and any(before)
     with pytest.raises(Killed):
-        with S.frozen_weights(m) as inside:
+        with text_nll.frozen_weights(m) as inside:
             assert inside is m and not m.training and not any(p.requires_grad for p in m.parameters())
             raise Killed
     assert m.training and [p.requires_grad for p in m.parameters()] == before
     m.eval()
-    with S.frozen_weights(m):
+    with text_nll.frozen_weights(m):
         pass
     assert not m.training
 
@@ -76,8 +81,8 @@ def test_sentence_log_lik_is_the_decoders(task):
     index = torch.tensor([5, 0, 3])
     b = get_batch(task.corpus["test"], index)
     z = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    with S.frozen_weights(task.model):
-        f = S.sentence_log_lik(task, "test", index)
+    with text_nll.frozen_weights(task.model):
+        f = text_nll.sentence_log_lik(task, "test", index)
         got = f(z, torch.arange(3))
         torch.testing.assert_close(got, -task.model.decoder.nll(b.ids, b.host_lengths, z))
         torch.testing.assert_close(f(z[[2, 2]], torch.tensor([1, 2]))[1], f(z, torch.arange(3))[2])
@@ -88,21 +93,21 @@ def test_sentence_log_lik_is_the_decoders(task):
 def test_killed_and_resumed_equals_uninterrupted(corpus, row, tmp_path, monkeypatch):
     settings = TINY if row == "ldebm" else "embed=16 hidden=16 d=3 nll_draws=8 lm=''"
     task = make(corpus, row, settings=settings)[1]
-    want = S.text_nll(task, "test", 9, CFG, chunk=3)
+    want = text_nll.text_nll(task, "test", 9, CFG, chunk=3)
     task.model.train()
     with monkeypatch.context() as mp:
         seen = count_chunks(task, 2, mp)
         with pytest.raises(Killed):
-            S.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)
+            text_nll.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)
         assert seen == [9, 3]  # the fit, a chunk
     assert task.model.training and all(p.requires_grad for p in task.model.parameters())
     kept = unpack_state(*load_tensors(tmp_path / "new" / "likelihood-test.safetensors"))
     assert len(kept["done"]) == 1
     with monkeypatch.context() as mp:
         seen = count_chunks(task, 9, mp)
-        got = S.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)
+        got = text_nll.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)
         assert seen == [3, 3]
-        again = S.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)  # all there
+        again = text_nll.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)  # all there
         assert seen == [3, 3]
     assert set(got) == set(want) and all(torch.equal(got[k], want[k]) and torch.equal(again[k], want[k]) for k in want)
     assert want["nll"].shape == (9,) and want["nll"].isfinite().all() and want["index"].unique().numel() == 9
@@ -112,7 +117,7 @@ def test_kept_chunks_are_of_the_same_question(corpus, tmp_path, monkeypatch):
     task = make(corpus, "vae", settings="embed=16 hidden=16 d=3 lm=''")[1]
 
     def run(**kw):
-        return S.text_nll(task, "test", **{**dict(n=4, cfg=CFG, folder=tmp_path, chunk=2), **kw})
+        return text_nll.text_nll(task, "test", **{**dict(n=4, cfg=CFG, folder=tmp_path, chunk=2), **kw})
 
     first = run()
     seen = count_chunks(task, 99, monkeypatch)
@@ -136,7 +141,7 @@ def test_no_number_means_all(corpus):
     )
     task = make(few, "vae", settings="embed=16 hidden=16 d=3 lm=''")[1]
     for n in (0, 5, 99):
-        got = S.text_nll(task, "test", n, CFG, chunk=2)
+        got = text_nll.text_nll(task, "test", n, CFG, chunk=2)
         assert got["index"].sort().values.tolist() == [0, 1, 2, 3, 4] and all(len(v) == 5 for v in got.values())
 
 
@@ -160,14 +165,14 @@ def test_some_sentences_speak_for_all(corpus, tmp_path):
         },
     )
     _, task = made = make(few, "vae", settings="embed=16 hidden=16 d=3 nll_draws=16 lm=''")
-    every = S.text_nll(task, "test", 0, NLLCfg(draws=16))
+    every = text_nll.text_nll(task, "test", 0, NLLCfg(draws=16))
     truth = every["nll"].mean().item()
     miss = {"plain": [], "recorded": []}
     for seed in range(6):
         job, t = make(few, "vae", settings="embed=16 hidden=16 d=3 nll_draws=16 nll_sentences=20 lm=''")
         t.model.load_state_dict(made[1].model.state_dict())
         got = S.score(t, dataclasses.replace(job, seed=seed), [])["nll_valid"]
-        part = S.text_nll(t, "test", 20, NLLCfg(draws=16), seed)["nll"]
+        part = text_nll.text_nll(t, "test", 20, NLLCfg(draws=16), seed)["nll"]
         miss["plain"].append(abs(part.mean().item() - truth))
         miss["recorded"].append(abs(got["value"] - truth))
         assert got["n"] == 20 and "regression on the bound of all 80" in got["estimator"]
@@ -188,9 +193,9 @@ def test_plans_survive_the_file():
     }
     from ldebm.core import pack_state
 
-    tensors, form = pack_state(dict(x=S._kept_plans(plans)))
-    back = S._plans_from(unpack_state(tensors, form)["x"])
-    away = S._plans_from(
+    tensors, form = pack_state(dict(x=text_nll._plans_to_lists(plans)))
+    back = text_nll._plans_from_lists(unpack_state(tensors, form)["x"])
+    away = text_nll._plans_from_lists(
         unpack_state({k: v.to("meta") for k, v in tensors.items()}, form)["x"]
     )  # where the file was loaded to
     assert all(
@@ -210,10 +215,10 @@ def test_plans_survive_the_file():
 def test_text_likelihood_against_an_integral(corpus):
     "A text model with one latent and N(0, 1): the integral over z on a grid"
     task = make(corpus, "vae", seed=1, settings="embed=16 hidden=16 d=1 lm=''")[1]
-    got = S.text_nll(task, "test", 6, NLLCfg(draws=400, chains=8), chunk=6)
+    got = text_nll.text_nll(task, "test", 6, NLLCfg(draws=400, chains=8), chunk=6)
     grid = torch.linspace(-7, 7, 701)[:, None]
-    with S.frozen_weights(task.model), torch.no_grad():
-        f = S.sentence_log_lik(task, "test", got["index"])
+    with text_nll.frozen_weights(task.model), torch.no_grad():
+        f = text_nll.sentence_log_lik(task, "test", got["index"])
         exact = torch.stack(
             [
                 -(
@@ -235,22 +240,22 @@ def test_text_likelihood_against_an_integral(corpus):
 
 def test_exact_gap():
     nll = torch.tensor([3.0, 5.0, 4.0])
-    got = S.exact_gap(nll, ["a", "b", "c"], dict(a=-2.0, b=-4.5, c=-4.0).get)
+    got = text_nll.exact_gap(nll, ["a", "b", "c"], dict(a=-2.0, b=-4.5, c=-4.0).get)
     assert got["value"] == pytest.approx(0.5) and got["interval"][0] < 0.5 < got["interval"][1] and got["n"] == 3
     with pytest.raises(ValueError, match="'b' has probability 0"):
-        S.exact_gap(nll, ["a", "b", "c"], dict(a=-2.0, b=-math.inf, c=-1.0).get)
+        text_nll.exact_gap(nll, ["a", "b", "c"], dict(a=-2.0, b=-math.inf, c=-1.0).get)
 
 
 def test_a_sentence_the_grammar_cannot_produce():
     with pytest.raises(ValueError, match="probability 0"):
-        S.exact_gap(torch.ones(1), [["no", "such", "sentence"]], load_grammar().log_prob)
+        text_nll.exact_gap(torch.ones(1), [["no", "such", "sentence"]], load_grammar().log_prob)
 
 
 # --- convergence
 
 
 def test_evidence_of_chains(task):
-    got = S.sampler_evidence(task.model.prior, make_gen(0, "e"), n=60, longer=2, cpu_gen=make_gen(0, "f"))
+    got = evidence.sampler_evidence(task.model.prior, make_gen(0, "e"), n=60, longer=2, cpu_gen=make_gen(0, "f"))
     assert set(got) == {"rhat", "rhat_0", "rhat_1", "long_auroc"} and got["rhat"]["value"] == max(
         got["rhat_0"]["value"], got["rhat_1"]["value"]
     )
@@ -261,11 +266,11 @@ def test_trace_evidence():
     g = torch.Generator().manual_seed(0)
     anew = torch.randn(2, 64, 4, 6, generator=g)
     stuck = torch.randn(2, 1, 4, 6, generator=g) + 0.05 * anew
-    (ks, r, w), (_, r2, w2) = S.trace_evidence(anew), S.trace_evidence(stuck)
+    (ks, r, w), (_, r2, w2) = evidence.trace_evidence(anew), evidence.trace_evidence(stuck)
     assert ks == sorted(set(ks)) and ks[0] == 8 and ks[-1] == 64 and r.shape == w.shape == (2, len(ks))
     assert (r[:, -1] < 1.1).all() and (r2 > 2).all() and (w[:, -1] > 0.5).all() and (w2[:, -1] < 0.2).all()
     with pytest.raises(ValueError, match="at least 8"):
-        S.trace_evidence(anew[:, :7])
+        evidence.trace_evidence(anew[:, :7])
 
 
 def test_plot_says_what_it_shows(task):
@@ -275,7 +280,7 @@ def test_plot_says_what_it_shows(task):
     import matplotlib.pyplot as plt
 
     p = task.model.prior
-    axs = S.plot_evidence(p, make_gen(0, "p"), n=4, longer=3)
+    axs = evidence.plot_evidence(p, make_gen(0, "p"), n=4, longer=3)
     assert (
         axs.shape == (3, 2)
         and [a.get_title()[:7] for a in axs[0]] == ["level 1", "level 0"]
@@ -287,7 +292,7 @@ def test_plot_says_what_it_shows(task):
         T, cfg = 2, p.cfg
         energy_traces = staticmethod(lambda n, gen=None, n_steps=8: traces[n_steps])
 
-    apart = S.plot_evidence(Prior, n=4, longer=3)
+    apart = evidence.plot_evidence(Prior, n=4, longer=3)
     assert "end elsewhere than long ones at levels 0, 1" in apart[0, 0].figure._suptitle.get_text()
     plt.close("all")
 
@@ -302,13 +307,19 @@ def test_stage_is_done_once_for_its_key(tmp_path):
         calls.append(1)
         return dict(x=metric(float(len(calls))))
 
-    assert S.stage(tmp_path / "s", "a", dict(n=1), f) == S.stage(tmp_path / "s", "a", dict(n=1), f) and len(calls) == 1
     assert (
-        S.stage(tmp_path / "s", "a", dict(n=2), f)["x"]["value"] == 2
-        and S.stage(tmp_path / "s", "a", dict(n=1), f)["x"]["value"] == 3
+        kept_metrics(tmp_path / "s", "a", dict(n=1), f) == kept_metrics(tmp_path / "s", "a", dict(n=1), f)
+        and len(calls) == 1
+    )
+    assert (
+        kept_metrics(tmp_path / "s", "a", dict(n=2), f)["x"]["value"] == 2
+        and kept_metrics(tmp_path / "s", "a", dict(n=1), f)["x"]["value"] == 3
     )
     assert json.loads((tmp_path / "s" / "a.json").read_text())["key"] == dict(n=1)
-    assert S.stage(None, "a", dict(n=1), f)["x"]["value"] == 4 and S.stage(None, "a", dict(n=1), f)["x"]["value"] == 5
+    assert (
+        kept_metrics(None, "a", dict(n=1), f)["x"]["value"] == 4
+        and kept_metrics(None, "a", dict(n=1), f)["x"]["value"] == 5
+    )
 
 
 def test_failed_stage_leaves_nothing(tmp_path):
@@ -316,14 +327,14 @@ def test_failed_stage_leaves_nothing(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        S.stage(tmp_path, "a", {}, f)
+        kept_metrics(tmp_path, "a", {}, f)
     assert not list(tmp_path.iterdir())
 
 
 def test_scoring_that_went_on_equals_scoring_that_did_not(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(S, "nll_cfg", lambda task: CFG)
     monkeypatch.setattr(
-        S, "two_sample_auroc", lambda a, b, gen: metric(float((a.sum() - b.sum()).abs()))
+        evidence, "two_sample_auroc", lambda a, b, gen: metric(float((a.sum() - b.sum()).abs()))
     )  # the draws, not the classifier
     monkeypatch.setattr(S, "prior_hole", lambda a, b, gen: dict(hole=metric(float(a.sum() + b.sum()))))
     job, task = make(corpus)
@@ -368,7 +379,7 @@ def record_of(tmp_path, name="run", **kw):
 @pytest.fixture
 def no_classifiers(monkeypatch):
     monkeypatch.setattr(S, "prior_hole", lambda a, b, gen: dict(prior_hole_auroc=metric(0.5)))
-    monkeypatch.setattr(S, "two_sample_auroc", lambda a, b, gen: metric(0.5))
+    monkeypatch.setattr(evidence, "two_sample_auroc", lambda a, b, gen: metric(0.5))
 
 
 def test_finished_job_is_copied_where_its_record_is_wanted(tmp_path, no_classifiers, monkeypatch):

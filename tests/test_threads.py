@@ -10,14 +10,18 @@ import torch
 from same import assert_same_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldebm import image_job, image_stages, toy_job, train
+from ldebm import image_job, toy_job, train
+from ldebm.api import rows
+from ldebm.codes import Both, Codes
 from ldebm.core import load_tensors, make_gen
-from ldebm.energy import EnergyNet, QuadraticEnergy
+from ldebm.energy import EnergyNet
+from ldebm.energy_task import fit_energies
+from ldebm.exact import QuadraticEnergy
 from ldebm.image_job import ImageJob
-from ldebm.kernels import rows
-from ldebm.prior import DiagGaussian
-from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
-from ldebm.zoo import ROWS, Both, Codes
+from ldebm.posterior import DiagGaussian
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
+from ldebm.zoo import ROWS
 
 SMALL = "embed=16 hidden=16 batch=32"
 
@@ -45,13 +49,13 @@ class Unordered(TorchDispatchMode):
 @pytest.fixture
 def watched(monkeypatch, in_test):
     "Every step of `fit` is looked through"
-    mode, step = Unordered(), train.train_step
+    mode, step = Unordered(), train.Loop.step
 
     def look(*args):
         with mode:
             return step(*args)
 
-    monkeypatch.setattr(train, "train_step", look)
+    monkeypatch.setattr(train.Loop, "step", look)
     yield mode
     assert mode.ops > 100 and not mode.seen, f"sums whose order is that of threads: {mode.seen}"
 
@@ -99,10 +103,10 @@ def test_pictures(layers, objective, watched, tmp_path):
             settings=f"layers='{layers}' gen_steps=2 steps=2 clf_steps=2 energy_hidden=8",
         )
     )
-    g = image_stages.train_generator(p)[0]
-    image_stages.train_classifier(p)
+    g = image_job.train_generator(p)[0]
+    image_job.train_classifier(p)
     for row in p.job.rows.split():
-        image_stages.train_prior(p, row, g)
+        image_job.train_prior(p, row, g)
 
 
 def test_plane(watched, tmp_path):
@@ -178,7 +182,7 @@ JOB = """
 import sys
 from ldebm.core import save_tensors
 from ldebm.text_job import EnergyTask, TextJob, fit_energies, open_job, train_cfg
-from ldebm.train import launch
+from ldebm.launch import launch
 run, task, device = open_job(TextJob(steps=4, n_samples=20, threads=int(sys.argv[2]), device='cpu', out=sys.argv[1], settings='embed=32 hidden=32 cls_start=0 batch=256 energy_steps=8 nll_draws=0'))
 task.validate, EnergyTask.validate = lambda: {'base_bound': 0.}, lambda self: {'kl': 0.}
 launch(task, run, train_cfg(task.s), 0, device)

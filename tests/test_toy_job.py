@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from ldebm import toy_job as tj
 from ldebm import toy_measure as measure
 from ldebm.core import make_gen
-from ldebm.data import TOYS
 from ldebm.records import Run, check_result, load_results
 from ldebm.settings import notebook_params
+from ldebm.toys import TOYS
 from ldebm.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent

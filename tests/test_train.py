@@ -15,7 +15,8 @@ from torch import nn
 from ldebm import train
 from ldebm.core import make_gen
 from ldebm.records import Run
-from ldebm.text_job import TextJob, finish, open_job, train_cfg
+from ldebm.text_job import finish, open_job
+from ldebm.text_settings import TextJob, train_cfg
 from ldebm.train import Interrupted, TrainCfg, fit
 
 pytestmark = pytest.mark.usefixtures("in_test")
@@ -35,7 +36,7 @@ def text_job(out, objective, **kw):
 
 def train_text(job):
     run, task, device = open_job(job)
-    end = fit(task, run, train_cfg(task.s), job.seed, device)
+    end = fit(task, run, train_cfg(task.settings), job.seed, device)
     return run, task, end
 
 
@@ -57,7 +58,7 @@ task.weights = weights
 stopping, old = [], core.graceful_stop._handle
 def handle(self, *args): old(self, *args); stopping.append(1)
 core.graceful_stop._handle = handle
-try: fit(task, run, train_cfg(task.s), 0, device)
+try: fit(task, run, train_cfg(task.settings), 0, device)
 except Interrupted as e: print('interrupted:', e, flush=True); sys.exit(3)
 print('end', flush=True)
 """
@@ -504,7 +505,7 @@ def test_non_finite_parameter_of_a_text_model(tmp_path, objective):
 
     task.weights = weights
     with pytest.raises(FloatingPointError, match=r"at step 9 \(epoch 0, seed 0\)"):
-        fit(task, run, train_cfg(task.s), job.seed, device)
+        fit(task, run, train_cfg(task.settings), job.seed, device)
     saved = run.load()
     assert saved["progress"]["step"] == 7 and all(
         v.isfinite().all() for v in saved["model"].values() if v.is_floating_point()
@@ -533,7 +534,7 @@ def gradients(monkeypatch, path, settings):
 
     task.validate = lambda: dict(nll=torch.tensor(0.0))
     monkeypatch.setattr(train.Accelerator, "clip_grad_norm_", clip)
-    end = fit(task, run, dataclasses.replace(train_cfg(task.s), log_every=1), 0, device)
+    end = fit(task, run, dataclasses.replace(train_cfg(task.settings), log_every=1), 0, device)
     monkeypatch.undo()
     return got, [o["nll"] for o in run.log_lines() if o["kind"] == "train"], end
 
@@ -623,7 +624,7 @@ def test_finished_run_folder_is_written_whole_or_not(tmp_path, whole, monkeypatc
 
 def test_checkpoints_take_their_share_of_the_time():
     now, written = [0.0], []
-    rare, always = train.Sparing(0.05, lambda: now[0]), train.Sparing(1.0, lambda: now[0])
+    rare, always = train.CheckpointBudget(0.05, lambda: now[0]), train.CheckpointBudget(1.0, lambda: now[0])
     for _ in range(400):  # four seconds of steps, of which half a second each where a checkpoint is written
         now[0] += 0.01
         assert always.due()

@@ -11,28 +11,21 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from torch.nn import functional as nnf
 from torch.testing import assert_close
 
+from ldebm import codes as C
 from ldebm import zoo as Z
 from ldebm.core import load_tensors, save_tensors
+from ldebm.corpora import load_corpus
+from ldebm.latent_metrics import information
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
-from ldebm.prior import DiagGaussian, Posterior, StandardNormal
+from ldebm.posterior import DiagGaussian, Posterior, Prior, StandardNormal
 from ldebm.records import SCORING, Run
-from ldebm.text import get_batch, load_corpus
-from ldebm.text_job import (
-    OBJECTIVES,
-    ZOO,
-    TextJob,
-    TextSettings,
-    TextTask,
-    build_model,
-    evaluate,
-    open_job,
-    record_settings,
-    resolve,
-    train_cfg,
-    unused,
-)
-from ldebm.text_metrics import information
-from ldebm.text_score import frozen_weights, score, sentence_log_lik, text_nll
+from ldebm.text import get_batch
+from ldebm.text_job import open_job, record_settings
+from ldebm.text_measure import evaluate
+from ldebm.text_nll import frozen_weights, sentence_log_lik, text_nll
+from ldebm.text_score import score
+from ldebm.text_settings import LATER, OBJECTIVES, TextJob, TextSettings, resolve, train_cfg, unused
+from ldebm.text_task import TextTask, build_model
 from ldebm.text_vae import sample_sentences
 from ldebm.train import cyclical, fit, logistic
 
@@ -101,12 +94,12 @@ def make(corpus, row, objective="consistent", seed=0, **more):
 def posterior(kind, B=7, d=4, M=2, k=3, seed=0, dtype=F64, **kw):
     g = G(seed)
     z = [torch.randn(B, d, generator=g, dtype=dtype) for _ in range(2)]
-    c = Z.Codes(2 * torch.randn(B, M, k, generator=g, dtype=dtype), **kw)
+    c = C.Codes(2 * torch.randn(B, M, k, generator=g, dtype=dtype), **kw)
     return dict(
         gaussian=lambda: DiagGaussian(*z),
         codes=lambda: c,
-        both=lambda: Z.Both(DiagGaussian(*z), c),
-        coded=lambda: Z.CodedGaussian(*z, c),
+        both=lambda: C.Both(DiagGaussian(*z), c),
+        coded=lambda: C.CodedGaussian(*z, c),
     )[kind]()
 
 
@@ -130,7 +123,7 @@ SIZES = [(1, 1, 2), (2, 3, 4), (17, 5, 3), (40, 20, 5)]
 @pytest.mark.parametrize("scale", [0.0, 1.0, 8.0])
 def test_code_terms(B, M, k, scale):
     log_q = (scale * torch.randn(B, M, k, generator=G(B), dtype=F64)).log_softmax(-1)
-    t = Z.code_terms(log_q)
+    t = C.code_terms(log_q)
     assert all(v.shape == (B,) for v in t.values())
     assert_close(t["ckl"].mean(), (t["aggc"] + t["mi"]).mean(), rtol=1e-10, atol=1e-10)
     u, mean = Categorical(probs=torch.ones(M, k, dtype=F64)), Categorical(probs=log_q.exp().mean(0))
@@ -146,7 +139,7 @@ def test_code_terms(B, M, k, scale):
 
 def test_code_terms_of_a_class_nobody_uses():
     log_q = torch.tensor([[[0.0, -1e4]]] * 3)
-    t = Z.code_terms(log_q)
+    t = C.code_terms(log_q)
     assert all(v.isfinite().all() for v in t.values()) and t["mi"].abs().max() < 1e-6
     assert_close(t["ckl"], torch.full((3,), math.log(2)))
 
@@ -154,7 +147,7 @@ def test_code_terms_of_a_class_nobody_uses():
 @pytest.mark.parametrize("B,M,k", SIZES)
 @pytest.mark.parametrize("width", [1, 3])
 def test_mixture_terms(B, M, k, width):
-    P, q = Z.MixturePrior(M * width, M, k, G(1)).double(), posterior("coded", B, M * width, M, k, seed=B)
+    P, q = C.MixturePrior(M * width, M, k, G(1)).double(), posterior("coded", B, M * width, M, k, seed=B)
     z = q.rsample(G(2))
     t = P.terms(q, z)
     assert set(t) == {"ckl", "aggc", "mi", "zklE", "zklM", "disp"} and all(v.shape == (B,) for v in t.values())
@@ -186,36 +179,36 @@ def test_mixture_terms(B, M, k, width):
 
 
 def test_no_dispersion_where_a_sentence_is_sure():
-    P, q = Z.MixturePrior(6, 3, 4, G(1)).double(), posterior("coded", 9, 6, 3, 4)
-    sure = Z.CodedGaussian(q.mean, q.logvar, Z.Codes((q.code.mode.view(9, 3, 4) - 1) * 1e4))
+    P, q = C.MixturePrior(6, 3, 4, G(1)).double(), posterior("coded", 9, 6, 3, 4)
+    sure = C.CodedGaussian(q.mean, q.logvar, C.Codes((q.code.mode.view(9, 3, 4) - 1) * 1e4))
     t = P.terms(sure, q.mean)
     assert t["disp"].abs().max() < 1e-9 and P.terms(q, q.mean)["disp"].min() > 1e-3
     c = q.code.logits.argmax(-1)
     own = [P.mean[torch.arange(3), c].flatten(1), P.logvar[torch.arange(3), c].flatten(1)]
-    assert_close(t["zklM"], Z.gauss_kl(q.mean, q.logvar, *own).sum(1))
+    assert_close(t["zklM"], C.gauss_kl(q.mean, q.logvar, *own).sum(1))
 
 
 def test_natural_parameters():
     m, lv, x = (torch.randn(50, generator=G(i), dtype=F64) for i in range(3))
-    e1, e2 = Z.natural(m, lv)
+    e1, e2 = C.natural(m, lv)
     assert_close((-e1 / (2 * e2), -1 / (2 * e2)), (m, lv.exp()))
     assert_close(
-        e1 * x + e2 * x * x - Z.log_partition(e1, e2) - 0.5 * math.log(2 * math.pi),
+        e1 * x + e2 * x * x - C.log_partition(e1, e2) - 0.5 * math.log(2 * math.pi),
         Normal(m, (0.5 * lv).exp()).log_prob(x),
     )
     a, b = torch.randn(2, 50, generator=G(3), dtype=F64)
-    assert_close(Z.gauss_kl(m, lv, a, b), kl_divergence(Normal(m, (0.5 * lv).exp()), Normal(a, (0.5 * b).exp())))
+    assert_close(C.gauss_kl(m, lv, a, b), kl_divergence(Normal(m, (0.5 * lv).exp()), Normal(a, (0.5 * b).exp())))
 
 
 def test_terms_of_a_product_are_those_of_its_parts():
-    P, q = Z.BothPrior(StandardNormal(4), Z.UniformCodes(2, 3)), posterior("both")
+    P, q = C.BothPrior(StandardNormal(4), C.UniformCodes(2, 3)), posterior("both")
     x = q.rsample(G())
     t = P.terms(q, x)
     assert_close(
         t["zkl0"],
         kl_divergence(Normal(q.z.mean, (0.5 * q.z.logvar).exp()), Normal(torch.zeros(1, dtype=F64), 1.0)).sum(1),
     )
-    assert_close({k: t[k] for k in ("ckl", "aggc", "mi")}, Z.code_terms(q.c.log_q))
+    assert_close({k: t[k] for k in ("ckl", "aggc", "mi")}, C.code_terms(q.c.log_q))
     assert_close(P.log_weight(x), Normal(0.0, 1.0).log_prob(x[:, :4]).sum(1) - 2 * math.log(3))
 
 
@@ -238,26 +231,26 @@ def agrees(draws, want):  # `draws` (n, B) against `want` (B,), within five stan
 def many(q, P, n=4000):
     "One-draw estimates of KL(q || P) as the base class makes them, `(n, B)`"
     g = G(5)
-    return torch.stack([Z.Prior.kl(P, q, q.rsample(g))[0] for _ in range(n)])
+    return torch.stack([Prior.kl(P, q, q.rsample(g))[0] for _ in range(n)])
 
 
 def test_kl_of_uniform_codes():
-    P, q = Z.UniformCodes(2, 3).double(), posterior("codes")
+    P, q = C.UniformCodes(2, 3).double(), posterior("codes")
     kl, n = P.kl(q, q.rsample(G()), n=9)
     assert (n == 9).all()
     agrees(many(q, P), kl)
 
 
 def test_kl_of_a_product():
-    P, q = Z.BothPrior(StandardNormal(4), Z.UniformCodes(2, 3)).double(), posterior("both").map(lambda x: 0.3 * x)
+    P, q = C.BothPrior(StandardNormal(4), C.UniformCodes(2, 3)).double(), posterior("both").map(lambda x: 0.3 * x)
     kl, _ = P.kl(q, q.rsample(G()))
     agrees(many(q, P), kl)
-    assert_close(kl, q.z.kl_standard().sum(1) + Z.code_terms(q.c.log_q)["ckl"])
+    assert_close(kl, q.z.kl_standard().sum(1) + C.code_terms(q.c.log_q)["ckl"])
 
 
 def test_kl_of_a_mixture():
     "In one dimension, against quadrature; and never above the mean-field KL"
-    P, q = Z.MixturePrior(1, 1, 3, G(1)).double(), posterior("coded", 7, 1, 1, 3)
+    P, q = C.MixturePrior(1, 1, 3, G(1)).double(), posterior("coded", 7, 1, 1, 3)
     x = torch.linspace(-30, 30, 60_001, dtype=F64)[:, None]
     log_q, log_p = q.pairwise(x), P.log_weight(x)[:, None]
     want = (log_q.exp() * (log_q - log_p)).sum(0) * 0.001
@@ -286,7 +279,7 @@ def test_samples_have_the_density(name):
 
 
 def test_a_prior_without_its_two_methods():
-    class Half(Z.Prior):
+    class Half(Prior):
         pass
 
     with pytest.raises(NotImplementedError, match="Half needs `sample"):
@@ -297,7 +290,7 @@ def test_a_prior_without_its_two_methods():
 
 def test_mixture_needs_a_multiple():
     with pytest.raises(ValueError, match="multiple of 3, got 8"):
-        Z.MixturePrior(8, 3, 2)
+        C.MixturePrior(8, 3, 2)
 
 
 # --- posteriors
@@ -306,7 +299,7 @@ def test_mixture_needs_a_multiple():
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_gumbel_draws_have_the_probabilities(relaxed):
     n, q = 40_000, posterior("codes", 3, relaxed=relaxed, tau=0.7)
-    row = Z.Codes(q.logits[:1].expand(n, -1, -1), relaxed, 0.7)
+    row = C.Codes(q.logits[:1].expand(n, -1, -1), relaxed, 0.7)
     x = row.rsample(G(1)).view(n, 2, 3)
     p, hit = (
         q.log_q[0].exp(),
@@ -323,11 +316,11 @@ def test_gumbel_draws_have_the_probabilities(relaxed):
 
 
 def test_relaxed_in_training_alone():
-    for head in (Z.CodesHead(5, 2, 3), Z.BothHead(5, 4, 2, 3), Z.CodedHead(5, 4, 2, 3)):
+    for head in (C.CodesHead(5, 2, 3), C.BothHead(5, 4, 2, 3), C.CodedHead(5, 4, 2, 3)):
         h = torch.randn(6, 5, generator=G())
 
         def code(q):
-            return q if isinstance(q, Z.Codes) else getattr(q, "c", None) or q.code
+            return q if isinstance(q, C.Codes) else getattr(q, "c", None) or q.code
 
         q = head.train()(h)
         c = code(q)
@@ -335,7 +328,7 @@ def test_relaxed_in_training_alone():
         w = torch.randn(6, 6, generator=G(1))
         (c.rsample(G()) * w).sum().backward()
         assert (
-            head.get_parameter("logits.weight" if isinstance(head, Z.CodesHead) else "c.logits.weight").grad.abs().sum()
+            head.get_parameter("logits.weight" if isinstance(head, C.CodesHead) else "c.logits.weight").grad.abs().sum()
             > 0
         )
         hard = code(head.eval()(h))
@@ -412,7 +405,7 @@ def test_densities_sum_to_one(kind):
     if kind == "codes":
         q = posterior(kind)
         all_codes = torch.cat(
-            [Z.one_hot(torch.tensor([[a, b]]), torch.zeros(1, 2, 3, dtype=F64)) for a in range(3) for b in range(3)]
+            [C.one_hot(torch.tensor([[a, b]]), torch.zeros(1, 2, 3, dtype=F64)) for a in range(3) for b in range(3)]
         )
         return assert_close(q.pairwise(all_codes).exp().sum(0), torch.ones(7, dtype=F64))
     q = posterior(kind, d=1, M=1)
@@ -488,7 +481,7 @@ def test_the_table_has_its_rows():
 def test_row_learns(tmp_path, corpus, row, objective):
     "Resolve, build, 50 updates, sentences that end"
     job, task = make(corpus, row, objective, steps=50)
-    s, m = task.s, task.model
+    s, m = task.settings, task.model
     batch = get_batch(corpus["train"], torch.arange(8))
     terms = m.train()(batch, G())
     for step in (0, 1, 25, 49):
@@ -526,7 +519,7 @@ def plain_nll(dec, ids, lengths, z):
     "Padded, sentence by sentence, with PyTorch's own layers"
     out = []
     for x, n, zi in zip(ids, lengths.tolist(), z):
-        zs, zh = zi[dec.at["step"]], zi[dec.at["start"]]
+        zs, zh = zi[dec.parts["step"]], zi[dec.parts["start"]]
         h0 = dec.start(zh)[None, None] if len(zh) else torch.zeros(1, 1, dec.rnn.hidden_size)
         h, _ = dec.rnn(torch.cat([dec.embed(x[: n - 1]), zs.expand(n - 1, -1)], 1)[None], h0)
         logits = dec.out(h[0]) if hasattr(dec, "out") else h[0] @ dec.embed.weight.T
@@ -557,10 +550,14 @@ def test_decoder_against_a_plain_one(corpus, row, objective, more):
             assert dec.out.bias.abs().sum() > 0
         assert_close(dec.nll(b.ids, b.host_lengths, z), plain_nll(dec, b.ids, b.host_lengths, z), rtol=1e-4, atol=1e-4)
         ids, word, live = dec.generate(z, max_len=5), torch.full((6,), dec.bos), torch.ones(6, dtype=torch.bool)
-        h = dec.start(z[:, dec.at["start"]])[None] if hasattr(dec, "start") else torch.zeros(1, 6, dec.rnn.hidden_size)
+        h = (
+            dec.start(z[:, dec.parts["start"]])[None]
+            if hasattr(dec, "start")
+            else torch.zeros(1, 6, dec.rnn.hidden_size)
+        )
         for i in range(ids.shape[1]):  # greedy, step by step
             live = live & (word != dec.eos)
-            o, h = dec.rnn(torch.cat([dec.embed(word), z[:, dec.at["step"]]], 1)[:, None], h)
+            o, h = dec.rnn(torch.cat([dec.embed(word), z[:, dec.parts["step"]]], 1)[:, None], h)
             word = (dec.out(o[:, 0]) if hasattr(dec, "out") else o[:, 0] @ dec.embed.weight.T).argmax(-1)
             assert torch.equal(ids[:, i], torch.where(live, word, 0))
 
@@ -684,11 +681,11 @@ def test_settings_without_effect_are_refused(row, setting):
         (dict(row="dvae", settings="terms='ckl=much'"), "weight of ckl must be a number"),
         (dict(row="semi-vae", settings="step=c"), "unknown step 'c'"),
         (dict(row="semi-vae", settings="start=code"), "unknown start 'code'; did you mean 'codes'"),
-        (dict(row="dvae", settings="codes=0"), "codes must be at least 1"),
-        (dict(row="dvae", settings="classes=0"), "classes must be at least 1"),
-        (dict(row="vae", settings="draws=0"), "draws must be at least 1"),
+        (dict(row="dvae", settings="codes=0"), "codes=0 .* must be at least 1"),
+        (dict(row="dvae", settings="classes=0"), "classes=0 .* must be at least 1"),
+        (dict(row="vae", settings="draws=0"), "draws=0 .* must be at least 1"),
         (dict(row="dgm-vae", settings="codes=3 d=8"), "d to be a multiple of it, got d=8"),
-        (dict(row="dvae", settings="importance_draws=1"), "importance_draws must be at least 2"),
+        (dict(row="dvae", settings="importance_draws=1"), "importance_draws=1 .* must be at least 2"),
         (dict(row="dvae", settings="select=base_bound"), "unknown select 'base_bound'"),
         (dict(row="dae", settings="select=neg_elbo"), "unknown select 'neg_elbo'"),
         (dict(row="vae", settings="noise=False"), "a bound needs draws"),
@@ -705,7 +702,7 @@ def test_an_unknown_term_stops_the_first_update(tmp_path, corpus):
     job, task = make(corpus, "dvae", terms="'ckl zkl0'")
     before = {k: v.clone() for k, v in task.model.state_dict().items()}
     with pytest.raises(ValueError, match="no term called zkl0; terms are nll, ckl, aggc, mi"):
-        fit(task, Run(tmp_path / "run", {}), train_cfg(task.s), 0, "cpu")
+        fit(task, Run(tmp_path / "run", {}), train_cfg(task.settings), 0, "cpu")
     assert all(torch.equal(v, before[k]) for k, v in task.model.state_dict().items())
     with pytest.raises(ValueError, match="prior 'uniform' has no term called zkl0; it has ckl, aggc, mi"):
         task.validate()
@@ -715,9 +712,9 @@ def test_identity_of_a_run():
     "The settings of the zoo are part of it only where a row sets them"
     job = TextJob(row="ldebm")
     got = record_settings(job, resolve(job))
-    assert not set(got) & {*ZOO, *SCORING}
+    assert not set(got) & {*LATER, *SCORING}
     assert set(got) == {f.name for f in dataclasses.fields(TextSettings)} - {
-        *ZOO,
+        *LATER,
         *SCORING,
         "checkpoint_every",
         "changes",
@@ -725,7 +722,7 @@ def test_identity_of_a_run():
 
     def at(row, objective="consistent"):
         job = TextJob(row=row, objective=objective)
-        return {k: v for k, v in record_settings(job, resolve(job)).items() if k in ZOO}
+        return {k: v for k, v in record_settings(job, resolve(job)).items() if k in LATER}
 
     assert at("ldebm-no-gc") == at("ldebm", "published") == at("rnn-lm") == {}
     assert at("dvae") == dict(terms="ckl", anneal="logistic", select="objective", codes=16)
@@ -808,17 +805,17 @@ def test_information_of_sure_codes():
     "Each of 9 codes for equally many sentences: log 9"
     logits = torch.zeros(36, 2, 3, dtype=F64)
     logits[torch.arange(36), 0, torch.arange(36) % 3] = logits[torch.arange(36), 1, torch.arange(36) // 3 % 3] = 1e4
-    assert information(Z.Codes(logits), G())["value"] == pytest.approx(math.log(9))
+    assert information(C.Codes(logits), G())["value"] == pytest.approx(math.log(9))
 
 
 def all_codes(M, k):  # Every one-hot latent, shape `(k**M, M k)`
-    return Z.one_hot(torch.cartesian_prod(*M * [torch.arange(k)]).view(-1, M), torch.zeros(k**M, M, k))
+    return C.one_hot(torch.cartesian_prod(*M * [torch.arange(k)]).view(-1, M), torch.zeros(k**M, M, k))
 
 
 @pytest.mark.parametrize("M,k", [(1, 4), (2, 3), (3, 2)])
 def test_importance_against_enumeration(M, k):
     P, q, codes = (
-        Z.UniformCodes(M, k),
+        C.UniformCodes(M, k),
         posterior("codes", 12, M=M, k=k, dtype=torch.float32).map(lambda x: 0.3 * x),
         all_codes(M, k),
     )
@@ -946,7 +943,10 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, corpus, row, objective):
 
         task.model.forward = forward
         assert (
-            fit(task, Run(tmp_path / folder, {}), dataclasses.replace(train_cfg(task.s), steps=12), 0, "cpu").step == 12
+            fit(
+                task, Run(tmp_path / folder, {}), dataclasses.replace(train_cfg(task.settings), steps=12), 0, "cpu"
+            ).step
+            == 12
         )
         return task.model.state_dict(), len(calls)
 
