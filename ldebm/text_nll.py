@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/61a_text_nll.ipynb #54910fbc
+from .annealing import LogZ, Plan, log_z_bounds
 from ldebm.core import (
     batch_sizes,
     load_tensors,
@@ -25,19 +26,10 @@ from ldebm.core import (
     unpack_state,
     weights_hash,
 )
-from ldebm.likelihood import (
-    LogZ,
-    NLLCfg,
-    Plan,
-    Proposal,
-    SentenceBounds,
-    log_z_bounds,
-    nll_importance,
-    nll_ldebm,
-    nll_svebm,
-    top_log_z,
-)
+from .likelihood import NLLCfg, SentenceBounds, nll_importance, top_log_z
+from .paths import Proposal
 from .posterior import DiagGaussian, Posterior
+from .published import nll_ldebm, nll_svebm
 from .records import metric
 from .schedule import diffuse_path
 from .stats import mean_interval, regression_mean

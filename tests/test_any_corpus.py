@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ldebm import data, lm, table, text_job
 from ldebm import text_score as S
+from ldebm.annealing import AISCfg
 from ldebm.corpora import load_corpus, make_corpus, split_sentences
-from ldebm.likelihood import AISCfg, NLLCfg
+from ldebm.likelihood import NLLCfg
 from ldebm.records import check_result
 from ldebm.sentences import BEGIN, END, HIDDEN, SHAPING
 from ldebm.text import BOS, EOS, PAD, UNK, Vocab

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ldebm.conditioning import GuidedEnergy
-from ldebm.energy import Energy, energy_grad, fast_energy
+from ldebm.energy import Energy, Frozen, energy_grad
 from ldebm.exact import MixtureEnergy
 from ldebm.generator import Generator
 from ldebm.generator_parts import GeneratorCfg
@@ -186,12 +186,12 @@ def test_networks_together_equal_networks_alone(spectral):
     ]
     for net, zs, makes, widths in cases:
         w = net.weights()
-        together = net.logits(zs, net.base(w, t), w)
+        together = net.logits(zs, t, w)
         assert together.shape == (3, 5, 3) and together.std() > 1e-3
         for g in range(3):
             one = alone(net, g, makes[g], widths[g])
             w1 = one.weights()
-            f = one.logits([zs[g]], one.base(w1, t), w1)
+            f = one.logits([zs[g]], t, w1)
             assert_close(together[g], f[0], atol=1e-12, rtol=1e-10)
             (a,) = torch.autograd.grad(
                 together[g].sum(),
@@ -210,11 +210,11 @@ def test_layers_keep_their_places():
     assert sorted(map(len, nets.members)) == [1, 1, 2, 2]
     zs = [normal(3, c * s * s, i).view(3, c, s, s) for i, (c, s) in enumerate(zip(channels, sizes))]
     w, t = nets.weights(), torch.tensor([0, 1, 2])
-    f = nets.logits(zs, nets.base(t, w), w)
+    f = nets.logits(zs, t, w)
     for i in range(6):
-        moved = nets.logits([z + 1 if j == i else z for j, z in enumerate(zs)], nets.base(t, w), w)
+        moved = nets.logits([z + 1 if j == i else z for j, z in enumerate(zs)], t, w)
         assert [bool((moved[j] != f[j]).any()) for j in range(6)] == [j == i for j in range(6)]
-    other = nets.logits(zs, nets.base(torch.tensor([1, 1, 2]), w), w)
+    other = nets.logits(zs, torch.tensor([1, 1, 2]), w)
     assert (other[:, 0] != f[:, 0]).all() and torch.equal(other[:, 1:], f[:, 1:]), "levels belong to their rows"
 
 
@@ -264,11 +264,9 @@ def test_gradient_through_T(name, groups, contexts):
     for y in REQUESTS[groups]:
         y = e.allowed(y, 3)
         F, grad = energy_grad(e, u, t, y)
-        f = e.fast()
-        for base in (None, f.base(t)):
-            F1, g1 = f.grad(u, t, y, base=base)
-            assert_close(F1, F, atol=1e-12, rtol=1e-12)
-            assert_close(g1, grad, atol=1e-12, rtol=1e-10)
+        F1, g1 = energy_grad(Frozen(e), u, t, y)
+        assert_close(F1, F, atol=1e-12, rtol=1e-12)
+        assert_close(g1, grad, atol=1e-12, rtol=1e-10)
         assert not grad.requires_grad and not g1.requires_grad
         assert grad.norm(dim=1).min() > 0.01
         for s in range(4):
@@ -310,20 +308,25 @@ def test_contexts_reach_the_energies():
 
 
 def test_frozen_weights_stay():
-    "`fast()` keeps the numbers it was made with, and lets no gradient out"
+    "`Frozen` lets no gradient out, and keeps the numbers that it was made with where weights are normalised"
     e = energy("mixed")
-    f, u, t = e.fast(), normal(2, e.d, 0), torch.zeros(2, dtype=torch.long)
-    before = f.grad(u, t)[0].clone()
+    u, t = normal(2, e.d, 0), torch.zeros(2, dtype=torch.long)
+    before = energy_grad(Frozen(e), u, t)[0].clone()
     with torch.no_grad():
         for p in e.parameters():
             p.mul_(1.5)
-    assert_close(e.fast(e.weights()).grad(u, t)[0], e(u, t).detach())
+    assert_close(energy_grad(Frozen(e, e.weights()), u, t)[0], e(u, t).detach())
     assert (e(u, t) - before).abs().min() > 1e-6
     spectral = energy("vectors", spectral=True, free_head=False)
     w = spectral.weights()
-    assert_close(spectral(u[:, :9], t, weights=w), spectral(u[:, :9], t)) and not any(
-        x.requires_grad for x in w.detach()[0]["head"]
-    )
+    assert_close(spectral(u[:, :9], t, weights=w), spectral(u[:, :9], t))
+    frozen = Frozen(spectral, w)
+    assert w[0]["head"].requires_grad and not frozen.weights[0]["head"].requires_grad
+    kept = frozen(u[:, :9], t).clone()
+    with torch.no_grad():
+        for p in spectral.parameters():
+            p.mul_(1.5).add_(0.1)
+    assert_close(frozen(u[:, :9], t), kept)
 
 
 # -- no energy: the base prior
@@ -505,7 +508,7 @@ def test_known_coordinates_condition_exactly(value):
     e, means, sd = mixture()
     n, given = 800, torch.zeros(800, 2, dtype=F64)
     given[:, 0] = value
-    u = consistent(e, n_steps=60).sample(n, known=(torch.tensor([True, False]), given), sweeps=8, gen=gen(1))
+    u = consistent(e, n_steps=60).sample(n, known=(torch.tensor([True, False]), given, 8), gen=gen(1))
     assert torch.equal(u[:, 0], given[:, 0])
 
     def law(v, seed):
@@ -570,7 +573,7 @@ def test_guided_energy(guidance):
                 assert_close(G(u, t, y), e(u, t, y))
             if guidance == 0:
                 assert_close(G(u, t, y), e(u, t))
-            F, g = fast_energy(G).grad(u, t, y)
+            F, g = energy_grad(Frozen(G), u, t, y)
             assert_close(F, want)
             assert g.isfinite().all()
     for bad in (-0.1, float("nan")):

@@ -27,7 +27,8 @@ SMALL = "embed=16 hidden=16 batch=32"
 
 
 class Unordered(TorchDispatchMode):
-    "Notes every sum of floating-point numbers that a CPU takes by atomic additions: repeated indices in `index_put(accumulate=True)` and `put(accumulate=True)`"
+    """Notes every sum of floating-point numbers that a CPU takes by atomic additions: repeated indices in
+    `index_put(accumulate=True)` and `put(accumulate=True)`"""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +184,9 @@ import sys
 from ldebm.core import save_tensors
 from ldebm.text_job import EnergyTask, TextJob, fit_energies, open_job, train_cfg
 from ldebm.launch import launch
-run, task, device = open_job(TextJob(steps=4, n_samples=20, threads=int(sys.argv[2]), device='cpu', out=sys.argv[1], settings='embed=32 hidden=32 cls_start=0 batch=256 energy_steps=8 nll_draws=0'))
+settings = 'embed=32 hidden=32 cls_start=0 batch=256 energy_steps=8 nll_draws=0'
+where = dict(threads=int(sys.argv[2]), device='cpu', out=sys.argv[1])
+run, task, device = open_job(TextJob(steps=4, n_samples=20, settings=settings, **where))
 task.validate, EnergyTask.validate = lambda: {'base_bound': 0.}, lambda self: {'kl': 0.}
 launch(task, run, train_cfg(task.s), 0, device)
 fit_energies(task, run, 0, device)
@@ -193,7 +196,7 @@ save_tensors(sys.argv[1]+'/learned', task.model.state_dict())
 
 @pytest.mark.slow
 def test_the_promise(tmp_path):
-    "One seed on two threads, twice: equal bits, of weights and of energies trained alone. On one thread: the same run but for last digits"
+    "One seed on two threads, twice: equal bits, energies trained alone as well. On one thread: the same but for last digits"
     for name, threads in (("a", 2), ("b", 2), ("one", 1)):
         env = {**os.environ, "OMP_NUM_THREADS": "2", "IN_TEST": "1"}
         subprocess.run(
