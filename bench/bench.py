@@ -556,7 +556,7 @@ class Stepper:
 
 def all_terms(task):
     "Weights of the end of training, clustering included"
-    return task.weights(task.s.steps - 1, task.s.steps)
+    return task.weights(task.settings.steps - 1, task.settings.steps)
 
 
 def fixed_batches(task, n):
@@ -590,12 +590,12 @@ def bench_step(opt):
 
 def step_runner(task, objective, batches, start, path, precision):
     "Steps on batches from the weights `start`: seconds of each part, in the mean"
-    labels, label_weights = labels_of(task.s, objective)
+    labels, label_weights = labels_of(task.settings, objective)
 
     def go(batches=batches):
         task.model.load_state_dict(start)
         with plain_paths() if path == "plain" else nullcontext():
-            stepper = Stepper(task.s, objective, task.model, all_terms(task))
+            stepper = Stepper(task.settings, objective, task.model, all_terms(task))
             spent = [stepper.step(b, labels, label_weights, precision, gen(4)) for b in batches]
         return {k: sum(o.get(k, 0.0) for o in spent) / len(spent) for k in PARTS_OF_STEP}
 
@@ -618,7 +618,7 @@ def step_rounds(opt, runners, batches, shape, what):
 
 def step_entries(opt, task, objective, n):
     "Entries of one objective with `n` threads"
-    s, V = task.s, len(task.corpus.vocab)
+    s, V = task.settings, len(task.corpus.vocab)
     batches = fixed_batches(task, 1 if opt.tiny else 3)
     start = {k: v.clone() for k, v in task.model.state_dict().items()}
     words, read = words_in(batches, s)
@@ -925,7 +925,7 @@ def trained(opt, folder):
             out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})
         )
     )
-    fit(task, run, train_cfg(task.s), 0, device)
+    fit(task, run, train_cfg(task.settings), 0, device)
     fit_energies(task, run, 0, device)
     return task
 
@@ -947,7 +947,7 @@ class Quality:
         self.words_of = word_counts(task.corpus["train"].sentences())
         q, g = task.encode("train"), gen(1)
         self.encodings = q[torch.randperm(len(q), generator=g)[: self.count]].rsample(g)
-        own = task.s.langevin_steps
+        own = task.settings.langevin_steps
         self.updates = sorted({0, own} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, own, 4 * own})
         self.far = self.sample(self.updates[-1], 7)
 
@@ -957,7 +957,7 @@ class Quality:
     def decode(self, u, half=False):
         vocab = self.task.corpus.vocab
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            ids = self.model.decoder.generate(u, max_len=self.task.s.max_len)
+            ids = self.model.decoder.generate(u, max_len=self.task.settings.max_len)
         return [vocab.decode(o) for o in strip(ids, vocab.eos)]
 
     def grammatical(self, words):
@@ -975,7 +975,7 @@ class Quality:
         return dict(wkl=wkl(words, self.words_of, gen=gen(6)), **out)
 
     def entry(self, updates, n):
-        s = self.task.s
+        s = self.task.settings
         u, seconds = repeated(functools.partial(self.sample, updates, 2), self.opt.rounds(3))
         gradient = flop_energy(self.count, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
         return dict(
@@ -1186,12 +1186,12 @@ class StepsOnDevice:
     def __init__(self, where, task):
         self.where, self.task = where, task
         self.start = {k: v.clone() for k, v in task.model.state_dict().items()}
-        self.labels, self.label_weights = labels_of(task.s, where.objective, where.device)
+        self.labels, self.label_weights = labels_of(task.settings, where.objective, where.device)
         self.stepper = None
 
     def afresh(self):
         self.task.model.load_state_dict(self.start)
-        self.stepper = Stepper(self.task.s, self.where.objective, self.task.model, all_terms(self.task))
+        self.stepper = Stepper(self.task.settings, self.where.objective, self.task.model, all_terms(self.task))
 
     def run(self, path, precision, batches):
         def go():
