@@ -27,18 +27,18 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# -- adapters: the only places that name the package. A name that moved stands after the one that it had
+# -- adapters: the only places that name the package
 
 
-def find(*places: str):
-    "The first of `module.name` that there is"
-    for place in places:
-        module, name = place.rsplit(".", 1)
-        try:
-            return getattr(importlib.import_module(f"ldebm.{module}"), name)
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"none of {', '.join(places)} is there")
+def package(page: str = ""):
+    "Names of the package under PYTHONPATH, whatever module defines them"
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    from defined import Anywhere
+
+    return Anywhere(page)
+
+
+ldebm, text = package(), package("text")
 
 
 def use_compiled_code() -> None:
@@ -49,7 +49,7 @@ def use_compiled_code() -> None:
 
 
 def vocabulary():
-    return find("text.Vocab")(["<pad>", "<unk>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS - 4))])
+    return ldebm.Vocab(["<pad>", "<unk>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS - 4))])
 
 
 def drawn_batch(n: int, vocab):
@@ -59,36 +59,38 @@ def drawn_batch(n: int, vocab):
     ids[:, 0] = vocab.bos
     ids[torch.arange(n), lengths + 1] = vocab.eos
     ids.masked_fill_(torch.arange(ids.shape[1]) > (lengths + 1)[:, None], vocab.pad)
-    return find("text.Batch")(ids, lengths + 2, {}, torch.arange(n))
+    return ldebm.Batch(ids, lengths + 2, {}, torch.arange(n))
 
 
 def text_model(preset: str):
     "The row `ldebm` as its job builds it, and its batch size"
-    job = find("text_job.TextJob", "text_settings.TextJob")(corpus="ptb", preset=preset, row="ldebm")
-    settings = find("text_job.resolve", "text_settings.resolve")(job)
+    job = ldebm.TextJob(corpus="ptb", preset=preset, row="ldebm")
+    settings = text.resolve(job)
     vocab = vocabulary()
-    return find("text_job.build_model", "text_settings.build_model")(settings, vocab, 0), settings.batch, vocab
+    return ldebm.build_model(settings, vocab, 0), settings.batch, vocab
 
 
 def text_prior(n_symbols: int = 20):
     "Of published size"
-    energy = find("energy.EnergyNet")(40, n_symbols, 6, 200, 12, free_head=True, gen=generator(0))
-    schedule = find("schedule.make_schedule")("consistent", 6)
-    return find("prior.DiffusionEBM")(schedule, energy, find("prior.PriorCfg")(n_steps=30))
+    energy = ldebm.EnergyNet(40, n_symbols, 6, 200, 12, free_head=True, gen=generator(0))
+    schedule = ldebm.make_schedule("consistent", 6)
+    return ldebm.DiffusionEBM(schedule, energy, ldebm.PriorCfg(n_steps=30))
 
 
 def run_chain(prior, z_next, t, metropolis: bool):
+    if hasattr(prior, "conditional"):
+        return prior.conditional(z_next, t, mala=metropolis).sample(gen=generator(4))
     return prior.chain_from(z_next, t, mala=metropolis, gen=generator(4))
 
 
 def sentences(model, n: int):
-    return find("text_vae.sample_sentences")(model, n, gen=generator(5), max_len=40)
+    return ldebm.sample_sentences(model, n, gen=generator(5), max_len=40)
 
 
 def image_models():
     "A three-layer generator of pictures with 32 x 32 pixels, and the energies of its layers, of the preset `small`"
-    tower = find("generator.Generator")(
-        find("generator.GeneratorCfg")(
+    tower = ldebm.Generator(
+        ldebm.GeneratorCfg(
             shape=(3, 32, 32),
             sizes=(4, 8, 16),
             channels=(8, 4, 2),
@@ -99,10 +101,10 @@ def image_models():
         ),
         generator(0),
     )
-    nets = find("layered.LayerNets")(
+    nets = ldebm.LayerNets(
         tower.cfg.sizes,
         tower.cfg.channels,
-        find("layered.context_widths")(tower),
+        ldebm.context_widths(tower),
         1,
         3,
         32,
@@ -111,15 +113,15 @@ def image_models():
         True,
         gen=generator(1),
     )
-    energy = find("layered.LayeredEnergy")(tower, nets, 3, (1,))
-    cfg = find("prior.PriorCfg")(n_steps=10, rho=0.9, mala=False, encoder=False)
-    prior = find("prior.DiffusionEBM")(find("schedule.make_schedule")("consistent", 3), energy, cfg)
-    return find("generator.GeneratorModel")(tower), prior
+    energy = ldebm.LayeredEnergy(tower, nets, 3, (1,))
+    cfg = ldebm.PriorCfg(n_steps=10, rho=0.9, mala=False, encoder=False)
+    prior = ldebm.DiffusionEBM(ldebm.make_schedule("consistent", 3), energy, cfg)
+    return ldebm.GeneratorModel(tower), prior
 
 
 def image_batch(n: int):
     x = torch.randint(256, (n, 3, 32, 32), generator=generator(6)) / 255
-    return find("images.ImageBatch")(x, torch.zeros(n, 0, dtype=torch.long), torch.arange(n))
+    return ldebm.ImageBatch(x, torch.zeros(n, 0, dtype=torch.long), torch.arange(n))
 
 
 # -- measurements: each gives a function to be timed

@@ -6,7 +6,7 @@
 __all__ = ['TOPICS', 'GRAMMAR_ATTRIBUTES', 'GRAMMAR_SPLITS', 'GRAMMAR_FILES', 'Topic', 'grammar_prior', 'grammar_rule',
            'load_grammar', 'plot_corpus', 'grammar_texts', 'write_grammar', 'load_grammar_files']
 
-# %% ../nbs/03b_grammar_corpus.ipynb #d65b94b5
+# %% ../nbs/03b_grammar_corpus.ipynb #b871e7ed
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import atomic_write
-from .data import checksum, read_data
+from .data import read_data
 from .grammar import Alt, Grammar, Slot, opt, seq, words
 
 # %% ../nbs/03b_grammar_corpus.ipynb #c923cc8b
@@ -104,7 +104,7 @@ _TO_BE = {
     ('future', 'plural'): 'will be',
 }
 
-# %% ../nbs/03b_grammar_corpus.ipynb #1e0c7ccc
+# %% ../nbs/03b_grammar_corpus.ipynb #8558c79a
 class _Phrases:
     "What sentences with the same attributes are put together from"
 

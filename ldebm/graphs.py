@@ -6,7 +6,7 @@
 __all__ = ['RECORDINGS', 'LEVEL', 'STEP', 'MANY', 'or_say_how', 'recording', 'Recorded', 'RecordedGrad', 'Pending', 'Gathered',
            'put_off', 'pending_checks', 'record_chain', 'has_recorded_chain', 'recorded_chain', 'has_recorded_terms',
            'recorded_terms', 'of_one_shape', 'squared_iterations', 'iterate_together', 'normalise_together',
-           'iterate_in_groups', 'normalise_in_groups']
+           'iterate_in_groups', 'normalise_in_groups', 'square_stacks']
 
 # %% ../nbs/84_graphs.ipynb #17919baf
 import contextlib
@@ -463,3 +463,14 @@ def normalise_in_groups(layers: list) -> list:
     for group in of_one_shape(layers):
         found.update(zip(group, normalise_together(group)))
     return [found.get(layer, layer.weight) for layer in layers]
+
+# %% ../nbs/84_graphs.ipynb #a17e5c0d
+@runner('iterate_stacks', accepts=lambda stacks, n=1: n > MANY)
+@torch.no_grad()
+def square_stacks(stacks: list, n: int = 1):
+    "`iterate_stacks`, all but the last of many iterations by squaring"
+    for stack in stacks:
+        if stack.norm:
+            W = stack.weight.flatten(2)
+            stack.u.copy_(squared_iterations(W @ W.mT, stack.u, n - 1))
+            stack.power_iterate()

@@ -25,7 +25,15 @@ def _layer_groups(sizes, channels):
     vectors = groups.pop('vectors', None)
     return ([vectors] if vectors else []) + list(groups.values())
 
-# %% ../nbs/31b_layered.ipynb #6d67f628
+# %% ../nbs/31b_layered.ipynb #80f4ec84
+def _group_nets(layers, shape, n_blocks):
+    "Networks for layers `(side, width)` that are evaluated together"
+    side, width = layers[0]
+    if side <= 2:
+        return VectorNets([w * s * s for s, w in layers], n_blocks=n_blocks, **shape)
+    return MapNets(len(layers), width, side, **shape)
+
+# %% ../nbs/31b_layered.ipynb #2b9e317f
 class LayerNets(nn.Module):
     "Energy networks for every layer of a generator, those of equal shape evaluated together"
 
@@ -49,15 +57,11 @@ class LayerNets(nn.Module):
         self.contexts = tuple(contexts) or (0,) * self.L
         widths = [own + context for own, context in zip(channels, self.contexts)]
         self.members = _layer_groups(sizes, widths)
-        shape, normalisation = (n_symbols, n_levels, hidden), (spectral, free_head, gen)
+        shape = dict(K=n_symbols, T=n_levels, hidden=hidden, spectral=spectral, free_head=free_head, gen=gen)
         self.nets = nn.ModuleList()
         for group in self.members:
-            side, width = sizes[group[0]], widths[group[0]]
-            if side <= 2:
-                lengths = [widths[i] * sizes[i] ** 2 for i in group]
-                self.nets.append(VectorNets(lengths, *shape, n_blocks, *normalisation))
-            else:
-                self.nets.append(MapNets(len(group), width, side, *shape, *normalisation))
+            layers = [(sizes[i], widths[i]) for i in group]
+            self.nets.append(_group_nets(layers, shape, n_blocks))
 
 # %% ../nbs/31b_layered.ipynb #68aa32c0
 @patch

@@ -226,10 +226,10 @@ def log_z(
     n: int = 64,  # Draws from the Gaussian
     gen: torch.Generator | None = None,  # Source of noise
 ) -> tuple[Tensor, Tensor]:  # `log Z` in nats, and the effective number of draws behind it (1..n), each `(B,)`
-    "`log Z_t(z_{t+1})` by simple importance sampling from the level's own Gaussian; `published`: at temperature 1"
+    "`log Z_t(z_{t+1})` by simple importance sampling from the level's own Gaussian"
     level = self.conditional(z_next, t)
-    if self.published:  # the temperature is its sampler's alone
-        level.temperature = torch.ones_like(level.temperature)
+    if self.published:  # its loss has `F` itself, whatever its chains divide it by
+        level.temperature = torch.full_like(level.temperature, self.cfg.tau)
     return gaussian_log_z(level, n, gen)
 
 # %% ../nbs/12c_levels.ipynb #cd3b89a4

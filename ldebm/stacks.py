@@ -37,7 +37,7 @@ class Stack(nn.Module):
         self.register_buffer('v', torch.zeros(G, fan_in))
         self.power_iterate(30)
 
-# %% ../nbs/31_stacks.ipynb #f4a4f355
+# %% ../nbs/31_stacks.ipynb #6e66a207
 @patch
 @torch.no_grad()
 def power_iterate(
@@ -47,7 +47,8 @@ def power_iterate(
     "Improve the estimates of the largest singular values"
     if not self.norm:
         return
-    W, u, v = self.weight.flatten(2), self.u, self.v
+    W = self.weight.flatten(2)
+    u, v = self.u, self.v
     for _ in range(n):
         v = nnf.normalize(torch.einsum('goi,go->gi', W, u), dim=-1, eps=1e-12)
         u = nnf.normalize(torch.einsum('goi,gi->go', W, v), dim=-1, eps=1e-12)

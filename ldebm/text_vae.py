@@ -170,10 +170,10 @@ def strip(
         words.append([word for word in row if word not in (0, eos)])
     return words
 
-# %% ../nbs/20a_text_vae.ipynb #6e8a66fa
+# %% ../nbs/20a_text_vae.ipynb #1c67aadc
 def _check_request(prior, temperature, n_steps):
-    runs_chains = prior is not None and 'n_steps' in inspect.signature(prior.sample).parameters
-    if n_steps is not None and not runs_chains:
+    takes = {} if prior is None else inspect.signature(prior.sample).parameters
+    if n_steps is not None and not {'n_steps', 'chains'} & set(takes):
         who = 'a model without prior' if prior is None else type(prior).__name__
         raise ValueError(f'n_steps is the number of updates of a chain; {who} has none: leave n_steps out')
     if prior is None and temperature == 0:

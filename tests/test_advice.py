@@ -21,7 +21,10 @@ from ldebm.toy_job import ToySettings
 from ldebm.train import TrainCfg, fit
 
 pytestmark = pytest.mark.usefixtures("in_test")
-NET = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4 batch=16 energy_steps=8 energy_batch=16 nll_draws=0 lm= n_samples=20"
+NET = (
+    "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4 "
+    "batch=16 energy_steps=8 energy_batch=16 nll_draws=0 lm= n_samples=20"
+)
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ def test_what_cannot_be_compared(argv, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_names_are_looked_for_in_turn():
-    assert against.find("nowhere.X", "energy.EnergyNet").__name__ == "EnergyNet"
-    with pytest.raises(ImportError, match="nowhere.X"):
-        against.find("nowhere.X")
+def test_names_are_found_on_any_page():
+    assert against.ldebm.EnergyNet.__name__ == "EnergyNet"
+    assert against.text.resolve.__module__.startswith("ldebm.text")
+    with pytest.raises(AttributeError, match="no module"):
+        against.ldebm.nothing_of_this_name
+    with pytest.raises(AttributeError, match="defined in .*, "):
+        against.ldebm.resolve

@@ -798,7 +798,7 @@ def test_a_file_put_back_with_its_old_date_is_decoded_again(tmp_path):
 
 
 def test_pictures_without_a_home(tmp_path, monkeypatch):
-    "No folder for the cache: the pictures are there, and the warning names the variable; a cache that can be read is read"
+    "No folder for the cache: the pictures are there, the warning names the variable, and what can be read is read"
     path = write_folder(tmp_path / "p", {f"{i}.png": picture(seed=i) for i in range(30)})
     want = decode_files(path, list_images(path), Decoding(cache=True))[0].clone()
     (tmp_path / "file").write_text("")

@@ -111,7 +111,7 @@ def files(folder):
 
 @pytest.mark.slow
 def test_notebook_from_command_to_record(tmp_path):
-    "One command: executed notebook, model, record, samples and figures; the model alone gives the samples again; the command again changes nothing"
+    "One command gives notebook, model, record, samples, figures; the model gives the samples again; again: no change"
     out, results = tmp_path / "run", tmp_path / "results"
     out.mkdir()
     command = [
@@ -555,7 +555,7 @@ def test_one_altered_byte_of_ptb(tmp_path, monkeypatch, ldebm_data):
 
 
 def test_energies_alone(tmp_path):
-    "They lower the latent's cost, leave encoder and decoder as they are, and a run that was stopped in the middle ends the same"
+    "They lower the latent's cost, leave encoder and decoder as they are, and a run that was stopped ends the same"
 
     def prepared(name):
         job = tiny(

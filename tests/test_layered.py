@@ -1,4 +1,4 @@
-"Energies of layers over u: gradients through T, networks evaluated together, exactness of the sampler, requests for symbols, uses"
+"Energies of layers over u: gradients through T, networks evaluated together, the sampler's law, requests, uses"
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ldebm.conditioning import GuidedEnergy
-from ldebm.energy import Energy, energy_grad, fast_energy
+from ldebm.energy import Energy, Frozen, energy_grad
 from ldebm.exact import MixtureEnergy
 from ldebm.generator import Generator
 from ldebm.generator_parts import GeneratorCfg
@@ -56,8 +56,6 @@ def energy(
     head=10.0,
     tau_y=1.0,
     dtype=F64,
-    hidden=8,
-    seed=1,
 ):
     "Energies with weights as after training: heads `head` times those of the start"
     g = ladder(name, dtype=dtype)
@@ -67,11 +65,11 @@ def energy(
         context_widths(g) if contexts else (),
         sum(groups),
         T,
-        hidden,
+        8,
         1,
         spectral,
         free_head,
-        gen=gen(seed),
+        gen=gen(1),
     )
     if free_head:
         with torch.no_grad():
@@ -186,12 +184,12 @@ def test_networks_together_equal_networks_alone(spectral):
     ]
     for net, zs, makes, widths in cases:
         w = net.weights()
-        together = net.logits(zs, net.base(w, t), w)
+        together = net.logits(zs, t, w)
         assert together.shape == (3, 5, 3) and together.std() > 1e-3
         for g in range(3):
             one = alone(net, g, makes[g], widths[g])
             w1 = one.weights()
-            f = one.logits([zs[g]], one.base(w1, t), w1)
+            f = one.logits([zs[g]], t, w1)
             assert_close(together[g], f[0], atol=1e-12, rtol=1e-10)
             (a,) = torch.autograd.grad(
                 together[g].sum(),
@@ -210,11 +208,11 @@ def test_layers_keep_their_places():
     assert sorted(map(len, nets.members)) == [1, 1, 2, 2]
     zs = [normal(3, c * s * s, i).view(3, c, s, s) for i, (c, s) in enumerate(zip(channels, sizes))]
     w, t = nets.weights(), torch.tensor([0, 1, 2])
-    f = nets.logits(zs, nets.base(t, w), w)
+    f = nets.logits(zs, t, w)
     for i in range(6):
-        moved = nets.logits([z + 1 if j == i else z for j, z in enumerate(zs)], nets.base(t, w), w)
+        moved = nets.logits([z + 1 if j == i else z for j, z in enumerate(zs)], t, w)
         assert [bool((moved[j] != f[j]).any()) for j in range(6)] == [j == i for j in range(6)]
-    other = nets.logits(zs, nets.base(torch.tensor([1, 1, 2]), w), w)
+    other = nets.logits(zs, torch.tensor([1, 1, 2]), w)
     assert (other[:, 0] != f[:, 0]).all() and torch.equal(other[:, 1:], f[:, 1:]), "levels belong to their rows"
 
 
@@ -264,11 +262,9 @@ def test_gradient_through_T(name, groups, contexts):
     for y in REQUESTS[groups]:
         y = e.allowed(y, 3)
         F, grad = energy_grad(e, u, t, y)
-        f = e.fast()
-        for base in (None, f.base(t)):
-            F1, g1 = f.grad(u, t, y, base=base)
-            assert_close(F1, F, atol=1e-12, rtol=1e-12)
-            assert_close(g1, grad, atol=1e-12, rtol=1e-10)
+        F1, g1 = energy_grad(Frozen(e), u, t, y)
+        assert_close(F1, F, atol=1e-12, rtol=1e-12)
+        assert_close(g1, grad, atol=1e-12, rtol=1e-10)
         assert not grad.requires_grad and not g1.requires_grad
         assert grad.norm(dim=1).min() > 0.01
         for s in range(4):
@@ -310,20 +306,25 @@ def test_contexts_reach_the_energies():
 
 
 def test_frozen_weights_stay():
-    "`fast()` keeps the numbers it was made with, and lets no gradient out"
+    "`Frozen` lets no gradient out, and keeps the numbers that it was made with where weights are normalised"
     e = energy("mixed")
-    f, u, t = e.fast(), normal(2, e.d, 0), torch.zeros(2, dtype=torch.long)
-    before = f.grad(u, t)[0].clone()
+    u, t = normal(2, e.d, 0), torch.zeros(2, dtype=torch.long)
+    before = energy_grad(Frozen(e), u, t)[0].clone()
     with torch.no_grad():
         for p in e.parameters():
             p.mul_(1.5)
-    assert_close(e.fast(e.weights()).grad(u, t)[0], e(u, t).detach())
+    assert_close(energy_grad(Frozen(e, e.weights()), u, t)[0], e(u, t).detach())
     assert (e(u, t) - before).abs().min() > 1e-6
     spectral = energy("vectors", spectral=True, free_head=False)
     w = spectral.weights()
-    assert_close(spectral(u[:, :9], t, weights=w), spectral(u[:, :9], t)) and not any(
-        x.requires_grad for x in w.detach()[0]["head"]
-    )
+    assert_close(spectral(u[:, :9], t, weights=w), spectral(u[:, :9], t))
+    frozen = Frozen(spectral, w)
+    assert w[0]["head"].requires_grad and not frozen.weights[0]["head"].requires_grad
+    kept = frozen(u[:, :9], t).clone()
+    with torch.no_grad():
+        for p in spectral.parameters():
+            p.mul_(1.5).add_(0.1)
+    assert_close(frozen(u[:, :9], t), kept)
 
 
 # -- no energy: the base prior
@@ -336,7 +337,7 @@ def no_energy(name="mixed", T=3, dtype=F64, **kw):
 @pytest.mark.parametrize("mala", [True, False])
 @pytest.mark.parametrize("name,T", [("vectors", 3), ("vectors", 1), ("maps", 2)])
 def test_zero_energy_is_the_base_prior_at_every_level(name, T, mala):
-    "Levels of the diffusion and layers of the ladder: moments of u, and two-sample tests of u and of z = T(u) against fresh base samples"
+    "Levels of the diffusion and layers of the ladder: moments of u, and two-sample tests against base samples"
     e = no_energy(name, T)
     n, g = 3000, e.generator
     zs = consistent(e, n_steps=4, rho=0.5, mala=mala).sample(n, gen=gen(T), path=True)
@@ -376,7 +377,7 @@ def test_a_small_tilt_is_told_from_the_base_prior():
 
 @pytest.mark.parametrize("K", [1, 30])
 def test_zero_energy_in_the_published_sampler(K):
-    "Its unadjusted chains start at u_{t+1} and have a finite step: the law is that of a linear chain, exactly, and not the base prior's"
+    "Unadjusted chains from u_{t+1} with a finite step have a linear chain's law, not the base prior's"
     T, b2, n = 3, 0.02, 4000
     e = no_energy("vectors", T)
     p, s = published(e, n_steps=K, b2=b2), published_schedule(T)
@@ -385,7 +386,7 @@ def test_zero_energy_in_the_published_sampler(K):
         a, v, last = s.a[t + 1].item(), (s.sigma[t + 1] ** 2).item(), t == T - 1
         step = b2 * (s.sbar[t] / s.sbar[0]).item() * v
         alpha, beta = (1 - 0.5 * step, 0.0) if last else (1 - 0.5 * step / v, 0.5 * step * a * 1.7 / v)
-        u = p.chain_from(one, torch.full((n,), t), gen=gen(t))
+        u, _ = p.conditional(one, torch.full((n,), t)).sample(gen=gen(t))
         mean, var = linear_chain_moments(alpha, beta, step**0.5, 1.7, 0.0, K)
         check_moments(u, mean, var, f"level {t}")
         if not last and K > 1:
@@ -408,13 +409,13 @@ def test_zero_energy_in_the_published_sampler(K):
 
 
 def test_published_step_written_out():
-    "u <- u + g/2 - s/2 [r a (a u - u1)/sigma^2 + u] + sqrt(s) eps, with the gradient not multiplied by s, from u = u1, all layers together"
+    "u <- u + g/2 - s/2 [r a (a u - u1)/sigma^2 + u] + sqrt(s) eps, from u = u1"
     T, K, b2 = 3, 4, 2e-4
     e = energy("mixed", T=T, contexts=False)
     p, S = published(e, n_steps=K, b2=b2), published_schedule(T)
     t = torch.arange(T).repeat(4)
     u1 = normal(len(t), e.d, 0)
-    got = p.chain_from(u1, t, gen=gen(7))
+    got, _ = p.conditional(u1, t).sample(gen=gen(7))
     a = S.a[t + 1][:, None]
     sigma = (1 - a**2).sqrt()
     sbar = (1 - S.a.cumprod(0) ** 2).sqrt()
@@ -462,8 +463,13 @@ def test_published_samples_condition_at_every_level():
     "With the gaussian reference a request for a symbol holds at every level"
     e = energy("vectors", (4,), T=3)
     p = published(e, n_steps=2)
-    asked, real = [], p.chain_from
-    p.chain_from = lambda z, t, **kw: (asked.append((int(t[0]), kw["y"])), real(z, t, **kw))[1]
+    asked, real = [], p.conditional
+
+    def noted(z, t, **request):
+        asked.append((int(t[0]), request["y"]))
+        return real(z, t, **request)
+
+    p.conditional = noted
     p.sample(3, y=2, gen=gen(0))
     assert [a for a, _ in asked] == [2, 1, 0] and all(y.tolist() == [2, 2, 2] for _, y in asked)
 
@@ -505,7 +511,7 @@ def test_known_coordinates_condition_exactly(value):
     e, means, sd = mixture()
     n, given = 800, torch.zeros(800, 2, dtype=F64)
     given[:, 0] = value
-    u = consistent(e, n_steps=60).sample(n, known=(torch.tensor([True, False]), given), sweeps=8, gen=gen(1))
+    u = consistent(e, n_steps=60).sample(n, known=(torch.tensor([True, False]), given, 8), gen=gen(1))
     assert torch.equal(u[:, 0], given[:, 0])
 
     def law(v, seed):
@@ -545,13 +551,13 @@ def test_samples_of_allowed_values_and_of_a_negation():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_guided_energy(guidance):
-    "F + guidance log p(y | z): 0 asks nothing, 1 is exact conditioning; for symbols, sets of values, and several attributes"
+    "F + guidance log p(y | z): 0 asks nothing, 1 is exact conditioning"
     for groups, tau in (((4,), 1.0), ((4,), 0.5), ((3, 2), 1.0), ((3, 2), 0.5)):
         e = energy("vectors", groups, tau_y=tau)
         G = GuidedEnergy(e, guidance)
         u, t = normal(6, e.d, 0), torch.tensor([0, 1, 2, 0, 1, 2])
         lp = e.symbol_log_probs(e.logits(u, t)).split(groups, -1)
-        assert_close(sum(l.exp().sum(1) for l in lp), torch.full((6,), float(len(groups)), dtype=F64))
+        assert_close(sum(part.exp().sum(1) for part in lp), torch.full((6,), float(len(groups)), dtype=F64))
         for y in REQUESTS[groups]:
             y = None if y is None else y if not isinstance(y, list) else y * 2
             if isinstance(y, torch.Tensor) and y.ndim == 2 and len(y) == 3:
@@ -561,7 +567,7 @@ def test_guided_energy(guidance):
                 want = e(u, t)
             elif y.dtype == torch.bool:
                 want = e(u, t) + guidance * sum(
-                    l.masked_fill(~m, -math.inf).logsumexp(-1) for l, m in zip(lp, y.split(groups, -1))
+                    part.masked_fill(~m, -math.inf).logsumexp(-1) for part, m in zip(lp, y.split(groups, -1))
                 )
             else:
                 want = e(u, t) + guidance * lp[0].gather(1, y[:, None])[:, 0]
@@ -570,7 +576,7 @@ def test_guided_energy(guidance):
                 assert_close(G(u, t, y), e(u, t, y))
             if guidance == 0:
                 assert_close(G(u, t, y), e(u, t))
-            F, g = fast_energy(G).grad(u, t, y)
+            F, g = energy_grad(Frozen(G), u, t, y)
             assert_close(F, want)
             assert g.isfinite().all()
     for bad in (-0.1, float("nan")):

@@ -1,4 +1,4 @@
-"Several processes on one machine: they take the steps of one with larger batches, stop and fail together, and leave one run"
+"Several processes on one machine take the steps of one with larger batches, stop and fail together, leave one run"
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def text(out, settings, steps, processes=1, before=lambda task: None, log_every=
         launch(
             task,
             run,
-            dataclasses.replace(train_cfg(task.s), log_every=log_every),
+            dataclasses.replace(train_cfg(task.settings), log_every=log_every),
             job.seed,
             device,
             processes=processes,
@@ -95,8 +95,9 @@ def test_two_processes_take_the_steps_of_one_with_larger_batches(tmp_path, monke
 
 
 def test_the_whole_model_with_noise_of_its_own(tmp_path):
-    """Posterior draws, dropout and chains differ in the second process. Among six noise streams in one process the mean loss had a standard deviation of
-    0.035 % over the first 20 steps and 0.33 % over the next 20; the difference of two runs may be four times its own (0.05 % and 0.47 %). Half the batch differs by 1 % and 6 %"""
+    """Posterior draws, dropout and chains differ in the second process. Among six noise streams in one process the mean
+    loss had a standard deviation of 0.035 % over the first 20 steps and 0.33 % over the next 20; the difference of two
+    runs may be four times its own (0.05 % and 0.47 %). Half the batch differs by 1 % and 6 %"""
     base = f"{NET} dropout=0.1 cls_start=0 lr_ebm=3e-3 batch=32"
     (run1, *_), (run2, *_) = (
         text(tmp_path / str(n), base + s, 40, n, no_validation) for n, s in ((1, " accumulate=2"), (2, ""))
@@ -127,7 +128,7 @@ def whole(own, tmp_path_factory):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, own, whole):
-    "SIGTERM to the second process in mid-epoch: both stop after that step, with one checkpoint; the same command again ends as if nothing had been"
+    "SIGTERM to the second process in mid-epoch: both stop after that step; the same command ends with the same bits"
 
     def stop(task):
         plain = task.weights
@@ -170,14 +171,14 @@ def test_the_caller_gets_the_selected_model(whole, monkeypatch):
     )
     monkeypatch.setattr(launching, "start_processes", lambda *args: pytest.fail("a finished run trains no further"))
     before = run.file("log.jsonl").read_bytes()
-    assert launch(task, run, dataclasses.replace(train_cfg(task.s), log_every=3), 0, "cpu", processes=2) == end
+    assert launch(task, run, dataclasses.replace(train_cfg(task.settings), log_every=3), 0, "cpu", processes=2) == end
     assert run.file("log.jsonl").read_bytes() == before
 
 
 def test_another_number_of_processes_is_refused(whole):
     run, task, _ = whole
     before = run.load()
-    cfg = train_cfg(task.s)
+    cfg = train_cfg(task.settings)
     for go in (lambda: fit(task, run, cfg, 0), lambda: launch(task, run, cfg, 0)):
         with pytest.raises(ValueError, match="was trained in 2 processes and cannot continue in 1"):
             go()
@@ -308,7 +309,7 @@ def test_unequal_batches_and_terms_that_come_and_go(tmp_path):
 
 
 def test_same_weights_everywhere(tmp_path):
-    "Spectral norms, averages, weights and the state of the epoch, ahead of the forward pass of every step; and noise of its own"
+    "Spectral norms, averages, weights, the state of the epoch, ahead of every forward pass; and noise of its own"
 
     def record(task, step):
         save_tensors(tmp_path / f"{os.environ['RANK']}-{step}", {**task.model.state_dict()})
@@ -546,19 +547,25 @@ def test_a_notebook_under_a_launcher(tmp_path, own):
 WAYS = f"""
 import os, sys
 from ldebm.core import save_tensors
-from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
+from ldebm.energy_task import fit_energies
 from ldebm.launch import launch
-run, task, device = open_job(TextJob(corpus=sys.argv[2], steps=6, settings="{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32", threads=2, processes=2, device="cpu", out=sys.argv[1]))
-launch(task, run, train_cfg(task.s), 0, device, processes=2, more=has_energy_stage(task.s))
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
+settings = "{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32"
+where = dict(threads=2, processes=2, device="cpu", out=sys.argv[1])
+run, task, device = open_job(TextJob(corpus=sys.argv[2], steps=6, settings=settings, **where))
+launch(task, run, train_cfg(task.settings), 0, device, processes=2, more=has_energy_stage(task.settings))
 took = fit_energies(task, run, 0, device)
 import torch
-save_tensors(sys.argv[1]+"/learned-"+os.environ.get("RANK", "0"), dict(task.model.state_dict(), threads=torch.tensor(torch.get_num_threads())), dict(took=took, training=task.model.training))
+learned = dict(task.model.state_dict(), threads=torch.tensor(torch.get_num_threads()))
+said = dict(took=took, training=task.model.training)
+save_tensors(sys.argv[1]+"/learned-"+os.environ.get("RANK", "0"), learned, said)
 """
 
 
 @pytest.mark.slow
 def test_every_way_to_start_gives_one_run(tmp_path, own):
-    "Forked by `processes`, by torchrun, by Accelerate: equal bits of text model and energies in every process, the same checkpoints, and two threads divided while both train"
+    "Forked, by torchrun, by Accelerate: equal bits in every process, the same checkpoints, two threads divided"
     (tmp_path / "job.py").write_text(WAYS)
     python = [sys.executable, "-m"]
     ways = dict(

@@ -1,4 +1,4 @@
-"Sweeps: what fails takes no other run with it, what is stopped or killed leaves nothing behind and goes on, and what cannot work never starts"
+"Sweeps: a failure takes no other run with it, what is stopped or killed goes on, what cannot work never starts"
 
 import json
 import os
@@ -168,12 +168,15 @@ def test_a_job_whose_folder_is_taken_is_busy(make, monkeypatch):
 
 
 def test_a_notebook_without_result_a_dead_kernel_and_its_threads(make, tmp_path, monkeypatch):
-    "Threads and hidden GPUs reach the kernel, the caller's folder and environment stay; no result, and a death, are failures"
+    "Threads and hidden GPUs reach the kernel, folder and environment stay; no result, and a death, are failures"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     nb = write(
         tmp_path / "odd.ipynb",
         "die: bool = False",
-        "import os, pathlib\nprint([os.environ[k] for k in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')], pathlib.Path.cwd().name, os.environ.get('LDEBM_SHARED_GPU'))\nif die: os.kill(os.getpid(), 11)",
+        """import os, pathlib
+seen = [os.environ[k] for k in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')]
+print(seen, pathlib.Path.cwd().name, os.environ.get('LDEBM_SHARED_GPU'))
+if die: os.kill(os.getpid(), 11)""",
     )
     job, here = SweepJob("odd", nb, str(tmp_path / "runs" / "odd"), memory_gb=1.0), os.getcwd()
     got = run_one(job, threads=3)

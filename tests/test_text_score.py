@@ -148,7 +148,7 @@ def test_no_number_means_all(corpus):
 
 
 def test_terms_are_in_the_order_of_the_split(corpus):
-    "Batches are sorted by length, what is measured on them is not: pairs with other things of the same sentences depend on it"
+    "Batches are sorted by length, what is measured on them is not: pairs of the same sentences depend on it"
     task = make(corpus, "rnn-lm", settings="embed=16 hidden=16 lm=''")[1]
     got = task.likelihood_terms("test", torch.Generator().manual_seed(0))["nll"]
     for k in (0, 7, len(got) - 1):
@@ -425,7 +425,10 @@ def test_record_of_other_settings_is_not_overwritten(tmp_path, no_classifiers):
 def test_a_job_in_two_processes(tmp_path, no_classifiers, deadline):
     "Each trains on its share of an epoch, one evaluates; energies follow in that one"
     with deadline(120, "processes wait for each other"):
-        settings = "embed=16 hidden=16 d=3 batch=32 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 n_symbols=4 cls_start=0 energy_steps=8 energy_batch=32 nll_draws=0 lm=''"
+        settings = (
+            "embed=16 hidden=16 d=3 batch=32 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 n_symbols=4 "
+            "cls_start=0 energy_steps=8 energy_batch=32 nll_draws=0 lm=''"
+        )
         job, rec = record_of(tmp_path, row="ldebm", processes=2, settings=settings)
         again = S.run_job(job)
     saved = {k: unpack_state(*load_tensors(tmp_path / "run" / k / "checkpoint.safetensors")) for k in ("", "energies")}

@@ -1,4 +1,4 @@
-"Runs that are killed, stopped, poisoned or fed in halves: what is on disk is always good, and resuming ends with the same bits"
+"Runs killed, stopped, poisoned or fed in halves: what is on disk is good, and resuming ends with the same bits"
 
 import dataclasses
 import json
@@ -22,7 +22,8 @@ from ldebm.train import Interrupted, TrainCfg, fit
 pytestmark = pytest.mark.usefixtures("in_test")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 STEPS, EPOCH = 67, 31  # 8,000 training sentences in batches of 256
-TINY = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4 batch=256 dropout=0.1 checkpoint_every=7"
+NET = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4"
+TINY = f"{NET} batch=256 dropout=0.1 checkpoint_every=7"
 
 
 # -- a text model
@@ -46,7 +47,8 @@ from ldebm import core
 from ldebm.text_job import TextJob, open_job, train_cfg
 from ldebm.train import Interrupted, fit
 out, objective, settings, steps, hang, signum = sys.argv[1:]
-run, task, device = open_job(TextJob(settings=settings, steps=int(steps), n_samples=20, objective=objective, threads=1, device='cpu', out=out))
+job = TextJob(settings=settings, steps=int(steps), n_samples=20, objective=objective, threads=1, device='cpu', out=out)
+run, task, device = open_job(job)
 plain = task.weights
 def weights(step, *args):   # asked for once in every step
     if step == int(hang):
