@@ -209,7 +209,8 @@ def updates(
     on_step: Callable | None = None,  # See `chain`
 ) -> tuple[Tensor, Tensor, Tensor]:  # States, summed acceptance `(B,)`, and what `first_bad` says
     "The updates of `chain`, with their noise given"
-    here, accept, total = level.evaluate(z), None, torch.zeros_like(z[:, 0])
+    here, accept = level.evaluate(z), None
+    total = torch.zeros_like(z[:, 0])
     seen = [(here.F, here.slope.sum(-1))]
     for i in range(n_steps):
         there = level.evaluate(step.move(here, noise(i)))

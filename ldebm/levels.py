@@ -80,7 +80,8 @@ class Levels(nn.Module):
     ):
         super().__init__()
         _check_schedule(schedule, energy, cfg)
-        self.schedule, self.energy, self.cfg = schedule, energy, cfg
+        self.schedule, self.energy = schedule, energy
+        self.cfg = cfg
 
     @property
     def T(self) -> int:
