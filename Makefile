@@ -20,7 +20,7 @@ SHELL := /bin/bash
 #: TABLE_ARGS   further options of python -m ldebm.table, such as "--workers 2 --retry"
 #: BENCH_ARGS   options of bench/bench.py, such as "--only chain step"
 #: NBDEV_ARGS   options of nbdev_test, such as "--path nbs/00_core.ipynb"
-#: PYTEST_ARGS  options of pytest
+#: PYTEST_ARGS  options of pytest, such as "tests/test_data.py" (test, test-slow)
 #: PORT         port of the site, 8000
 #: VENV         folder of the environment, .venv
 #: NO_VENV      1: the environment that is active instead
@@ -45,12 +45,13 @@ TAKES.table      := CORPUS PRESET OBJECTIVE ROW SEED SEEDS SETTINGS NAME RUN TAB
 TAKES.tune       := CORPUS PRESET SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
 TAKES.bench      := BENCH_ARGS
 TAKES.test       := NBDEV_ARGS PYTEST_ARGS
+TAKES.test-slow  := PYTEST_ARGS
 TAKES.docs-serve := PORT
 ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
 # Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
 UNLISTED := PAPERMILL THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
 
-.PHONY: help venv train toy2d digits images test table tune bench docs docs-serve lab lint prepare clean distclean .environment
+.PHONY: help venv train toy2d digits images test test-slow table tune bench docs docs-serve lab lint prepare clean distclean .environment
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -74,7 +75,7 @@ q       = '$(subst ','\'',$(1))'
 ifeq ($(MAKELEVEL),0)
 $(foreach v,$(filter-out $(LISTED) $(UNLISTED),$(TYPED)),$(error there is no variable $(v): $(shell $(or $(PYTHON),python3) -c '$(NEAR)' $(call q,$(v)) $(LISTED))))
 endif
-USERS   = $(strip $(foreach t,$(RUNS) test docs-serve,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
+USERS   = $(strip $(foreach t,$(RUNS) test test-slow docs-serve,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
 $(if $(LOST),$(error `make $(GOALS)` cannot use$(foreach v,$(sort $(LOST)), $(v) (which is for $(call USERS,$(v))))$(if $(TAKES.$(firstword $(GOALS))),; it takes $(TAKES.$(firstword $(GOALS))))))
 $(foreach p,NAME-RUN SEED-SEEDS,$(if $(filter 2,$(words $(filter $(subst -, ,$(p)),$(GIVEN)))),$(error give one of $(subst -, and ,$(p)), not both)))
 
@@ -109,7 +110,7 @@ PAPERMILL = python -m ldebm.sweep --cwd . --kernel python3 --log-output --no-pro
 
 
 help: ## Show this list
-	@takes() { $(foreach t,$(RUNS) test docs-serve,[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
+	@takes() { $(foreach t,$(RUNS) test test-slow docs-serve,[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
 	grep -hE '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do \
 	  printf '  make %-11s %s\n' "$$t" "$$d"; [ -z "$$(takes $$t)" ] || printf '       %-11s   %s\n' '' "$$(takes $$t)"; done
 	@echo; sed -n 's/^#:/ /p' $(firstword $(MAKEFILE_LIST))
@@ -180,11 +181,16 @@ images: $(READY) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_
 # Processes that share the tests, each of which takes about a gigabyte
 WORKERS := $(shell [ $(THREADS) -lt 8 ] && echo $(THREADS) || echo 8)
 
-test: $(READY) ## Run every notebook, then the tests
+PYTEST = OMP_NUM_THREADS=1 python -m pytest -q
+
+test: $(READY) ## Run every notebook, then the tests but the slow ones
 	@echo "Notebooks:"
 	@OMP_NUM_THREADS=1 $(call TOOL,nbdev_test) --n_workers $(THREADS) $(if $(value LDEBM_DATA),--flags data) $(NBDEV_ARGS)
 	@echo "Tests:"
-	@OMP_NUM_THREADS=1 python -m pytest -q $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
+	@$(PYTEST) -m "not slow" $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
+
+test-slow: $(READY) ## Run the slow tests
+	@$(PYTEST) -m slow $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
 
 TABLE = python -m ldebm.table --corpus=$(call q,$(call path,$(CORPUS))) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
 table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
@@ -193,7 +199,7 @@ table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once
 tune: $(READY) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
 	@$(TABLE) --tune --seeds $(call each,$(call seeds,0)) $(TABLE_ARGS)
 
-bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench-*.json (with a GPU, that as well)
+bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench (with a GPU, that as well)
 	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(READY) ## Build the documentation site into docs/_build/html
@@ -206,8 +212,11 @@ docs-serve: docs ## Build the site and serve it on this machine
 lab: $(READY) ## Open the notebooks in JupyterLab
 	@$(call TOOL,jupyter) lab --notebook-dir=nbs
 
-lint: $(READY) ## Undefined names and unused imports in the package
-	@ruff check --no-cache --select F821,F401 ldebm
+# The package is written by nbdev: the notebooks are formatted
+lint: $(READY) ## Check style, format and, on the pages of the method and the models, types
+	@ruff check --no-cache nbs ldebm tests bench docs setup.py
+	@ruff format --no-cache --check nbs tests bench docs setup.py
+	@mypy --no-incremental
 
 prepare: $(READY) ## Export the package, clean the notebooks, render the README
 	@$(call TOOL,nbdev_export)

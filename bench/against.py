@@ -78,6 +78,8 @@ def text_prior(n_symbols: int = 20):
 
 
 def run_chain(prior, z_next, t, metropolis: bool):
+    if hasattr(prior, "conditional"):
+        return prior.conditional(z_next, t, mala=metropolis).sample(gen=generator(4))
     return prior.chain_from(z_next, t, mala=metropolis, gen=generator(4))
 
 

@@ -230,7 +230,7 @@ def _there_and_back(level: Conditional, cfg: AISCfg, gen, plan: Plan) -> LogZ:
     lower, upper = log_mean_exp(out), -log_mean_exp(back)
     return LogZ(lower, upper, effective(out), float(accept.mean()), len(plan.betas), plan.limited, log_variance(back))
 
-# %% ../nbs/40_annealing.ipynb #6cf93adf
+# %% ../nbs/40_annealing.ipynb #cf3a3d12
 @torch.no_grad()
 def bracket(
     level: Conditional,  # Of `B` conditions

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .convergence import ess
-from .diagnostics import trace_rhat
+from .diagnostics import energy_traces, trace_rhat
 from .records import metric
 from .stats import two_sample_auroc
 
@@ -41,7 +41,7 @@ def sampler_evidence(
     cpu_gen: torch.Generator | None = None,  # Source of the classifier's folds
 ) -> dict:  # Metrics `long_auroc` and, from eight updates a level on, `rhat_t` for each level and `rhat`
     "Short-run against long-run chains"
-    out = _rhat_metrics(prior.energy_traces(64, gen=gen).float().cpu())
+    out = _rhat_metrics(energy_traces(prior, 64, gen=gen).float().cpu())
     updates = prior.cfg.n_steps
     short = prior.sample(n, gen=gen)
     long = prior.sample(n, gen=gen, n_steps=longer * updates)
@@ -56,7 +56,7 @@ def _worth(traces: Tensor) -> Tensor:
 
 
 def trace_evidence(
-    traces: Tensor,  # `F` along chains, `(T, n_steps, copies, n)`: see `DiffusionEBM.energy_traces`
+    traces: Tensor,  # `F` along chains, `(T, n_steps, copies, n)`: see `energy_traces`
     points: int = 8,  # Numbers of updates looked at, evenly spaced in the logarithm
 ) -> tuple[list, Tensor, Tensor]:  # Numbers of updates; R-hat; ESS per update of one chain: each `(T, points)`
     "R-hat and effective draws of the second half of the first `k` updates, medians over conditions, for several `k`"
@@ -124,8 +124,8 @@ def plot_evidence(
     import matplotlib.pyplot as plt
 
     updates, T = prior.cfg.n_steps, prior.T
-    short = prior.energy_traces(n, gen=gen).float().cpu()
-    long = prior.energy_traces(n, gen=gen, n_steps=longer * updates).float().cpu()
+    short = energy_traces(prior, n, gen=gen).float().cpu()
+    long = energy_traces(prior, n, gen=gen, n_steps=longer * updates).float().cpu()
     counts, rhat, worth = trace_evidence(long)
     size = (max(4, 1.5 * T + 1), 5)
     fig, axs = plt.subplots(3, T, figsize=size, layout='constrained', squeeze=False, sharex=True)

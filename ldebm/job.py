@@ -7,6 +7,7 @@ __all__ = ['job_device', 'check_names', 'with_folder', 'use_machine', 'describe'
            'record', 'metrics_table', 'save_figure', 'run_files']
 
 # %% ../nbs/60_job.ipynb #d9fcb508
+import importlib
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ import torch
 from .core import atomic_write, keep_memory, pick_device, set_threads
 from .records import Run, provenance, result_path, write_result
 from .settings import describe as describe_settings
+
+# %% ../nbs/60_job.ipynb #b00c0002
+importlib.import_module('ldebm.runners')
 
 # %% ../nbs/60_job.ipynb #b610ac13
 def job_device(

@@ -227,7 +227,10 @@ def log_z(
     gen: torch.Generator | None = None,  # Source of noise
 ) -> tuple[Tensor, Tensor]:  # `log Z` in nats, and the effective number of draws behind it (1..n), each `(B,)`
     "`log Z_t(z_{t+1})` by simple importance sampling from the level's own Gaussian"
-    return gaussian_log_z(self.conditional(z_next, t), n, gen)
+    level = self.conditional(z_next, t)
+    if self.published:  # its loss has `F` itself, whatever its chains divide it by
+        level.temperature = torch.full_like(level.temperature, self.cfg.tau)
+    return gaussian_log_z(level, n, gen)
 
 # %% ../nbs/12c_levels.ipynb #cd3b89a4
 @patch

@@ -28,7 +28,7 @@ from ldebm.annealing import (
 )
 from .core import progress
 from .langevin import Conditional
-from .paths import Paths, Proposal, fit_proposal
+from .paths import Paths, fit_proposal
 from .posterior import DiagGaussian
 from .prior import DiffusionEBM
 from .records import metric

@@ -94,16 +94,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh, dw, None, None
 
 
-@runner('linear_cross_entropy', accepts=lambda h, w, target, b=None: b is None)
+@runner('linear_cross_entropy', accepts=lambda h, w, target, b=None: True)
 def sliced_cross_entropy(
     h: Tensor,  # Inputs of the output layer, shape `(n, i)`
     w: Tensor,  # Its weight, shape `(V, i)`
     target: Tensor,  # Classes, shape `(n,)`, long
-    b: None = None,
+    b: Tensor | None = None,  # Its bias, shape `(V,)`
     n_rows: int = 0,  # Rows of logits made at a time; 0: what a cache holds on a CPU, more on a GPU
 ) -> Tensor:  # Shape `(n,)`, nats; single precision for half-precision inputs
-    "`-log softmax(h w')[target]` of every row, with first derivatives"
+    "`-log softmax(h w' + b)[target]` of every row, with first derivatives"
     kind = h.device.type
+    if b is not None:
+        h, w = torch.cat([h, h.new_ones(len(h), 1)], 1), torch.cat([w, b[:, None]], 1)
     n_rows = n_rows or (256 if kind == 'cpu' else 8192)
     h, w = as_autocast(kind, h, w)
     with torch.autocast(kind, enabled=False):

@@ -53,7 +53,7 @@ def gen(seed):
 
 
 def ladder(name, spread=1.0, dtype=torch.float32, seed=0, **kw):
-    "A generator whose prior heads are `spread` times as large as at the start: scales far from one, that vary from sample to sample"
+    "A generator whose prior heads are `spread` times as large as at the start: scales that vary between samples"
     g = Generator(GeneratorCfg(**{**LADDERS[name], **kw}), gen(seed))
     with torch.no_grad():
         for m in g.prior:
@@ -158,7 +158,7 @@ def test_temperature():
 
 @pytest.mark.parametrize("name", [2, 5, 30])
 def test_encode_gives_the_draw_that_decode_uses(name):
-    "The z that inference walks down with are T of the u it returns, bit for bit; and u is the mean plus noise, layer by layer"
+    "The z that inference walks down with are T of the u it returns, bit for bit; u is mean plus noise"
     g = ladder(name, 10.0)
     x, seen = pictures(g, 6), []
     hooks = [m.register_forward_hook(lambda m, a, out: seen.append(a[0])) for m in g.combine]
@@ -181,7 +181,7 @@ def test_encode_gives_the_draw_that_decode_uses(name):
 
 
 def test_kl_is_that_of_the_sequential_posterior():
-    "Closed form along the draw against the Monte Carlo of `log q(u) - log N(u)`, in the mean; a posterior paired with other draws is told"
+    "Closed form along the draw against the mean of `log q(u) - log N(u)`; other draws are told apart"
     g = ladder(5, 10.0, F64)
     with torch.no_grad():
         for m in g.post:

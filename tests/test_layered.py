@@ -1,4 +1,4 @@
-"Energies of layers over u: gradients through T, networks evaluated together, exactness of the sampler, requests for symbols, uses"
+"Energies of layers over u: gradients through T, networks evaluated together, the sampler's law, requests, uses"
 
 import math
 
@@ -56,8 +56,6 @@ def energy(
     head=10.0,
     tau_y=1.0,
     dtype=F64,
-    hidden=8,
-    seed=1,
 ):
     "Energies with weights as after training: heads `head` times those of the start"
     g = ladder(name, dtype=dtype)
@@ -67,11 +65,11 @@ def energy(
         context_widths(g) if contexts else (),
         sum(groups),
         T,
-        hidden,
+        8,
         1,
         spectral,
         free_head,
-        gen=gen(seed),
+        gen=gen(1),
     )
     if free_head:
         with torch.no_grad():
@@ -339,7 +337,7 @@ def no_energy(name="mixed", T=3, dtype=F64, **kw):
 @pytest.mark.parametrize("mala", [True, False])
 @pytest.mark.parametrize("name,T", [("vectors", 3), ("vectors", 1), ("maps", 2)])
 def test_zero_energy_is_the_base_prior_at_every_level(name, T, mala):
-    "Levels of the diffusion and layers of the ladder: moments of u, and two-sample tests of u and of z = T(u) against fresh base samples"
+    "Levels of the diffusion and layers of the ladder: moments of u, and two-sample tests against base samples"
     e = no_energy(name, T)
     n, g = 3000, e.generator
     zs = consistent(e, n_steps=4, rho=0.5, mala=mala).sample(n, gen=gen(T), path=True)
@@ -379,7 +377,7 @@ def test_a_small_tilt_is_told_from_the_base_prior():
 
 @pytest.mark.parametrize("K", [1, 30])
 def test_zero_energy_in_the_published_sampler(K):
-    "Its unadjusted chains start at u_{t+1} and have a finite step: the law is that of a linear chain, exactly, and not the base prior's"
+    "Unadjusted chains from u_{t+1} with a finite step have a linear chain's law, not the base prior's"
     T, b2, n = 3, 0.02, 4000
     e = no_energy("vectors", T)
     p, s = published(e, n_steps=K, b2=b2), published_schedule(T)
@@ -388,7 +386,7 @@ def test_zero_energy_in_the_published_sampler(K):
         a, v, last = s.a[t + 1].item(), (s.sigma[t + 1] ** 2).item(), t == T - 1
         step = b2 * (s.sbar[t] / s.sbar[0]).item() * v
         alpha, beta = (1 - 0.5 * step, 0.0) if last else (1 - 0.5 * step / v, 0.5 * step * a * 1.7 / v)
-        u = p.chain_from(one, torch.full((n,), t), gen=gen(t))
+        u, _ = p.conditional(one, torch.full((n,), t)).sample(gen=gen(t))
         mean, var = linear_chain_moments(alpha, beta, step**0.5, 1.7, 0.0, K)
         check_moments(u, mean, var, f"level {t}")
         if not last and K > 1:
@@ -411,13 +409,13 @@ def test_zero_energy_in_the_published_sampler(K):
 
 
 def test_published_step_written_out():
-    "u <- u + g/2 - s/2 [r a (a u - u1)/sigma^2 + u] + sqrt(s) eps, with the gradient not multiplied by s, from u = u1, all layers together"
+    "u <- u + g/2 - s/2 [r a (a u - u1)/sigma^2 + u] + sqrt(s) eps, from u = u1"
     T, K, b2 = 3, 4, 2e-4
     e = energy("mixed", T=T, contexts=False)
     p, S = published(e, n_steps=K, b2=b2), published_schedule(T)
     t = torch.arange(T).repeat(4)
     u1 = normal(len(t), e.d, 0)
-    got = p.chain_from(u1, t, gen=gen(7))
+    got, _ = p.conditional(u1, t).sample(gen=gen(7))
     a = S.a[t + 1][:, None]
     sigma = (1 - a**2).sqrt()
     sbar = (1 - S.a.cumprod(0) ** 2).sqrt()
@@ -465,8 +463,13 @@ def test_published_samples_condition_at_every_level():
     "With the gaussian reference a request for a symbol holds at every level"
     e = energy("vectors", (4,), T=3)
     p = published(e, n_steps=2)
-    asked, real = [], p.chain_from
-    p.chain_from = lambda z, t, **kw: (asked.append((int(t[0]), kw["y"])), real(z, t, **kw))[1]
+    asked, real = [], p.conditional
+
+    def noted(z, t, **request):
+        asked.append((int(t[0]), request["y"]))
+        return real(z, t, **request)
+
+    p.conditional = noted
     p.sample(3, y=2, gen=gen(0))
     assert [a for a, _ in asked] == [2, 1, 0] and all(y.tolist() == [2, 2, 2] for _, y in asked)
 
@@ -548,13 +551,13 @@ def test_samples_of_allowed_values_and_of_a_negation():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_guided_energy(guidance):
-    "F + guidance log p(y | z): 0 asks nothing, 1 is exact conditioning; for symbols, sets of values, and several attributes"
+    "F + guidance log p(y | z): 0 asks nothing, 1 is exact conditioning"
     for groups, tau in (((4,), 1.0), ((4,), 0.5), ((3, 2), 1.0), ((3, 2), 0.5)):
         e = energy("vectors", groups, tau_y=tau)
         G = GuidedEnergy(e, guidance)
         u, t = normal(6, e.d, 0), torch.tensor([0, 1, 2, 0, 1, 2])
         lp = e.symbol_log_probs(e.logits(u, t)).split(groups, -1)
-        assert_close(sum(l.exp().sum(1) for l in lp), torch.full((6,), float(len(groups)), dtype=F64))
+        assert_close(sum(part.exp().sum(1) for part in lp), torch.full((6,), float(len(groups)), dtype=F64))
         for y in REQUESTS[groups]:
             y = None if y is None else y if not isinstance(y, list) else y * 2
             if isinstance(y, torch.Tensor) and y.ndim == 2 and len(y) == 3:
@@ -564,7 +567,7 @@ def test_guided_energy(guidance):
                 want = e(u, t)
             elif y.dtype == torch.bool:
                 want = e(u, t) + guidance * sum(
-                    l.masked_fill(~m, -math.inf).logsumexp(-1) for l, m in zip(lp, y.split(groups, -1))
+                    part.masked_fill(~m, -math.inf).logsumexp(-1) for part, m in zip(lp, y.split(groups, -1))
                 )
             else:
                 want = e(u, t) + guidance * lp[0].gather(1, y[:, None])[:, 0]

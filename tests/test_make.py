@@ -337,6 +337,7 @@ def test_an_environment_that_cannot_be_made_names_its_variable():
     assert res.returncode != 0 and "VENV=" in res.stderr and "NO_VENV=1" in res.stderr and "proxy" not in res.stderr
 
 
+@pytest.mark.slow
 def test_table_and_bench_name_the_option_for_their_folders(tmp_path):
     (tmp_path / "file").touch()
     bad, env = f"{tmp_path}/file/x", {**os.environ, "PYTHONPATH": str(ROOT)}

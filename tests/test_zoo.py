@@ -1,4 +1,4 @@
-"The zoo: identities of its terms, posteriors and priors against independent computations, every row of the table trained for a moment, and likelihoods against exact sums"
+"The zoo: terms, posteriors and priors against independent computations; rows trained for a moment; exact likelihoods"
 
 import dataclasses
 import json
