@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'BETTER', 'MEASURES', 'DAGGER', 'spread', 'scored', 'runs_of', 'heading', 'best_of', 'markdown_table',
-           'folded', 'run_table']
+           'folded', 'run_table', 'small_png', 'show_small_figures']
 
 # %% ../nbs/65_report.ipynb #c20dda26
+import io
 import re
 import statistics
 from typing import NamedTuple
@@ -75,7 +76,6 @@ MEASURES = {  # Metric -> unit, and which value is best: `low`, `high` or `half`
     **dict.fromkeys(('bleu', 'grammatical', 'gap_closed', 'coverage', 'modes_covered'), ('', 'high')),
     **dict.fromkeys(('ami_topic', 'ami_topic_kmeans', 'ami_mood_kmeans', 'control_accuracy_g2'), ('', 'high')),
     **dict.fromkeys(('prior_hole_auroc', 'long_auroc'), ('', 'half')),
-    **dict.fromkeys(('sample_seconds', 'train_seconds'), ('seconds', '')),
 }
 
 # %% ../nbs/65_report.ipynb #e61daeab
@@ -244,3 +244,29 @@ def run_table(
         return table
     title = 'More: ' + ', '.join([*more, 'minutes', 'machine'])
     return table + '\n\n' + folded(title, _table(lines, more, intervals, best, cost=True))
+
+# %% ../nbs/65_report.ipynb #70f600e5
+def small_png(
+    figure,  # Of matplotlib
+    dpi: int = 72,
+    colours: int = 48,
+) -> bytes:
+    "A figure as PNG with few colours"
+    from PIL import Image
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, dpi=dpi, bbox_inches='tight', facecolor='white')
+    Image.open(full).convert('RGB').quantize(colours).save(small, 'png', optimize=True)
+    return small.getvalue()
+
+# %% ../nbs/65_report.ipynb #6a1edfeb
+def show_small_figures():
+    "From here on this notebook shows its figures by `small_png`"
+    import matplotlib.pyplot as plt
+    from IPython import get_ipython
+    from matplotlib.figure import Figure
+
+    plt.close(plt.figure())  # now matplotlib has set up its own way to show figures, which is replaced
+    shell = get_ipython()
+    if shell:
+        shell.display_formatter.formatters['image/png'].for_type(Figure, small_png)
