@@ -28,7 +28,6 @@ from .recovery import ModuleCall
 from .registry import Checks, runner
 from .schedule import randn_like
 from .spectral import iterate_all
-from .stacks import iterate_stacks
 
 # %% ../nbs/84_graphs.ipynb #7afc06b0
 @contextlib.contextmanager

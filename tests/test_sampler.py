@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from chains import with_runners
 from torch import nn
 from torch.testing import assert_close
 
@@ -763,6 +764,7 @@ def test_a_recording_follows_parameters():
     assert ReplayGrad.made == 4
 
 
+@with_runners
 def test_a_bad_chain_in_a_recording_is_told():
     "At once, or to whoever collects what is pending"
     p = network("consistent")

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from ldebm import score_prior as sp
 from ldebm.core import load_tensors, make_gen, save_tensors
+from ldebm.perfect_score import GaussianScore, gaussian_moments
 from ldebm.posterior import DiagGaussian, StandardNormal
 from ldebm.schedule import diffuse
 from ldebm.stats import mmd2
@@ -63,8 +64,8 @@ def test_exact_moments(schedule, predict, variance, steps, eta):
         torch.tensor([1.0, -0.5], dtype=torch.float64),
         torch.tensor([[0.6, 0.0], [0.5, 0.9]], dtype=torch.float64),
     )
-    g, n = sp.GaussianScore(mean, L @ L.T, cfg), 8000
-    mu, C = sp.gaussian_moments(g, steps, eta)
+    g, n = GaussianScore(mean, L @ L.T, cfg), 8000
+    mu, C = gaussian_moments(g, steps, eta)
     z = sp.ScorePrior(g, cfg).sample(
         n, n_steps=steps, eta=eta, gen=make_gen(1, schedule, predict, variance, steps, int(10 * eta))
     )
@@ -77,16 +78,16 @@ def test_exact_moments_can_fail():
     "Negative control: a slightly wrong network is noticed by the same check"
     cfg = sp.ScorePriorCfg(n_levels=50)
     m, S, n = torch.zeros(2, dtype=torch.float64), 0.5 * torch.eye(2, dtype=torch.float64), 8000
-    mu, C = sp.gaussian_moments(sp.GaussianScore(m, S, cfg), 50, 1.0)
-    z = sp.ScorePrior(sp.GaussianScore(m, 1.15 * S, cfg), cfg).sample(n, gen=make_gen(2))
+    mu, C = gaussian_moments(GaussianScore(m, S, cfg), 50, 1.0)
+    z = sp.ScorePrior(GaussianScore(m, 1.15 * S, cfg), cfg).sample(n, gen=make_gen(2))
     assert not ((z.T.cov() - C).abs() < 5 * ((C.diag()[:, None] * C.diag() + C**2) / n).sqrt()).all()
 
 
 def test_large_variance_is_exact_for_standard_normal():
     cfg = sp.ScorePriorCfg(n_levels=40, variance="large")
-    g = sp.GaussianScore(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), cfg)
+    g = GaussianScore(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), cfg)
     for steps in (40, 10):  # all that is missing is the noise of the last step
-        _, C = sp.gaussian_moments(g, steps, 1.0)
+        _, C = gaussian_moments(g, steps, 1.0)
         last = sp.step_levels(40, steps)[-2]
         assert_close(C, torch.eye(2, dtype=torch.float64) * float(cfg.levels().abar[last]) ** 2, rtol=1e-9, atol=1e-12)
 
@@ -95,9 +96,9 @@ def test_more_steps_approach_the_truth():
     S = torch.diag(torch.tensor([1.5, 0.25, 1.0], dtype=torch.float64))
     err = []
     for T in (50, 200, 800):
-        g = sp.GaussianScore(torch.zeros(3, dtype=torch.float64), S, sp.ScorePriorCfg(n_levels=T))
+        g = GaussianScore(torch.zeros(3, dtype=torch.float64), S, sp.ScorePriorCfg(n_levels=T))
         err.append(
-            max(float((sp.gaussian_moments(g, T, eta)[1] / S.diag()).diag().sub(1).abs().max()) for eta in (0.0, 1.0))
+            max(float((gaussian_moments(g, T, eta)[1] / S.diag()).diag().sub(1).abs().max()) for eta in (0.0, 1.0))
         )
     assert err[0] > 2.5 * err[1] > 6 * err[2]
 
