@@ -199,7 +199,7 @@ table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once
 tune: $(READY) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
 	@$(TABLE) --tune --seeds $(call each,$(call seeds,0)) $(TABLE_ARGS)
 
-bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench-*.json (with a GPU, that as well)
+bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench (with a GPU, that as well)
 	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(READY) ## Build the documentation site into docs/_build/html
@@ -213,9 +213,10 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 	@$(call TOOL,jupyter) lab --notebook-dir=nbs
 
 # The package is written by nbdev: the notebooks are formatted
-lint: $(READY) ## Check and format-check the notebooks, the package, the tests and the benchmarks
+lint: $(READY) ## Check style, format and, on the pages of the method and the models, types
 	@ruff check --no-cache nbs ldebm tests bench docs setup.py
 	@ruff format --no-cache --check nbs tests bench docs setup.py
+	@mypy --no-incremental
 
 prepare: $(READY) ## Export the package, clean the notebooks, render the README
 	@$(call TOOL,nbdev_export)

@@ -34,7 +34,7 @@ setup(
     ]
     + [f"Programming Language :: Python :: {v}" for v in pythons],
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
-    package_data={cfg["lib_name"]: ["py.typed"]},
+    package_data={cfg["lib_name"]: ["py.typed", "*.cpp", "*.cu", "*.cuh"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -35,27 +35,29 @@ from chains import counted_calls
 from plain import PlainEnergy, plain_paths
 from torch.nn import functional as nnf
 
-from ldebm import kernels, langevin, native, records, text_vae
-from ldebm import prior as priors
+from ldebm import graphs, kernels, langevin, native, records, resident, whole_chains
+from ldebm.closed_form import ClosedForm
 from ldebm.core import atomic_write, check_writable, keep_memory, progress
 from ldebm.corpora import load_corpus
-from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, each, fast_energy
+from ldebm.energy import EnergyNet, Frozen, map_tensors
 from ldebm.energy_task import fit_energies
 from ldebm.grammar_corpus import load_grammar
-from ldebm.graphs import MANY
+from ldebm.langevin import Conditional
+from ldebm.layers import WordReader
 from ldebm.prior import DiffusionEBM
 from ldebm.records import provenance, results_root
-from ldebm.resident import MOST, why_not
 from ldebm.schedule import make_schedule
 from ldebm.settings import check_params
 from ldebm.stats import two_sample_auroc
 from ldebm.text import Batch, Vocab
 from ldebm.text_job import load_model, open_job
+from ldebm.text_kernels import FastReader
 from ldebm.text_metrics import grammar_scores, wkl, word_counts
 from ldebm.text_settings import TextJob, TextSettings, prior_cfg, resolve, train_cfg
 from ldebm.text_task import TextTask, build_model
 from ldebm.text_vae import sample_sentences, strip
 from ldebm.train import fit, make_optimizer
+from ldebm.whole_chains import sizes_of
 
 OBJECTIVES = ("published", "consistent")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
@@ -111,7 +113,7 @@ def flop_norms(s):
 
     `W W'` of each layer, its powers, and their products with a vector. Few iterations are no matrix products"""
     n, H, K, G = chain_prior(s).power_iterations - 1, s.energy_hidden, s.n_symbols, 5 + s.n_blocks
-    if n < MANY:
+    if n < graphs.MANY:
         return 0
 
     def powers(o):
@@ -149,7 +151,8 @@ def flop_step(B, read, words, V, s, objective, plain=False):
     n = 2 * B if s.reference == "flat" and objective == "published" and s.T > 1 else B
     enc, dec = flop_encoder(read, B, s), flop_decoder(words, B, V, s, plain)
     energy, back = flop_energy_step(B, n, s, objective, plain)
-    energy += flop_norms(s)
+    if not plain:  # there iterations are products with vectors
+        energy += flop_norms(s)
     return dict(
         encoder=enc,
         decoder=dec,
@@ -159,14 +162,14 @@ def flop_step(B, read, words, V, s, objective, plain=False):
     )
 
 
-def flop_generate(n, words, V, s):
-    "Chains on every level, then one word after the other; what the latent brings to the gates once"
+def flop_generate(n, words, V, s, plain=False):
+    """Chains on every level, then one word after the other
+
+    What the latent brings to the gates once a sentence, on the plain path once a word"""
     word = 2 * (3 * s.hidden * (s.embed + s.hidden) + s.hidden * V)
-    return (
-        words * word
-        + n * 2 * s.d * 4 * s.hidden
-        + s.T * evaluations(s) * flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
-    )
+    latent = 2 * s.d * s.hidden * (n + 3 * (words if plain else n))
+    gradient = flop_energy(n, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=plain)
+    return words * word + latent + s.T * evaluations(s) * gradient
 
 
 # -- timing
@@ -366,9 +369,21 @@ def using(lib):
     return patch.object(kernels, "matmul_backend", lambda: lib)
 
 
+def chain_ends(prior, z, t, g, energy=None):
+    "Where one chain for each latent ends; `energy`: what its gradient is asked of"
+    return prior.conditional(z, t, energy=energy).sample(gen=g)[0]
+
+
 def no_native(prior, z, precision):
     "What keeps chains from running as compiled code"
-    return native.why_not(fast_energy(prior.energy).sizes(), z, torch.bfloat16 if precision == "bf16" else None)
+    return native.why_not(sizes_of(Frozen(prior.energy)), z, torch.bfloat16 if precision == "bf16" else None)
+
+
+class Compiled:
+    "The closed form by `torch.compile`, which chooses its own library, and cannot trace the call of oneDNN"
+
+    def __init__(self, frozen, compiled):
+        self.grad = compiled(ClosedForm(frozen).grad)
 
 
 def chain_paths(prior, z, t, compiled=None, half=True):
@@ -380,9 +395,9 @@ def chain_paths(prior, z, t, compiled=None, half=True):
             with (
                 using(lib),
                 patch.dict(os.environ, LDEBM_RESIDENT=str(int(whole))),
-                counted_calls((langevin, "run_chains")) as calls,
+                counted_calls((whole_chains, "run_chains")) as calls,
             ):
-                end = prior.chain_from(z, t, fast=energy, gen=gen() if g is None else g)
+                end = chain_ends(prior, z, t, gen() if g is None else g, energy)
             if len(calls) != whole:
                 raise RuntimeError(f"{'no' if whole else 'a'} chain was compiled code")
             return end
@@ -390,30 +405,34 @@ def chain_paths(prior, z, t, compiled=None, half=True):
         return go
 
     def closed(dtype=torch.float32):
-        return FastEnergy(
-            net, each(lambda x: x.to(dtype), net.weights().detach())
+        return Frozen(
+            net, map_tensors(lambda x: x.to(dtype), net.weights())
         )  # one a library: it lays out its weights for the first that multiplies
 
-    fast = closed()
+    fast, mixed = closed(), Frozen(net, precision=torch.bfloat16)
     out = dict(plain=("fp32", run(PlainEnergy(net), z)), blas=("fp32", run(fast, z)))
     if kernels.has_onednn():
         out["onednn"] = ("fp32", run(closed(), z, "onednn"))
     if half:
-        out["mixed"] = ("bf16", run(MixedEnergy(fast, torch.bfloat16), z))
+        out["mixed"] = ("bf16", run(mixed, z))
         out["bf16"] = ("bf16", run(closed(torch.bfloat16), z.bfloat16()))
-    for name, precision, energy in (
-        ("native", "fp32", fast),
-        ("native_bf16", "bf16", MixedEnergy(fast, torch.bfloat16)),
-    ):
+    for name, precision, energy in (("native", "fp32", fast), ("native_bf16", "bf16", mixed)):
         if (half or precision == "fp32") and not no_native(prior, z, precision):
             out[name] = (precision, run(energy, z, whole=True))
     if compiled is not None:
-
-        class Compiled:
-            base, grad = fast.base, staticmethod(compiled(fast.grad))
-
-        out["compile"] = ("fp32", run(Compiled, z))  # it chooses its own library, and cannot trace the call of oneDNN
+        out["compile"] = ("fp32", run(Compiled(closed(), compiled), z))
     return out
+
+
+@contextmanager
+def same_noise():
+    "Chains draw the same noise in every precision"
+
+    def rounded(x, g):
+        return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
+
+    with patch.object(langevin, "randn_like", rounded), patch.object(whole_chains, "randn_like", rounded):
+        yield
 
 
 def bench_chain(opt):
@@ -428,12 +447,9 @@ def bench_chain(opt):
     z, t = torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T
     out = []
 
-    def same(x, g):
-        return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
-
     twice = chain_prior(s).double()
-    with patch.object(langevin, "randn_like", same):
-        end = twice.chain_from(z.double(), t, gen=gen(2))
+    with same_noise():
+        end = chain_ends(twice, z.double(), t, gen(2))
     moved = (end - z.double()).norm()
     sizes = dict(
         batch=B,
@@ -456,7 +472,7 @@ def bench_chain(opt):
             secs = interleave(runs, opt.rounds(15), 2, lambda: measure_products(opt, (shape,), opt.precisions))
             far = {}
             for k, (_, f) in paths.items():
-                with patch.object(langevin, "randn_like", same):
+                with same_noise():
                     far[k] = ((f(gen(2)).double() - end).norm() / moved).item()
         for k, (precision, _) in paths.items():
             flop = s.langevin_steps * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols, plain=k == "plain")
@@ -521,7 +537,7 @@ class Stepper:
             patch.object(m.encoder, "forward", clock.timed("encoder", m.encoder.forward)),
             patch.object(m.decoder, "nll", clock.timed("decoder", m.decoder.nll)),
             patch.object(prior, "terms", clock.timed("energy", prior.terms)),
-            patch.object(prior, "chain_from", clock.timed("chains", prior.chain_from)),
+            patch.object(Conditional, "sample", clock.timed("chains", Conditional.sample)),
         ):
             with clock.part("energy"):
                 m.before_step()
@@ -541,7 +557,7 @@ class Stepper:
 
 def all_terms(task):
     "Weights of the end of training, clustering included"
-    return task.weights(task.s.steps - 1, task.s.steps)
+    return task.weights(task.settings.steps - 1, task.settings.steps)
 
 
 def fixed_batches(task, n):
@@ -575,12 +591,12 @@ def bench_step(opt):
 
 def step_runner(task, objective, batches, start, path, precision):
     "Steps on batches from the weights `start`: seconds of each part, in the mean"
-    labels, label_weights = labels_of(task.s, objective)
+    labels, label_weights = labels_of(task.settings, objective)
 
     def go(batches=batches):
         task.model.load_state_dict(start)
         with plain_paths() if path == "plain" else nullcontext():
-            stepper = Stepper(task.s, objective, task.model, all_terms(task))
+            stepper = Stepper(task.settings, objective, task.model, all_terms(task))
             spent = [stepper.step(b, labels, label_weights, precision, gen(4)) for b in batches]
         return {k: sum(o.get(k, 0.0) for o in spent) / len(spent) for k in PARTS_OF_STEP}
 
@@ -603,7 +619,7 @@ def step_rounds(opt, runners, batches, shape, what):
 
 def step_entries(opt, task, objective, n):
     "Entries of one objective with `n` threads"
-    s, V = task.s, len(task.corpus.vocab)
+    s, V = task.settings, len(task.corpus.vocab)
     batches = fixed_batches(task, 1 if opt.tiny else 3)
     start = {k: v.clone() for k, v in task.model.state_dict().items()}
     words, read = words_in(batches, s)
@@ -629,13 +645,18 @@ def step_entries(opt, task, objective, n):
 @contextmanager
 def counted_words():
     "Words that the decoder computes: up to three after the end of a sentence are among them"
-    words, cell = [], text_vae.gru_cell
+    words = []
 
-    def counting(x, a, h):
-        words.append(len(h))
-        return cell(x, a, h)
+    def counting(read):
+        def go(reader, word, h, constant):
+            words.append(len(word))
+            return read(reader, word, h, constant)
 
-    with patch.object(text_vae, "gru_cell", counting):
+        return go
+
+    with ExitStack() as stack:
+        for kind in (WordReader, FastReader):
+            stack.enter_context(patch.object(kind, "__call__", counting(kind.__call__)))
         yield words
 
 
@@ -710,7 +731,7 @@ def generated(opt, objective, way, n_threads, n, words, seconds, s, V):
         precision,
         dict(sentences=n, words=words, max_len=s.max_len),
         seconds,
-        flop_generate(n, words, V, s),
+        flop_generate(n, words, V, s, path == "plain"),
         (min(n, 256), s.hidden, V),
         objective=objective,
     )
@@ -762,7 +783,7 @@ def bench_growth(opt):
             )
         z, t = torch.randn(B, s.d, generator=gen(1)), torch.arange(B) % s.T
         return (
-            lambda: prior.chain_from(z, t, gen=gen()),
+            lambda: chain_ends(prior, z, t, gen()),
             evaluations(s) * flop_energy(B, s.d, s.energy_hidden, s.n_blocks, s.n_symbols),
             (B, s.energy_hidden, s.energy_hidden),
         )
@@ -905,7 +926,7 @@ def trained(opt, folder):
             out=folder, device="cpu", threads=max(opt.threads), **(dict(settings=TINY, steps=4) if opt.tiny else {})
         )
     )
-    fit(task, run, train_cfg(task.s), 0, device)
+    fit(task, run, train_cfg(task.settings), 0, device)
     fit_energies(task, run, 0, device)
     return task
 
@@ -927,7 +948,7 @@ class Quality:
         self.words_of = word_counts(task.corpus["train"].sentences())
         q, g = task.encode("train"), gen(1)
         self.encodings = q[torch.randperm(len(q), generator=g)[: self.count]].rsample(g)
-        own = task.s.langevin_steps
+        own = task.settings.langevin_steps
         self.updates = sorted({0, own} if opt.tiny else {0, 1, 2, 5, 10, 20, 40, own, 4 * own})
         self.far = self.sample(self.updates[-1], 7)
 
@@ -937,7 +958,7 @@ class Quality:
     def decode(self, u, half=False):
         vocab = self.task.corpus.vocab
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            ids = self.model.decoder.generate(u, max_len=self.task.s.max_len)
+            ids = self.model.decoder.generate(u, max_len=self.task.settings.max_len)
         return [vocab.decode(o) for o in strip(ids, vocab.eos)]
 
     def grammatical(self, words):
@@ -955,7 +976,7 @@ class Quality:
         return dict(wkl=wkl(words, self.words_of, gen=gen(6)), **out)
 
     def entry(self, updates, n):
-        s = self.task.s
+        s = self.task.settings
         u, seconds = repeated(functools.partial(self.sample, updates, 2), self.opt.rounds(3))
         gradient = flop_energy(self.count, s.d, s.energy_hidden, s.n_blocks, s.n_symbols)
         return dict(
@@ -1024,15 +1045,16 @@ def bench_gpu(opt):
 
 
 @contextmanager
-def replayed(resident=False):
+def replayed(one_kernel=False):
     """`RuntimeError` unless a chain was recorded or replayed inside: what is shown as such has to be
 
-    Or a step's terms with their chain; with `resident`: unless a chain was run as one kernel"""
-    with counted_calls((langevin, "run_chains" if resident else "record"), (priors, "recorded_terms")) as calls:
+    Or a step's terms with their chain; with `one_kernel`: unless a chain was run as one kernel"""
+    chains = (whole_chains, "run_chains") if one_kernel else (graphs.Recorded, "__call__")
+    with counted_calls(chains, (graphs.RecordedGrad, "__call__")) as calls:
         yield
     if not calls:
         raise RuntimeError(
-            f"LDEBM_RE{'SIDENT' if resident else 'CORD'}=1, and nothing was {'one kernel' if resident else 'recorded'}"
+            "LDEBM_RESIDENT=1, and nothing was one kernel" if one_kernel else "LDEBM_RECORD=1, and nothing was recorded"
         )
 
 
@@ -1043,7 +1065,7 @@ class OnDevice:
         self.opt, self.n, self.objective, self.corpus = opt, n, objective, corpus
         self.device, self.s = torch.device(opt.device), job(objective, opt)
         self.prior = chain_prior(self.s).to(self.device)
-        self.fast = fast_energy(self.prior.energy)
+        self.fast = Frozen(self.prior.energy)
         batch = self.s.batch if opt.tiny else 128
         self.z = torch.randn(batch, self.s.d, generator=gen(1)).to(self.device)
         self.t = (torch.arange(batch) % self.s.T).to(self.device)
@@ -1055,7 +1077,7 @@ class OnDevice:
 
     def possible(self):
         "Names of the ways to run a chain here"
-        stopped = why_not(self.fast.sizes(), self.z)
+        stopped = resident.why_not(sizes_of(self.fast), self.z)
         if self.cuda and stopped:
             print(f"gpu: chains are not one kernel, {stopped}", flush=True)
         return ("plain", "fast", *(("recorded",) if self.cuda else ()), *(() if stopped else ("resident",)))
@@ -1065,12 +1087,12 @@ class OnDevice:
 
     def held(self, path, f):
         "`f` on one path, which is an error if it was not taken"
-        resident = path == "resident"
+        one_kernel = path == "resident"
         recorded = path in ("recorded", "resident")
-        switches = dict(LDEBM_RECORD=str(int(recorded)), LDEBM_RESIDENT=str(int(resident)))
+        switches = dict(LDEBM_RECORD=str(int(recorded)), LDEBM_RESIDENT=str(int(one_kernel)))
 
         def go():
-            with patch.dict(os.environ, switches), replayed(resident) if recorded else nullcontext():
+            with patch.dict(os.environ, switches), replayed(one_kernel) if recorded else nullcontext():
                 return f()
 
         return waited(go, self.device)
@@ -1090,7 +1112,7 @@ class OnDevice:
 
         def run(path):
             energy = PlainEnergy(self.prior.energy) if path == "plain" else self.fast
-            return self.held(path, lambda: self.prior.chain_from(self.z, self.t, fast=energy, gen=self.gen(2)))
+            return self.held(path, lambda: chain_ends(self.prior, self.z, self.t, self.gen(2), energy))
 
         runs = {path: run(path) for path in self.ways}
         secs = interleave(runs, self.opt.rounds(15), 2, self.beside(shape, ("fp32",)))
@@ -1113,7 +1135,7 @@ class OnDevice:
         ways = [(path, precision) for precision in self.opt.precisions for path in self.ways]
         runs = {way: steps.run(*way, there) for way in ways}
         beside, afresh = self.beside(shape, self.opt.precisions), waited(steps.afresh, self.device)
-        with counted_calls((langevin, "run_chains")) as kernels_run:
+        with counted_calls((whole_chains, "run_chains")) as kernels_run:
             secs = interleave(runs, self.opt.rounds(5), 2, beside, afresh)
         if "resident" in self.ways and not kernels_run:
             raise RuntimeError(f"a step's chains, {self.objective}, are not one kernel: there are too many")
@@ -1147,7 +1169,7 @@ class OnDevice:
             return self.held(path, go)
 
         def possible(path, precision):
-            return path != "resident" or count <= MOST and precision == "fp32"
+            return path != "resident" or count <= resident.MOST and precision == "fp32"
 
         ways = [(k, q) for k in self.ways[1:] for q in self.opt.precisions if possible(k, q)]
         shape, runs = (min(count, 256), s.hidden, V), {way: run(*way) for way in ways}
@@ -1165,12 +1187,12 @@ class StepsOnDevice:
     def __init__(self, where, task):
         self.where, self.task = where, task
         self.start = {k: v.clone() for k, v in task.model.state_dict().items()}
-        self.labels, self.label_weights = labels_of(task.s, where.objective, where.device)
+        self.labels, self.label_weights = labels_of(task.settings, where.objective, where.device)
         self.stepper = None
 
     def afresh(self):
         self.task.model.load_state_dict(self.start)
-        self.stepper = Stepper(self.task.s, self.where.objective, self.task.model, all_terms(self.task))
+        self.stepper = Stepper(self.task.settings, self.where.objective, self.task.model, all_terms(self.task))
 
     def run(self, path, precision, batches):
         def go():

@@ -58,7 +58,7 @@ def forward(
     gen: torch.Generator | None = None,  # Source of posterior noise
 ) -> dict:  # `nll`, `kl` with free nats and, for the record, `kl_base` and one `kl_i` a layer, each `(B,)`
     "Terms of the objective, nats a picture"
-    g = self.generator if self.training else self.learned()
+    g: Generator = self.generator if self.training else self.learned()
     q, _, h = g.encode(batch.x, gen, features=True)
     kls = [kl.sum(1) for kl in q.kl_standard().split(g.cfg.dims, 1)]
     terms = dict(

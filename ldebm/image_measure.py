@@ -234,7 +234,8 @@ def _acceptance(place: ImagePlace, prior: DiffusionEBM, n: int) -> Tensor:
     z = torch.randn(n, prior.d, generator=make_gen(seed, 'health')).to(device)
     for level in reversed(range(prior.T)):
         t = torch.full((n,), level, device=device)
-        z = prior.chain_from(z, t, gen=make_gen(seed, 'health', level, device=device), accepted=accepted)
+        z, share = prior.conditional(z, t).sample(gen=make_gen(seed, 'health', level, device=device))
+        accepted.append(share)
     return torch.stack(accepted).mean()
 
 

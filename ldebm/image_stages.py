@@ -264,7 +264,7 @@ def _with_nets(prior: DiffusionEBM, generator: Generator, nets: nn.Module, **cfg
     "The same prior with other networks, over a generator"
     energy = prior.energy
     groups = energy.groups or (energy.n_symbols,)
-    layered = LayeredEnergy(generator, nets, energy.n_levels, groups, energy.tau_y)
+    layered = LayeredEnergy(generator, nets, energy.n_levels, groups, energy.symbol_temperature)
     return DiffusionEBM(prior.schedule, layered, replace(prior.cfg, **cfg))
 
 

@@ -129,7 +129,7 @@ def sample(
     known = None if known is None else Known(*known)
     _check_request(self, n, start, known)
     mala = chains.get('mala')
-    frozen = self.frozen(metropolis=self.metropolis if mala is None else mala)
+    frozen = self.frozen(metropolis=known is not None or (self.metropolis if mala is None else mala))
     request = _Request(self.energy.allowed(y, n, p.device), context, known, frozen, chains)
     out, firsts = [], range(0, n, chunk)
     for i in progress(firsts) if progress else firsts:

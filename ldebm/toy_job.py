@@ -26,7 +26,7 @@ from .posterior import DiagGaussian
 from .prior import DiffusionEBM
 from .records import JOB_SETTINGS, Run
 from .schedule import consistent_schedule
-from .settings import choose, setting, settings_table
+from .settings import check_settings, choose, setting, settings_table
 from .stats import mmd
 from .toys import TOYS
 from .train import TrainCfg, fit
@@ -128,6 +128,7 @@ def resolve(
     if os.environ.get('IN_TEST'):
         small = dict(n_points=200, repeats=2, epochs=2, long=2, batch=64)
         settings = replace(settings, steps=min(settings.steps, 40), **small)
+    check_settings(settings)
     least = settings.T
     if settings.steps < least:
         what = 'one optimiser step of the model without diffusion'

@@ -146,13 +146,13 @@ def _traces(prior: DiffusionEBM, start: Tensor, level: int, n_steps: int | None,
     states, energies = [], []
     accepted = []
 
-    def look(i, y, F, accept, **more):
-        states.append(y.clone())
+    def look(i, z, F, accept, **more):
+        states.append(z.clone())
         energies.append(F.clone())
         accepted.append(accept.mean().item())
 
     t = torch.full((len(start),), level, device=start.device)
-    prior.chain_from(start, t, n_steps=n_steps, gen=gen, on_step=look)
+    prior.conditional(start, t, n_steps=n_steps).sample(gen=gen, on_step=look)
     return torch.stack(states), torch.stack(energies), sum(accepted) / len(accepted)
 
 # %% ../nbs/63a_toy_measure.ipynb #d9d924b7

@@ -1,6 +1,7 @@
 "Shared fixtures: real data when it is at hand, and a count of what was skipped for want of it"
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # `import bench`, `import against`
+
+importlib.import_module("ldebm.runners")  # As jobs do; LDEBM_RUNNERS=0 runs the suite on plain definitions
 
 NO_DATA = "LDEBM_DATA is not set: no real data"
 

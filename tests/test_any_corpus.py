@@ -330,7 +330,7 @@ def test_all_runs_of_a_table_read_one_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "sweep", sweep)
     jobs = table.table_jobs(
         str(path),
-        rows=("vae", "rnn-lm"),
+        systems=("vae", "rnn-lm"),
         seeds=(0,),
         settings="batch=8 max_len=9",
         out=str(tmp_path / "runs"),

@@ -191,21 +191,25 @@ def test_what_a_gpu_would_run(monkeypatch):
 
 
 def test_what_is_shown_as_recorded_has_to_be(monkeypatch):
-    monkeypatch.setattr(bench.langevin, "record", lambda x: x)
-    monkeypatch.setattr(bench.priors, "recorded_terms", lambda x: -x)
+    "A chain or a step's terms replayed; one kernel: a chain run by it"
+    replay, of_terms = (kind.__new__(kind) for kind in (bench.graphs.Recorded, bench.graphs.RecordedGrad))
+    monkeypatch.setattr(bench.graphs.Recorded, "__call__", lambda self, x: x)
+    monkeypatch.setattr(bench.graphs.RecordedGrad, "__call__", lambda self, x: -x)
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         with bench.replayed():
             pass
     with bench.replayed():
-        assert bench.langevin.record(3) == 3
+        assert replay(3) == 3
     with bench.replayed():
-        assert bench.priors.recorded_terms(3) == -3
-    monkeypatch.setattr(bench.langevin, "run_chains", lambda x: 2 * x)
+        assert of_terms(3) == -3
+    monkeypatch.setattr(bench.whole_chains, "run_chains", lambda x: 2 * x)
     with pytest.raises(RuntimeError, match="nothing was one kernel"):
         with bench.replayed(True):
-            bench.langevin.record(3)
+            replay(3)
     with bench.replayed(True):
-        assert bench.langevin.run_chains(3) == 6
+        assert bench.whole_chains.run_chains(3) == 6
+    with bench.replayed(True):
+        assert of_terms(3) == -3
 
 
 def test_clock():
@@ -297,10 +301,10 @@ def test_flop_of_chains(objective):
         for p in (True, False)
     )
     with plain_paths():
-        assert count(lambda: prior.chain_from(z, t)) == pytest.approx(plain, rel=0.02)
+        assert count(lambda: bench.chain_ends(prior, z, t, None)) == pytest.approx(plain, rel=0.02)
     with bench.using("blas"):
-        f = bench.fast_energy(prior.energy)
-        assert count(lambda: prior.chain_from(z, t, fast=f)) == pytest.approx(fast, rel=0.02)
+        f = bench.Frozen(prior.energy)
+        assert count(lambda: bench.chain_ends(prior, z, t, None, f)) == pytest.approx(fast, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -345,16 +349,17 @@ def test_flop_of_a_step(objective, extra):
         assert got == pytest.approx(want, rel=0.03), path
 
 
+@pytest.mark.parametrize("path", ["plain", "fast"])
 @pytest.mark.parametrize("objective", bench.OBJECTIVES)
-def test_flop_of_generation(objective):
+def test_flop_of_generation(objective, path):
     s = settings(objective)
     V, n = 150, 12
     model, ids = bench.build_model(s, Words(V), 0).eval(), []
-    with bench.using("blas"), bench.counted_words() as rows:
+    with plain_paths() if path == "plain" else bench.using("blas"), bench.counted_words() as rows:
         got = count(lambda: ids.extend(bench.sample_sentences(model, n, gen=bench.gen(4), max_len=s.max_len)))
     words = sum(rows)
     assert sum(map(len, ids)) <= words <= n * s.max_len
-    assert got == pytest.approx(bench.flop_generate(n, words, V, s), rel=0.03)
+    assert got == pytest.approx(bench.flop_generate(n, words, V, s, path == "plain"), rel=0.03)
 
 
 # -- the page

@@ -908,7 +908,7 @@ def test_models_come_back(row, extra, whole, tmp_path):
         assert torch.equal(a, b) and torch.equal(measure.decode_all(g, a), measure.decode_all(g2, b))
     if isinstance(prior, DiffusionEBM):
         t = torch.zeros(5, dtype=torch.long)
-        assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.tau_y == (
+        assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.symbol_temperature == (
             0.1 if extra and row == "ldebm-coupled" else 1.0
         )
         assert (
@@ -992,7 +992,7 @@ def test_objectives_train(objective, extra, tmp_path):
         else not any(prior.energy.nets.contexts)
     )
     if objective == "published":
-        assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.tau_y) == (
+        assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.symbol_temperature) == (
             3e-5,
             "likelihood",
             0.1,

@@ -4,22 +4,35 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from chains import PUBLISHED, SMALL, counted_calls, energy, gen, problem
+from chains import (
+    PUBLISHED,
+    SMALL,
+    counted_calls,
+    energy,
+    gen,
+    plain_updates,
+    problem,
+    step_of,
+    tame,
+    whole_updates,
+    with_runners,
+)
 from torch.testing import assert_close
 
-from ldebm import langevin, native
-from ldebm.energy import EnergyNet, FastEnergy, MixedEnergy, energy_grad
-from ldebm.langevin import mala_chain, mala_resident, mala_states, tilt_chain, tilt_resident, tilt_states
+from ldebm import langevin, native, whole_chains
+from ldebm.energy import EnergyNet, Frozen, energy_grad
+from ldebm.langevin import chain, preconditioned
 from ldebm.levels import PriorCfg
-from ldebm.native import FLAGS, compiled, launch_native, no_program, program, why_not
+from ldebm.native import FLAGS, compiled, launch_native, native_grad, no_program, program, why_not
 from ldebm.prior import DiffusionEBM
 from ldebm.schedule import make_schedule
-from ldebm.whole_chains import Sizes
+from ldebm.whole_chains import Sizes, merged_share, packed, read_source, sizes_of
 
 ODD = [*SMALL, Sizes(1, 4, 1, 0), Sizes(256, 256, 3, 0), Sizes(2, 36, 300, 1), Sizes(17, 33, 2, 29)]
 TIGHT = {torch.float64: dict(rtol=1e-10, atol=1e-11), torch.float32: dict(rtol=2e-4, atol=2e-5)}
@@ -38,12 +51,24 @@ def needs(dtype=torch.float32, half=False):
     program(dtype, half)
 
 
-def tame(e):
-    "The same energy with weights of wide layers smaller, so that rounding does not grow on the way"
-    with torch.no_grad():
-        for W, _ in (e.w.z1, e.w.z2, *e.w.blocks):
-            W.div_(max(1.0, len(W) / 24))
-    return type(e)(e.net, e.w)
+def native_updates(level, step, z, noise, uniform=None, **kwargs):
+    "States, summed acceptance and first bad update, as `native_chain` starts them"
+    e = level.energy
+    how = dict(symbols=level.y, half=e.precision is not None, cache=e.cache.setdefault("native", {}))
+    return whole_updates(launch_native, level, step, z, noise, uniform, **{**how, **kwargs})
+
+
+def rounded(level):
+    "The same with products in bfloat16"
+    e = level.energy
+    return replace(level, energy=Frozen(e.energy, e.weights, torch.bfloat16))
+
+
+def two_chains(level, z, n, gen_of=gen):
+    "Ends of a chain without a Metropolis test; ends and acceptance of one with it"
+    step = step_of(level)
+    plain = chain(level, step, z, n, metropolis=False, gen=gen_of(3))[0]
+    return plain, *chain(level, step, z, n, gen=gen_of(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -51,12 +76,11 @@ def tame(e):
 @pytest.mark.parametrize("rho, drift", [(None, math.inf), (0.8, math.inf), (0.8, 0.3)])
 def test_unadjusted_chains_end_where_the_plain_ones_do(dtype, sizes, rho, drift):
     needs(dtype)
-    e = tame(energy(sizes, dtype=dtype))
-    args, noise, _ = problem(sizes, 21, 4, dtype=dtype)
-    s2 = 0.1 * args["v"] if rho is None else None
-    want, first = tilt_states(e, **args, s2=s2, noise=noise, n_steps=4, rho=rho, drift=drift)
-    got, too = tilt_resident(e, **args, s2=s2, noise=noise, rho=rho, drift=drift)
-    assert (want - args["z"]).abs().mean() > 0.1, "they went somewhere"
+    level, z, noise, _ = problem(tame(energy(sizes, dtype=dtype)), 21, 4)
+    step = step_of(level, rho, longest=drift)
+    want, _, first = plain_updates(level, step, z, noise)
+    got, _, too = native_updates(level, step, z, noise)
+    assert (want - z).abs().mean() > 0.1, "they went somewhere"
     assert_close(got, want, **TIGHT[dtype])
     assert first == too == 5
 
@@ -65,10 +89,10 @@ def test_unadjusted_chains_end_where_the_plain_ones_do(dtype, sizes, rho, drift)
 @pytest.mark.parametrize("drift", [math.inf, 0.5])
 def test_chains_with_a_metropolis_test_end_where_the_plain_ones_do(sizes, drift):
     needs(torch.float64)
-    e = energy(sizes, steep=8.0, dtype=torch.float64)
-    args, noise, uniform = problem(sizes, 67, 6, dtype=torch.float64)
-    want, total, first = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=6, rho=0.5, drift=drift)
-    got, share, too = mala_resident(e, **args, noise=noise, uniform=uniform, rho=0.5, drift=drift)
+    level, *given = problem(energy(sizes, steep=8.0, dtype=torch.float64), 67, 6)
+    step = step_of(level, 0.5, longest=drift)
+    want, total, first = plain_updates(level, step, *given)
+    got, share, too = native_updates(level, step, *given)
     assert 0.05 < total.mean() / 6 < 0.95, "some proposals are refused, some are not"
     assert_close(got, want, rtol=1e-10, atol=1e-11)
     assert_close(share, total, rtol=1e-8, atol=1e-9)
@@ -77,48 +101,34 @@ def test_chains_with_a_metropolis_test_end_where_the_plain_ones_do(sizes, drift)
 
 def test_at_published_size_in_double_precision():
     needs(torch.float64)
-    e = energy(PUBLISHED, dtype=torch.float64)
-    e = tame(e)
-    args, noise, uniform = problem(PUBLISHED, 128, 50, dtype=torch.float64)
-    want, _ = tilt_states(e, **args, s2=None, noise=noise, n_steps=50, rho=0.8, drift=math.inf)
-    assert_close(
-        tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf)[0], want, rtol=1e-10, atol=1e-11
-    )
+    level, z, noise, _ = problem(tame(energy(PUBLISHED, dtype=torch.float64)), 128, 50)
+    given = level, step_of(level), z, noise
+    assert_close(native_updates(*given)[0], plain_updates(*given)[0], rtol=1e-10, atol=1e-11)
 
 
 def test_a_context_is_part_of_what_stays_the_same():
     needs()
-    e = energy(SMALL[0], context=4)
-    args, noise, _ = problem(SMALL[0], 16, 3, context=4)
-    want, _ = tilt_states(e, **args, s2=None, noise=noise, n_steps=3, rho=0.8, drift=math.inf)
-    assert_close(
-        tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf)[0], want, **TIGHT[torch.float32]
-    )
-    other = tilt_resident(e, **{**args, "context": args["context"] + 1}, s2=None, noise=noise, rho=0.8, drift=math.inf)[
-        0
-    ]
+    level, z, noise, _ = problem(energy(SMALL[0], context=4), 16, 3)
+    step = step_of(level)
+    want = plain_updates(level, step, z, noise)[0]
+    assert_close(native_updates(level, step, z, noise)[0], want, **TIGHT[torch.float32])
+    other = native_updates(replace(level, context=level.context + 1), step, z, noise)[0]
     assert (other - want).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_chain_ends_at_the_same_number_whatever_the_threads_and_its_company(half):
     needs(half=half)
-    e = energy(SMALL[0], steep=4.0)
-    args, noise, uniform = problem(SMALL[0], 203, 3)
+    level, z, noise, uniform = problem(energy(SMALL[0], steep=4.0), 203, 3)
     n = torch.get_num_threads()
     found = []
     if half:
-        e = MixedEnergy(e, torch.bfloat16)
+        level = rounded(level)
 
     def run(rows):
-        return mala_resident(
-            e,
-            **{k: x if x is None else x[rows] for k, x in args.items()},
-            noise=noise[:, rows],
-            uniform=uniform[:, rows],
-            rho=0.8,
-            drift=0.5,
-        )[0]
+        some = {k: getattr(level, k)[rows] for k in ("t", "mean", "variance", "temperature")}
+        part = replace(level, **some)
+        return native_updates(part, step_of(part, longest=0.5), z[rows], noise[:, rows], uniform[:, rows])[0]
 
     try:
         for k in (1, 2, 3, 7):
@@ -133,12 +143,11 @@ def test_a_chain_ends_at_the_same_number_whatever_the_threads_and_its_company(ha
 
 def test_threads_of_its_own_where_pytorch_has_none_to_lend(monkeypatch):
     needs()
-    e = energy(SMALL[0])
-    args, noise, _ = problem(SMALL[0], 40, 3)
+    level, z, noise, _ = problem(energy(SMALL[0]), 40, 3)
     n = torch.get_num_threads()
 
     def run():
-        return tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf)[0]
+        return native_updates(level, step_of(level), z, noise)[0]
 
     try:
         torch.set_num_threads(2)
@@ -151,72 +160,61 @@ def test_threads_of_its_own_where_pytorch_has_none_to_lend(monkeypatch):
 
 def test_products_in_bfloat16_are_as_near_as_bfloat16_is():
     needs(half=True)
-    e = tame(energy(PUBLISHED))
-    args, noise, _ = problem(PUBLISHED, 50, 20)
-    half = MixedEnergy(e, torch.bfloat16)
-    go = dict(**args, s2=None, noise=noise, rho=0.8, drift=math.inf)
-    exact, start = tilt_states(e, **go, n_steps=20)[0], args["z"]
-    there, here = (tilt_states(half, **go, n_steps=20)[0] - exact).norm(), (tilt_resident(half, **go)[0] - exact).norm()
+    level, z, noise, _ = problem(tame(energy(PUBLISHED)), 50, 20)
+    step, half = step_of(level), rounded(level)
+    exact = plain_updates(level, step, z, noise)[0]
+    there = (plain_updates(half, step, z, noise)[0] - exact).norm()
+    here = (native_updates(half, step, z, noise)[0] - exact).norm()
     assert 0 < here < 1.2 * there, "sums and residual stream are in single precision: no worse than PyTorch's"
-    assert here < 5e-3 * (exact - start).norm()
+    assert here < 5e-3 * (exact - z).norm()
 
 
 def test_narrower_registers_give_the_same(tmp_path):
     needs()
     flags = ("-O3", "-mavx2", "-mfma", *(f for f in FLAGS if not f.startswith(("-O", "-march"))))
-    e = energy(SMALL[2])
-    args, noise, _ = problem(SMALL[2], 21, 4)
-    go = dict(**args, s2=None, noise=noise, rho=0.8, drift=0.3)
+    level, z, noise, _ = problem(energy(SMALL[2]), 21, 4)
+    given = level, step_of(level, longest=0.3), z, noise
     narrow = program.__wrapped__(torch.float32, flags=flags, folder=tmp_path)
-    got = tilt_resident(e, **go, start=lambda *a: launch_native(*a, lib=narrow))[0]
-    assert_close(got, tilt_states(e, **go, n_steps=4)[0], **TIGHT[torch.float32])
+    assert_close(native_updates(*given, lib=narrow)[0], plain_updates(*given)[0], **TIGHT[torch.float32])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_found_at_the_same_update(bad):
     needs()
-    e = energy(SMALL[0])
-    args, noise, uniform = problem(SMALL[0], 5, 4)
+    level, z, noise, uniform = problem(energy(SMALL[0]), 5, 4)
     noise[2, 3, 1] = bad
-    first = [
-        f(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf, **kw)[1]
-        for f, kw in ((tilt_states, dict(n_steps=4)), (tilt_resident, {}))
-    ]
-    assert first[0] == first[1] == 3
-    first = [
-        f(e, **args, noise=noise, uniform=uniform, rho=0.8, drift=math.inf, **kw)[2]
-        for f, kw in ((mala_states, dict(n_steps=4)), (mala_resident, {}))
-    ]
-    assert first[0] == first[1] == 3
+    for test in (None, uniform):
+        first = [f(level, step_of(level), z, noise, test)[2] for f in (plain_updates, native_updates)]
+        assert first[0] == first[1] == 3
 
 
+@with_runners
 @pytest.mark.parametrize("n", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_seed_gives_the_same_numbers_either_way(dtype, n, monkeypatch):
     needs(dtype)
-    e = energy(SMALL[0], dtype=dtype)
-    args, *_ = problem(SMALL[0], 13, 1, dtype=dtype)
-    args.pop("y"), args.pop("context")
+    level, z, *_ = problem(energy(SMALL[0], dtype=dtype), 13, 1)
 
     def run():
         g = gen(3)
-        return tilt_chain(e, **args, n_steps=n, rho=0.8, gen=g), *mala_chain(e, **args, n_steps=n, gen=g), g.get_state()
+        return *two_chains(level, z, n, lambda seed: g), g.get_state()
 
-    with counted_calls((langevin, "run_chains")) as calls:
+    with counted_calls((whole_chains, "run_chains")) as calls:
         found = both(run, monkeypatch)
     assert len(calls) == (2 if n else 0), "compiled code where there is an update, nothing of it with LDEBM_RESIDENT=0"
-    for x, y in zip(*found):
+    for x, y in zip(*found, strict=True):
         assert_close(x, y, **(TIGHT[dtype] if x.is_floating_point() else dict(rtol=0, atol=0)))
 
 
+@with_runners
 def test_samples_of_a_prior_and_its_products_in_autocast(monkeypatch):
     needs(half=True)
     net = EnergyNet(6, 5, 3, hidden=24, n_blocks=2, init=0.3, gen=gen(1))
     kinds = []
     monkeypatch.setattr(
-        langevin, "launch_native", lambda *a, half, **kw: kinds.append(half) or launch_native(*a, half=half, **kw)
+        native, "launch_native", lambda *a, half, **kw: kinds.append(half) or launch_native(*a, half=half, **kw)
     )
-    monkeypatch.setattr(FastEnergy, "grad", None)
+    monkeypatch.setattr(langevin, "energy_grad", None)
     for mala, half in ((True, False), (True, True), (False, False), (False, True)):
         prior = DiffusionEBM(make_schedule("cosine", 3), net, PriorCfg(n_steps=3, mala=mala))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -229,8 +227,11 @@ def test_what_goes_another_way(monkeypatch):
     e, z = energy(SMALL[0]), torch.zeros(3, 6)
     assert "no chains" in why_not(SMALL[0], z[:0]) and "not a network" in why_not(None, z)
     assert "bfloat16" in why_not(SMALL[0], z.bfloat16()) and "float16" in why_not(SMALL[0], z, torch.float16)
-    e.net.groups = (2, 3)
-    assert e.sizes() is None
+    assert sizes_of(e) == SMALL[0]
+    e.energy.groups = (2, 3)
+    assert sizes_of(e) is None
+    e.energy.groups, e.energy.symbol_temperature = None, 2.0
+    assert sizes_of(e) is None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert "AVX2" in why_not(SMALL[0], z)
     monkeypatch.setenv("LDEBM_RESIDENT", "0")
@@ -256,6 +257,7 @@ def test_processors_with_tiles_of_bfloat16_keep_their_library(monkeypatch):
         )
 
 
+@with_runners
 @pytest.mark.parametrize(
     "cxx, said",
     [
@@ -279,13 +281,15 @@ def test_without_a_compiler_chains_go_on_and_say_so(cxx, said, monkeypatch, tmp_
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(native, "program", program.__wrapped__)
     monkeypatch.setattr(native, "no_program", no_program.__wrapped__)
-    e = energy(SMALL[0])
-    args, *_ = problem(SMALL[0], 5, 1)
-    args.pop("y"), args.pop("context")
+    level, z, *_ = problem(energy(SMALL[0]), 5, 1)
+
+    def run():
+        return chain(level, step_of(level), z, 3, metropolis=False, gen=gen(3))[0]
+
     with pytest.warns(UserWarning, match=f"(?s)product by product.*{said}.*LDEBM_RESIDENT=0"):
-        got = tilt_chain(e, **args, n_steps=3, rho=0.8, gen=gen(3))
+        got = run()
     monkeypatch.setenv("LDEBM_RESIDENT", "0")
-    assert torch.equal(got, tilt_chain(e, **args, n_steps=3, rho=0.8, gen=gen(3)))
+    assert torch.equal(got, run())
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -329,7 +333,7 @@ def test_the_name_of_a_program_stands_for_all_that_made_it(tmp_path, monkeypatch
     ]
     monkeypatch.setattr(native, "cpu_info", lambda field: "another")
     others.append(compiled(torch.float32, folder=tmp_path))
-    monkeypatch.setattr(native, "CHAINS", native.CHAINS + "// another")
+    monkeypatch.setattr(native, "read_source", lambda name: read_source(name) + "// another")
     others.append(compiled(torch.float32, folder=tmp_path))
     assert len({first, *others}) == 6
 
@@ -364,7 +368,7 @@ def test_no_access_goes_astray_and_no_two_threads_meet(kind, half, look, tmp_pat
 
     if run("int main() { return 0; }").returncode:
         pytest.skip(f"the compiler does not look at {look}")
-    got = run(native.source() + Path(__file__).with_name("shapes.cpp").read_text())
+    got = run(read_source("native.cpp") + Path(__file__).with_name("shapes.cpp").read_text())
     assert got.stdout == "nothing found\n" and got.returncode == 0, got.stderr[-2000:]
 
 
@@ -380,44 +384,31 @@ def both(run, monkeypatch):
 @pytest.mark.parametrize(
     "wide",
     [
-        dict(tau=torch.full((1, 1), 0.7)),
-        dict(v=torch.full((1, 1), 0.3)),
-        dict(m=torch.full((1, 6), 0.2)),
-        dict(m=torch.full((6,), 0.2)),
+        dict(temperature=torch.full((1, 1), 0.7)),
+        dict(variance=torch.full((1, 1), 0.3)),
+        dict(mean=torch.full((1, 6), 0.2)),
+        dict(mean=torch.full((6,), 0.2)),
         dict(t=torch.ones(1, dtype=torch.long)),
     ],
 )
 def test_what_is_the_same_for_all_chains_may_be_given_once(wide, monkeypatch):
     needs()
-    e = energy(SMALL[0])
-    args, *_ = problem(SMALL[0], 9, 1)
-    args.pop("y"), args.pop("context")
-    args.update(wide)
-    want, got = both(
-        lambda: (
-            tilt_chain(e, **args, n_steps=3, rho=0.8, gen=gen(3)),
-            mala_chain(e, **args, n_steps=3, gen=gen(3))[0],
-        ),
-        monkeypatch,
-    )
-    for a, b in zip(want, got):
+    level, z, *_ = problem(energy(SMALL[0]), 9, 1)
+    level = replace(level, **wide)
+    want, got = both(lambda: two_chains(level, z, 3), monkeypatch)
+    for a, b in zip(want, got, strict=True):
         assert_close(a.float(), b, **TIGHT[torch.float32])
 
 
 def test_contexts_and_chains_under_autocast(monkeypatch):
     needs(half=True)
-    e = energy(SMALL[0], context=4)
-    args, *_ = problem(SMALL[0], 9, 1, context=4)
-    args.pop("y")
-    for energies, context in (
-        (e, args["context"]),
-        (MixedEnergy(e, torch.bfloat16), args["context"]),
-        (MixedEnergy(e, torch.bfloat16), args["context"].bfloat16()),
-    ):
+    level, z, *_ = problem(energy(SMALL[0], context=4), 9, 1)
+    half = rounded(level)
+    for asked in (level, half, replace(half, context=half.context.bfloat16())):
 
-        def run(energies=energies, context=context):
-            with torch.autocast("cpu", torch.bfloat16, enabled=energies is not e):
-                return tilt_chain(energies, **{**args, "context": context}, n_steps=3, rho=0.8, gen=gen(3))
+        def run(asked=asked):
+            with torch.autocast("cpu", torch.bfloat16, enabled=asked is not level):
+                return chain(asked, step_of(asked), z, 3, metropolis=False, gen=gen(3))[0]
 
         want, got = both(run, monkeypatch)
         assert got.dtype == torch.float32 and (want - got).abs().max() < 0.05
@@ -427,196 +418,176 @@ def test_contexts_and_chains_under_autocast(monkeypatch):
 def test_a_chain_that_is_lost_takes_no_other_along(half):
     "Slabs follow each other through the same memory, whose rows are wider than a latent"
     needs(half=half)
-    e = energy(SMALL[1])
-    args, noise, uniform = problem(SMALL[1], 130, 6)
-    n = torch.get_num_threads()
+    level, z, noise, uniform = problem(energy(SMALL[1]), 130, 6)
+    step, n = step_of(level), torch.get_num_threads()
     if half:
-        e = MixedEnergy(e, torch.bfloat16)
-    lost = noise.clone()
-    lost[2, 0] = math.nan
-    start = {**args, "z": args["z"].clone()}
-    start["z"][0] = math.nan
+        level = rounded(level)
+    lost, start = noise.clone(), z.clone()
+    lost[2, 0] = start[0] = math.nan
     try:
         torch.set_num_threads(1)
-        right, wrong = (tilt_resident(e, **args, s2=None, noise=x, rho=0.8, drift=math.inf) for x in (noise, lost))
-        assert wrong[0][0].isnan().all() and torch.equal(right[0][1:], wrong[0][1:]) and wrong[1] == 3
-        right, wrong = (
-            mala_resident(e, **a, noise=noise, uniform=uniform, rho=0.8, drift=math.inf) for a in (args, start)
-        )
+        right, wrong = (native_updates(level, step, z, x) for x in (noise, lost))
+        assert wrong[0][0].isnan().all() and torch.equal(right[0][1:], wrong[0][1:]) and wrong[2] == 3
+        right, wrong = (native_updates(level, step, x, noise, uniform) for x in (z, start))
         assert torch.equal(right[0][1:], wrong[0][1:]) and torch.equal(right[1][1:], wrong[1][1:]) and wrong[2] == 0
     finally:
         torch.set_num_threads(n)
 
 
+@with_runners
 @pytest.mark.parametrize("most", [1, 3 * 9 * 6 * 4, 10**9])
 def test_a_long_chain_goes_in_stretches(most, monkeypatch):
     needs()
-    e = energy(SMALL[0], steep=4.0)
-    args, *_ = problem(SMALL[0], 9, 1)
-    args.pop("y"), args.pop("context")
-    calls = []
-    want = tilt_chain(e, **args, n_steps=7, rho=0.8, gen=gen(3)), *mala_chain(e, **args, n_steps=7, gen=gen(3))
-    run = langevin.run_chains
-    monkeypatch.setattr(langevin, "MOST_NOISE", most)
-    monkeypatch.setattr(langevin, "run_chains", lambda *a, **kw: calls.append(len(a[6])) or run(*a, **kw))
-    got = tilt_chain(e, **args, n_steps=7, rho=0.8, gen=gen(3)), *mala_chain(e, **args, n_steps=7, gen=gen(3))
+    level, z, *_ = problem(energy(SMALL[0], steep=4.0), 9, 1)
+    calls, run, draw = [], whole_chains.run_chains, whole_chains.randn_like
+
+    def counting(sizes, arrays, *a, **kw):
+        calls.append(len(arrays.noise))
+        return run(sizes, arrays, *a, **kw)
+
+    want = two_chains(level, z, 7)
+    monkeypatch.setattr(whole_chains, "MOST_NOISE", most)
+    monkeypatch.setattr(whole_chains, "run_chains", counting)
+    got = two_chains(level, z, 7)
     assert calls == 2 * {1: 7 * [1], 10**9: [7]}.get(most, [3, 3, 1])
-    for a, b in zip(want, got):
+    for a, b in zip(want, got, strict=True):
         assert_close(a, b, rtol=1e-6, atol=1e-6)
-    bad, draw = iter([0, 0, 0, 0, math.nan, *9 * [0]]), langevin.randn_like
-    monkeypatch.setattr(langevin, "randn_like", lambda x, g: draw(x, g) + next(bad))
-    with pytest.raises(FloatingPointError, match="at Langevin step 5 of 7"):
-        tilt_chain(e, **args, n_steps=7, rho=0.8, gen=gen(3))
-    bad = iter([0, 0, 0, 0, math.nan, *9 * [0]])
-    with pytest.raises(FloatingPointError, match="at Langevin step 5 of 7"):
-        mala_chain(e, **args, n_steps=7, gen=gen(3))
+    for metropolis in (False, True):
+        bad = iter([0, 0, 0, 0, math.nan, *9 * [0]])
+        monkeypatch.setattr(whole_chains, "randn_like", lambda x, g, bad=bad: draw(x, g) + next(bad))
+        with pytest.raises(FloatingPointError, match="at Langevin step 5 of 7"):
+            chain(level, step_of(level), z, 7, metropolis=metropolis, gen=gen(3))
 
 
 def test_weights_are_laid_out_once_for_an_energy(monkeypatch):
     needs(half=True)
-    packed, lib = [], program(torch.float32)
+    laid_out, lib = [], program(torch.float32)
 
     class Counting:
         def __getattr__(self, name):
-            return (lambda *a: packed.append(1) or lib.pack(*a)) if name == "pack" else getattr(lib, name)
+            return (lambda *a: laid_out.append(1) or lib.pack(*a)) if name == "pack" else getattr(lib, name)
 
     monkeypatch.setattr(native, "program", lambda dtype, half: Counting())
-    e, other = energy(SMALL[0]), energy(SMALL[0], steep=3.0)
-    args, noise, _ = problem(SMALL[0], 5, 2)
-
-    def run(e):
-        return tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf)[0]
-
-    a, b, c = run(e), run(e), run(other)
-    assert torch.equal(a, b) and not torch.equal(a, c) and len(packed) == 2
+    level, z, noise, _ = problem(energy(SMALL[0]), 5, 2)
+    other = replace(level, energy=energy(SMALL[0], steep=3.0))
+    a, b, c = (native_updates(asked, step_of(asked), z, noise)[0] for asked in (level, level, other))
+    assert torch.equal(a, b) and not torch.equal(a, c) and len(laid_out) == 2
 
 
+@with_runners
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_symbols_that_are_asked_for(dtype, monkeypatch):
     needs(dtype)
-    with counted_calls((langevin, "run_chains")) as calls:
+
+    def ends(level, z):
+        return chain(level, step_of(level), z, 4, metropolis=False, gen=gen(3))[0]
+
+    with counted_calls((whole_chains, "run_chains")) as calls:
         for sizes in SMALL:
-            e = energy(sizes, steep=4.0, dtype=dtype)
-            args, *_ = problem(sizes, 71, 1, dtype=dtype)
-            args.pop("context")
-            args["y"] = torch.arange(71) % sizes.n_symbols
-            want, got = both(
-                lambda e=e, args=args: (
-                    tilt_chain(e, **args, n_steps=4, rho=0.8, gen=gen(3)),
-                    *mala_chain(e, **args, n_steps=4, gen=gen(3)),
-                ),
-                monkeypatch,
-            )
-            for a, b in zip(want, got):
+            level, z, *_ = problem(energy(sizes, steep=4.0, dtype=dtype), 71, 1)
+            level.y = torch.arange(71) % sizes.n_symbols
+            want, got = both(lambda level=level, z=z: two_chains(level, z, 4), monkeypatch)
+            for a, b in zip(want, got, strict=True):
                 assert_close(a, b, **TIGHT[dtype])
             if sizes.n_symbols > 1:
-                assert (
-                    tilt_chain(e, **{**args, "y": args["y"].flip(0)}, n_steps=4, rho=0.8, gen=gen(3)) - got[0]
-                ).abs().max() > 1e-3
+                assert (ends(replace(level, y=level.y.flip(0)), z) - got[0]).abs().max() > 1e-3
         n = len(calls)
         assert n == 3 * 2 + 2
-        tilt_chain(
-            e, **{**args, "y": torch.ones(71, sizes.n_symbols, dtype=torch.bool)}, n_steps=4, rho=0.8, gen=gen(3)
-        )
+        ends(replace(level, y=torch.ones(71, sizes.n_symbols, dtype=torch.bool)), z)
         assert len(calls) == n, "sets of symbols go another way"
-    for wrong in (args["y"][:5], args["y"] + 1000, -1 - args["y"]):
+    for wrong in (level.y[:5], level.y + 1000, -1 - level.y):
         with pytest.raises((ValueError, RuntimeError), match="symbols must be|expand"):
-            tilt_chain(e, **{**args, "y": wrong}, n_steps=4, rho=0.8)
+            ends(replace(level, y=wrong), z)
     with pytest.raises(ValueError, match="from 0 to 36; got torch.int64, cpu, .71,., from 1000 to 1036"):
-        tilt_chain(e, **{**args, "y": args["y"] + 1000}, n_steps=4, rho=0.8)
+        ends(replace(level, y=level.y + 1000), z)
 
 
 def test_symbols_with_products_in_bfloat16():
     needs(half=True)
-    e = tame(energy(PUBLISHED))
-    args, noise, _ = problem(PUBLISHED, 50, 20)
-    half = MixedEnergy(e, torch.bfloat16)
-    go = dict(**{**args, "y": torch.arange(50) % 20}, s2=None, noise=noise, rho=0.8, drift=math.inf)
-    exact = tilt_states(e, **go, n_steps=20)[0]
+    level, z, noise, _ = problem(tame(energy(PUBLISHED)), 50, 20)
+    level.y = torch.arange(50) % 20
+    step, half = step_of(level), rounded(level)
+    exact = plain_updates(level, step, z, noise)[0]
     there, here, without = (
         (x - exact).norm()
         for x in (
-            tilt_states(half, **go, n_steps=20)[0],
-            tilt_resident(half, **go)[0],
-            tilt_resident(half, **{**go, "y": None})[0],
+            plain_updates(half, step, z, noise)[0],
+            native_updates(half, step, z, noise)[0],
+            native_updates(replace(half, y=None), step, z, noise)[0],
         )
     )
     assert 0 < here < 1.2 * there and here < 0.1 * without
 
 
+@with_runners
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("sizes", ODD)
 def test_one_gradient_is_that_of_autograd(dtype, sizes, monkeypatch):
     needs(dtype)
     e = tame(energy(sizes, context=3, dtype=dtype))
-    args, *_ = problem(sizes, 70, 1, context=3, dtype=dtype)
-    calls = []
-    monkeypatch.setattr("ldebm.energy.gradient_native", lambda *a: calls.append(1) or native.gradient_native(*a))
-    with torch.no_grad():  # `tame` changed what the fast energy holds: the network's own weights, or copies of them
-        for mine, theirs in zip((e.w.z1, e.w.z2, *e.w.blocks), (e.net.z1, e.net.z2, *e.net.blocks)):
-            theirs.weight.copy_(mine[0])
-    for y in (None, torch.arange(70) % sizes.n_symbols):
-        want = energy_grad(lambda z, t, y, context: e.net(z, t, y, context), args["z"], args["t"], y, args["context"])
-        got = (
-            e.grad(args["z"], args["t"], y, args["context"]),
-            e.grad(args["z"], args["t"], y, base=e.base(args["t"], args["context"])),
-            e.grad(args["z"].T.contiguous().T, args["t"], y, args["context"]),
-        )
-        for F, g in got:
-            assert_close(F, want[0], **TIGHT[dtype])
-            assert_close(g, want[1], **TIGHT[dtype])
-    assert len(calls) == 6 and e.grad(args["z"][:0], args["t"][:0], context=args["context"][:0])[1].shape == (
-        0,
-        sizes.d,
-    )
-    for wrong, said in (
-        (dict(y=torch.full((70,), sizes.n_symbols)), "symbols must be"),
-        (dict(z=args["z"][:, :-1]), "z must be"),
-        (dict(base=args["z"].new_zeros(70, 1)), "base must be"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            e.grad(**{**dict(z=args["z"], t=args["t"], context=args["context"]), **wrong})
-    monkeypatch.setenv("LDEBM_RESIDENT", "0")
-    e.grad(args["z"], args["t"], context=args["context"])
-    assert len(calls) == 9
+    level, z, *_ = problem(e, 70, 1)
+    t, context = level.t, level.context
+    with counted_calls((native, "gradient_native")) as calls:
+        for y in (None, torch.arange(70) % sizes.n_symbols):
+            want = energy_grad.plain(lambda z, t, y, context: e.energy(z, t, y, context), z, t, y, context)
+            for x in (z, z, z.T.contiguous().T):  # the second time with what the first has kept
+                F, g = energy_grad(e, x, t, y, context)
+                assert_close(F, want[0], **TIGHT[dtype])
+                assert_close(g, want[1], **TIGHT[dtype])
+        assert len(calls) == 6
+        assert energy_grad(e, z[:0], t[:0], context=context[:0])[1].shape == (0, sizes.d)
+        for wrong, said in ((dict(y=torch.full((70,), sizes.n_symbols)), "symbols"), (dict(z=z[:, :-1]), "z")):
+            with pytest.raises(ValueError, match=f"{said} must be"):
+                energy_grad(e, **{**dict(z=z, t=t, context=context), **wrong})
+        with pytest.raises(ValueError, match="base must be"):
+            native.gradient_native(sizes_of(e), packed(e), z.new_zeros(70, 1), z)
+        monkeypatch.setenv("LDEBM_RESIDENT", "0")
+        energy_grad(e, z, t, context=context)
+        assert len(calls) == 9
 
 
+@with_runners
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_one_gradient_of_unusual_tensors(monkeypatch):
     needs(half=True)
     e = energy(SMALL[0], context=4)
-    args, *_ = problem(SMALL[0], 9, 1, context=4)
-    z, t, c = args["z"], args["t"], args["context"]
-    F, g = e.grad(z, t, context=c)
+    level, z, *_ = problem(e, 9, 1)
+    t, c = level.t, level.context
+    F, g = native_grad(e, z, t, context=c)
     for x in (torch._neg_view(-z), torch.stack([z, z], 2)[:, :, 0]):
-        for a, b in zip(e.grad(x, t, context=c), (F, g)):
+        for a, b in zip(energy_grad(e, x, t, context=c), (F, g), strict=True):
             assert torch.equal(a, b)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(e.grad(z, t, context=c)[1], g)
-    with fwAD.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
-        e.grad(fwAD.make_dual(z, torch.ones_like(z)), t, context=c)
-    base, weights = e.base(t, c), e.packed()
+        assert torch.equal(energy_grad(e, z, t, context=c)[1], g)
+    share, weights = merged_share(e, t, c, 9, z.dtype), packed(e)
     for wrong in (weights[:-1], weights.double(), weights[None]):
         with pytest.raises(ValueError, match="weights must be"):
-            native.gradient_native(e.sizes(), wrong, base, z)
-    assert torch.equal(native.gradient_native(e.sizes(), torch.stack([weights, weights], 1)[:, 0], base, z)[1], g)
-    monkeypatch.setattr("ldebm.energy.gradient_native", None)
-    assert MixedEnergy(e, torch.bfloat16).grad(z, t, context=c)[1].isfinite().all(), (
-        "in half precision product by product"
-    )
+            native.gradient_native(sizes_of(e), wrong, share, z)
+    every_second = torch.stack([weights, weights], 1)[:, 0]
+    assert torch.equal(native.gradient_native(sizes_of(e), every_second, share, z)[1], g)
+    monkeypatch.setattr(native, "gradient_native", None)
+    in_half = energy_grad(Frozen(e.energy, e.weights, torch.bfloat16), z, t, context=c)
+    assert in_half[1].isfinite().all(), "in half precision product by product"
+    with fwAD.dual_level():  # compiled code would not see a tangent
+        dual = fwAD.make_dual(z, torch.ones_like(z))
+        for a, b in zip(energy_grad(e, dual, t, context=c), energy_grad.plain(e, z, t, context=c), strict=True):
+            assert torch.equal(a, b)
+        assert not native.has_native_chain(level, preconditioned(level), dual, 3)
+    assert native.has_native_chain(level, preconditioned(level), z, 3)
 
 
+@with_runners
 def test_rooms_and_weights_are_kept_apart():
     needs()
     e = energy(SMALL[0])
     z, t = torch.zeros(3, 6), torch.zeros(3, dtype=torch.long)
     some = torch.ones(3, 5, dtype=torch.bool)
-    e.grad(z, t)
-    packed = e.kept["native"][False]
-    e.grad(z, t, some)
-    room = e.kept["room"][1]
-    e.grad(z, t)
-    e.grad(z, t, some)
-    assert e.kept["native"][False] is packed and e.kept["room"][1] is room
-    e.grad(z[:2], t[:2], some[:2])
-    assert e.kept["room"][1] is not room
+    energy_grad(e, z, t)
+    laid_out = e.cache["native"][False]
+    energy_grad(e, z, t, some)
+    workspace = e.cache["closed_form"].workspace[1]
+    energy_grad(e, z, t)
+    energy_grad(e, z, t, some)
+    assert e.cache["native"][False] is laid_out and e.cache["closed_form"].workspace[1] is workspace
+    energy_grad(e, z[:2], t[:2], some[:2])
+    assert e.cache["closed_form"].workspace[1] is not workspace

@@ -60,7 +60,7 @@ def text(out, settings, steps, processes=1, before=lambda task: None, log_every=
         launch(
             task,
             run,
-            dataclasses.replace(train_cfg(task.s), log_every=log_every),
+            dataclasses.replace(train_cfg(task.settings), log_every=log_every),
             job.seed,
             device,
             processes=processes,
@@ -171,14 +171,14 @@ def test_the_caller_gets_the_selected_model(whole, monkeypatch):
     )
     monkeypatch.setattr(launching, "start_processes", lambda *args: pytest.fail("a finished run trains no further"))
     before = run.file("log.jsonl").read_bytes()
-    assert launch(task, run, dataclasses.replace(train_cfg(task.s), log_every=3), 0, "cpu", processes=2) == end
+    assert launch(task, run, dataclasses.replace(train_cfg(task.settings), log_every=3), 0, "cpu", processes=2) == end
     assert run.file("log.jsonl").read_bytes() == before
 
 
 def test_another_number_of_processes_is_refused(whole):
     run, task, _ = whole
     before = run.load()
-    cfg = train_cfg(task.s)
+    cfg = train_cfg(task.settings)
     for go in (lambda: fit(task, run, cfg, 0), lambda: launch(task, run, cfg, 0)):
         with pytest.raises(ValueError, match="was trained in 2 processes and cannot continue in 1"):
             go()
@@ -547,12 +547,14 @@ def test_a_notebook_under_a_launcher(tmp_path, own):
 WAYS = f"""
 import os, sys
 from ldebm.core import save_tensors
-from ldebm.text_job import TextJob, fit_energies, has_energy_stage, open_job, train_cfg
+from ldebm.energy_task import fit_energies
 from ldebm.launch import launch
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
 settings = "{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32"
 where = dict(threads=2, processes=2, device="cpu", out=sys.argv[1])
 run, task, device = open_job(TextJob(corpus=sys.argv[2], steps=6, settings=settings, **where))
-launch(task, run, train_cfg(task.s), 0, device, processes=2, more=has_energy_stage(task.s))
+launch(task, run, train_cfg(task.settings), 0, device, processes=2, more=has_energy_stage(task.settings))
 took = fit_energies(task, run, 0, device)
 import torch
 learned = dict(task.model.state_dict(), threads=torch.tensor(torch.get_num_threads()))

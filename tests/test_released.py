@@ -12,20 +12,26 @@ from plain import plain_paths
 from torch import nn
 from torch.testing import assert_close
 
-from ldebm import energy, langevin, native, prior, schedule, text_job, text_score
+from ldebm import langevin, levels, native, posterior, prior, schedule, text_score, text_task, whole_chains
+from ldebm.closed_form import ClosedForm
 from ldebm.clusters import cluster_targets
+from ldebm.conditioning import GuidedEnergy
 from ldebm.corpora import load_corpus
-from ldebm.energy import AutogradEnergy, Energy, EnergyNet, energy_grad
+from ldebm.energy import Energy, EnergyNet, Frozen, energy_grad
+from ldebm.exact import QuadraticEnergy
+from ldebm.graphs import square_stacks
 from ldebm.levels import PriorCfg
 from ldebm.posterior import DiagGaussian
 from ldebm.prior import DiffusionEBM
 from ldebm.recovery import frozen_free
+from ldebm.registry import RUNNERS
 from ldebm.schedule import consistent_schedule, published_schedule
 from ldebm.stacks import Stack
 from ldebm.text_nets import cut_after
 from ldebm.text_settings import TextJob, resolve
 from ldebm.text_task import TextTask
 from ldebm.text_vae import strip
+from ldebm.whole_chains import Sizes
 
 F64 = torch.float64
 VECTORS = Path(__file__).parents[1] / "data" / "published" / "released-code-vectors.json"
@@ -83,17 +89,15 @@ PATHS = ["plain", "autograd", "library", "compiled"]
 @contextmanager
 def path(name):
     "One way to the energy and its chains, and no other"
-    why = native.why_not(energy.Sizes(3, 6, 4, 2), torch.zeros(1, 3, dtype=F64)) if name == "compiled" else ""
+    why = native.why_not(Sizes(3, 6, 4, 2), torch.zeros(1, 3, dtype=F64)) if name == "compiled" else ""
     if why:
         pytest.skip(why)
-    way = dict(
-        plain=plain_paths, autograd=lambda: patch.object(prior, "fast_energy", lambda e, w=None: AutogradEnergy(e))
-    ).get(name, nullcontext)
-    closed = counted_calls((energy.FastEnergy, "grad"), (energy, "gradient_native"), (langevin, "run_chains"))
+    way = dict(plain=plain_paths, autograd=lambda: patch.dict(RUNNERS, energy_grad=[], chain=[])).get(name, nullcontext)
+    compiled_ways = (native, "gradient_native"), (whole_chains, "run_chains")
     with (
         pytest.MonkeyPatch.context() as env,
-        closed as fast,
-        counted_calls((energy, "gradient_native"), (langevin, "run_chains")) as compiled,
+        counted_calls((ClosedForm, "grad"), *compiled_ways) as fast,
+        counted_calls(*compiled_ways) as compiled,
     ):
         env.setenv("LDEBM_RESIDENT", str(int(name == "compiled")))
         with way():
@@ -112,7 +116,7 @@ def given_noise(*noise, levels=None):
         return x
 
     with ExitStack() as stack:
-        for where in (prior, schedule, langevin):
+        for where in (prior, posterior, schedule, langevin, whole_chains):
             stack.enter_context(patch.object(where, "randn_like", draw))
         if levels is not None:
             stack.enter_context(patch.object(torch, "randint", lambda *args, **kw: levels))
@@ -128,7 +132,7 @@ def same(got, want, what=""):
 def test_released_energy_and_its_gradient(vectors, name):
     p, c = released_prior(vectors), vectors["energy_case"]
     with path(name):
-        F, g = prior.fast_energy(p.energy).grad(c["z"], c["t"])
+        F, g = energy_grad(Frozen(p.energy), c["z"], c["t"])
         logits = p.energy.logits(c["z"], c["t"])
     same(F, c["F"], "F")
     same(g, c["grad"], "gradient")
@@ -142,7 +146,7 @@ def test_released_chains(vectors, name):
     for c in vectors["chains"]:
         t = torch.full((len(c["start"]),), c["level"])
         with path(name), given_noise(*c["noise"]):
-            end = p.chain_from(c["start"], t)
+            end = p.conditional(c["start"], t).sample()[0]
         same(end / p.scale(t, end), c["end"], f"level {c['level']}")
 
 
@@ -284,7 +288,7 @@ def test_held_energies_are_the_same_energies():
             return -(self.b(self.a(z).tanh()) - self.c[t]).square().sum(-1, keepdim=True)
 
     t = torch.tensor([0, 1, 1, 0])
-    for e in (Tied(), energy.GuidedEnergy(Own("none"), 3.0), Own("part")):
+    for e in (Tied(), GuidedEnergy(Own("none"), 3.0), Own("part")):
         z = torch.randn(4, 3, generator=gen(2), dtype=F64).requires_grad_()
         F = frozen_free(e, z, t, e.weights())
         assert_close(F, e(z, t), rtol=1e-12, atol=1e-12)
@@ -339,7 +343,7 @@ def test_published_clusters_start_from_the_same_sentences_every_epoch(corpus):
         seen.append(starts)
         return cluster_targets(*args, starts=starts, **kw)
 
-    with patch.object(text_job, "cluster_targets", spy):
+    with patch.object(text_task, "cluster_targets", spy):
         labels = [t.start_epoch(k, None, gen(k))["labels"] for k in range(3)]
         task(corpus, seed=1).start_epoch(0, None, gen(0))
         task(corpus, "consistent", settings="cls_start=0").start_epoch(0, None, gen(0))
@@ -392,7 +396,7 @@ def test_many_iterations_at_once_are_as_many_single_ones(n, dtype):
     stacks = [Stack(3, (6, 4, 3, 3), gen=gen(2)).to(dtype) for _ in range(2)]
     for s in stacks:
         moved(s, 0.3, 9)
-    stacks[0].iterate_squared(n)
+    square_stacks(stacks[:1], n)
     stacks[1].power_iterate(n)
     assert_close((stacks[0].u, stacks[0].v), (stacks[1].u, stacks[1].v), rtol=tol, atol=tol)
 
@@ -480,7 +484,7 @@ def test_nll_published_reads_every_sentence_alone(corpus, row):
             text_nll=lambda *args: dict(nll=torch.zeros(3), index=index),
             nll_metric=lambda *args: {},
             exact_gap=lambda *args: {},
-            log_z_bounds=gap,
+            sampled_gap=gap,
             prior_hole=gap,
         ),
     )
@@ -502,17 +506,17 @@ def test_kl_is_that_of_normalised_levels():
     T, d, n, B = 3, 2, 20_000, 6
     g = gen(3)
     A = torch.stack([torch.diag(0.2 + torch.rand(d, generator=g, dtype=F64)) for _ in range(T)])
-    e = energy.QuadraticEnergy(A, torch.randn(T, d, generator=g, dtype=F64))
+    e = QuadraticEnergy(A, torch.randn(T, d, generator=g, dtype=F64))
     p = DiffusionEBM(consistent_schedule(T), e, PriorCfg())
     q = DiagGaussian(torch.randn(B, d, generator=g, dtype=F64), torch.full((B, d), -2.0, dtype=F64))
     z = q.rsample(g)
     zs = schedule.diffuse_path(p.schedule, z, gen(4))
-    with patch.object(prior, "diffuse_path", lambda *args: zs), torch.no_grad():
+    with patch.object(levels, "diffuse_path", lambda *args: zs), torch.no_grad():
         got, worth = p.kl(q, z, gen(5), n=n)
         want = q.kl_standard().sum(-1)
         for k in range(T):
             t = torch.full((B,), k)
-            m, v = p.tilt(zs[k + 1], t)
+            m, v = p.tilted_gaussian(zs[k + 1], t)
             log_z = e.tilt(m, float(v[0]), k)[2]
             assert log_z.abs().max() > 0.05
             want = want - e(zs[k], t) + log_z

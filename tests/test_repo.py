@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ldebm.pages import SECTIONS, section_of, slug
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
@@ -101,6 +103,70 @@ def test_tables_show_the_records(page, monkeypatch):
             )
             seen += 1
     assert seen >= 4
+
+
+# What a reader of the front page looks for, and how its definition begins
+WHERE = {
+    "the backward conditional": (r"def conditional\(\s*self: Levels", "12c_levels"),
+    "the noise schedule": (r"class Schedule\b", "10_schedule"),
+    "the training step": (r"def step\(\s*self: Loop", "50_train"),
+    "wKL": (r"def wkl\(", "41_text_metrics"),
+    "where to add a prior": (r"PRIORS\['\w+'\] = ", "own_prior"),
+}
+
+
+def shown(page):
+    "Markdown of a notebook, what its cells made included"
+    for c in cells(page):
+        if c["cell_type"] == "markdown":
+            yield text(c["source"])
+        yield from (
+            text(o["data"]["text/markdown"]) for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})
+        )
+
+
+def links(page):
+    "Pages that a notebook leads to"
+    found = re.findall(r"\]\((\w+\.ipynb)[#)]", "\n".join(shown(page)))
+    return [p for p in (ROOT / "nbs" / target for target in dict.fromkeys(found)) if p.exists()]
+
+
+def defining(page, begins):
+    return [
+        c for c in cells(page) if c["cell_type"] == "code" and re.search(f"^{begins}", text(c["source"]), flags=re.M)
+    ]
+
+
+@pytest.mark.parametrize("what", WHERE)
+def test_the_front_page_leads_to_the_code(what):
+    "By at most two links; by one from the table that asks for it"
+    begins, home = WHERE[what]
+    front = ROOT / "nbs" / "index.ipynb"
+    near = links(front)
+    near += [page for p in near for page in links(p)]
+    assert [p.stem for p in dict.fromkeys(near) if defining(p, begins)] == [home]
+    asked = "\n".join(shown(front)).partition("## Where is")[2].partition("\n## ")[0]
+    (url,) = re.findall(rf"\(({home}\.ipynb[^)]*)\)", asked)
+    anchors = {
+        slug(h) for md in shown(ROOT / "nbs" / f"{home}.ipynb") for h in re.findall(r"^#+ (.*)$", md, flags=re.M)
+    }
+    assert not url.partition("#")[2] or url.partition("#")[2] in anchors
+
+
+def test_the_front_page_maps_every_page():
+    "Every room is in the table that is in view, every page in the one that is folded, and no link is dead"
+    front = ROOT / "nbs" / "index.ipynb"
+    rooms = "\n".join(shown(front)).partition("## Map")[2].partition("<details>")[0]
+    in_view = re.findall(r"\]\((\w+\.ipynb)\)", rooms)
+    assert {section_of(page) for page in in_view} == {*SECTIONS, "Jobs", "Reading"}
+    assert set(links(front)) | {front} == set(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
+def test_prose_leads_to_pages_that_are_there(nb):
+    prose = "\n".join(text(c["source"]) for c in cells(nb) if c["cell_type"] == "markdown")
+    dead = [u for u in re.findall(r"\]\((\w+\.ipynb)[#)]", prose) if not (ROOT / "nbs" / u).exists()]
+    assert not dead, f"links to pages that are not there: {dead}"
 
 
 def test_readme_links_lead_somewhere():

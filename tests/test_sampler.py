@@ -2,22 +2,25 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+from chains import with_runners
 from torch import nn
 from torch.testing import assert_close
 
-from ldebm import langevin
+from ldebm import graphs
 from ldebm.convergence import split_rhat
 from ldebm.diagnostics import plot_energy_traces, trace_rhat
-from ldebm.energy import Energy, EnergyNet, fast_energy
+from ldebm.energy import Energy, EnergyNet, Frozen
 from ldebm.exact import QuadraticEnergy
-from ldebm.graphs import RecordedGrad, recorded_terms
-from ldebm.langevin import can_record, linear_chain_moments, mala_chain, mala_states, record, tilt_chain, tilt_states
-from ldebm.levels import PriorCfg, base_kl
+from ldebm.graphs import Gathered, Pending, RecordedGrad, has_recorded_chain, record_chain, recorded_terms, recording
+from ldebm.langevin import Conditional, chain, linear_chain_moments, preconditioned, unadjusted, updates
+from ldebm.levels import PriorCfg
 from ldebm.posterior import DiagGaussian
-from ldebm.prior import DiffusionEBM, consistent_terms, published_terms
+from ldebm.prior import DiffusionEBM, Known, consistent_terms, published_terms
+from ldebm.registry import RUNNERS
 from ldebm.schedule import (
     consistent_schedule,
     cosine_schedule,
@@ -97,7 +100,7 @@ def test_published_chain_at_each_level(T, d, K):
     p = model(qe, "published", n_steps=K)
     z = torch.randn(T, d, generator=gen(1), dtype=F64)
     t = torch.arange(T).repeat_interleave(n)
-    y = p.chain_from(z[t], t, gen=gen(2))
+    y = p.conditional(z[t], t).sample(gen=gen(2))[0]
     s, eye = p.schedule, torch.eye(d, dtype=F64)
     for lev in range(T):
         sigma2 = (1 - s.a[lev + 1] ** 2).item()
@@ -115,7 +118,7 @@ def test_published_chain_against_the_geometric_sum(K):
     qe = QuadraticEnergy(torch.full((T, 1, 1), A, dtype=F64), torch.full((T, 1), c, dtype=F64))
     p = model(qe, "published", n_steps=K)
     t = torch.arange(T).repeat_interleave(n)
-    y = p.chain_from(torch.full((len(t), 1), z, dtype=F64), t, gen=gen(K))
+    y = p.conditional(torch.full((len(t), 1), z, dtype=F64), t).sample(gen=gen(K))[0]
     for lev in range(T):
         v = (p.schedule.sigma[lev + 1] ** 2).item()
         s2 = (p.schedule.sbar[lev] / p.schedule.sbar[0]).item() * 2e-3 * v
@@ -132,7 +135,7 @@ def test_unadjusted_consistent_chain_at_each_level(reference, T, K, rho, tau):
     p = model(qe, reference=reference, n_steps=K, rho=rho, tau=tau)
     z = torch.randn(T, d, generator=gen(3), dtype=F64)
     t = torch.arange(T).repeat_interleave(n)
-    y = p.chain_from(z[t], t, mala=False, gen=gen(4))
+    y = p.conditional(z[t], t, mala=False).sample(gen=gen(4))[0]
     eye = torch.eye(d, dtype=F64)
     for lev in range(T):
         a, last = p.schedule.a[lev + 1].item(), lev == T - 1
@@ -150,7 +153,7 @@ def test_steps_have_the_moments_of_a_longer_chain_only_when_they_should():
     qe = quadratic(1, 2, 0)
     p = model(qe, "published", n_steps=6)
     z = torch.full((12_000, 2), 2.0, dtype=F64)
-    y = p.chain_from(z, torch.zeros(12_000, dtype=torch.long), gen=gen(0))
+    y = p.conditional(z, torch.zeros(12_000, dtype=torch.long)).sample(gen=gen(0))[0]
     A, c, s2 = qe.A[0].detach(), qe.c[0].detach(), 2e-3 * (p.schedule.sigma[1] ** 2).item()
     M, b = torch.eye(2, dtype=F64) * (1 - 1e-3) - 0.5 * A, 0.5 * A @ c
 
@@ -332,14 +335,14 @@ def test_one_level_a_sample_is_unbiased(objective):
 
 
 def spy(p):
-    "Record what `chain_from` is asked for"
-    seen, real = [], p.chain_from
+    "Record what conditionals are asked for"
+    seen, real = [], p.conditional
 
-    def chain_from(z, t, **kw):
+    def conditional(z_next, t, **kw):
         seen.append(dict(t=t, y=kw.get("y")))
-        return real(z, t, **kw)
+        return real(z_next, t, **kw)
 
-    p.chain_from = chain_from
+    p.conditional = conditional
     return seen
 
 
@@ -365,7 +368,7 @@ def test_one_level_only(objective):
     assert x.shape == (40, 3) and x.isfinite().all() and len(seen) == 2
     assert p.sample(5, y=3, gen=gen(2)).isfinite().all()
     top = torch.full((6, 3), 50.0)
-    m, v = p.tilt(top, torch.zeros(6, dtype=torch.long))
+    m, v = p.tilted_gaussian(top, torch.zeros(6, dtype=torch.long))
     assert (m == 0).all()
     if objective == "consistent":
         assert p.kl(DiagGaussian(z, torch.zeros_like(z)), z, gen(3))[0].isfinite().all()
@@ -463,7 +466,7 @@ def test_base_kl_against_densities_along_paths(reference, T, d):
         else:
             draw = draw - log_normal(zs[t], a[t + 1] * zs[t + 1], v)
     draw = draw - log_normal(zs[T - 1], 0.0, 1 - a[-1].item() ** 2 if reference == "flat" else 1.0)
-    want = base_kl(p, q).sum(-1)[0]
+    want = p.base_kl(q).sum(-1)[0]
     assert (draw.mean() - want).abs() < SE * draw.std() / n**0.5 + 1e-9, (draw.mean(), want)
     if reference == "flat" and T == 6:
         assert abs(jacobian + 51) < 0.1 and 51 > 5 * draw.std() / n**0.5  # leaving it out could not go unseen
@@ -535,18 +538,19 @@ def test_non_finite_energy_names_step_level_and_seed(objective, mala, k):
 
 
 def test_refused_settings_of_a_chain():
-    fast, x = fast_energy(zero(1, 2)), torch.zeros(3, 2, dtype=F64)
-    t, v = torch.zeros(3, dtype=torch.long), torch.ones(3, 1, dtype=F64)
-    for kw, wrong in (
-        ({}, "exactly one of rho"),
-        (dict(rho=0.5, s2=v), "exactly one of rho"),
-        (dict(rho=1.0), r"rho must lie in \[0, 1\)"),
+    x, v = torch.zeros(3, 2, dtype=F64), torch.ones(3, 1, dtype=F64)
+    level = Conditional(Frozen(zero(1, 2)), torch.zeros(3, dtype=torch.long), x, v, v)
+    for settings, wrong in (
+        (dict(rho=1.0), r"rho must lie in \(-1, 1\), got 1.0"),
+        (dict(rho=-1.0), r"rho must lie in \(-1, 1\), got -1.0"),
+        (dict(longest=0.0), "drift must be positive, got 0.0"),
+        (dict(longest=math.nan), "drift must be positive, got nan"),
     ):
         with pytest.raises(ValueError, match=wrong):
-            tilt_chain(fast, x, t, x, v, 2, **kw)
+            preconditioned(level, **settings)
     with pytest.raises(ValueError, match="n_steps must be >= 0"):
-        tilt_chain(fast, x, t, x, v, -1, rho=0.5)
-    y, accept = mala_chain(fast, x, t, x, v, 5, rho=0.5, gen=gen(0))
+        chain(level, preconditioned(level, 0.5), x, -1)
+    y, accept = chain(level, preconditioned(level, 0.5), x, 5, gen=gen(0))
     assert_close(accept, torch.ones(3, dtype=F64))  # exact for the Gaussian: nothing to correct
     for cfg, wrong in (
         (dict(n_steps=-1), "n_steps must be >= 0"),
@@ -588,59 +592,54 @@ def test_recorded_chain_equals_the_chain_it_recorded(kind, symbol):
     g, n = gen(0), 7
     net = EnergyNet(5, 3, 4, hidden=16, n_blocks=2, gen=g).double()
     Replay.made = 0
-    for again in range(2):
+    for _ in range(2):
         with torch.no_grad():
             for p in net.parameters():
                 p.mul_(1.3)
-        e = fast_energy(net)
-        z, m = (torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in "zm")
-        v = torch.rand(6, 1, generator=g, dtype=torch.float64) + 0.1
+        z, m = (torch.randn(6, 5, generator=g, dtype=F64) for _ in "zm")
+        v = torch.rand(6, 1, generator=g, dtype=F64) + 0.1
         t = torch.randint(4, (6,), generator=g)
-        args = dict(
-            z=z,
-            t=t,
-            m=m,
-            v=v,
-            tau=torch.full_like(v, 0.7),
-            y=torch.randint(3, (6,), generator=g) if symbol else None,
-            context=None,
-        )
-        draws = dict(noise=torch.randn(n, 6, 5, generator=g, dtype=torch.float64))
+        level = Conditional(Frozen(net), t, m, v, torch.full_like(v, 0.7))
+        if symbol:
+            level.y = torch.randint(3, (6,), generator=g)
+        noise, uniform = torch.randn(n, 6, 5, generator=g, dtype=F64), None
+        step = unadjusted(level, 0.05 * v) if kind == "flow" else preconditioned(level, 0.8)
         if kind == "mala":
-            f, numbers, draws["uniform"] = (
-                mala_states,
-                dict(n_steps=n, rho=0.8, drift=1.0),
-                torch.rand(n, 6, generator=g, dtype=torch.float64),
-            )
-        else:
-            f, numbers = tilt_states, dict(n_steps=n, rho=0.8 if kind == "tilt" else None, drift=math.inf)
-            args["s2"] = 0.05 * v if kind == "flow" else None
-        want = f(e, **args, **draws, **numbers)
-        got = record(f, e, args, numbers, recorder=Replay, **draws)
-        for a, b in zip(got, want):
+            step, uniform = preconditioned(level, 0.8, 1.0), torch.rand(n, 6, generator=g, dtype=F64)
+        want = updates(level, step, z, n, noise.__getitem__, uniform if uniform is None else uniform.__getitem__)
+        got = record_chain(level, step, z, noise, uniform, recorder=Replay)
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
         assert (want[0] - z).abs().max() > 1e-3 and int(want[-1]) == n + 1
     assert Replay.made == 1
 
 
 def test_recording_is_refused_where_it_cannot_be(monkeypatch):
-    e, z = fast_energy(EnergyNet(2, 1, 1, hidden=4, n_blocks=0)), torch.zeros(1, 2)
+    z, v = torch.zeros(1, 2), torch.ones(1, 1)
+    net = EnergyNet(2, 1, 1, hidden=4, n_blocks=0)
+    level = Conditional(Frozen(net), torch.zeros(1, dtype=torch.long), z, v, v)
     monkeypatch.setenv("LDEBM_RECORD", "1")
-    assert not can_record(e, z)  # no GPU holds z
+    assert not recording(z) and not has_recorded_chain(level, preconditioned(level), z, 3)  # no GPU holds z
     monkeypatch.setenv("LDEBM_RECORD", "yes")
     with pytest.raises(ValueError, match="LDEBM_RECORD must be"):
-        can_record(e, z)
+        recording(z)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    "Chains of networks are recorded, and nothing else is replaced"
+    monkeypatch.setattr(graphs, "recording", lambda z: True)
+    monkeypatch.setattr(graphs, "record_chain", partial(record_chain, recorder=Replay))
+    monkeypatch.setitem(RUNNERS, "chain", [(has_recorded_chain, graphs.recorded_chain)])
+    monkeypatch.setitem(RUNNERS, "training_terms", [])
+    Replay.made = 0
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("objective", ["mala", "consistent", "published"])
-def test_training_and_sampling_run_on_recorded_chains(objective, bf16, monkeypatch):
+def test_training_and_sampling_run_on_recorded_chains(objective, bf16, recorded):
     "Every chain of a training step and of a draw can be recorded, under autocast as well"
-    monkeypatch.setenv("LDEBM_RESIDENT", "0")
-    monkeypatch.setattr(langevin, "can_record", lambda energy, z: hasattr(energy, "tensors"))
-    monkeypatch.setattr(langevin, "Recorded", Replay)
     prior, q = network(objective), DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6))
-    Replay.made = 0
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         terms = prior.terms(q, q.rsample(gen(1)), gen=gen(2))
         assert (
@@ -710,10 +709,10 @@ def step_terms(p, terms, steps=3, labels=True):
 def test_recorded_terms_equal_the_terms_they_recorded(objective, labels):
     "Noise, weights, latents and labels of every step go into one recording; the generator is left where it would be"
     p, r = network(objective).double(), network(objective).double()
-    plainly = published_terms if objective == "published" else consistent_terms
-    want, rest = step_terms(p, lambda *args: plainly(p, *args), labels=labels)
+    plain = published_terms if objective == "published" else consistent_terms
+    want, rest = step_terms(p, lambda *args: plain(p, *args), labels=labels)
     ReplayGrad.made = 0
-    got, left = step_terms(r, lambda *args: recorded_terms(r, plainly, *args, recorder=ReplayGrad), labels=labels)
+    got, left = step_terms(r, lambda *args: recorded_terms(r, *args, recorder=ReplayGrad), labels=labels)
     assert ReplayGrad.made == 1 and torch.equal(rest, left)
     for (a, da), (b, db) in zip(got, want):
         assert list(a) == list(b)
@@ -727,12 +726,10 @@ def test_recorded_terms_equal_the_terms_they_recorded(objective, labels):
 def test_a_recording_keeps_no_two_calls():
     p = network("consistent")
     q = DiagGaussian(torch.zeros(8, 6, requires_grad=True), torch.zeros(8, 6))
-    first, _ = (
-        recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(k), recorder=ReplayGrad) for k in range(2)
-    )
+    first, _ = (recorded_terms(p, q, q.rsample(gen(1)), gen(k), recorder=ReplayGrad) for k in range(2))
     with pytest.raises(RuntimeError, match="call backward once, and before"):
         first["ebm"].sum().backward()
-    last = recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(3), recorder=ReplayGrad)
+    last = recorded_terms(p, q, q.rsample(gen(1)), gen(3), recorder=ReplayGrad)
     last["ebm"].sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call backward once, and before"):
         last["mi"].sum().backward()
@@ -746,7 +743,7 @@ def test_a_recording_follows_parameters():
 
     def go():
         p.zero_grad()
-        recorded_terms(p, consistent_terms, q, z, gen(2), recorder=ReplayGrad)["ebm"].sum().backward()
+        recorded_terms(p, q, z, gen(2), recorder=ReplayGrad)["ebm"].sum().backward()
         return [w.grad for w in p.parameters() if w.requires_grad]
 
     ReplayGrad.made = 0
@@ -763,23 +760,24 @@ def test_a_recording_follows_parameters():
     head.bias.requires_grad_(False)
     go()
     assert ReplayGrad.made == 3 and head.bias.grad is None
-    p.energy.tau_y = 2.0
+    p.energy.symbol_temperature = 2.0
     go()
     assert ReplayGrad.made == 4
 
 
+@with_runners
 def test_a_bad_chain_in_a_recording_is_told():
     "At once, or to whoever collects what is pending"
     p = network("consistent")
     q = DiagGaussian(torch.zeros(8, 6), torch.zeros(8, 6))
-    recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
+    recorded_terms(p, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
     with torch.no_grad():
         p.energy.head.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match="step 0 of 10 .*generator seed 2"):
-        recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
-    with langevin.Gathered() as seen:
-        recorded_terms(p, consistent_terms, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
-    assert [int(first) for first, _ in seen.todo] == [0] and langevin.Pending.now is None
+        recorded_terms(p, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
+    with Gathered() as seen:
+        recorded_terms(p, q, q.rsample(gen(1)), gen(2), recorder=ReplayGrad)
+    assert [int(first) for first, _ in seen.waiting] == [0] and Pending.now is None
 
 
 def test_pending_checks_speak_when_they_are_settled():
@@ -789,8 +787,8 @@ def test_pending_checks_speak_when_they_are_settled():
         def synchronize(self):
             Event.waited += 1
 
-    p = langevin.Pending()
-    p.todo = [(torch.tensor(k), Event(), (9, "level 1", gen(3))) for k in (10, 4)]
+    p = Pending()
+    p.waiting = [(torch.tensor(k), Event(), (9, torch.tensor([1, 1]), gen(3))) for k in (10, 4)]
     with pytest.raises(FloatingPointError, match="step 4 of 9 .level 1., generator seed 3"):
         p.settle()
     p.settle()
@@ -802,13 +800,13 @@ def test_patient_questions_are_about_chains_of_the_step_before_last():
         def synchronize(self):
             pass
 
-    p, bad = langevin.Pending(), (torch.tensor(4), Event(), (9, "level 1", gen(3)))
-    p.todo = [(torch.tensor(10), Event(), (9, "level 0", gen(3)))]
-    assert p.late(patient=True) is None and len(p.todo) == 1, "not yet"
-    p.todo.append(bad)
-    assert p.late(patient=True) is None and p.todo == [bad], "the first was fine"
-    p.todo.append(bad)
-    assert "step 4 of 9" in str(p.late(patient=True)) and len(p.todo) == 1
+    p, bad = Pending(), (torch.tensor(4), Event(), (9, torch.tensor([1, 1]), gen(3)))
+    p.waiting = [(torch.tensor(10), Event(), (9, torch.tensor([0]), gen(3)))]
+    assert p.late(patient=True) is None and len(p.waiting) == 1, "not yet"
+    p.waiting.append(bad)
+    assert p.late(patient=True) is None and p.waiting == [bad], "the first was fine"
+    p.waiting.append(bad)
+    assert "step 4 of 9" in str(p.late(patient=True)) and len(p.waiting) == 1
     assert "step 4 of 9" in str(p.late()), "all, at the end"
     assert p.late() is None
 
@@ -891,9 +889,9 @@ def test_chains_with_a_metropolis_test_do_not_see_autocast():
 def test_unadjusted_chains_under_autocast_end_nearly_where_they_would(objective):
     p = network(objective)
     z, t = torch.randn(200, 6, generator=gen(2)), torch.arange(200) % 3
-    want = p.chain_from(z, t, gen=gen(3))
+    want = p.conditional(z, t).sample(gen=gen(3))[0]
     with half():
-        got = p.chain_from(z, t, gen=gen(3))
+        got = p.conditional(z, t).sample(gen=gen(3))[0]
     moved = (want - z).norm()
     off = (got - want).norm() / moved
     assert got.dtype == want.dtype == torch.float32
@@ -908,9 +906,9 @@ def test_an_energy_that_is_held_in_part_stays_in_full_precision():
     p = network("published")
     mask = torch.tensor([True] * 3 + [False] * 3)
     z = torch.randn(20, 6, generator=gen(4))
-    want = p.sample(20, gen=gen(5), known=(mask, z), sweeps=1)
+    want = p.sample(20, gen=gen(5), known=Known(mask, z, 1))
     with half():
-        got = p.sample(20, gen=gen(5), known=(mask, z), sweeps=1)
+        got = p.sample(20, gen=gen(5), known=Known(mask, z, 1))
     assert torch.equal(got, want)
 
 

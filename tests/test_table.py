@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ import torch
 
 from ldebm import image_job, toy_job
 from ldebm import table as T
+from ldebm.comparison import family_means, quoted, zoo_table
 from ldebm.corpora import CORPORA
+from ldebm.rates import plot_rates
 from ldebm.records import data_of, group_records, load_results, metric
 from ldebm.report import run_table, runs_of, scored
 from ldebm.text_job import corpus_name, job_name, record_settings
@@ -21,7 +24,10 @@ from ldebm.text_score import TUNING
 from ldebm.text_settings import TextJob, TextSettings, resolve
 from ldebm.zoo import ROWS, TABLE, Row
 
-TINY = "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 nll_draws=4 nll_sentences=4 importance_draws=4 lm=''"
+TINY = (
+    "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 "
+    "nll_draws=4 nll_sentences=4 importance_draws=4 lm=''"
+)
 PLACE = Path(__file__).parent.parent
 
 
@@ -85,7 +91,7 @@ def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsy
 def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(PLACE)
     monkeypatch.setattr(T, "sweep", lambda jobs, **kw: pytest.fail("started"))
-    job = T.table_jobs(seeds=(0,), rows=("vae",), out=str(tmp_path / "runs"), results=str(tmp_path))[0]
+    job = T.table_jobs(seeds=(0,), systems=("vae",), out=str(tmp_path / "runs"), results=str(tmp_path))[0]
     other = dict(
         row="vae",
         corpus="grammar",
@@ -138,7 +144,7 @@ def test_tables_disclaim_what_records_disclaim():
     bad = json.loads(json.dumps(rec))
     bad["metrics"]["nll_valid"]["estimator"] += "; NOT valid"
     fine, flawed = (
-        T.zoo_table([r], "grammar", "quick", "consistent", dict(nll_valid=2, bleu=1), rows=("ldebm", "vae"))
+        zoo_table([r], "grammar", "quick", "consistent", dict(nll_valid=2, bleu=1), systems=("ldebm", "vae"))
         for r in (rec, bad)
     )
     v, b = (f"{rec['metrics'][k]['value']:.{d}f}" for k, d in (("nll_valid", 2), ("bleu", 1)))
@@ -148,10 +154,10 @@ def test_tables_disclaim_what_records_disclaim():
 
 def test_rows_and_families_without_records():
     rec = next(r for r in load_results(PLACE / "results") if r["row"] == "vae" and r["preset"] == "quick")
-    out = T.family_means([rec], "grammar", "quick", rec["objective"], dict(bleu=1))
+    out = family_means([rec], "grammar", "quick", rec["objective"], dict(bleu=1))
     assert "| VAE | VAE (of 4) | " in out and "| autoencoder | none (of 2) | – |" in out
-    assert "| strange | consistent | " in T.zoo_table(
-        [{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), rows=("strange",)
+    assert "| strange | " in zoo_table(
+        [{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), systems=("strange",)
     )
 
 
@@ -160,7 +166,7 @@ def test_rows_and_families_without_records():
 
 @pytest.mark.parametrize("folder", ["results", "results/tuning"])
 def test_records_of_this_repository_are_one_row_each(folder):
-    "By name and by what was run they fall into the same groups, each with every seed; and what they say of their scoring is read"
+    "By name and by what was run they fall into the same groups, each with every seed; their scoring is read"
     known = load_results(PLACE / folder)
     names = {}
     for r in known:
@@ -258,11 +264,11 @@ def test_no_table_mixes_runs(row, usual, other, how):
     rs = [made(0, row, 1.0, **usual), made(1, row, 3.0, **usual), made(2, row, 9.0, **other)]
     for table in (
         run_table(rs, "mine", "small", [(row, "consistent")], dict(kl=1)),
-        T.zoo_table(rs, "mine", "small", "consistent", dict(kl=1), rows=(row,)),
+        zoo_table(rs, "mine", "small", "consistent", dict(kl=1), systems=(row,)),
     ):
         name = ROWS[row].title if row in ROWS and table is not None and f"| {ROWS[row].title} |" in table else row
         assert rows_of(table) == [name, f"{name} ({how})"]
-        assert "| 2.0 ± 1.4 | 2 |" in table and "| 9.0 | 1 |" in table
+        assert "| 2.0\u00a0±\u00a01.4 | 2 |" in table and "| 9.0 | 1 |" in table
 
 
 @pytest.mark.parametrize(
@@ -303,16 +309,16 @@ def test_one_table_is_about_one_file():
         *(made(k, "dgm-vae", metrics=metrics(50.0), corpus_sha256="bbbb") for k in (0, 1)),
         made(2, d=4, metrics=metrics(70.0), **here),
     ]
-    table = T.zoo_table(rs, "mine", "small", "consistent", dict(kl=0), rows=("vae", "dgm-vae", "ldebm"))
+    table = zoo_table(rs, "mine", "small", "consistent", dict(kl=0), systems=("vae", "dgm-vae", "ldebm"))
     assert rows_of(table) == ["VAE", "VAE (d=4)", "DGM-VAE (other data: bbbb)", "LDEBM"]
-    means = T.family_means(rs, "mine", "small", "consistent", dict(kl=0))
+    means = family_means(rs, "mine", "small", "consistent", dict(kl=0))
     assert (
         "| 1 |" in means
         and "50" not in means
         and "70" not in means
         and means.endswith("Not in it: VAE (d=4); DGM-VAE (other data: bbbb).")
     )
-    ax = T.plot_rates(rs, "mine", "small")
+    ax = plot_rates(rs, "mine", "small")
     assert (
         sum(
             len(o.get_offsets())
@@ -330,7 +336,7 @@ def test_what_a_command_has_run_is_the_table_it_shows(corpus, tmp_path):
     job = T.table_jobs(
         corpus=str(corpus),
         seeds=(0,),
-        rows=("vae",),
+        systems=("vae",),
         settings="steps=6",
         out=str(tmp_path / "runs"),
         results=str(tmp_path / "results"),
@@ -356,8 +362,8 @@ def test_what_a_command_has_run_is_the_table_it_shows(corpus, tmp_path):
 
 
 def test_figures_of_others_stand_beside_ours():
-    "The released code on the grammar, with its spread and seeds; the paper's, whose NLL is in the column of its estimator"
-    grammar, ptb = (T.quoted(PLACE / "data" / "published" / f"{k}.json") for k in ("grammar", "ptb"))
+    "The released code on the grammar, with spread and seeds; the paper's, whose NLL is in its estimator's column"
+    grammar, ptb = (quoted(PLACE / "data" / "published" / f"{k}.json") for k in ("grammar", "ptb"))
     table = run_table(
         [],
         "grammar",
@@ -367,7 +373,8 @@ def test_figures_of_others_stand_beside_ours():
         grammar,
     )
     assert (
-        "| ldebm | published | released code | 0.216 | 10.1 ± 1.3 | 1.36 ± 0.04 | – | 3 | | |" in table
+        "| ldebm | published | released code | 0.216 | 10.1 ± 1.3 | 1.36 ± 0.04 | – | 3 |"
+        in table.replace("\u00a0", " ")
         and table.count("released code") == 1
     )
     assert {r for r, o in ptb.items() if o.get("nll_published") is not None} == {
@@ -376,9 +383,7 @@ def test_figures_of_others_stand_beside_ours():
         "ldebm-no-gc",
         "ldebm",
     } and ptb["vae"]["nll_valid"] == ptb["vae"]["nll"]
-    assert "| ldebm | published | paper |" in run_table(
-        [], "ptb", "paper", [("ldebm", "published")], dict(nll_published=2), ptb
-    )
+    assert "| ldebm | paper |" in run_table([], "ptb", "paper", [("ldebm", "published")], dict(nll_published=2), ptb)
 
 
 def test_settings_of_every_job_are_known():
@@ -419,7 +424,7 @@ def test_tuning_gives_both_objectives_as_many_configurations():
 
 def test_a_new_row_is_a_job(monkeypatch):
     monkeypatch.setitem(ROWS, "mine", Row("Mine", "own", dict(prior="normal", terms="kl")))
-    assert T.table_jobs(rows=("mine",), seeds=(0,))[0].row == "mine" and len(TABLE) == 16
+    assert T.table_jobs(systems=("mine",), seeds=(0,))[0].row == "mine" and len(TABLE) == 16
 
 
 MINE = """
@@ -457,7 +462,10 @@ def test_a_row_of_a_users_own(corpus, tmp_path):
     )  # the command ends with its table
     mine.unlink()
     (folder,) = (tmp_path / "runs").glob("mine-*")
-    look = "from ldebm.text_job import load_model; import sys; m, v = load_model(sys.argv[1]); print(type(m.prior).__name__)"
+    look = (
+        "from ldebm.text_job import load_model; import sys; "
+        "m, v = load_model(sys.argv[1]); print(type(m.prior).__name__)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", look, str(folder)], env=environment(), capture_output=True, text=True
@@ -547,3 +555,44 @@ def test_a_run_that_raises_is_reported(corpus, tmp_path):
         p.stdout + p.stderr
     )
     assert [r["row"] for r in load_results(tmp_path / "results")] == ["dvae"]
+
+
+# -- a table that reads
+
+
+def test_the_best_stand_in_bold_and_only_what_competes():
+    "Not other settings, not figures of others, not a likelihood that is not valid, not in a terminal"
+    systems = [("vae", "consistent"), ("dvae", "consistent"), ("ldebm", "consistent"), ("ldebm", "published")]
+    values = [("vae", 0, 2.0), ("vae", 1, 4.0), ("dvae", 0, 3.5), ("ldebm", 0, 9.0)]
+    rs = [made(seed, system, metrics=dict(wkl=metric(v))) for system, seed, v in values]
+    rs += [made(7, "vae", metrics=dict(wkl=metric(0.1)), d=4)]
+    paper = dict(ldebm=dict(wkl=0.06))
+    lines = run_table(rs, "mine", "small", systems, dict(wkl=1), paper).replace("\u00a0", " ").splitlines()
+    bold = [line.split(" | ")[0].removeprefix("| ") for line in lines if "**" in line]
+    assert bold == ["vae", "dvae"]  # within the standard deviation of the best
+    assert "**" not in run_table(rs, "mine", "small", systems, dict(wkl=1), paper, best=False)
+    flawed = metric(1.0, estimator="NOT valid")
+    rs = [made(0, s, metrics=dict(nll_valid=m)) for s, m in (("vae", metric(3.0)), ("ldebm", flawed))]
+    assert "**" not in run_table(rs, "mine", "small", systems[:3], dict(nll_valid=1))
+
+
+def test_what_is_too_much_for_a_table_is_folded_below_it():
+    rs = [made(0, metrics=dict(wkl=metric(0.5), kl=metric(2.0)))]
+    table = run_table(rs, "mine", "small", [("vae", "consistent")], dict(wkl=1), more=dict(kl=0))
+    view, fold = table.split("<details>")
+    assert view.splitlines()[0] == "| system | wkl, nats\u00a0↓ | seeds |" and "0.5" in view
+    assert "More: kl, minutes, machine" in fold and "| vae | 2 | 1 | 1.0 | cpu, 1 threads |" in fold
+    assert not [line for line in table.splitlines() if line.startswith(" ")]
+
+
+@pytest.mark.parametrize("page", ["index", "results", "benchmarks", "calibration"])
+def test_tables_in_view_are_narrow(page):
+    "At most eight columns, what is folded aside"
+    content = json.loads((PLACE / "nbs" / f"{page}.ipynb").read_text())
+    outputs = [o.get("data", {}) for c in content["cells"] for o in c.get("outputs", [])]
+    texts = ["".join(o.get("text/markdown", "")) for o in outputs]
+    assert any("|---|" in text.replace(" ", "") for text in texts)
+    for text in texts:
+        in_view = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+        for line in in_view.splitlines():
+            assert line.count(" | ") <= 7, line

@@ -10,14 +10,14 @@ import torch
 from same import assert_same_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldebm import image_job, toy_job, train
-from ldebm.api import rows
+from ldebm import image_job, image_stages, toy_job, train
 from ldebm.codes import Both, Codes
 from ldebm.core import load_tensors, make_gen
 from ldebm.energy import EnergyNet
 from ldebm.energy_task import fit_energies
 from ldebm.exact import QuadraticEnergy
 from ldebm.image_job import ImageJob
+from ldebm.layers import take_rows
 from ldebm.posterior import DiagGaussian
 from ldebm.text_job import open_job
 from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
@@ -68,7 +68,7 @@ def test_what_is_looked_for():
         (lambda: x[:, torch.tensor([2, 2])], 1),
         (lambda: x.take(torch.tensor([5, 5])), 1),
         (lambda: x[torch.tensor([1, 0])], 0),
-        (lambda: rows(x, torch.tensor([1, 1])), 0),
+        (lambda: take_rows(x, torch.tensor([1, 1])), 0),
     ):
         with Unordered() as mode:
             f().sum().backward()
@@ -86,9 +86,9 @@ def test_text(row, objective, watched, tmp_path):
         )
     )
     task.validate = lambda: {task.select or "nll": torch.tensor(0.0)}
-    train.fit(task, run, train_cfg(task.s), 0, device)
-    if has_energy_stage(task.s):
-        task.s = replace(task.s, energy_steps=1)
+    train.fit(task, run, train_cfg(task.settings), 0, device)
+    if has_energy_stage(task.settings):
+        task.settings = replace(task.settings, energy_steps=1)
         fit_energies(task, run, 0, device)
 
 
@@ -104,10 +104,10 @@ def test_pictures(layers, objective, watched, tmp_path):
             settings=f"layers='{layers}' gen_steps=2 steps=2 clf_steps=2 energy_hidden=8",
         )
     )
-    g = image_job.train_generator(p)[0]
-    image_job.train_classifier(p)
+    g = image_stages.train_generator(p)[0]
+    image_stages.train_classifier(p)
     for row in p.job.rows.split():
-        image_job.train_prior(p, row, g)
+        image_stages.train_prior(p, row, g)
 
 
 def test_plane(watched, tmp_path):
@@ -135,11 +135,11 @@ def test_rows_are_plain_indexing(shape, dtype, n):
     gen = make_gen(0, "rows")
     x = torch.randn(shape, generator=gen, dtype=dtype, requires_grad=True)
     i = torch.randint(5, (n,), generator=gen)
-    assert torch.equal(rows(x, i), x[i]) and rows(x, i).shape == x[i].shape
+    assert torch.equal(take_rows(x, i), x[i]) and take_rows(x, i).shape == x[i].shape
     up = torch.randn(x[i].shape, generator=gen, dtype=dtype)
-    assert torch.equal(*(torch.autograd.grad((f * up).sum(), x)[0] for f in (rows(x, i), x[i])))
+    assert torch.equal(*(torch.autograd.grad((f * up).sum(), x)[0] for f in (take_rows(x, i), x[i])))
     if dtype == torch.float64 and n:
-        assert torch.autograd.gradgradcheck(lambda x: rows(x, i) ** 2, x)
+        assert torch.autograd.gradgradcheck(lambda x: take_rows(x, i) ** 2, x)
 
 
 def test_some_of_a_posterior():
@@ -182,13 +182,15 @@ def test_gradients_of_an_energy_repeat(two_threads):
 JOB = """
 import sys
 from ldebm.core import save_tensors
-from ldebm.text_job import EnergyTask, TextJob, fit_energies, open_job, train_cfg
+from ldebm.energy_task import EnergyTask, fit_energies
 from ldebm.launch import launch
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, train_cfg
 settings = 'embed=32 hidden=32 cls_start=0 batch=256 energy_steps=8 nll_draws=0'
 where = dict(threads=int(sys.argv[2]), device='cpu', out=sys.argv[1])
 run, task, device = open_job(TextJob(steps=4, n_samples=20, settings=settings, **where))
 task.validate, EnergyTask.validate = lambda: {'base_bound': 0.}, lambda self: {'kl': 0.}
-launch(task, run, train_cfg(task.s), 0, device)
+launch(task, run, train_cfg(task.settings), 0, device)
 fit_energies(task, run, 0, device)
 save_tensors(sys.argv[1]+'/learned', task.model.state_dict())
 """
