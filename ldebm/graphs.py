@@ -334,7 +334,6 @@ class _Terms:
         self.names, self.details = [], []
         self.gen = torch.Generator(ins[0].device)  # each call lends it its own generator's state
         own = [(name, p) for name, p in prior.named_parameters() if p.requires_grad]
-        self.params = [p for _, p in own]
         # what the key names by its place stays there
         self.alive = [*prior.parameters(), *prior.buffers(), prior.schedule]
         call = ModuleCall(prior, training_terms.plain)
@@ -350,13 +349,13 @@ class _Terms:
             self.names[:], self.details[:] = out, [details for _, details in seen.waiting]
             return torch.stack(list(out.values())), [first for first, _ in seen.waiting]
 
-        self.recorded = recorder(run, ins, self.params, self.gen)
+        self.recorded = recorder(run, ins, [p for _, p in own], self.gen)
 
 # %% ../nbs/84_graphs.ipynb #35e5cc5e
 @patch
-def __call__(self: _Terms, ins: list, gen: torch.Generator) -> dict:
+def __call__(self: _Terms, ins: list, params: list, gen: torch.Generator) -> dict:
     self.gen.set_state(gen.get_state())
-    out = self.recorded(*ins, params=self.params)
+    out = self.recorded(*ins, params=params)
     gen.set_state(self.gen.get_state())
     for first, details in zip(self.recorded.extra, self.details):
         raise_if_bad(first, *details)
@@ -377,14 +376,14 @@ def recorded_terms(
     ins = [x for x in (q.mean, q.logvar, z, labels, label_weights) if x is not None]
     labelled, weighted = labels is not None, label_weights is not None
     places = tuple(x.data_ptr() for x in (*prior.parameters(), *prior.buffers()))
-    trained = tuple(name for name, p in prior.named_parameters() if p.requires_grad)
+    trained = {name: p for name, p in prior.named_parameters() if p.requires_grad}
     kinds = (*_kinds(ins), *(x.requires_grad for x in ins))
     state = (prior.cfg, prior.energy.symbol_temperature, env_flag('LDEBM_RESIDENT', True), id(prior.schedule))
-    key = ('terms', *state, labelled, weighted, kinds, trained, places)
+    key = ('terms', *state, labelled, weighted, kinds, tuple(trained), places)
     terms = _recall(prior, key, lambda: _Terms(prior, ins, labelled, weighted, recorder))
     if gen is None:
         gen = torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator
-    return terms(ins, gen)
+    return terms(ins, list(trained.values()), gen)
 
 # %% ../nbs/84_graphs.ipynb #f6c26cbe
 MANY = 8  # Power iterations from which on squaring is cheaper than repeating
