@@ -957,8 +957,8 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, corpus, row, objective):
     assert (n, rest) == (12, 8) and all(torch.equal(v, again[k]) for k, v in whole.items())
 
 
-def test_a_prior_of_your_own_takes_thirty_lines():
-    "The count that the page states: imports, class, entries and the run"
+def test_a_prior_of_your_own_takes_as_many_lines_as_its_page_says():
+    "Imports, classes, entries and the run"
     cells = json.loads((ROOT / "nbs" / "own_prior.ipynb").read_text())["cells"]
     lines = [
         x
@@ -967,5 +967,5 @@ def test_a_prior_of_your_own_takes_thirty_lines():
         for x in "".join(c["source"]).splitlines()
         if x.strip() and not x.startswith("#|")
     ]
-    assert 20 < len(lines) <= 30
+    assert 40 < len(lines) <= 50 and "in fifty lines" in "".join(cells[0]["source"])
     assert not [c for c in cells if "".join(c["source"]).startswith("#| export")]
