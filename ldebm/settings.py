@@ -337,7 +337,7 @@ _IPYTHON_NAMES = {'In', 'Out', 'exit', 'quit', 'open', 'get_ipython', 'display'}
 
 def _is_param(name, value) -> bool:
     "Is this something that a parameters cell would hold?"
-    if name.startswith('_') or name in _IPYTHON_NAMES:
+    if name.startswith('_') or name.isupper() or name in _IPYTHON_NAMES:
         return False
     if inspect.ismodule(value) or callable(value) or typing.get_origin(value) is not None:
         return False
