@@ -151,7 +151,8 @@ def flop_step(B, read, words, V, s, objective, plain=False):
     n = 2 * B if s.reference == "flat" and objective == "published" and s.T > 1 else B
     enc, dec = flop_encoder(read, B, s), flop_decoder(words, B, V, s, plain)
     energy, back = flop_energy_step(B, n, s, objective, plain)
-    energy += flop_norms(s)
+    if not plain:  # there iterations are products with vectors
+        energy += flop_norms(s)
     return dict(
         encoder=enc,
         decoder=dec,

@@ -22,13 +22,13 @@ class GuidedEnergy(Energy):
         self,
         energy: Energy,  # Any energy with symbols
         guidance: float,  # Weight of the request; 1 is exact conditioning
-        temperature: Callable
-        | None = None,  # What divides `F` where it is used, `temperature(t, z) -> (B,)`; `None`: 1
+        temperature: Callable | None = None,  # What divides `F`, `temperature(t, z) -> (B,)`; `None`: 1
     ):
         super().__init__()
         if not guidance >= 0:
             raise ValueError(f'guidance must not be negative, got {guidance}')
-        self.energy, self.guidance, self.temperature = energy, guidance, temperature
+        self.energy, self.guidance = energy, guidance
+        self.temperature = temperature
         for name in ('d', 'n_levels', 'n_symbols', 'groups', 'symbol_temperature'):
             setattr(self, name, getattr(energy, name))
 
@@ -81,7 +81,8 @@ class KnownPart:
         mask: Tensor,  # Coordinates that are given, shape `(d,)` or `(B, d)`, bool
         values: Tensor,  # Their values, shape `(B, d)`
     ):
-        self.energy, self.mask, self.values = energy, mask, values
+        self.energy = energy
+        self.mask, self.values = mask, values
 
     def grad(self, z: Tensor, t: Tensor, y=None, context=None) -> tuple[Tensor, Tensor]:
         "`F` with the known coordinates in place, and its gradient, zero in them"

@@ -152,8 +152,8 @@ class EnergyNet(Energy):
     ):
         super().__init__()
         _check_sizes(d=d, n_symbols=n_symbols, n_levels=n_levels, hidden=hidden)
-        self.d, self.n_symbols, self.n_levels = d, n_symbols, n_levels
-        self.context_dim = context_dim
+        self.d, self.context_dim = d, context_dim
+        self.n_symbols, self.n_levels = n_symbols, n_levels
         self._build(hidden, n_blocks, spectral, free_head)
         self._draw(free_head, init, gen)
 

@@ -236,7 +236,7 @@ def _recall(owner, key: tuple, make: Callable):
         known[key] = make()
     return known[key]
 
-
+# %% ../nbs/84_graphs.ipynb #8bd5b343
 def _kinds(tensors) -> tuple:
     "Shape, type and place of each tensor"
     return tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
@@ -361,7 +361,7 @@ def __call__(self: _Terms, ins: list, params: list, gen: torch.Generator) -> dic
         raise_if_bad(first, *details)
     return dict(zip(self.names, out.unbind()))
 
-
+# %% ../nbs/84_graphs.ipynb #5e47f762
 @runner('training_terms', accepts=has_recorded_terms)
 def recorded_terms(
     prior: DiffusionEBM,

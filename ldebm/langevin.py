@@ -209,10 +209,13 @@ def updates(
     on_step: Callable | None = None,  # See `chain`
 ) -> tuple[Tensor, Tensor, Tensor]:  # States, summed acceptance `(B,)`, and what `first_bad` says
     "The updates of `chain`, with their noise given"
-    here, accept, total = level.evaluate(z), None, torch.zeros_like(z[:, 0])
+    here, accept = level.evaluate(z), None
+    total = torch.zeros_like(z[:, 0])
     seen = [(here.F, here.slope.sum(-1))]
     for i in range(n_steps):
-        there = level.evaluate(step.move(here, noise(i)))
+        z = step.move(here, noise(i))
+        is_needed = i < n_steps - 1 or uniform is not None or on_step is not None
+        there = level.evaluate(z) if is_needed else Point(z, z.sum(-1), torch.zeros_like(z))
         seen.append((there.F, there.slope.sum(-1)))
         if uniform is not None:
             accept = log_accept(level, step, here, there).clamp(max=0).exp().nan_to_num(0.0)

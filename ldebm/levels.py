@@ -80,7 +80,8 @@ class Levels(nn.Module):
     ):
         super().__init__()
         _check_schedule(schedule, energy, cfg)
-        self.schedule, self.energy, self.cfg = schedule, energy, cfg
+        self.schedule, self.energy = schedule, energy
+        self.cfg = cfg
 
     @property
     def T(self) -> int:
@@ -98,10 +99,11 @@ class Levels(nn.Module):
     def published(self) -> bool:
         return self.cfg.objective == 'published'
 
-    @property
-    def metropolis(self) -> bool:
-        "Do chains accept or reject each step, unless asked otherwise?"
-        return self.cfg.mala and not self.published
+# %% ../nbs/12c_levels.ipynb #848517b2
+@patch(as_prop=True)
+def metropolis(self: Levels) -> bool:
+    "Do chains accept or reject each step, unless asked otherwise?"
+    return self.cfg.mala and not self.published
 
 # %% ../nbs/12c_levels.ipynb #1c9d8b08
 def _check_schedule(schedule: Schedule, energy: Energy, cfg: PriorCfg):

@@ -80,7 +80,7 @@ def _build(command: list, out: Path):
             raise RuntimeError(f'{command[0]} does not compile it: {why}')
         os.replace(made, out)
 
-
+# %% ../nbs/82_native.ipynb #0d1758c3
 def compiled(
     dtype: torch.dtype,  # Of latents
     half: bool = False,  # With products in bfloat16

@@ -171,7 +171,7 @@ def _by_sample(x: Tensor, B: int) -> Tensor:  # Shape `(B,)`
     "Sum over the levels of each sample"
     return x.view(-1, B).sum(0)
 
-
+# %% ../nbs/13_prior.ipynb #ba5e68c3
 def consistent_terms(
     prior: DiffusionEBM,
     q: DiagGaussian,  # Posterior, shapes `(B, d)`
@@ -181,12 +181,13 @@ def consistent_terms(
     label_weights: Tensor | None = None,
 ) -> dict:  # Named terms, each `(B,)`
     "`kl, ebm, ebm_enc` and the symbols' terms; `kl_base` and the chains' acceptance `accept` for the record"
-    cfg, energy, B, T = prior.cfg, prior.energy, len(z), prior.T
+    cfg, energy = prior.cfg, prior.energy
+    B, T = len(z), prior.T
     if cfg.levels == 'all':
-        t, times, factor = torch.arange(T, device=z.device).repeat_interleave(B), T, 1
+        t, factor = torch.arange(T, device=z.device).repeat_interleave(B), 1
     else:
-        t, times, factor = stratified_levels(B, T, gen, z.device), 1, T
-    z_t, z_next = diffuse_pair(prior.schedule, z.repeat(times, 1), t, gen)
+        t, factor = stratified_levels(B, T, gen, z.device), T
+    z_t, z_next = diffuse_pair(prior.schedule, z.repeat(len(t) // B, 1), t, gen)
     weights = energy.weights()
     level = prior.conditional(z_next, t, energy=prior.frozen(weights, metropolis=prior.metropolis))
     positive, (negative, accept) = level.scale * z_t, level.sample(gen=gen)
@@ -225,7 +226,8 @@ def published_terms(
     label_weights: Tensor | None = None,
 ) -> dict:  # Named terms, each `(B,)`
     "`ebm, ebm_enc` and the symbols' terms; `entropy` and `gauss` with the `flat` reference"
-    cfg, schedule, energy, B = prior.cfg, prior.schedule, prior.energy, len(z)
+    cfg, B = prior.cfg, len(z)
+    schedule, energy = prior.schedule, prior.energy
     t = _published_levels(prior, B, gen, z.device)
     z_t, z_next = diffuse_pair(schedule, z.repeat(len(t) // B, 1), t, gen)
     weights = energy.weights()
@@ -241,10 +243,14 @@ def published_terms(
     if cfg.encoder:
         out['ebm_enc'] = _by_sample(-weight * frozen_free(energy, positive, t, weights), B)
     if cfg.reference == 'flat':
-        h = -0.5 * (1 + q.logvar)
-        out['entropy'] = (h * (h > cfg.floor)).sum(-1)
-        out['gauss'] = weight[-B:] * 0.5 * (z_t[-B:] ** 2).sum(-1)
+        out |= _flat_terms(q, cfg.floor, weight[-B:], z_t[-B:])
     return {**out, **symbols}
+
+# %% ../nbs/13_prior.ipynb #d7186332
+def _flat_terms(q: DiagGaussian, threshold: float, weight: Tensor, top: Tensor) -> dict:
+    "Entropies of dimensions above the threshold, and the Gaussian at the top"
+    h = -0.5 * (1 + q.logvar)
+    return dict(entropy=(h * (h > threshold)).sum(-1), gauss=weight * 0.5 * (top**2).sum(-1))
 
 # %% ../nbs/13_prior.ipynb #7dd87462
 def _published_levels(prior: DiffusionEBM, B: int, gen, device) -> Tensor:  # Shape `(B,)` or `(2 B,)`

@@ -31,7 +31,8 @@ def _up4(n: int) -> int:
 
 def shared_bytes(sizes: Sizes) -> int:
     "Shared memory of a block"
-    d, H, K, L, C = sizes.d, sizes.hidden, sizes.n_symbols, sizes.n_blocks + 2, CLUSTER
+    d, H, K, N = sizes[:4]
+    L, C = N + 2, CLUSTER
     S = -(-H // C)  # units of a block
     stride = H if H // 4 % 2 else H + 4  # of activations
     weights = _up4(L * S * H + S * (d + 1)) + _up4(K * H + (L + 1) * S + K)
@@ -63,7 +64,7 @@ def source(
     prelude = read_source('cluster.cuh') if prelude is None else prelude
     return '\n'.join([prelude, *constants, read_source('resident.cu')])
 
-
+# %% ../nbs/83_resident.ipynb #34e17559
 def _succeeded(answer: tuple):  # What a call of `cuda.bindings` gives, without its status
     "`RuntimeError` for a status that is not success"
     status, *rest = answer

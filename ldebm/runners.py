@@ -17,9 +17,8 @@ MACHINE_ROOM = (closed_form, graphs, native, resident, text_kernels)  # Each reg
 
 def runners_table() -> str:
     "Definitions and their runners, in the order in which they are asked, as Markdown"
-    lines = ['| definition | runner | page | what it gives |', '|---|---|---|---|']
+    lines = ['| definition | runner | module | what it gives |', '|---|---|---|---|']
     for name, known in sorted(RUNNERS.items()):
         for _, run in known:
-            page = run.__module__.rpartition('.')[2]
-            lines.append(f'| `{name}` | `{run.__name__}` | [{page}]({page}.ipynb) | {inspect.getdoc(run)} |')
+            lines.append(f'| `{name}` | `{run.__name__}` | `{run.__module__}` | {inspect.getdoc(run)} |')
     return '\n'.join(lines)

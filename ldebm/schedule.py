@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/10_schedule.ipynb #650db701
@@ -24,13 +25,7 @@ class Schedule:
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        a = self.a
-        if a.ndim != 1 or len(a) < 2:
-            raise ValueError(f'a schedule needs T >= 1 levels, so at least two amplitudes; got shape {tuple(a.shape)}')
-        if not ((a > 0) & (a <= 1)).all():
-            raise ValueError(f'amplitudes must lie in (0, 1], got {a.tolist()}')
-        if (a[1:] == 1).any():
-            raise ValueError('only a_0 may be 1: a later step that adds no noise has no conditional to learn')
+        _check_amplitudes(self.a)
 
     @property
     def T(self) -> int:
@@ -48,27 +43,42 @@ class Schedule:
     def sbar(self) -> Tensor:
         return (1 - self.abar**2).sqrt()
 
-    @property
-    def a_up(self) -> Tensor:
-        "`a_t`, except 1 at `t=T`: the last level is not rescaled"
-        return torch.cat([self.a[:-1], torch.ones(1, dtype=self.a.dtype)])
+# %% ../nbs/10_schedule.ipynb #cc04a0f5
+@patch(as_prop=True)
+def a_up(self: Schedule) -> Tensor:
+    "`a_t`, except 1 at `t=T`: the last level is not rescaled"
+    return torch.cat([self.a[:-1], torch.ones(1, dtype=self.a.dtype)])
 
-    def at(
-        self,
-        name: str,  # Which array: `a`, `sigma`, `abar`, `sbar` or `a_up`
-        t: Tensor,  # Levels, shape `(B,)`, long, 0..T
-        like: Tensor,  # Gives dtype and device
-    ) -> Tensor:  # Shape `(B, 1)`
-        "Entry `t` of an array for each sample, on the device and in the dtype of `like`"
-        key = name, like.dtype, like.device
-        if key not in self._cache:
-            self._cache[key] = getattr(self, name).to(like)
-        return self._cache[key][t][:, None]
+# %% ../nbs/10_schedule.ipynb #09ef3d6d
+def _check_amplitudes(a: Tensor):
+    "`ValueError` for what is not a schedule"
+    if a.ndim != 1 or len(a) < 2:
+        raise ValueError(f'a schedule needs T >= 1 levels, so at least two amplitudes; got shape {tuple(a.shape)}')
+    if not ((a > 0) & (a <= 1)).all():
+        raise ValueError(f'amplitudes must lie in (0, 1], got {a.tolist()}')
+    if (a[1:] == 1).any():
+        raise ValueError('only a_0 may be 1: a later step that adds no noise has no conditional to learn')
 
-    def _repr_markdown_(self):
-        rows = ['| t | a | sigma | abar | sbar |', '|---|---|---|---|---|']
-        cols = zip(self.a, self.sigma, self.abar, self.sbar)
-        return '\n'.join(rows + [f'| {i} | ' + ' | '.join(f'{x:.6f}' for x in r) + ' |' for i, r in enumerate(cols)])
+# %% ../nbs/10_schedule.ipynb #2cffb5e8
+@patch
+def at(
+    self: Schedule,
+    name: str,  # Which array: `a`, `sigma`, `abar`, `sbar` or `a_up`
+    t: Tensor,  # Levels, shape `(B,)`, long, 0..T
+    like: Tensor,  # Gives dtype and device
+) -> Tensor:  # Shape `(B, 1)`
+    "Entry `t` of an array for each sample, on the device and in the dtype of `like`"
+    key = name, like.dtype, like.device
+    if key not in self._cache:
+        self._cache[key] = getattr(self, name).to(like)
+    return self._cache[key][t][:, None]
+
+# %% ../nbs/10_schedule.ipynb #14b00db9
+@patch
+def _repr_markdown_(self: Schedule) -> str:
+    rows = ['| t | a | sigma | abar | sbar |', '|---|---|---|---|---|']
+    cols = zip(self.a, self.sigma, self.abar, self.sbar)
+    return '\n'.join(rows + [f'| {i} | ' + ' | '.join(f'{x:.6f}' for x in r) + ' |' for i, r in enumerate(cols)])
 
 # %% ../nbs/10_schedule.ipynb #f5c44801
 def published_schedule(

@@ -68,7 +68,7 @@ def _exponentials(h, w, target, e, n_rows: int) -> tuple[Tensor, Tensor]:  # Los
             e[rows] = f
     return loss, total
 
-
+# %% ../nbs/81c_text_kernels.ipynb #fa009575
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, target, n_rows):
@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         give_back(e)
         return dh, dw, None, None
 
-
+# %% ../nbs/81c_text_kernels.ipynb #3d835132
 @runner('linear_cross_entropy', accepts=lambda h, w, target, b=None: True)
 def sliced_cross_entropy(
     h: Tensor,  # Inputs of the output layer, shape `(n, i)`
@@ -153,7 +153,8 @@ class _GRU(torch.autograd.Function):
     def forward(ctx, gi, h0, extra, u, b, sizes):
         H, N = h0.shape[1], len(gi)
         rs, new, hn, out = (gi.new_empty(N, k * H) for k in (2, 1, 1, 1))
-        h, last, start = h0, h0.clone(), 0
+        h, last = h0, h0.clone()
+        start = 0
         for n, left in zip(sizes, (*sizes[1:], 0)):
             words = slice(start, start + n)
             a = product(h[:n], u, b)
@@ -190,7 +191,7 @@ class _GRU(torch.autograd.Function):
         du = product(dgh.T, before.T) if need[3] else None
         return dgi, dh if need[1] else None, dx, du, dgh.sum(0) if need[4] else None, None
 
-
+# %% ../nbs/81c_text_kernels.ipynb #db04dac6
 def _word_backward(d, rs, m, hn, before, g, k) -> Tensor:  # The share of `d` that passes by
     "Gradients of one word's gates: of the input's share into `g`, of the state's into `k`"
     H = m.shape[1]
@@ -301,7 +302,8 @@ class FastReader:
         kind = table.device.type
         self.table, wi, wh, self.input_bias, self.state_bias = as_autocast(kind, table, *gru_weights(rnn))
         i, rows = table.shape[1], min(n, 256)
-        self.of_constant, self.of_word, self.of_state = wi[:, i:], laid_out(wi[:, :i], rows), laid_out(wh, rows)
+        self.of_constant = wi[:, i:]
+        self.of_word, self.of_state = laid_out(wi[:, :i], rows), laid_out(wh, rows)
 
     def constant(self, extra: Tensor | None, n: int) -> Tensor:  # Shape `(n, 3H)`
         "What the words of a sentence share: bias and inputs that stay the same"

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
 
-from ldebm import energy, kernels, prior
-from ldebm.energy import energy_grad
+from ldebm import kernels
+from ldebm.energy import EnergyNet, energy_grad
 from ldebm.registry import plainly
 
 
@@ -18,18 +18,6 @@ def plain_logits(net, z, t, context=None, weights=None):
     """Logits of an `EnergyNet` layer by layer
 
     Every weight is divided by its spectral norm and the level embedded at every call"""
-    frozen = weights is not None and not weights.head[1].requires_grad
-    if frozen and net.head.bias.requires_grad:  # the gradient reaches latents alone
-
-        class Frozen(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.net = net
-
-            def forward(self):
-                return plain_logits(net, z, t, context)
-
-        return torch.func.functional_call(Frozen(), {f"net.{k}": p.detach() for k, p in net.named_parameters()}, ())
 
     def act(x):
         return nnf.leaky_relu(x, net.slope)
@@ -49,15 +37,13 @@ class PlainEnergy:
     def __init__(self, net, weights=None):
         self.net = net
 
-    def base(self, t, context=None):
-        return None
+    def __call__(self, z, t, y=None, context=None):
+        if not isinstance(self.net, EnergyNet):
+            return self.net(z, t, y, context)
+        return self.net.free(plain_logits(self.net, z, t, context), y)
 
-    def grad(self, z, t, y=None, context=None, base=None):
-        if not isinstance(self.net, energy.EnergyNet):
-            return energy_grad(self.net, z, t, y, context)
-        return energy_grad(
-            lambda z, t, y, context: self.net.free(plain_logits(self.net, z, t, context), y), z, t, y, context
-        )
+    def grad(self, z, t, y=None, context=None):
+        return energy_grad.plain(self.__call__, z, t, y, context)
 
 
 def plain_gru(rnn, x, h0, extra=None, reverse=False):
@@ -96,12 +82,6 @@ def plain_paths():
     "Inside, every fast path is its plain counterpart; noise is drawn in the same order"
     with ExitStack() as stack:
         stack.enter_context(plainly())
-        for where, name, what in (
-            (energy, "linear", nnf.linear),
-            (energy, "product", plain_product),
-            (prior, "fast_energy", PlainEnergy),
-            (energy.EnergyNet, "logits", plain_logits),
-            (kernels, "matmul_backend", lambda: "blas"),
-        ):
-            stack.enter_context(patch.object(where, name, what))
+        stack.enter_context(patch.object(EnergyNet, "logits", plain_logits))
+        stack.enter_context(patch.object(kernels, "matmul_backend", lambda: "blas"))
         yield

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldebm import layers, text_nets, text_vae
+from ldebm import latent_metrics, layers, text_nets, text_vae
 from ldebm import likelihood as L
 from ldebm import stats as st
-from ldebm import text_metrics as tm
+from ldebm.annealing import LogZ, Plan, anneal, model_level
 from ldebm.clusters import balance_weights, cluster_targets, published_draw
 from ldebm.codes import Codes
 from ldebm.conditioning import GuidedEnergy
 from ldebm.convergence import ess, split_rhat
 from ldebm.core import make_gen
-from ldebm.energy import EnergyNet, fast_energy, level_table
+from ldebm.energy import EnergyNet, Frozen, level_table
 from ldebm.evidence import trace_evidence
 from ldebm.exact import MixtureEnergy, QuadraticEnergy
 from ldebm.generator import Generator
@@ -24,14 +24,17 @@ from ldebm.generator_model import GeneratorModel
 from ldebm.generator_parts import GeneratorCfg
 from ldebm.image_metrics import density_coverage, frechet_metric, frechet_moments, inception_features, precision_recall
 from ldebm.images import ImageBatch
-from ldebm.langevin import mala_chain, preconditioned_step, shorten, ula_step
+from ldebm.langevin import Conditional, Point, chain, preconditioned, shorten, unadjusted
 from ldebm.layer_control import upper_score
 from ldebm.layered import LayeredEnergy, LayerNets
 from ldebm.levels import PriorCfg
 from ldebm.lm import LM, LMCfg, as_stream, read_text, side_by_side
 from ldebm.lm_training import segments, train_lm
+from ldebm.paths import fit_proposal
 from ldebm.posterior import DiagGaussian, StandardNormal, free_bits
 from ldebm.prior import DiffusionEBM
+from ldebm.published import nll_ldebm
+from ldebm.recovery import gaussian_log_z, symbol_terms
 from ldebm.reverse import nats_interval
 from ldebm.schedule import (
     consistent_schedule,
@@ -95,14 +98,14 @@ def test_the_terms_of_priors_have_these_free_bits(floor, clamp):
 # --- terms of the two objectives, with chains of no step: every number can be written down
 
 
-def energies(T, K, d, tau_y=1.0):
+def energies(T, K, d, temperature=1.0):
     net = EnergyNet(d, K, T, 8, 1, init=0.7, gen=gen(T + K)).double()
-    net.tau_y = tau_y
+    net.symbol_temperature = temperature
     return net
 
 
 def F(net, z, t):
-    return net.tau_y * torch.logsumexp(net.logits(z, t) / net.tau_y, -1)
+    return net.symbol_temperature * torch.logsumexp(net.logits(z, t) / net.symbol_temperature, -1)
 
 
 def same_slopes(a, b, what):
@@ -113,7 +116,7 @@ def same_slopes(a, b, what):
 
 def check_symbols(terms, net, clean, positives, labels, weights):
     "`mi`, `sym`, `cls`, `cls_t`, from logits of clean latents `(B, K)` and of positives `(n, B, K)`"
-    lp, noisy = (clean / net.tau_y).log_softmax(-1), (positives / net.tau_y).log_softmax(-1)
+    lp, noisy = ((x / net.symbol_temperature).log_softmax(-1) for x in (clean, positives))
     p, B = lp.exp(), len(clean)
     mean = p.mean(0)
     assert_close(terms["mi"], -(mean * mean.log()).sum() + (p * lp).sum(-1))
@@ -123,11 +126,11 @@ def check_symbols(terms, net, clean, positives, labels, weights):
 
 
 @pytest.mark.parametrize("reference", ["gaussian", "flat"])
-@pytest.mark.parametrize("T,tau,tau_y", [(3, 0.7, 1.0), (1, 1.3, 0.5)])
-def test_consistent_terms_written_out(reference, T, tau, tau_y):
+@pytest.mark.parametrize("T,tau,of_symbols", [(3, 0.7, 1.0), (1, 1.3, 0.5)])
+def test_consistent_terms_written_out(reference, T, tau, of_symbols):
     "Negatives are draws of the level's own Gaussian, whose mean carries a latent's gradient through them"
     B, d, K, s = 6, 2, 3, consistent_schedule(T)
-    net, z = energies(T, K, d, tau_y), randn(B, d, g=gen(1)).requires_grad_()
+    net, z = energies(T, K, d, of_symbols), randn(B, d, g=gen(1)).requires_grad_()
     p = DiffusionEBM(s, net, PriorCfg(reference=reference, levels="all", n_steps=0, tau=tau))
     labels, weights = torch.tensor([0, 2, 1, 1, 0, 2]), torch.tensor([0.5, 2.0, 1.0], dtype=F64)
     got = p.terms(DiagGaussian(z, torch.zeros_like(z)), z, gen(2), labels, weights)
@@ -204,10 +207,8 @@ def test_published_terms_written_out(weighting, T, kappa):
 
 def test_symbols_of_noisy_latents_follow_those_of_clean_ones():
     "`sym` moves what is said of noisy latents alone: its target is held"
-    net = energies(2, 3, 2)
-    p = DiffusionEBM(consistent_schedule(2), net, PriorCfg(n_steps=0))
     f0, fp = (randn(n, 3, g=gen(n)).requires_grad_() for n in (4, 8))
-    t = p.symbol_terms(f0, fp)
+    t = symbol_terms(energies(2, 3, 2), f0, fp)
     own, other = torch.autograd.grad(t["sym"].mean(), (fp, f0), allow_unused=True, retain_graph=True)
     assert other is None and own.abs().min() > 0
     f = f0.detach().clone().requires_grad_()
@@ -496,17 +497,19 @@ def test_single_steps_by_hand():
     y, g, m, e = (randn(4, 3, g=gen(k)) for k in range(4))
     v, rho = torch.tensor([[0.5], [1.0], [2.0], [0.1]], dtype=F64), 0.6
     s2, tau = (torch.full((4, 1), x, dtype=F64) for x in (0.3, 0.7))
+    here, level = Point(y, torch.zeros(4, dtype=F64), g), Conditional(None, torch.zeros(4).long(), m, v, tau)
+    one, other = unadjusted(level, s2).move(here, e), preconditioned(level, rho).move(here, e)
     for i in range(4):
         for j in range(3):
             force = g[i, j] / 0.7 - (y[i, j] - m[i, j]) / v[i, 0]
-            assert_close(ula_step(y, g, m, v, s2, tau, e)[i, j], y[i, j] + 0.15 * force + math.sqrt(0.3) * e[i, j])
+            assert_close(one[i, j], y[i, j] + 0.15 * force + math.sqrt(0.3) * e[i, j])
             want = (
                 m[i, j]
                 + rho * (y[i, j] - m[i, j])
                 + (1 - rho) * v[i, 0] * g[i, j] / 0.7
                 + torch.sqrt(v[i, 0] * (1 - rho * rho)) * e[i, j]
             )
-            assert_close(preconditioned_step(y, g, m, v, rho, tau, e)[i, j], want)
+            assert_close(other[i, j], want)
 
 
 def test_drifts_are_cut_at_so_many_lengths_of_noise():
@@ -528,10 +531,11 @@ def test_metropolis_chain_by_hand(drift):
     z, m, v = randn(B, d, g=gen(2)), randn(B, d, g=gen(3)), torch.linspace(0.5, 2, B, dtype=F64)[:, None]
     seen, t = [], torch.zeros(B, dtype=torch.long)
 
-    def keep(i, y, accept, **more):
-        seen.append((y, accept))
+    def keep(i, z, accept, **more):
+        seen.append((z, accept))
 
-    end, share = mala_chain(fast_energy(q), z, t, m, v, n, rho=rho, tau=tau, drift=drift, gen=gen(4), on_step=keep)
+    level = Conditional(Frozen(q), t, m, v, torch.full_like(v, tau))
+    end, share = chain(level, preconditioned(level, rho, drift), z, n, gen=gen(4), on_step=keep)
     A, c, g, total = 0.8, q.c[0].detach(), gen(4), 0.0
 
     def log_normal(x, mean, var):
@@ -771,12 +775,13 @@ def test_a_permutation_test_counts_the_sample_itself():
 def test_acceptance_of_annealing_is_a_mean_over_its_moves(back):
     "Without a tilt every move is accepted"
 
-    def flat(y):
-        return torch.zeros(len(y), dtype=F64), torch.zeros_like(y)
+    def flat(z, t, y=None, context=None):
+        return 0 * z.sum(1)
 
-    y, v = randn(4, 2, g=gen(1)), torch.ones(4, 1, dtype=F64)
-    plan = L.Plan([0.2, 0.7, 1.0], [0.5, 0.5, 0.5], False)
-    w, _, share = L.anneal(flat, L.Point(y, *flat(y)), 0 * y, v, plan, back=back, gen=gen(2))
+    z, v = randn(4, 2, g=gen(1)), torch.ones(4, 1, dtype=F64)
+    level = Conditional(flat, torch.zeros(4, dtype=torch.long), 0 * z, v, v)
+    plan = Plan([0.2, 0.7, 1.0], [0.5, 0.5, 0.5], False)
+    w, _, share = anneal(level, level.evaluate(z), plan, back=back, gen=gen(2))
     assert_close(share, torch.ones(4, dtype=F64)), assert_close(w, torch.zeros(4, dtype=F64))
 
 
@@ -791,7 +796,7 @@ def test_estimate_of_the_released_code_written_out(T):
     def log_lik(z, i):
         return -((z - 1) ** 2).sum(1) * (1 + i)
 
-    got, g = L.nll_ldebm(p, q, log_lik, draws, chunk, gen(3)), gen(3)
+    got, g = nll_ldebm(p, q, log_lik, draws, chunk, gen(3)), gen(3)
     a, abar = s.a.tolist(), [math.prod(s.a[: k + 1].tolist()) for k in range(T + 1)]
 
     def log_normal(x, m, v):
@@ -865,18 +870,25 @@ def test_interval_of_a_mean_likelihood_adds_errors_in_squares():
 
 def test_what_divides_an_energy_in_a_density():
     "`published`: nothing, or the squared step where asked for; `consistent`: tau; and its slope is divided alike"
-    s, z, t = published_schedule(2), randn(3, 2, g=gen(1)), torch.tensor([0, 1, 0])
+    s, z, b2 = published_schedule(2), randn(3, 2, g=gen(1)), 0.01
     net = energies(2, 2, 2)
-    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, b2=0.01))
-    step = [0.01 * (s.sbar[k] / s.sbar[0] * (1 - s.a[k + 1] ** 2)).item() for k in (0, 1, 0)]
-    assert L.model_temperature(p, t, z).tolist() == [1, 1, 1]
-    assert L.model_temperature(p, t, z, True).tolist() == pytest.approx(step)
+    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, b2=b2))
+    for t in range(2):
+        step = b2 * (s.sbar[t] / s.sbar[0] * (1 - s.a[t + 1] ** 2)).item()
+        assert model_level(p, z, t).temperature.tolist() == [[1.0]] * 3
+        assert model_level(p, z, t, as_sampled=True).temperature.flatten().tolist() == pytest.approx([step] * 3)
+        draws = p.log_z(z, torch.full((3,), t), 16, gen(2))[0]
+        drawn = gaussian_log_z(model_level(p, z, t), 16, gen(2))[0]
+        assert_close(draws, drawn)
     p = DiffusionEBM(consistent_schedule(2), net, PriorCfg(tau=0.4))
-    assert L.model_temperature(p, t, z).tolist() == pytest.approx([0.4] * 3)
+    level = model_level(p, z, 1)
+    assert level.temperature.flatten().tolist() == pytest.approx([0.4] * 3)
     y = z.clone().requires_grad_()
-    want = F(net, y, torch.ones(3, dtype=torch.long)) / 0.4
-    D, slope = L.level_tilt(p, z, 1)[0](torch.arange(3))(z)
-    assert_close(D, want.detach()), assert_close(slope, torch.autograd.grad(want.sum(), y)[0])
+    want, here = F(net, y, torch.ones(3, dtype=torch.long)) / 0.4, level.evaluate(z)
+    (slope,) = torch.autograd.grad(want.sum(), y)
+    assert_close(level.tilt(here.F), want.detach()), assert_close(here.slope / level.temperature, slope)
+    step = preconditioned(level, 0.3)
+    assert_close(step.centre(here), 0.3 * z + 0.7 * (level.mean + level.variance * slope))
 
 
 def test_fitted_proposal_by_hand():
@@ -886,11 +898,11 @@ def test_fitted_proposal_by_hand():
     beta = np.linalg.solve(one.T @ one + np.eye(2) * (one**2).mean(), one.T @ y)
     left = y - one @ beta
     C = 1.3 * (left.T @ left + d * v * np.eye(d)) / (R + d)
-    got = L.fit_proposal(torch.from_numpy(x), torch.from_numpy(y), v, 1.3)
+    got = fit_proposal(torch.from_numpy(x), torch.from_numpy(y), v, 1.3)
     assert_close(got.b.numpy(), beta[1]), assert_close(got.G.numpy(), beta[:1])
     assert_close((got.L @ got.L.T).numpy(), C)
     assert_close(
-        L.fit_proposal(torch.from_numpy(x), torch.from_numpy(y), v).L.numpy() * (1.3 / 1.1) ** 0.5, got.L.numpy()
+        fit_proposal(torch.from_numpy(x), torch.from_numpy(y), v).L.numpy() * (1.3 / 1.1) ** 0.5, got.L.numpy()
     )
 
 
@@ -903,7 +915,7 @@ def test_normaliser_of_the_last_level_enters_by_its_upper_bound():
         def number(x):
             return torch.tensor([x], dtype=F64)
 
-        top = L.LogZ(number(low), number(high), number(9.0), 1.0, 1, False, number(0.01))
+        top = LogZ(number(low), number(high), number(9.0), 1.0, 1, False, number(0.01))
 
         def log_lik(z, i):
             return -(z**2).sum(1)
@@ -924,10 +936,10 @@ def test_active_units_have_an_unbiased_variance():
     "Of the set, and of every resampled one"
     x = 0.105 * torch.tensor([[-1.0, 2.0, 0.0], [1.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=F64)
     x[:, 0] *= 0.95
-    assert x.var(0, correction=0)[0] < 0.01 < x.var(0)[0] and tm.active_units(x)["value"] == int(
+    assert x.var(0, correction=0)[0] < 0.01 < x.var(0)[0] and latent_metrics.active_units(x)["value"] == int(
         (x.var(0) > 0.01).sum()
     )
-    m, counts = tm.active_units(x, 0.01, gen(1), n_boot=60), []
+    m, counts = latent_metrics.active_units(x, 0.01, gen(1), n_boot=60), []
     for row in st.resample_counts(4, 60, gen(1)).astype(int):
         counts.append(int((x[np.repeat(np.arange(4), row)].var(0) > 0.01).sum()))
     assert m["interval"] == pytest.approx(np.percentile(counts, [2.5, 97.5]))
@@ -940,14 +952,16 @@ def test_information_is_against_all_sentences(rows):
     z = q.mean + (0.5 * q.logvar).exp() * randn(5, 2, g=gen(3))
     p = torch.stack([torch.distributions.Normal(q.mean, (0.5 * q.logvar).exp()).log_prob(x).sum(1).exp() for x in z])
     want = sum(math.log(p[i, i] / p[i].mean()) for i in range(n)) / n
-    assert tm.information(q, gen(3), rows)["value"] == pytest.approx(want)
+    assert latent_metrics.information(q, gen(3), rows)["value"] == pytest.approx(want)
 
 
 def test_effective_symbols_are_those_of_the_mean():
     "exp(H(mean p)): sentences that are sure, but not of the same symbol, use several"
     p = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.9, 0.05, 0.05]], dtype=F64)
     mean = [sum(col) / 3 for col in p.T.tolist()]
-    assert tm.effective_symbols(p, probs=True)["value"] == pytest.approx(math.exp(-sum(x * math.log(x) for x in mean)))
+    assert latent_metrics.effective_symbols(p, probs=True)["value"] == pytest.approx(
+        math.exp(-sum(x * math.log(x) for x in mean))
+    )
 
 
 def test_perplexity_interval_by_hand():
@@ -1049,4 +1063,6 @@ def test_score_of_upper_layers_at_a_temperature():
     layers = e.by_layer(u, t)
     assert_close(e(u, t), layers.sum(0)[:, 0])  # one logit: F itself
     for k, d in ((0, 7), (1, 5), (2, 3)):
-        assert_close(upper_score(e, u, k, tau=0.3), layers[: 3 - k].sum(0)[:, 0] / 0.3 - 0.5 * (u[:, :d] ** 2).sum(1))
+        assert_close(
+            upper_score(e, u, k, temperature=0.3), layers[: 3 - k].sum(0)[:, 0] / 0.3 - 0.5 * (u[:, :d] ** 2).sum(1)
+        )

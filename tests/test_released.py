@@ -12,7 +12,7 @@ from plain import plain_paths
 from torch import nn
 from torch.testing import assert_close
 
-from ldebm import langevin, levels, native, prior, schedule, text_score, text_task, whole_chains
+from ldebm import langevin, levels, native, posterior, prior, schedule, text_score, text_task, whole_chains
 from ldebm.closed_form import ClosedForm
 from ldebm.clusters import cluster_targets
 from ldebm.conditioning import GuidedEnergy
@@ -116,7 +116,7 @@ def given_noise(*noise, levels=None):
         return x
 
     with ExitStack() as stack:
-        for where in (prior, schedule, langevin, whole_chains):
+        for where in (prior, posterior, schedule, langevin, whole_chains):
             stack.enter_context(patch.object(where, "randn_like", draw))
         if levels is not None:
             stack.enter_context(patch.object(torch, "randint", lambda *args, **kw: levels))

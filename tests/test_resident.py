@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import PUBLISHED, SMALL, energy, problem
+from chains import PUBLISHED, SMALL, energy, plain_updates, problem, step_of, tame, whole_updates
 from torch.testing import assert_close
 
-from ldebm.langevin import mala_resident, mala_states, tilt_resident, tilt_states
 from ldebm.native import compiler, compiler_version
-from ldebm.resident import CLUSTER, source, why_not
-from ldebm.whole_chains import Sizes
+from ldebm.resident import CLUSTER, launch, source, why_not
+from ldebm.whole_chains import Sizes, sizes_of
 
 FIBRES = Path(__file__).with_name("fibres.cpp")
 on_gpu = pytest.mark.skipif(
@@ -67,12 +66,11 @@ def start(tmp_path_factory):
 @pytest.mark.parametrize("sizes", SMALL)
 @pytest.mark.parametrize("rho, drift", [(None, math.inf), (0.8, math.inf), (0.8, 0.3)])
 def test_unadjusted_chains_end_where_the_plain_ones_do(start, sizes, rho, drift):
-    e = energy(sizes)
-    args, noise, _ = problem(sizes, 21, 4)
-    s2 = 0.1 * args["v"] if rho is None else None
-    want, first = tilt_states(e, **args, s2=s2, noise=noise, n_steps=4, rho=rho, drift=drift)
-    got, too = tilt_resident(e, **args, s2=s2, noise=noise, rho=rho, drift=drift, start=start)
-    assert (want - args["z"]).abs().mean() > 0.1, "they went somewhere"
+    level, z, noise, _ = problem(energy(sizes), 21, 4)
+    step = step_of(level, rho, longest=drift)
+    want, _, first = plain_updates(level, step, z, noise)
+    got, _, too = whole_updates(start, level, step, z, noise)
+    assert (want - z).abs().mean() > 0.1, "they went somewhere"
     assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert first == too == 5
 
@@ -80,10 +78,10 @@ def test_unadjusted_chains_end_where_the_plain_ones_do(start, sizes, rho, drift)
 @pytest.mark.parametrize("sizes", SMALL)
 @pytest.mark.parametrize("drift", [math.inf, 0.5])
 def test_chains_with_a_metropolis_test_end_where_the_plain_ones_do(start, sizes, drift):
-    e = energy(sizes, steep=8.0)
-    args, noise, uniform = problem(sizes, 21, 6)
-    want, total, first = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=6, rho=0.5, drift=drift)
-    got, share, too = mala_resident(e, **args, noise=noise, uniform=uniform, rho=0.5, drift=drift, start=start)
+    level, *given = problem(energy(sizes, steep=8.0), 21, 6)
+    step = step_of(level, 0.5, longest=drift)
+    want, total, first = plain_updates(level, step, *given)
+    got, share, too = whole_updates(start, level, step, *given)
     assert 0.05 < total.mean() / 6 < 0.95, "some proposals are refused, some are not"
     assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert_close(share, total, rtol=1e-3, atol=1e-4)
@@ -91,28 +89,15 @@ def test_chains_with_a_metropolis_test_end_where_the_plain_ones_do(start, sizes,
 
 
 def test_a_context_is_part_of_what_stays_the_same(start):
-    e = energy(SMALL[0], context=4)
-    args, noise, _ = problem(SMALL[0], CLUSTER, 3, context=4)
-    want, _ = tilt_states(e, **args, s2=None, noise=noise, n_steps=3, rho=0.8, drift=math.inf)
-    got, _ = tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf, start=start)
-    assert_close(got, want, rtol=1e-4, atol=1e-5)
+    level, z, noise, _ = problem(energy(SMALL[0], context=4), CLUSTER, 3)
+    given = level, step_of(level), z, noise
+    assert_close(whole_updates(start, *given)[0], plain_updates(*given)[0], rtol=1e-4, atol=1e-5)
 
 
 def ends(start, sizes, n, seeds, instead=None):
-    e = energy(sizes, steep=8.0)
-    args, noise, uniform = problem(sizes, 5, n)
-    return [
-        mala_resident(
-            e,
-            **args,
-            noise=noise,
-            uniform=uniform,
-            rho=0.5,
-            drift=0.5,
-            start=lambda *a, seed=seed: start(*a, seed=seed, instead=instead),
-        )[0]
-        for seed in range(seeds)
-    ]
+    level, *given = problem(energy(sizes, steep=8.0), 5, n)
+    step = step_of(level, 0.5, longest=0.5)
+    return [whole_updates(start, level, step, *given, seed=seed, instead=instead)[0] for seed in range(seeds)]
 
 
 @pytest.mark.parametrize("sizes", SMALL)
@@ -124,10 +109,13 @@ def test_the_order_of_threads_between_waits_does_not_matter(start, sizes):
 @pytest.mark.parametrize(
     "instead",
     [
-        ("p ^= 1; return sum", "return sum"),
+        ("p ^= 1;\n            return sum", "return sum"),
         ("l--, q ^= 1", "l--"),
         ("cluster_sync();\n        // down", "block_sync();\n        // down"),
-        ("block_sync();\n        float sum = 0.f;\n        if (tid < S*C)", "float sum = 0.f;\n        if (tid < S*C)"),
+        (
+            "block_sync();\n        float sum = 0.f;\n        if (tid < S * C)",
+            "float sum = 0.f;\n        if (tid < S * C)",
+        ),
     ],
 )
 def test_without_a_wait_or_a_second_buffer_the_order_would_matter(start, instead):
@@ -141,56 +129,40 @@ def test_without_a_wait_or_a_second_buffer_the_order_would_matter(start, instead
     [(Sizes(1, 4, 1, 0), 1), (Sizes(256, 256, 3, 0), 17), (Sizes(2, 36, 300, 1), 16), (Sizes(3, 8, 2, 29), 5)],
 )
 def test_shapes_at_the_limits(start, sizes, B):
-    e = energy(sizes)
-    args, noise, _ = problem(sizes, B, 1)
-    with torch.no_grad():
-        for W, _ in (e.w.z1, e.w.z2, *e.w.blocks):
-            W.div_(max(1.0, len(W) / 24))
-    e = type(e)(e.net, e.w)
-    want, first = tilt_states(e, **args, s2=None, noise=noise, n_steps=1, rho=0.8, drift=math.inf)
-    got, too = tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf, start=start)
+    level, z, noise, _ = problem(tame(energy(sizes)), B, 1)
+    given = level, step_of(level), z, noise
+    want, _, first = plain_updates(*given)
+    got, _, too = whole_updates(start, *given)
     assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert first == too == 2
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_chains_of_no_update_and_of_one(start, n):
-    e = energy(SMALL[0])
-    args, noise, uniform = problem(SMALL[0], 3, n)
-    want, first = tilt_states(e, **args, s2=None, noise=noise, n_steps=n, rho=0.8, drift=math.inf)
-    got, too = tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf, start=start)
-    assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert first == too == n + 1
-    want, total, first = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=n, rho=0.8, drift=math.inf)
-    got, share, too = mala_resident(e, **args, noise=noise, uniform=uniform, rho=0.8, drift=math.inf, start=start)
-    assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert_close(share, total, rtol=1e-3, atol=1e-4)
-    assert first == too == n + 1
+    level, z, noise, uniform = problem(energy(SMALL[0]), 3, n)
+    for test in (None, uniform):
+        want, total, first = plain_updates(level, step_of(level), z, noise, test)
+        got, share, too = whole_updates(start, level, step_of(level), z, noise, test)
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_close(share, total, rtol=1e-3, atol=1e-4)
+        assert first == too == n + 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_found_at_the_same_update(start, bad):
-    e = energy(SMALL[0])
-    args, noise, uniform = problem(SMALL[0], 5, 4)
+    level, z, noise, uniform = problem(energy(SMALL[0]), 5, 4)
     noise[2, 3, 1] = bad
-    first = [
-        f(e, **args, s2=None, noise=noise, rho=0.8, drift=math.inf, **kw)[1]
-        for f, kw in ((tilt_states, dict(n_steps=4)), (tilt_resident, dict(start=start)))
-    ]
-    assert first[0] == first[1] == 3
-    first = [
-        f(e, **args, noise=noise, uniform=uniform, rho=0.8, drift=math.inf, **kw)[2]
-        for f, kw in ((mala_states, dict(n_steps=4)), (mala_resident, dict(start=start)))
-    ]
-    assert first[0] == first[1] == 3
+    for test in (None, uniform):
+        given = level, step_of(level), z, noise, test
+        assert plain_updates(*given)[2] == whole_updates(start, *given)[2] == 3
 
 
 def test_other_energies_and_machines_go_another_way(monkeypatch):
     e = energy(SMALL[0])
     z = torch.zeros(3, 6)
-    assert e.sizes() == SMALL[0] and why_not(e.sizes(), z) == "latents are not on a GPU"
-    e.net.groups = (2, 3)
-    assert e.sizes() is None and "not a network" in why_not(e.sizes(), z)
+    assert sizes_of(e) == SMALL[0] and why_not(sizes_of(e), z) == "latents are not on a GPU"
+    e.energy.groups = (2, 3)
+    assert sizes_of(e) is None and "not a network" in why_not(sizes_of(e), z)
     monkeypatch.setenv("LDEBM_RESIDENT", "0")
     assert why_not(SMALL[0], z) == "LDEBM_RESIDENT=0"
     monkeypatch.setenv("LDEBM_RESIDENT", "yes")
@@ -203,14 +175,16 @@ def test_other_energies_and_machines_go_another_way(monkeypatch):
 @pytest.mark.parametrize("sizes", [PUBLISHED, *SMALL])
 def test_on_a_gpu_chains_end_where_the_plain_ones_do(sizes, B):
     e = energy(sizes, steep=3.0, device="cuda")
-    args, noise, uniform = problem(sizes, B, 8, device="cuda")
-    assert why_not(e.sizes(), args["z"]) == ""
-    want, first = tilt_states(e, **args, s2=None, noise=noise, n_steps=8, rho=0.8, drift=0.5)
-    got, too = tilt_resident(e, **args, s2=None, noise=noise, rho=0.8, drift=0.5)
+    level, z, noise, uniform = problem(e, B, 8)
+    assert why_not(sizes_of(e), z) == ""
+    step = step_of(level, longest=0.5)
+    want, _, first = plain_updates(level, step, z, noise)
+    got, _, too = whole_updates(launch, level, step, z, noise)
     assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert first == too == 9
-    want, total, _ = mala_states(e, **args, noise=noise, uniform=uniform, n_steps=8, rho=0.5, drift=math.inf)
-    got, share, _ = mala_resident(e, **args, noise=noise, uniform=uniform, rho=0.5, drift=math.inf)
+    step = step_of(level, 0.5)
+    want, total, _ = plain_updates(level, step, z, noise, uniform)
+    got, share, _ = whole_updates(launch, level, step, z, noise, uniform)
     same = (got - want).abs().amax(1) < 1e-3
     assert same.float().mean() > 0.97, "a proposal at the edge may fall to either side, by rounding"
     assert_close(share[same], total[same], rtol=1e-2, atol=1e-3)
@@ -218,11 +192,10 @@ def test_on_a_gpu_chains_end_where_the_plain_ones_do(sizes, B):
 
 @on_gpu
 def test_on_a_gpu_a_chain_repeats_itself_and_goes_into_recordings():
-    e = energy(PUBLISHED, device="cuda")
-    args, noise, uniform = problem(PUBLISHED, 128, 20, device="cuda")
+    level, *given = problem(energy(PUBLISHED, device="cuda"), 128, 20)
 
     def run():
-        return mala_resident(e, **args, noise=noise, uniform=uniform, rho=0.8, drift=math.inf)[0]
+        return whole_updates(launch, level, step_of(level), *given)[0]
 
     want = run()
     assert torch.equal(want, run())

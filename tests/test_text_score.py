@@ -275,7 +275,7 @@ def test_trace_evidence():
         evidence.trace_evidence(anew[:, :7])
 
 
-def test_plot_says_what_it_shows(task):
+def test_plot_says_what_it_shows(task, monkeypatch):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -292,8 +292,8 @@ def test_plot_says_what_it_shows(task):
 
     class Prior:
         T, cfg = 2, p.cfg
-        energy_traces = staticmethod(lambda n, gen=None, n_steps=8: traces[n_steps])
 
+    monkeypatch.setattr(evidence, "energy_traces", lambda prior, n, gen=None, n_steps=8: traces[n_steps])
     apart = evidence.plot_evidence(Prior, n=4, longer=3)
     assert "end elsewhere than long ones at levels 0, 1" in apart[0, 0].figure._suptitle.get_text()
     plt.close("all")
