@@ -183,7 +183,8 @@ def run_jobs(
 ) -> Outcomes:
     "Check, then sweep"
     device = _where(device, bool(how.get('scheduler')), how.get('gpus'))
-    notebook, texts, todo = zoo_notebook(), _Texts(), []
+    notebook, texts = zoo_notebook(), _Texts()
+    todo = []
     for job in jobs:
         checked = replace(_check_job(job, texts), threads=how.get('threads', 1), device=device)
         share = (gpu_share or GPU_SHARE[job.preset]) if device == 'cuda' else 0.0
@@ -207,7 +208,8 @@ def outcome(
     jobs: list,  # `TextJob`s with a folder of records
 ) -> str:  # Markdown
     "The main metrics of these jobs, one table a corpus and preset; *pending* where no record is"
-    records, rows, data = load_results(jobs[0].results), {}, {}
+    records = load_results(jobs[0].results)
+    rows, data = {}, {}
     for job in jobs:
         about = record_name(job)
         key = about['corpus'], job.preset
