@@ -189,10 +189,12 @@ def conditional(
         step, start = partial(unadjusted, size2=temperature), z_next
     else:
         step, start = partial(preconditioned, rho=cfg.rho, longest=cfg.drift), None
+    mean, variance = self.tilted_gaussian(z_next, t)
     return Conditional(
         self.frozen(metropolis=mala) if energy is None else energy,
         t,
-        *self.tilted_gaussian(z_next, t),
+        mean,
+        variance,
         temperature,
         self.scale(t, z_next),
         y=y,

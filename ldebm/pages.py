@@ -45,7 +45,8 @@ SECTIONS = {
 }  # Numbers of each section's pages
 
 # %% ../nbs/91_pages.ipynb #9c5e5c48
-READING = ('tour', 'results', 'benchmarks', 'calibration', 'own_prior', 'norms')  # Pages without a number that are no jobs
+# Pages without a number that are no jobs
+READING = ('tour', 'results', 'benchmarks', 'calibration', 'own_prior', 'norms')
 
 # %% ../nbs/91_pages.ipynb #7f18acf4
 def section_of(

@@ -149,8 +149,11 @@ def _check_request(prior: DiffusionEBM, n: int, start: tuple | None, known: Know
         raise ValueError(f'n must be at least 1, got {n}')
     if start is not None and not 1 <= start[1] <= prior.T:
         raise ValueError(f'start at a level from 1 to {prior.T}, got {start[1]}')
-    for name, z in (('start', start and start[0]), ('known', known and known.values)):
-        if z is not None and tuple(z.shape) != (n, prior.d):
+    given = {} if start is None else {'start': start[0]}
+    if known is not None:
+        given['known'] = known.values
+    for name, z in given.items():
+        if tuple(z.shape) != (n, prior.d):
             raise ValueError(f'{name} must hold latents of shape ({n}, {prior.d}), got {tuple(z.shape)}')
 
 # %% ../nbs/13_prior.ipynb #876af58f

@@ -301,13 +301,15 @@ def _descend(self: ScorePrior, z: Tensor, y, levels: list, eta: float, guidance:
 @patch
 def _classes(self: ScorePrior, y: Tensor | int | None, n: int, device) -> Tensor | None:  # Shape `(n,)`
     "A class for each of `n` latents; `ValueError` for one that there is not"
-    if isinstance(y, int):
-        y = torch.full((n,), y, device=device)
-    if y is None or 0 <= int(y.min()) <= int(y.max()) < self.n_symbols:
-        return y
+    if y is None:
+        return None
+    wanted = torch.as_tensor(y, device=device)
+    wanted = wanted.expand(n) if wanted.ndim == 0 else wanted
+    if 0 <= int(wanted.min()) <= int(wanted.max()) < self.n_symbols:
+        return wanted
     if not self.n_symbols:
         raise ValueError('this score prior was built without classes')
-    raise ValueError(f'classes must lie in 0..{self.n_symbols - 1}, got {int(y.min())}..{int(y.max())}')
+    raise ValueError(f'classes must lie in 0..{self.n_symbols - 1}, got {int(wanted.min())}..{int(wanted.max())}')
 
 # %% ../nbs/14_score_prior.ipynb #836e5d09
 @patch
@@ -328,7 +330,7 @@ def sample(
     if n < 1:
         raise ValueError(f'n must be at least 1, got {n}')
     like = next(itertools.chain(self.net.parameters(), self.net.buffers()), torch.zeros(()))
-    y = self._classes(y, n, like.device)
+    classes: Tensor | None = self._classes(y, n, like.device)
     steps = self.cfg.sample_steps or self.T if n_steps is None else n_steps
     levels = step_levels(self.T, steps)
     eta = self.cfg.eta if eta is None else eta
@@ -336,6 +338,6 @@ def sample(
     out = []
     for i in range(0, n, chunk):
         z = like.new_empty(min(chunk, n - i), self.d).normal_(generator=gen)
-        visited = self._descend(z, None if y is None else y[i : i + chunk], levels, eta, guidance, gen)
+        visited = self._descend(z, None if classes is None else classes[i : i + chunk], levels, eta, guidance, gen)
         out.append(torch.stack(visited[::-1]) if path else visited[-1])
     return torch.cat(out, 1 if path else 0)
