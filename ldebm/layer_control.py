@@ -21,7 +21,7 @@ def resample_below(
     k: int,  # Layers 1..k are drawn anew, those above kept; 0 keeps all
     *,
     gen: torch.Generator | None = None,  # Source of noise
-    **request,  # To `DiffusionEBM.sample`: `y`, `n_steps`, ...
+    **request,  # To a `DiffusionEBM`'s `sample`: `y`, `n_steps`, ...
 ) -> Tensor:  # Shape `(n, d)`
     "Lower layers from the EBM given the upper ones"
     g = prior.energy.generator
@@ -35,12 +35,12 @@ def resample_below(
 def edit(
     prior: DiffusionEBM,  # Coupled to symbols
     u: Tensor,  # Latents to start from, shape `(n, d)`
-    y,  # Request, as for `DiffusionEBM.sample`
+    y,  # Request, as for a `DiffusionEBM`'s `sample`
     level: int = 1,  # Noised up to this level first, 1..T: the higher, the more may change
     *,
     keep: tuple = (),  # Layers that stay exactly as they are
     gen: torch.Generator | None = None,  # Source of noise
-    **chains,  # To `DiffusionEBM.sample`
+    **chains,  # To a `DiffusionEBM`'s `sample`
 ) -> Tensor:  # Shape `(n, d)`
     "Change latents as little as a request allows"
     if not 1 <= level <= prior.T:
@@ -111,7 +111,7 @@ def ood_scores(
     *,
     gen: torch.Generator | None = None,  # Source of posterior noise and chains
     chunk: int = 256,  # Pictures at a time
-    **request,  # To `DiffusionEBM.sample`
+    **request,  # To a `DiffusionEBM`'s `sample`
 ) -> dict:  # `inference`, `diffusion`, `ratio`: each `(L, B)`, row `k` for the layers above `k`
     "Scores for every `k`, high in distribution, -inf where a picture is so far out that one is not finite"
     like = next(prior.energy.parameters())

@@ -50,7 +50,7 @@ def gaussian_moments(
     n_steps: int,  # Levels visited
     eta: float,  # Noise put back
 ) -> tuple[Tensor, Tensor]:  # Mean `(d,)` and covariance `(d, d)` of the sampler's output
-    "Exact moments of `ScorePrior.sample` with a perfect network, by recursion over its steps"
+    "Exact moments of a `ScorePrior`'s `sample` with a perfect network, by recursion over its steps"
     schedule, m = net.schedule, net.mean
     identity = torch.eye(net.d).to(net.cov)
     mean, cov = torch.zeros_like(m), identity

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ldebm import data, lm, table, text_job
+from ldebm import data, lm, lm_training, reverse, table, text_job, text_measure, text_settings, text_task, zoo
 from ldebm import text_score as S
 from ldebm.annealing import AISCfg
 from ldebm.corpora import load_corpus, make_corpus, split_sentences
@@ -310,7 +310,7 @@ def test_a_module_that_changes_while_its_model_trains(tmp_path, monkeypatch, cha
             make(tmp_path, row="mine", module=str(mod), settings="embed=8 hidden=8 batch=8 n_samples=20 lm=''")
         )
     finally:
-        text_job.ROWS.pop("mine", None)
+        zoo.ROWS.pop("mine", None)
     ran = (OWN + f"# {change}\n").encode()
     assert (tmp_path / "run" / "own.py").read_bytes() == ran and rec["settings"]["module_sha256"] == hashlib.sha256(
         ran
@@ -365,7 +365,7 @@ def test_a_grammar_that_is_cut_has_no_exact_gap(tmp_path, capsys):
         got = S.score(task, TextJob(row="rnn-lm"), [["a"]] * 20)["exact_gap"]
         assert got["value"] is None and "not sentences of the grammar" in got["estimator"]
     whole = load_corpus("grammar")
-    assert whole.altered("test") == 0 and "exact_gap" not in text_job.lacking(whole, text_job.resolve(TextJob()))
+    assert whole.altered("test") == 0 and "exact_gap" not in text_job.lacking(whole, text_settings.resolve(TextJob()))
 
 
 @pytest.mark.usefixtures("in_test")
@@ -374,8 +374,8 @@ def test_samples_without_words(tmp_path, monkeypatch, made):
     (tmp_path / "mine.txt").write_text(lines(120))
     job = make(tmp_path)
     run, task, _ = open_job(job)
-    monkeypatch.setattr(text_job, "sample_sentences", lambda *a, **k: [task.corpus.vocab.encode(x) for x in made])
-    metrics, found = text_job.evaluate(task, 0)
+    monkeypatch.setattr(text_measure, "sample_sentences", lambda *a, **k: [task.corpus.vocab.encode(x) for x in made])
+    metrics, found = text_measure.evaluate(task, 0)
     metrics.update(S.score(task, job, found["samples"], run.path))
     empty = {k for k, v in metrics.items() if v["value"] is None}
     assert {"self_bleu"} <= empty and ("wkl" in empty) == (made[0] == []) and metrics["rppl"]["value"] > 0
@@ -386,20 +386,20 @@ def test_samples_without_words(tmp_path, monkeypatch, made):
 def test_language_models_say_what_they_need():
     for n, k in ((99, 5), (100, 0), (120, 0), (100, 1), (120, 5)):
         text = [["a"] * k] * n
-        why = lm.lm_lacks(text, "small")
-        a, b = lm.protocol(n) if n >= 100 else (n, n)
+        why = reverse.lm_lacks(text, "small")
+        a, b = reverse.protocol(n) if n >= 100 else (n, n)
         if n < 100:
             assert "99 sentences are fewer than the 100" in why
         elif why:
             with pytest.raises(ValueError, match="too little text"):
-                lm.train_lm(text[:a], text[a:b], "small")
+                lm_training.train_lm(text[:a], text[a:b], "small")
         else:
             assert a * (k + 1) >= 5 * lm.LMS["small"].batch
-    assert lm.lm_lacks([[]] * 100, "small") and not lm.lm_lacks([["a"]] * 100, "small")
+    assert reverse.lm_lacks([[]] * 100, "small") and not reverse.lm_lacks([["a"]] * 100, "small")
 
 
 def test_the_end_mark_of_language_models_is_no_word():
     vocab = Vocab([PAD, UNK, BOS, EOS, "a", "<eos>"])
     c = make_corpus("by-hand", vocab, {k: [["a", "<eos>"]] * 80 for k in ("train", "valid", "test")}, 9)
     with pytest.raises(ValueError, match="has the word '<eos>', .* strip it"):
-        text_job.check_corpus(c, text_job.resolve(TextJob()))
+        text_task.check_corpus(c, text_settings.resolve(TextJob()))
