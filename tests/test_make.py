@@ -360,7 +360,7 @@ def test_table_and_bench_name_the_option_for_their_folders(tmp_path):
     res = refused(str(ROOT / "bench" / "bench.py"), "--tiny", "--only", "matmul", "--out", bad)
     assert (
         res.returncode != 0
-        and f"{bad} cannot be written: name another folder with --out" in res.stderr
+        and f"{bad}/bench cannot be written: name another folder with --out" in res.stderr
         and "..." not in res.stdout
     )
 
