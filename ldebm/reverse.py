@@ -8,6 +8,7 @@ __all__ = ['N_TRAIN', 'N_VALID', 'nats_interval', 'protocol', 'lm_lacks', 'proto
 
 # %% ../nbs/43b_reverse.ipynb #aa7746cf
 import contextlib
+import importlib
 import multiprocessing
 
 import torch
@@ -17,6 +18,7 @@ from .core import env_flag, make_gen, pick_device
 from .lm import LM, STOP, LMCfg, check_sentences, lm_cfg, lm_nll
 from .lm_training import train_lm
 from .records import metric
+from .registry import RUNNERS
 from .text_metrics import unseen_share
 
 # %% ../nbs/43b_reverse.ipynb #d3d28e09
@@ -96,6 +98,13 @@ def lm_lacks(
         )
     return ''
 
+# %% ../nbs/43b_reverse.ipynb #f0a1b2c3
+def _train_alike(registered: bool, train: list, valid: list, **how):
+    "`train_lm` in a new process, with runners where the first one has them: the same model to the bit"
+    if registered:
+        importlib.import_module('ldebm.runners')
+    train_lm(train, valid, **how)
+
 # %% ../nbs/43b_reverse.ipynb #a87038d6
 def _gpu_to_itself(folder, device) -> bool:
     "May models train in processes of their own, for want of a better answer?"
@@ -108,7 +117,8 @@ def _train_elsewhere(seeds, train, valid, how: dict) -> list:  # Processes
     "Train a model for each seed in a process of its own"
     spawn = multiprocessing.get_context('spawn')
     helpers = [
-        spawn.Process(target=train_lm, args=(train, valid), kwargs=dict(how, seed=s), daemon=True) for s in seeds
+        spawn.Process(target=_train_alike, args=(bool(RUNNERS), train, valid), kwargs=dict(how, seed=s), daemon=True)
+        for s in seeds
     ]
     for p in helpers:
         p.start()

@@ -10,7 +10,7 @@ import torch
 from same import assert_same_state, same_log
 from test_train import LINE, Countdown, Killed, Poisoned, line
 
-from ldebm import image_job, text_score
+from ldebm import image_job, image_stages, text_score
 from ldebm.energy_task import fit_energies
 from ldebm.image_job import ImageJob, ImageSettings
 from ldebm.records import OPERATIONAL, SCORING, Run, identity
@@ -151,9 +151,9 @@ def test_energies_of_an_encoder_that_was_trained_further_are_made_anew(tmp_path,
 def test_a_stage_of_pictures_names_its_rate(tmp_path, rows, name):
     job = ImageJob(rows=rows, device="cpu", threads=1, out=str(tmp_path / "run"), settings="gen_lr=1e30 gen_clip=1e30")
     with pytest.raises(FloatingPointError, match=f"train anew in another folder, with a lower {name}"):
-        image_job.train_generator(image_job.open_job(job))
+        image_stages.train_generator(image_job.open_job(job))
     again = dataclasses.replace(job, out=str(tmp_path / "another"), settings="gen_lr=1e-4 gen_clip=10")
-    assert image_job.train_generator(image_job.open_job(again))[1].step == 12
+    assert image_stages.train_generator(image_job.open_job(again))[1].step == 12
 
 
 # -- changes on purpose
@@ -330,10 +330,10 @@ def test_a_finished_run_is_scored_on_another_device(tmp_path):
 
 def test_pictures_are_measured_by_another_classifier(tmp_path):
     job = ImageJob(rows="ldebm", device="cpu", threads=1, out=str(tmp_path / "run"))
-    image_job.train_classifier(image_job.open_job(job))
+    image_stages.train_classifier(image_job.open_job(job))
     other = dataclasses.replace(job, n_samples=90, settings="clf_steps=6 long=3 tune='1 2'")
     place = image_job.open_job(other)
-    image_job.train_classifier(place)
+    image_stages.train_classifier(place)
     assert sorted(p.name for p in place.run.path.glob("classifier*")) == [
         "classifier",
         "classifier-digits-6",

@@ -109,7 +109,7 @@ def test_unknown_devices(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_every_public_function_says_which_devices_there_are(tmp_path):
     "Not torch's own assertion, and before any work: what takes a device and reads, trains or measures"
-    from ldebm import image_job, image_metrics, launch, lm, text_job, train
+    from ldebm import classifier, image_stages, launch, lm_training, reverse, text_job, train
 
     words = [["a", "b"]] * 300
     run = Run(tmp_path / "run", {})
@@ -125,12 +125,12 @@ def test_every_public_function_says_which_devices_there_are(tmp_path):
         load_tensors=lambda d: load_tensors(tmp_path / "x", d),
         run_load=lambda d: run.load("state", d),
         load_model=lambda d: text_job.load_model(tmp_path, d),
-        load_prior=lambda d: image_job.load_prior(tmp_path / "x", d),
-        load_classifier=lambda d: image_metrics.load_classifier(tmp_path / "x", d),
-        load_lm=lambda d: lm.load_lm(tmp_path / "x", d),
-        train_lm=lambda d: lm.train_lm(words, words, "quick", device=d),
-        rppl_floor=lambda d: lm.rppl_floor(words, words, "quick", device=d),
-        reverse_ppl=lambda d: lm.reverse_ppl(words, words, cfg="quick", device=d),
+        load_prior=lambda d: image_stages.load_prior(tmp_path / "x", d),
+        load_classifier=lambda d: classifier.load_classifier(tmp_path / "x", d),
+        load_lm=lambda d: lm_training.load_lm(tmp_path / "x", d),
+        train_lm=lambda d: lm_training.train_lm(words, words, "quick", device=d),
+        rppl_floor=lambda d: reverse.rppl_floor(words, words, "quick", device=d),
+        reverse_ppl=lambda d: reverse.reverse_ppl(words, words, cfg="quick", device=d),
         fit=lambda d: train.fit(Task(), run, train.TrainCfg(), 0, d),
         launch=lambda d: launch.launch(Task(), run, train.TrainCfg(), 0, d),
     )

@@ -19,10 +19,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from ldebm import classifier, image_metrics, langevin, train
 from ldebm import image_figures as figures
 from ldebm import image_job as ij
 from ldebm import image_measure as measure
-from ldebm import image_metrics, train
 from ldebm import image_stages as stages
 from ldebm import image_uses as uses
 from ldebm.classifier import ClassifierTask
@@ -1005,11 +1005,11 @@ def test_tune_gaussian_keeps_the_best(tmp_path, whole, monkeypatch):
     p, net = ij.open_job(job(tmp_path / "run", "gen_steps=6 checks=1 tune='.1 1 4'")), whole("classifier")[0]
     g, w, dist, end = measure.tune_gaussian(p, net)
     assert list(dist) == [0.1, 1.0, 4.0] and dist[w] == min(dist.values()) and end.step == 6
-    fv = image_metrics.features_of(net, p.images["valid"])
+    fv = classifier.features_of(net, p.images["valid"])
     for k in dist:
         gk = stages.train_generator(p, k)[0]
         assert dist[k] == pytest.approx(
-            image_metrics.frechet(image_metrics.features_of(net, gk.sample(60, gen=make_gen(0, "tune"))), fv)
+            image_metrics.frechet(classifier.features_of(net, gk.sample(60, gen=make_gen(0, "tune"))), fv)
         )
         assert (stages.generator_hash(gk) == stages.generator_hash(g)) == (k == w)
     for made, best in (([3.0, 1.0, 2.0], 1.0), ([1.0, 2.0, 3.0], 0.1), ([3.0, 2.0, 1.0], 4.0)):
@@ -1081,13 +1081,12 @@ def test_records(whole, reference, tmp_path):
 
 def test_evaluations_are_counted(whole, monkeypatch):
     "Gradients of the energy for one sample, as recorded"
-    from ldebm.layered import FastLayered
-
-    n, real = [], FastLayered.grad
-    monkeypatch.setattr(FastLayered, "grad", lambda self, *a, **kw: (n.append(1), real(self, *a, **kw))[1])
+    n, real = [], langevin.energy_grad
+    monkeypatch.setattr(langevin, "energy_grad", lambda *a, **kw: (n.append(1), real(*a, **kw))[1])
     for row in ("ldebm", "joint-ebm"):
+        prior = whole(row)[0]
         n.clear()
-        measure.sample_prior(whole("place"), whole(row)[0], 3)
+        measure.sample_prior(whole("place"), prior, 3)
         assert len(n) == measure.evaluations(whole("place"), row)
 
 

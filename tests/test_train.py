@@ -152,7 +152,7 @@ def test_resuming_a_finished_run_changes_nothing(whole):
     job = text_job(run.path, "consistent")
     again, task2, device = open_job(job)
     task2.start_epoch = task2.batches = task2.validate = lambda *args: pytest.fail("a finished run trains no further")
-    end2 = fit(task2, again, train_cfg(task2.s), job.seed, device)
+    end2 = fit(task2, again, train_cfg(task2.settings), job.seed, device)
     assert_same_state(dict(task.model.state_dict()), dict(task2.model.state_dict()))
     assert [json.loads(o) for o in before[0].splitlines()] == again.log_lines()
     assert_same_state(before[1], again.load())
