@@ -44,7 +44,8 @@ def train_text(job):
 CHILD = """
 import json, os, signal, sys, time
 from ldebm import core
-from ldebm.text_job import TextJob, open_job, train_cfg
+from ldebm.text_job import open_job
+from ldebm.text_settings import TextJob, train_cfg
 from ldebm.train import Interrupted, fit
 out, objective, settings, steps, hang, signum = sys.argv[1:]
 job = TextJob(settings=settings, steps=int(steps), n_samples=20, objective=objective, threads=1, device='cpu', out=out)
