@@ -26,7 +26,7 @@ from ldebm.records import (
     own_name,
     provenance,
     result_path,
-    row_name,
+    system_name,
     write_result,
 )
 
@@ -153,7 +153,7 @@ def test_damaged_checkpoint_of_a_run_names_the_file(tmp_path):
 
 def record(**changes):
     base = dict(
-        row="ldebm",
+        system="ldebm",
         corpus="grammar",
         preset="quick",
         objective="consistent",
@@ -168,7 +168,7 @@ def record(**changes):
 @pytest.mark.parametrize(
     "changes, key",
     [
-        ({"row": ""}, "'row'"),
+        ({"system": ""}, "'system'"),
         ({"corpus": "path/to/file.txt"}, "'corpus'"),
         ({"preset": None}, "'preset'"),
         ({"objective": "a b"}, "'objective'"),
@@ -210,11 +210,14 @@ def test_records(tmp_path):
     assert json.loads(run.file("result.json").read_text())["settings"] == {"lr": 0.3}  # the work is not lost
     q = write_result(run, **record(settings={"lr": 0.3}, variant="gc"), results_dir=results)
     assert q == p.with_name("ldebm+gc-consistent-s0.json")
-    assert {row_name(r): r["metrics"]["wkl"]["value"] for r in load_results(results)} == {"ldebm": 0.7, "ldebm+gc": 0.5}
+    assert {system_name(r): r["metrics"]["wkl"]["value"] for r in load_results(results)} == {
+        "ldebm": 0.7,
+        "ldebm+gc": 0.5,
+    }
 
 
 def test_name_is_checked_before_the_work(tmp_path):
-    about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
+    about = {k: v for k, v in record().items() if k in ("system", "corpus", "preset", "objective", "seed")}
     assert (
         result_path(**about, settings={"lr": 1}, results_dir=tmp_path)
         == tmp_path / "runs/grammar/quick/ldebm-consistent-s0.json"
@@ -228,7 +231,7 @@ def test_name_is_checked_before_the_work(tmp_path):
 
 def test_what_the_message_about_a_taken_name_advises(tmp_path):
     "Each of the three remedies, and that settings which change nothing are no other run"
-    about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
+    about = {k: v for k, v in record().items() if k in ("system", "corpus", "preset", "objective", "seed")}
     old = write_result(Run(tmp_path / "r", {}), **record(), results_dir=tmp_path)
 
     def ask(**more):
@@ -288,7 +291,7 @@ def test_what_differs_gets_a_row_of_its_own(other, how):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(preset="paper"), dict(objective="published"), dict(corpus="ptb"), dict(variant="x"), dict(row="vae")],
+    [dict(preset="paper"), dict(objective="published"), dict(corpus="ptb"), dict(variant="x"), dict(system="vae")],
 )
 def test_names_are_part_of_what_was_run(change):
     one, other = runs(BASE, BASE)
@@ -380,7 +383,7 @@ def test_a_table_is_about_one_data_set():
 def test_user_data_never_takes_the_name_of_a_data_set(path):
     got = own_name(path)
     assert got not in DATA_SETS and got.casefold() not in DATA_SETS
-    write = dict(row="vae", preset="quick", objective="consistent", seed=0, results_dir="x")
+    write = dict(system="vae", preset="quick", objective="consistent", seed=0, results_dir="x")
     assert result_path(**write, corpus=got) == Path("x", "runs", got, "quick", "vae-consistent-s0.json"), (
         "it is a name for files"
     )
@@ -408,7 +411,7 @@ def test_bad_files_among_records_are_named(tmp_path):
     for kind in ("bench", "calibration"):
         (tmp_path / f"{kind}-x.json").write_text("[]")  # they have their own schemas
     assert load_results(tmp_path) == []
-    (tmp_path / "x.json").write_text('{"row": "ldebm"}')
+    (tmp_path / "x.json").write_text('{"system": "ldebm"}')
     with pytest.raises(ValueError, match="x.json.*'corpus' is missing"):
         load_results(tmp_path)
     (tmp_path / "x.json").write_text("{")
@@ -419,12 +422,12 @@ def test_bad_files_among_records_are_named(tmp_path):
 def test_records_are_found_where_older_versions_put_them(tmp_path):
     "Side by side in the folder; a run's own folder below it, also in one called `runs`, holds no records"
     new = write_result(Run(tmp_path / "runs" / "r", {}), **record(), results_dir=tmp_path)
-    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(record(row="vae", variant="")))
+    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(record(system="vae", variant="")))
     (tmp_path / "runs" / "r" / "stage").mkdir()
     (tmp_path / "runs" / "r" / "stage" / "settings.json").write_text("{}")
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "chain-x.json").write_text("[]")
-    assert {r["row"] for r in load_results(tmp_path)} == {"ldebm", "vae"}
+    assert {r["system"] for r in load_results(tmp_path)} == {"ldebm", "vae"}
     new.write_text("{")
     with pytest.raises(ValueError, match="ldebm-consistent-s0.json is not JSON"):
         load_results(tmp_path)

@@ -33,8 +33,8 @@ def corpus():
     return load_corpus("grammar", max_len=24)
 
 
-def make(corpus, row="ldebm", objective="consistent", seed=0, settings=TINY):
-    job = TextJob(row=row, objective=objective, seed=seed, steps=1, n_samples=10, settings=settings)
+def make(corpus, system="ldebm", objective="consistent", seed=0, settings=TINY):
+    job = TextJob(system=system, objective=objective, seed=seed, steps=1, n_samples=10, settings=settings)
     return job, TextTask(corpus, resolve(job), seed)
 
 
@@ -91,10 +91,10 @@ def test_sentence_log_lik_is_the_decoders(task):
         assert torch.autograd.grad(got.sum(), z)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("row", ["ldebm", "vae"])
-def test_killed_and_resumed_equals_uninterrupted(corpus, row, tmp_path, monkeypatch):
-    settings = TINY if row == "ldebm" else "embed=16 hidden=16 d=3 nll_draws=8 lm=''"
-    task = make(corpus, row, settings=settings)[1]
+@pytest.mark.parametrize("system", ["ldebm", "vae"])
+def test_killed_and_resumed_equals_uninterrupted(corpus, system, tmp_path, monkeypatch):
+    settings = TINY if system == "ldebm" else "embed=16 hidden=16 d=3 nll_draws=8 lm=''"
+    task = make(corpus, system, settings=settings)[1]
     want = text_nll.text_nll(task, "test", 9, CFG, chunk=3)
     task.model.train()
     with monkeypatch.context() as mp:
@@ -370,7 +370,7 @@ def record_of(tmp_path, name="run", **kw):
     job = TextJob(
         **{
             **dict(
-                row="vae", steps=12, n_samples=20, threads=1, device="cpu", settings=QUICK, out=str(tmp_path / name)
+                system="vae", steps=12, n_samples=20, threads=1, device="cpu", settings=QUICK, out=str(tmp_path / name)
             ),
             **kw,
         }
@@ -429,7 +429,7 @@ def test_a_job_in_two_processes(tmp_path, no_classifiers, deadline):
             "embed=16 hidden=16 d=3 batch=32 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 n_symbols=4 "
             "cls_start=0 energy_steps=8 energy_batch=32 nll_draws=0 lm=''"
         )
-        job, rec = record_of(tmp_path, row="ldebm", processes=2, settings=settings)
+        job, rec = record_of(tmp_path, system="ldebm", processes=2, settings=settings)
         again = S.run_job(job)
     saved = {k: unpack_state(*load_tensors(tmp_path / "run" / k / "checkpoint.safetensors")) for k in ("", "energies")}
     assert {k: (v["processes"], v["progress"]["step"], v["progress"]["samples"]) for k, v in saved.items()} == {
