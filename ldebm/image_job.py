@@ -92,7 +92,7 @@ class _GeneratorSettings:
     likelihood: str = _generator('gaussian', 'law of a pixel', choices=('gaussian', 'logistic'))
     mixtures: int = _generator(1, 'components of `logistic`', low=1)
     sigma: float = _generator(0.15, 'pixel standard deviation of `gaussian`', above=0)
-    floors: str = _generator('', 'free nats of each layer, top first; empty for none')
+    layer_free_nats: str = _generator('', 'free nats of each layer, top first; empty for none')
     w_kl: float = _generator(0.5, 'weight of the KL', low=0)
     kl_warmup: float = _generator(0.3, 'share of training over which it rises', low=0)
     gen_steps: int = _generator(2500, 'optimiser steps', low=1)
@@ -432,8 +432,8 @@ def _check_texts(job: ImageJob, settings: ImageSettings):
     parse_layers(settings.layers)
     if min(numbers(settings.tune, 'tune'), default=0) < 0:
         raise ValueError(f'KL weights must not be negative, got tune={settings.tune!r}')
-    if min(numbers(settings.floors, 'floors'), default=0) < 0:
-        raise ValueError(f'floors must not be negative, got {settings.floors!r}')
+    if min(numbers(settings.layer_free_nats, 'layer_free_nats'), default=0) < 0:
+        raise ValueError(f'layer_free_nats must not be negative, got {settings.layer_free_nats!r}')
     if 'gaussian-tuned' in job.systems.split() and not settings.tune.split():
         raise ValueError('tune is empty: the system gaussian-tuned needs KL weights to try, such as "1 2"')
 
@@ -649,8 +649,8 @@ def _load(job: ImageJob, settings: ImageSettings) -> dict:
 
 def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
     "`ValueError` for layers that free nats or energies do not go with"
-    if settings.floors and len(numbers(settings.floors, 'floors')) != cfg.L:
-        raise ValueError(f'floors has {len(settings.floors.split())} numbers for {cfg.L} layers')
+    if settings.layer_free_nats and len(numbers(settings.layer_free_nats, 'layer_free_nats')) != cfg.L:
+        raise ValueError(f'layer_free_nats has {len(settings.layer_free_nats.split())} numbers for {cfg.L} layers')
     odd = [side for side in cfg.sizes if side & (side - 1)]
     if odd and set(job.systems.split()) & {'ldebm', 'ldebm-coupled', 'joint-ebm'}:
         what = f'layers: energies need maps whose side is a power of two, got {odd[0]}'

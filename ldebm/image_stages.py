@@ -139,8 +139,8 @@ def train_generator(
     settings, seed = place.settings, place.job.seed
     own = w_kl is None
     weight = settings.w_kl if own else w_kl
-    floors = numbers(settings.floors, 'floors') if own else ()
-    model = GeneratorModel(Generator(place.cfg, make_gen(seed, 'generator')), floors, settings.gen_ema)
+    layer_free_nats = numbers(settings.layer_free_nats, 'layer_free_nats') if own else ()
+    model = GeneratorModel(Generator(place.cfg, make_gen(seed, 'generator')), layer_free_nats, settings.gen_ema)
 
     def weigh(step, steps):
         return dict(nll=1.0, kl=weight * linear_warmup(step / steps, settings.kl_warmup, 0.01))

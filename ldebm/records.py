@@ -46,6 +46,7 @@ RENAMED = dict(
     row='system',
     rows='systems',
     floor='free_nats',
+    floors='layer_free_nats',
     tau='temperature',
     tau_y='symbol_temperature',
     b2='squared_step',

@@ -277,7 +277,7 @@ def _parse(argv: list | None) -> argparse.Namespace:
         )
     return options
 
-
+# %% ../nbs/66_table.ipynb #54bc93bb
 def _jobs_of(options: argparse.Namespace) -> list:
     "What the options ask for"
     about = dict(corpus=options.corpus, preset=options.preset, settings=options.settings)

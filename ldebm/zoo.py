@@ -273,3 +273,11 @@ SYSTEMS['vae-fb'] = System(
     about="Not in the table: LDEBM's own encoder and decoder under N(0, I), free bits and bag-of-words term included; "
     "what the energies are worth is the distance to it.",
 )
+
+# %% ../nbs/21_zoo.ipynb #5f8cdfcf
+def __getattr__(name: str):
+    "What names of earlier versions stand for"
+    earlier = dict(ROWS=SYSTEMS, Row=System)
+    if name not in earlier:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return earlier[name]

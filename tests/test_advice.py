@@ -464,7 +464,11 @@ PICTURES = [
     (dict(systems="ldebm ldebm-joint"), 'settings="(joint_steps=300)"', dict(settings="joint_steps=300")),
     (dict(systems="ldebm-joint", settings="joint_steps=3"), "name both", dict(systems="ldebm ldebm-joint")),
     (dict(objective="robust", systems="ddpm"), "leave other systems to 'consistent'", dict(objective="consistent")),
-    (dict(settings="floors='1 2'"), "floors has 2 numbers for 3 layers", dict(settings="floors='1 2 3'")),
+    (
+        dict(settings="layer_free_nats='1 2'"),
+        "layer_free_nats has 2 numbers for 3 layers",
+        dict(settings="layer_free_nats='1 2 3'"),
+    ),
     (dict(n_samples=20), "more pictures, or n_samples", dict(n_samples=100)),
     (dict(settings="schedule=published"), "'consistent' takes consistent or cosine", dict(settings="schedule=cosine")),
     (dict(settings="mixed_precision=fp16"), "on a CPU use 'bf16' or 'no'", dict(settings="mixed_precision=no")),

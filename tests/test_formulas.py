@@ -682,11 +682,11 @@ def test_free_nats_are_those_of_the_batch_mean():
     x = torch.rand(6, 1, 8, 8, generator=gen(1)) * torch.linspace(0, 3, 6)[:, None, None, None]
     kls = g.encode(x, gen(2))[0].kl_standard().split(g.cfg.dims, 1)
     kls = [k.sum(1).detach() for k in kls]
-    floors = tuple(float(k.mean()) * f for k, f in zip(kls, (0.99, 1.01, 0.0)))
+    layer_free_nats = tuple(float(k.mean()) * f for k, f in zip(kls, (0.99, 1.01, 0.0)))
     batch = ImageBatch(x, None, None)
-    got = GeneratorModel(g, floors)(batch, gen(2))["kl"]
-    assert all((k < f).any() and (k > f).any() for k, f in zip(kls[:2], floors))
-    assert_close(got, kls[0].mean() + floors[1] + kls[2])
+    got = GeneratorModel(g, layer_free_nats)(batch, gen(2))["kl"]
+    assert all((k < f).any() and (k > f).any() for k, f in zip(kls[:2], layer_free_nats))
+    assert_close(got, kls[0].mean() + layer_free_nats[1] + kls[2])
 
 
 def test_encoder_sees_pictures_around_zero():

@@ -163,6 +163,13 @@ def test_a_misspelt_variable_is_noticed(wrong, right):
     )
 
 
+def test_a_variable_of_earlier_versions_is_told_its_name():
+    told = "there is no variable ROW: ROW is now SYSTEM"
+    assert told in make("-n", "NO_VENV=1", "train", "ROW=vae").stderr
+    assert told in make("-n", "NO_VENV=1", "table", ROW="vae").stderr, "from the environment as well"
+    assert dry("docs", ROW="vae") == dry("docs")
+
+
 @pytest.mark.parametrize(
     "target,pair",
     [

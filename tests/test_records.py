@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from ldebm import records
 from ldebm.core import make_gen
+from ldebm.image_job import ImageSettings
 from ldebm.records import (
     DATA_SETS,
     Run,
@@ -29,6 +30,8 @@ from ldebm.records import (
     system_name,
     write_result,
 )
+from ldebm.text_settings import TextJob, TextSettings
+from ldebm.toy_job import ToySettings
 
 # --- runs
 
@@ -450,6 +453,47 @@ def test_a_setting_with_a_new_name_is_found_in_old_files(tmp_path, monkeypatch):
     assert json.loads(old.read_text())["settings"] == {"lr": 0.1, "new": 3}
     with pytest.raises(ValueError, match=r"other settings \(new: 3 -> 4\)"):
         write_result(run, **record(settings={"lr": 0.1, "new": 4}), results_dir=tmp_path / "results")
+
+
+OLD = {new: old for old, new in records.RENAMED.items()}
+
+
+def in_old_words(settings):
+    return {OLD.get(k, k): v for k, v in settings.items()}
+
+
+@pytest.mark.parametrize("folder", ["results", "results/tuning"])
+def test_every_record_of_this_repository_is_read_in_the_words_of_today(folder):
+    "Each key is known, and what one run was called before and is called now is one run"
+    more = {"corpus_sha256", "processes", "split", "module_sha256", "n_train", "shape", "data"}
+    more |= {"density", "scale", "sample_steps"}
+    jobs = (TextSettings, TextJob, ImageSettings, ToySettings)
+    known = more | {f.name for job in jobs for f in dataclasses.fields(job)}
+    found = load_results(ROOT / folder)
+    assert found
+    for r in found:
+        settings = r["settings"]
+        assert not {*r, *settings} & {*records.RENAMED} and set(settings) <= known, set(settings) - known
+        assert settings.get("system", r["system"]) == r["system"]
+        old = in_old_words(settings)
+        assert old != settings or "sample_steps" in settings
+        assert records.identity(old) == records.identity(settings)
+        ((how, runs),) = group_records([{**r, "settings": records.renamed(old)}, {**r, "seed": -1}])
+        assert (how, len(runs)) == ("", 2)
+
+
+def test_records_in_old_words_are_found_and_replaced(tmp_path):
+    about = dict(system="ldebm", corpus="grammar", preset="quick", objective="consistent", seed=0)
+    path = result_path(**about, results_dir=tmp_path)
+    path.parent.mkdir(parents=True)
+    settings = {"system": "ldebm", "temperature": 0.5, "free_nats": 0.1}
+    path.write_text(json.dumps(in_old_words(record(settings=in_old_words(settings)))))
+    assert {"row", "tau", "floor"} <= {*json.loads(path.read_text()), *json.loads(path.read_text())["settings"]}
+    (rec,) = load_results(tmp_path)
+    assert rec["system"] == "ldebm" and rec["settings"] == settings
+    assert result_path(**about, settings=settings, results_dir=tmp_path) == path
+    with pytest.raises(ValueError, match=r"other settings \(temperature: 0.5 -> 0.7\)"):
+        result_path(**about, settings=settings | {"temperature": 0.7}, results_dir=tmp_path)
 
 
 def git(*args):

@@ -88,6 +88,16 @@ def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsy
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 
+def test_an_option_of_earlier_versions_is_told_its_name(capsys):
+    for given in (["--rows", "vae"], ["--rows=vae"]):
+        with pytest.raises(SystemExit):
+            T.main(given)
+        assert "--rows is now --systems" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        T.main(["--floor", "1"])
+    assert "is now" not in capsys.readouterr().err
+
+
 def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(PLACE)
     monkeypatch.setattr(T, "sweep", lambda jobs, **kw: pytest.fail("started"))
