@@ -487,7 +487,7 @@ def test_records_in_old_words_are_found_and_replaced(tmp_path):
     path = result_path(**about, results_dir=tmp_path)
     path.parent.mkdir(parents=True)
     settings = {"system": "ldebm", "temperature": 0.5, "free_nats": 0.1}
-    path.write_text(json.dumps(in_old_words(record(settings=in_old_words(settings)))))
+    path.write_text(json.dumps(in_old_words(record(settings=in_old_words(settings), variant=""))))
     assert {"row", "tau", "floor"} <= {*json.loads(path.read_text()), *json.loads(path.read_text())["settings"]}
     (rec,) = load_results(tmp_path)
     assert rec["system"] == "ldebm" and rec["settings"] == settings

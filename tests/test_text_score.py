@@ -447,7 +447,7 @@ def test_a_folder_in_old_words_is_read_and_goes_on(tmp_path, no_classifiers, mon
     _, later = record_of(tmp_path, **asked)
     assert later["metrics"].keys() == first["metrics"].keys() and later["settings"] == first["settings"]
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1]) == steps, "nothing was trained again"
-    assert json.loads((run / "settings.json").read_text())["system"] == "ldebm"
+    assert json.loads((run / "settings.json").read_text())["row"] == "ldebm", "what is the same is not written again"
     with pytest.raises(ValueError, match="other settings .temperature: 0.9 -> 0.8."):
         record_of(tmp_path, **{**asked, "settings": settings.replace("temperature=.9", "temperature=.8")})
 
