@@ -103,9 +103,9 @@ def _descend(self: DiffusionEBM, z, top: int, request: _Request, gen) -> list:  
         path.append(self._one_level(path[-1], t, request, given[t], gen))
     for _ in range(request.known.sweeps if request.known is not None else 0):
         z, one = path[-1], torch.ones(len(z), dtype=torch.long, device=z.device)
-        z_next = self.schedule.coefficient('a', one, z) * z + self.schedule.coefficient('sigma', one, z) * randn_like(
-            z, gen
-        )
+        a = self.schedule.coefficient('a', one, z)
+        sigma = self.schedule.coefficient('sigma', one, z)
+        z_next = a * z + sigma * randn_like(z, gen)
         path[-1] = self._one_level(z_next, 0, request, given[0], gen, start=z)
     return path
 

@@ -893,9 +893,8 @@ def test_models_come_back(system, extra, whole, tmp_path):
     if not extra:
         p, g, prior = whole("place"), whole("generator")[0], whole(system)[0]
     else:
-        own = (
-            dict(objective="robust", systems=system) if system.startswith("ldebm") else {}
-        )  # with a temperature of the symbols
+        # with a temperature of the symbols
+        own = dict(objective="robust", systems=system) if system.startswith("ldebm") else {}
         p = ij.open_job(job(tmp_path / "run", f"{extra} steps=3 gen_steps=2 checks=1", **own))
         g = stages.train_generator(p)[0]
         prior = stages.train_prior(p, system, g)[0]

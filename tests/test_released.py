@@ -472,11 +472,8 @@ def test_padding_that_is_generated_ends_a_sentence():
 def test_nll_published_reads_every_sentence_alone(corpus, system):
     "Unpadded, so that its value does not depend on which sentences are scored beside it"
     scored = f"{NET} nll_draws=2 nll_sentences=4 lm=''"
-    t, seen, index = (
-        task(corpus, system=system, settings="nll_draws=2 nll_sentences=4 lm=''"),
-        [],
-        torch.tensor([3, 8, 11]),
-    )
+    t = task(corpus, system=system, settings="nll_draws=2 nll_sentences=4 lm=''")
+    seen, index = [], torch.tensor([3, 8, 11])
 
     class Enough(Exception):
         pass
