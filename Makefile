@@ -10,7 +10,7 @@ SHELL := /bin/bash
 #: DATASET      pictures: shapes (which need no data), cifar10, celeba, lsun_church, or a folder or zip; all but shapes with PRESET=small or paper
 #: PRESET       quick, small or paper; toy2d: small or quick
 #: OBJECTIVE    consistent or published; digits, images: robust as well
-#: ROW          the system, such as vae; digits, images, table: several, such as "ldebm ddpm"
+#: SYSTEM       the system, such as vae; digits, images, table: several, such as "ldebm ddpm"
 #: SEED         the seed, 0
 #: SEEDS        several of them: "0 1 2", which table takes by itself
 #: SETTINGS     any other settings, such as "d=32 w_kl=.5"
@@ -30,18 +30,18 @@ CORPUS    ?= grammar
 DATASET   ?= shapes
 PRESET    ?= quick
 OBJECTIVE ?= consistent
-ROW       ?= ldebm
+SYSTEM    ?= ldebm
 SEED      ?= 0
 PORT      ?= 8000
 VENV      ?= .venv
 # Not from the environment, where WSL keeps the name of the machine
 NAME       =
 
-TAKES.train      := CORPUS PRESET OBJECTIVE ROW SEED SETTINGS NAME RUN ARGS
+TAKES.train      := CORPUS PRESET OBJECTIVE SYSTEM SEED SETTINGS NAME RUN ARGS
 TAKES.toy2d      := PRESET SEED NAME RUN ARGS
-TAKES.digits     := PRESET OBJECTIVE ROW SEED SETTINGS NAME RUN ARGS
+TAKES.digits     := PRESET OBJECTIVE SYSTEM SEED SETTINGS NAME RUN ARGS
 TAKES.images     := DATASET $(TAKES.digits)
-TAKES.table      := CORPUS PRESET OBJECTIVE ROW SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
+TAKES.table      := CORPUS PRESET OBJECTIVE SYSTEM SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
 TAKES.tune       := CORPUS PRESET SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
 TAKES.bench      := BENCH_ARGS
 TAKES.test       := NBDEV_ARGS PYTEST_ARGS
@@ -69,10 +69,14 @@ TYPED  := $(foreach v,$(.VARIABLES),$(if $(call from,command,$(v)),$(v)))
 GIVEN  := $(foreach v,$(JOB) VENV,$(if $(call from,command environment,$(v)),$(if $(value $(v)),$(v))))
 GOALS  := $(or $(MAKECMDGOALS),help)
 LOST   := $(filter-out $(ALL_TAKE) $(foreach g,$(GOALS),$(TAKES.$(g))),$(filter $(LISTED),$(TYPED)) $(if $(filter $(RUNS),$(GOALS)),$(GIVEN)))
+# Old names of variables, and those given
+RENAMED.ROW := SYSTEM
+OLD    := $(foreach v,ROW,$(if $(or $(call from,command,$(v)),$(and $(filter $(RUNS),$(GOALS)),$(call from,environment,$(v)))),$(v)))
 NEAR   := import sys, difflib; o = difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1); \
   print("did you mean " + o[0] + "?" if o else "what is meant for the environment stands before `make`")
 q       = '$(subst ','\'',$(1))'
 ifeq ($(MAKELEVEL),0)
+$(foreach v,$(OLD),$(error there is no variable $(v): $(v) is now $(RENAMED.$(v))))
 $(foreach v,$(filter-out $(LISTED) $(UNLISTED),$(TYPED)),$(error there is no variable $(v): $(shell $(or $(PYTHON),python3) -c '$(NEAR)' $(call q,$(v)) $(LISTED))))
 endif
 USERS   = $(strip $(foreach t,$(RUNS) test test-slow docs-serve,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
@@ -156,9 +160,9 @@ define finish
 @echo; echo "Done. Everything is in" $(call q,$(1)):; ls $(call q,$(1))
 endef
 
-TRAIN := $(call folder,$(ROW)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))
+TRAIN := $(call folder,$(SYSTEM)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))
 train: $(READY) ## Train on text and write a run folder
-	$(call execute,train_ptb,$(TRAIN),-r corpus $(call q,$(call path,$(CORPUS))) -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) -r row $(call q,$(ROW)) -r settings $(call q,$(SETTINGS)))
+	$(call execute,train_ptb,$(TRAIN),-r corpus $(call q,$(call path,$(CORPUS))) -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) -r system $(call q,$(SYSTEM)) -r settings $(call q,$(SETTINGS)))
 	@echo; python -c 'import sys; from ldebm.text_job import scores; print(scores(sys.argv[1]))' $(call q,$(TRAIN))
 	$(call finish,$(TRAIN))
 
@@ -167,7 +171,7 @@ toy2d: $(READY) ## Two-dimensional densities: the method beside its ancestors
 	$(call execute,train_toy2d,$(TOY),-p seed $(call q,$(SEED)) $(call ask,PRESET,-r preset $(call q,$(PRESET))))
 	$(call finish,$(TOY))
 
-PICTURES = -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) $(call ask,ROW,-r rows $(call q,$(ROW))) -r settings $(call q,$(SETTINGS))
+PICTURES = -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) $(call ask,SYSTEM,-r systems $(call q,$(SYSTEM))) -r settings $(call q,$(SETTINGS))
 pictures = $(call folder,$(1)-$(PRESET)-$(OBJECTIVE)-s$(SEED))
 
 digits: $(READY) ## Hierarchical prior on 8x8 digits: generator, energies, samples, outliers, control
@@ -194,7 +198,7 @@ test-slow: $(READY) ## Run the slow tests
 
 TABLE = python -m ldebm.table --corpus=$(call q,$(call path,$(CORPUS))) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
 table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
-	@$(TABLE) --objective=$(call q,$(OBJECTIVE)) --seeds $(call each,$(call seeds,0 1 2)) $(call ask,ROW,--rows $(call each,$(ROW))) $(TABLE_ARGS)
+	@$(TABLE) --objective=$(call q,$(OBJECTIVE)) --seeds $(call each,$(call seeds,0 1 2)) $(call ask,SYSTEM,--systems $(call each,$(SYSTEM))) $(TABLE_ARGS)
 
 tune: $(READY) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
 	@$(TABLE) --tune --seeds $(call each,$(call seeds,0)) $(TABLE_ARGS)

@@ -64,7 +64,7 @@ def drawn_batch(n: int, vocab):
 
 def text_model(preset: str):
     "The row `ldebm` as its job builds it, and its batch size"
-    job = ldebm.TextJob(corpus="ptb", preset=preset, row="ldebm")
+    job = ldebm.TextJob(corpus="ptb", preset=preset, system="ldebm")
     settings = text.resolve(job)
     vocab = vocabulary()
     return ldebm.build_model(settings, vocab, 0), settings.batch, vocab

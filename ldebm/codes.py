@@ -33,10 +33,10 @@ class Codes(Posterior):
         self,
         logits: Tensor,  # Shape `(B, M, k)`
         relaxed: bool = False,  # Draws are softened one-hots
-        tau: float = 1.0,  # Temperature of the softening
+        temperature: float = 1.0,  # Temperature of the softening
     ):
         self.logits = logits
-        self.relaxed, self.tau = relaxed, tau
+        self.relaxed, self.temperature = relaxed, temperature
 
     @property
     def log_q(self) -> Tensor:  # Shape `(B, M, k)`
@@ -64,7 +64,7 @@ def rsample(
     like = self.logits
     u = torch.rand(like.shape, generator=gen, device=like.device, dtype=like.dtype).clamp(min=1e-20)
     noisy = self.log_q - (-u.log()).log()
-    return (noisy / self.tau).softmax(-1).flatten(1) if self.relaxed else one_hot(noisy.argmax(-1), like)
+    return (noisy / self.temperature).softmax(-1).flatten(1) if self.relaxed else one_hot(noisy.argmax(-1), like)
 
 # %% ../nbs/20b_codes.ipynb #f0fed02d
 @patch

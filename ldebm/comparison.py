@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from .report import heading, markdown_table, run_table, runs_of
-from .zoo import ROWS, TABLE
+from .zoo import SYSTEMS, TABLE
 
 # %% ../nbs/65a_comparison.ipynb #8bf2ee40
 def quoted(
@@ -23,9 +23,9 @@ def quoted(
     for entry in content['rows']:
         figures = {'by': content.get('by', 'paper'), **entry}
         if 'nll' in entry:
-            has_energy = ROWS[entry['row']].settings.get('prior', 'ebm') == 'ebm'
+            has_energy = SYSTEMS[entry['system']].settings.get('prior', 'ebm') == 'ebm'
             figures['nll_published' if has_energy else 'nll_valid'] = entry['nll']
-        out[entry['row']] = figures
+        out[entry['system']] = figures
     return out
 
 # %% ../nbs/65a_comparison.ipynb #10543243
@@ -37,7 +37,7 @@ def comparable(
     objective: str,
 ) -> tuple:
     "Those that have a variant of this objective: the control has no published one"
-    return tuple(s for s in systems if objective != 'published' or s not in ROWS or ROWS[s].published is not None)
+    return tuple(s for s in systems if objective != 'published' or s not in SYSTEMS or SYSTEMS[s].published is not None)
 
 # %% ../nbs/65a_comparison.ipynb #3ae3633c
 def zoo_table(
@@ -52,7 +52,7 @@ def zoo_table(
 ) -> str:  # Markdown
     "Systems as rows; one of your own under its name, if the file that makes it was not loaded"
     systems = comparable(systems, objective)
-    rows = [(s, objective, ROWS[s].title if s in ROWS else s) for s in systems]
+    rows = [(s, objective, SYSTEMS[s].title if s in SYSTEMS else s) for s in systems]
     return run_table(records, corpus, preset, rows, metrics, paper, more=more)
 
 # %% ../nbs/65a_comparison.ipynb #2aeebbbc
@@ -64,8 +64,8 @@ def _mean(records: list, name: str, digits: int) -> str:
 
 def _members(family: str, run: set) -> str:
     "Systems of a family that have been run, and of how many"
-    systems = [s for s in TABLE if ROWS[s].family == family]
-    names = [ROWS[s].title for s in systems if s in run]
+    systems = [s for s in TABLE if SYSTEMS[s].family == family]
+    names = [SYSTEMS[s].title for s in systems if s in run]
     of = f' (of {len(systems)})' if len(names) < len(systems) else ''
     return (', '.join(names) or 'none') + of
 
@@ -83,12 +83,12 @@ def family_means(
     for (system, _), groups in runs.items():
         for differs, same in groups:
             if differs:
-                others.append(f'{ROWS[system].title} ({differs})')
+                others.append(f'{SYSTEMS[system].title} ({differs})')
             else:
                 found.setdefault(system, []).extend(same)
-    families = list(dict.fromkeys(ROWS[s].family for s in TABLE))
+    families = list(dict.fromkeys(SYSTEMS[s].family for s in TABLE))
     columns = dict(family=families, systems=[_members(f, set(found)) for f in families])
     for name, digits in metrics.items():
-        of = {f: [r for s in found if ROWS[s].family == f for r in found[s]] for f in families}
+        of = {f: [r for s in found if SYSTEMS[s].family == f for r in found[s]] for f in families}
         columns[heading(name)] = [_mean(of[f], name, digits) for f in families]
     return markdown_table(columns) + (f'\n\nNot in it: {"; ".join(others)}.' if others else '')

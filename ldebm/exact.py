@@ -73,7 +73,7 @@ class MixtureEnergy(Energy):
         self.n_levels = schedule.T
 
     def logits(self, z, t, context=None, weights=None):
-        abar, sbar = self.schedule.at('abar', t, z), self.schedule.at('sbar', t, z)
+        abar, sbar = self.schedule.coefficient('abar', t, z), self.schedule.coefficient('sbar', t, z)
         variance = (abar * self.sd) ** 2 + sbar**2
         distance2 = ((z[:, None] - abar[:, :, None] * self.means) ** 2).sum(-1)
         component = self.log_probs - 0.5 * (distance2 / variance + self.d * variance.log())

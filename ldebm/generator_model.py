@@ -20,16 +20,16 @@ class GeneratorModel(nn.Module):
     def __init__(
         self,
         generator: Generator,  # The generator
-        floors: tuple = (),  # Free nats of each layer, top first; empty for none
+        layer_free_nats: tuple = (),  # Free nats of each layer, top first; empty for none
         ema: float = 0.0,  # Decay of the averaged weights, which are the ones kept; 0 for none
     ):
         super().__init__()
-        if floors and len(floors) != generator.L:
-            raise ValueError(f'{len(floors)} free-nat allowances for {generator.L} layers')
-        if any(free_nats < 0 for free_nats in floors):
-            raise ValueError(f'free nats must not be negative, got {floors}')
+        if layer_free_nats and len(layer_free_nats) != generator.L:
+            raise ValueError(f'{len(layer_free_nats)} free-nat allowances for {generator.L} layers')
+        if any(free_nats < 0 for free_nats in layer_free_nats):
+            raise ValueError(f'free nats must not be negative, got {layer_free_nats}')
         self.generator = generator
-        self.floors = tuple(floors) or (0.0,) * generator.L
+        self.layer_free_nats = tuple(layer_free_nats) or (0.0,) * generator.L
         self.average = Average(generator, ema) if ema else None
 
     def groups(self) -> dict:
@@ -63,7 +63,7 @@ def forward(
     kls = [kl.sum(1) for kl in q.kl_standard().split(g.cfg.dims, 1)]
     terms = dict(
         nll=g.pixel_nll(batch.x, g.pixels(h)),
-        kl=sum(_paid(kl, free_nats) for kl, free_nats in zip(kls, self.floors)),
+        kl=sum(_paid(kl, free_nats) for kl, free_nats in zip(kls, self.layer_free_nats)),
         kl_base=sum(kls).detach(),
     )
     for i, kl in enumerate(kls):

@@ -48,7 +48,7 @@ class ImageJob:
     objective: str = (
         'consistent'  # `consistent`; `published`: released constants; `robust`: steadier ones, same sampler
     )
-    rows: str = 'ldebm ldebm-coupled'  # Priors to train, separated by spaces; `gaussian` is always evaluated
+    systems: str = 'ldebm ldebm-coupled'  # Priors to train, separated by spaces; `gaussian` is always evaluated
     seed: int = 0  # Seed of weights, data order, noise and chains
     steps: int = 0  # Optimiser steps of a prior; 0 takes the preset's
     generator_steps: int = 0  # Optimiser steps of the generator; 0 takes the preset's
@@ -92,7 +92,7 @@ class _GeneratorSettings:
     likelihood: str = _generator('gaussian', 'law of a pixel', choices=('gaussian', 'logistic'))
     mixtures: int = _generator(1, 'components of `logistic`', low=1)
     sigma: float = _generator(0.15, 'pixel standard deviation of `gaussian`', above=0)
-    floors: str = _generator('', 'free nats of each layer, top first; empty for none')
+    layer_free_nats: str = _generator('', 'free nats of each layer, top first; empty for none')
     w_kl: float = _generator(0.5, 'weight of the KL', low=0)
     kl_warmup: float = _generator(0.3, 'share of training over which it rises', low=0)
     gen_steps: int = _generator(2500, 'optimiser steps', low=1)
@@ -117,7 +117,7 @@ class _EnergySettings:
     langevin_steps: int = _chain(15, 'updates a level', low=1)
     rho: float = _chain(0.8, '`consistent`: share of the state an update keeps, below 1', low=0)
     joint_rho: float = _chain(0.95, '`rho` without diffusion, whose target is narrow', low=0, systems=('joint-ebm',))
-    b2: float = _chain(2e-4, '`published`, `robust`: squared base step', above=0)
+    squared_step: float = _chain(2e-4, '`published`, `robust`: squared base step', above=0)
     weighting: str = _chain('drl', '`published`, `robust`: weight of the levels', choices=('drl', 'likelihood'))
     mala: bool = _chain(True, '`consistent`: accept or reject each update')
     drift: float = _chain(1.0, '`consistent`: longest drift of a proposal, in its noise; 0 for any', low=0)
@@ -126,7 +126,7 @@ class _EnergySettings:
     contexts: bool = _energy(True, 'a layer is seen with what it is drawn from; `published`: alone')
     spectral: bool = _energy(False, 'divide hidden weights by their spectral norms')
     free_head: bool = _energy(True, 'output layer unnormalised and started small')
-    tau_y: float = _label(1.0, 'temperature of the symbols', above=0)
+    symbol_temperature: float = _label(1.0, 'temperature of the symbols', above=0)
     w_cls: float = _label(1.0, "weight of the labels' cross-entropy at noisy latents", low=0)
     labelled: float = _label(1.0, 'share of training pictures whose labels are used', low=0, high=1)
 
@@ -285,14 +285,16 @@ def preset_of(dataset: str, preset: str) -> dict:
     return PRESETS[name, preset]
 
 # %% ../nbs/62_image_job.ipynb #a9fd3f51
-_RELEASED = dict(schedule='published', T=3, contexts=False, spectral=True, free_head=False, tau_y=0.1, w_cls=0.04)
+_RELEASED = dict(
+    schedule='published', T=3, contexts=False, spectral=True, free_head=False, symbol_temperature=0.1, w_cls=0.04
+)
 OBJECTIVES = dict(
     consistent=dict(),
-    robust=dict(_RELEASED, langevin_steps=15, b2=2e-4, weighting='drl', lr=1e-3, ema=0.99),
+    robust=dict(_RELEASED, langevin_steps=15, squared_step=2e-4, weighting='drl', lr=1e-3, ema=0.99),
     published=dict(
         _RELEASED,
         langevin_steps=50,
-        b2=3e-5,
+        squared_step=3e-5,
         weighting='likelihood',
         lr=4e-5,
         beta1=0.99,
@@ -345,7 +347,7 @@ def prior_cfg(
         objective='published',
         reference='gaussian',
         n_steps=settings.langevin_steps,
-        b2=settings.b2,
+        squared_step=settings.squared_step,
         weighting=settings.weighting,
         mala=False,
         encoder=False,
@@ -395,15 +397,17 @@ def prior_cfg_train(
 # %% ../nbs/62_image_job.ipynb #fa69786b
 def _check_systems(job: ImageJob):
     "`ValueError` for systems that are unknown, or that one job cannot train"
-    asked = job.rows.split()
+    asked = job.systems.split()
     for name in asked:
-        choose('row', name, SYSTEMS)
+        choose('system', name, SYSTEMS)
     if not asked:
-        raise ValueError(f'rows is empty; known: {", ".join(SYSTEMS)}')
+        raise ValueError(f'systems is empty; known: {", ".join(SYSTEMS)}')
     if 'ldebm-joint' in asked and 'ldebm' not in asked:
-        raise ValueError('row ldebm-joint starts from ldebm: name both')
+        raise ValueError('system ldebm-joint starts from ldebm: name both')
     if job.objective != 'consistent' and set(asked) - {'ldebm', 'ldebm-coupled'}:
-        raise ValueError(f"objective {job.objective!r} is one of the diffusion EBM: leave other rows to 'consistent'")
+        raise ValueError(
+            f"objective {job.objective!r} is one of the diffusion EBM: leave other systems to 'consistent'"
+        )
 
 
 def _own_settings(job: ImageJob) -> dict:
@@ -428,10 +432,10 @@ def _check_texts(job: ImageJob, settings: ImageSettings):
     parse_layers(settings.layers)
     if min(numbers(settings.tune, 'tune'), default=0) < 0:
         raise ValueError(f'KL weights must not be negative, got tune={settings.tune!r}')
-    if min(numbers(settings.floors, 'floors'), default=0) < 0:
-        raise ValueError(f'floors must not be negative, got {settings.floors!r}')
-    if 'gaussian-tuned' in job.rows.split() and not settings.tune.split():
-        raise ValueError('tune is empty: the row gaussian-tuned needs KL weights to try, such as "1 2"')
+    if min(numbers(settings.layer_free_nats, 'layer_free_nats'), default=0) < 0:
+        raise ValueError(f'layer_free_nats must not be negative, got {settings.layer_free_nats!r}')
+    if 'gaussian-tuned' in job.systems.split() and not settings.tune.split():
+        raise ValueError('tune is empty: the system gaussian-tuned needs KL weights to try, such as "1 2"')
 
 # %% ../nbs/62_image_job.ipynb #65164fe7
 def _check_together(job: ImageJob, settings: ImageSettings):
@@ -439,8 +443,8 @@ def _check_together(job: ImageJob, settings: ImageSettings):
     for name in ('ema', 'gen_ema'):
         if not 0 <= getattr(settings, name) < 1:
             raise ValueError(f'{name} must lie in [0, 1), got {getattr(settings, name)}')
-    if 'ldebm-joint' in job.rows.split() and not settings.joint_steps:
-        raise ValueError('row ldebm-joint needs a number of steps: settings="joint_steps=300"')
+    if 'ldebm-joint' in job.systems.split() and not settings.joint_steps:
+        raise ValueError('system ldebm-joint needs a number of steps: settings="joint_steps=300"')
     score_cfg(settings)
     for single in (False, True):
         prior_cfg(settings, single)
@@ -586,7 +590,7 @@ def record_name(place: ImagePlace, system: str) -> dict:
     "What identifies a record"
     job = place.job
     return dict(
-        row=system,
+        system=system,
         corpus=corpus_name(place),
         preset=job.preset,
         objective=job.objective,
@@ -601,7 +605,7 @@ BUILT_IN = ('digits', 'shapes', 'cifar10')  # Data sets whose name says what the
 def record_settings(place: ImagePlace, system: str) -> dict:
     "Settings of a record: every number, and what the pictures are"
     train = place.images['train']
-    out = dict(row=system, **asdict(place.settings), n_train=len(train), shape=list(train.shape))
+    out = dict(system=system, **asdict(place.settings), n_train=len(train), shape=list(train.shape))
     return out if corpus_name(place) in BUILT_IN else dict(out, data=place.data)
 
 # %% ../nbs/62_image_job.ipynb #17a2e586
@@ -645,19 +649,19 @@ def _load(job: ImageJob, settings: ImageSettings) -> dict:
 
 def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
     "`ValueError` for layers that free nats or energies do not go with"
-    if settings.floors and len(numbers(settings.floors, 'floors')) != cfg.L:
-        raise ValueError(f'floors has {len(settings.floors.split())} numbers for {cfg.L} layers')
+    if settings.layer_free_nats and len(numbers(settings.layer_free_nats, 'layer_free_nats')) != cfg.L:
+        raise ValueError(f'layer_free_nats has {len(settings.layer_free_nats.split())} numbers for {cfg.L} layers')
     odd = [side for side in cfg.sizes if side & (side - 1)]
-    if odd and set(job.rows.split()) & {'ldebm', 'ldebm-coupled', 'joint-ebm'}:
+    if odd and set(job.systems.split()) & {'ldebm', 'ldebm-coupled', 'joint-ebm'}:
         what = f'layers: energies need maps whose side is a power of two, got {odd[0]}'
-        raise ValueError(f'{what}; leave out the rows with energies, or choose other layers')
+        raise ValueError(f'{what}; leave out the systems with energies, or choose other layers')
 
 # %% ../nbs/62_image_job.ipynb #9a01c78b
 def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
     "`ValueError` for fewer pictures than a Frechet distance needs"
     need = CLASSIFIERS[settings.clf_preset]['n_features'] + 1
     numbers_of = {'n_samples': settings.n_samples, 'training pictures': len(images['train'])}
-    if 'gaussian-tuned' in job.rows.split():
+    if 'gaussian-tuned' in job.systems.split():
         numbers_of['validation pictures'] = len(images['valid'])
     for what, n in numbers_of.items():
         if n < need:
@@ -675,9 +679,9 @@ def _check_training(job: ImageJob, settings: ImageSettings, train: Images):
         if size > len(train):
             raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {name}={size}: lower it')
     labels = train.attributes and (train.labels >= 0).any()
-    if 'ldebm-coupled' in job.rows.split() and not labels:
+    if 'ldebm-coupled' in job.systems.split() and not labels:
         raise ValueError(
-            f'{train.name} has no labels to couple to: leave out the row ldebm-coupled, or give attributes'
+            f'{train.name} has no labels to couple to: leave out the system ldebm-coupled, or give attributes'
         )
 
 
@@ -724,7 +728,7 @@ def open_job(
     _check_training(job, settings, train)
     _warn_of_gaps(settings, images)
     place = ImagePlace(None, job, settings, device, images, cfg, data_hash(images))
-    systems = ('gaussian', *job.rows.split())
+    systems = ('gaussian', *job.systems.split())
     check_names(job, [(record_name(place, k), record_settings(place, k)) for k in systems])
     use_machine(job)
     return replace(place, run=_open_run(place))
@@ -739,7 +743,7 @@ def _usual(job: ImageJob) -> ImageSettings:
 def __repr__(self: ImagePlace) -> str:
     job, train = self.job, self.images['train']
     what = f'{corpus_name(self)}, {len(train):,} training pictures, {job.preset}, {job.objective}, seed {job.seed}'
-    return describe(f'{job.rows}: {what}', job, self.settings, _usual(job))
+    return describe(f'{job.systems}: {what}', job, self.settings, _usual(job))
 
 
 @patch

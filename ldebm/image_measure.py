@@ -411,7 +411,7 @@ def run_systems(
     ref: Reference,  # Of the frozen generator
 ) -> dict:  # System -> `Measured`
     "Train, measure and record all that a job asks for, and the Gaussian prior"
-    asked = place.job.rows.split()
+    asked = place.job.systems.split()
     done = {'gaussian': _run_gaussian(place, ref)}
     for system in asked:
         if system in ('ldebm', 'ldebm-coupled', 'joint-ebm', 'ddpm'):

@@ -139,8 +139,8 @@ def train_generator(
     settings, seed = place.settings, place.job.seed
     own = w_kl is None
     weight = settings.w_kl if own else w_kl
-    floors = numbers(settings.floors, 'floors') if own else ()
-    model = GeneratorModel(Generator(place.cfg, make_gen(seed, 'generator')), floors, settings.gen_ema)
+    layer_free_nats = numbers(settings.layer_free_nats, 'layer_free_nats') if own else ()
+    model = GeneratorModel(Generator(place.cfg, make_gen(seed, 'generator')), layer_free_nats, settings.gen_ema)
 
     def weigh(step, steps):
         return dict(nll=1.0, kl=weight * linear_warmup(step / steps, settings.kl_warmup, 0.01))
@@ -305,7 +305,7 @@ def layered_prior(
         settings.free_head,
         gen=gen,
     )
-    energy = LayeredEnergy(generator, nets, T, groups, settings.tau_y if coupled else 1.0)
+    energy = LayeredEnergy(generator, nets, T, groups, settings.symbol_temperature if coupled else 1.0)
     return DiffusionEBM(make_schedule(settings.schedule, T), energy, prior_cfg(settings, single))
 
 # %% ../nbs/62a_image_stages.ipynb #7b374187
@@ -406,7 +406,7 @@ def save_prior(place: ImagePlace, system: str, generator: Generator, prior) -> P
     tensors = {f'generator.{k}': v for k, v in generator.state_dict().items()}
     tensors |= {f'prior.{k}': v for k, v in net.state_dict().items()}
     about = dict(
-        row=system,
+        system=system,
         objective=place.job.objective,
         settings=asdict(place.settings),
         generator=asdict(generator.cfg),
@@ -434,17 +434,18 @@ def load_prior(
     "Read what `save_prior` wrote; `ValueError` when it is something else"
     device = pick_device(device)
     tensors, about = load_tensors(path, device)
-    if 'row' not in about or 'generator' not in about:
-        raise ValueError(f'{path} holds no image prior: it wants the model.safetensors of a row of an image job')
+    about = renamed(about)
+    if 'system' not in about or 'generator' not in about:
+        raise ValueError(f'{path} holds no image prior: it wants the model.safetensors of a system of an image job')
     settings = check_params(ImageSettings, renamed(about['settings']) | dict(objective=about['objective']))
     generator = Generator(GeneratorCfg(**_tuples(about['generator']))).to(device)
     generator.load_state_dict(_part(tensors, 'generator'))
     generator.eval().requires_grad_(False)
-    if about['row'] == 'ddpm':
+    if about['system'] == 'ddpm':
         prior = make_score_prior(generator.d, replace(score_cfg(settings), ema=0.0)).to(device)
         net = prior.net
     else:
-        prior = layered_prior(settings, about['row'], generator, about['values']).to(device)
+        prior = layered_prior(settings, about['system'], generator, about['values']).to(device)
         net = prior.energy.nets
     net.load_state_dict(_part(tensors, 'prior'))
     return generator, prior.eval()

@@ -130,7 +130,7 @@ def work_of(
 # %% ../nbs/60_job.ipynb #5ea1b828
 def record(
     folder: str | Path,  # Of the record; made where it is missing
-    name: dict,  # `row, corpus, preset, objective, seed`, and `variant` where there is one
+    name: dict,  # `system, corpus, preset, objective, seed`, and `variant` where there is one
     metrics: dict,  # Name -> `metric`
     settings: dict,  # What makes the run what it is
     work: Work,  # What it took

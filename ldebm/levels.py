@@ -31,10 +31,10 @@ class PriorCfg:
     rho: float = 0.8  # `consistent`: share of the state a preconditioned step keeps
     mala: bool = True  # `consistent`: accept or reject each step, in training too
     drift: float = math.inf  # `consistent`: longest drift of a step, in units of its noise
-    tau: float = 1.0  # `consistent`: temperature of every level, the same in chain, loss and likelihood
-    b2: float = 2e-3  # `published`: the squared base step
-    floor: float = 0.0  # `consistent`: free nats a dimension; `published`: threshold kappa of its entropy mask
-    clamp: bool = True  # `consistent`: how `floor` works, see `free_bits`
+    temperature: float = 1.0  # `consistent`: temperature of every level, the same in chain, loss and likelihood
+    squared_step: float = 2e-3  # `published`: the squared base step
+    free_nats: float = 0.0  # `consistent`: free nats a dimension; `published`: threshold kappa of its entropy mask
+    clamp: bool = True  # `consistent`: how `free_nats` works, see `free_bits`
     weighting: str = 'drl'  # `published`: a level's weight, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t^2)
     encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
     levels: str = 'one'  # `consistent`: `one` stratified random level a sample, times T, or `all`
@@ -63,10 +63,10 @@ def _check_ranges(cfg: PriorCfg):
         raise ValueError(f'n_steps must be >= 0, got {cfg.n_steps}')
     if not 0 <= cfg.rho < 1:
         raise ValueError(f'rho must lie in [0, 1), got {cfg.rho}')
-    if cfg.floor < 0:
-        raise ValueError(f'floor must not be negative, got {cfg.floor}')
-    if cfg.tau <= 0 or cfg.b2 <= 0:
-        raise ValueError(f'tau and b2 must be positive, got {cfg.tau} and {cfg.b2}')
+    if cfg.free_nats < 0:
+        raise ValueError(f'free_nats must not be negative, got {cfg.free_nats}')
+    if cfg.temperature <= 0 or cfg.squared_step <= 0:
+        raise ValueError(f'temperature and squared_step must be positive, got {cfg.temperature} and {cfg.squared_step}')
 
 # %% ../nbs/12c_levels.ipynb #52903bd4
 class Levels(nn.Module):
@@ -129,10 +129,10 @@ def tilted_gaussian(
 ) -> tuple[Tensor, Tensor]:  # Mean `(B, d)` and variance `(B, 1)`
     "The Gaussian that level `t` tilts"
     last = (t == self.T - 1)[:, None]
-    variance = self.schedule.at('sigma', t + 1, z_next) ** 2
+    variance = self.schedule.coefficient('sigma', t + 1, z_next) ** 2
     if self.cfg.reference == 'flat':
         return torch.where(last, 0.0, z_next), variance
-    mean = self.schedule.at('a', t + 1, z_next) * z_next
+    mean = self.schedule.coefficient('a', t + 1, z_next) * z_next
     return torch.where(last, 0.0, mean), torch.where(last, 1.0, variance)
 
 # %% ../nbs/12c_levels.ipynb #ca9e68d1
@@ -140,15 +140,15 @@ def tilted_gaussian(
 def temperature(self: Levels, t: Tensor, like: Tensor) -> Tensor:  # Shape `(B,)`
     "What divides `F` at level `t`"
     if self.published:
-        return published_step(self.schedule, t, self.cfg.b2, like)[:, 0]
-    return torch.full_like(like[:, 0], self.cfg.tau)
+        return published_step(self.schedule, t, self.cfg.squared_step, like)[:, 0]
+    return torch.full_like(like[:, 0], self.cfg.temperature)
 
 # %% ../nbs/12c_levels.ipynb #c917567e
 @patch
 def scale(self: Levels, t: Tensor, like: Tensor) -> Tensor:  # Shape `(B, 1)`
     "Unknown per latent at level `t`: `y = scale z_t`"
     if self.cfg.reference == 'flat':
-        return self.schedule.at('a_up', t + 1, like)
+        return self.schedule.coefficient('a_up', t + 1, like)
     return torch.ones_like(like[:, :1])
 
 # %% ../nbs/12c_levels.ipynb #b878e46c
@@ -233,7 +233,7 @@ def log_z(
     "`log Z_t(z_{t+1})` by simple importance sampling from the level's own Gaussian"
     level = self.conditional(z_next, t)
     if self.published:  # its loss has `F` itself, whatever its chains divide it by
-        level.temperature = torch.full_like(level.temperature, self.cfg.tau)
+        level.temperature = torch.full_like(level.temperature, self.cfg.temperature)
     return gaussian_log_z(level, n, gen)
 
 # %% ../nbs/12c_levels.ipynb #cd3b89a4

@@ -28,8 +28,8 @@ class Proposal(NamedTuple):
     G: Tensor  # Shape `(k, d)`
     L: Tensor  # Shape `(d, d)`, lower triangular
 
-    def at(self, x: Tensor, noise: Tensor) -> Tensor:
-        "The draw at `x`, shape `(..., k)`, that standard normal noise `(..., d)` makes"
+    def draw(self, x: Tensor, noise: Tensor) -> Tensor:
+        "The draw given `x`, shape `(..., k)`, that standard normal noise `(..., d)` makes"
         return self.b + x @ self.G + noise @ self.L.T
 
     @property
@@ -114,7 +114,7 @@ def latents(
         given = zs[-1] if t else self.q.mean[i]
         noise = e[:, t]
         if t in self.better:
-            noise = self.better[t].at(given, noise)
+            noise = self.better[t].draw(given, noise)
             log_q = log_q - self.better[t].log_det
         if t == 0:
             zs.append(given + log_sd.exp() * noise)
@@ -141,7 +141,7 @@ def rough_log_z(self: Paths, zs: list, t: int) -> Tensor:  # Shape `(n_z, R)`
     level = self.level(zs[t + 1], t)
     R, n = len(zs[t + 1]), len(self.draws)
     proposal = self.proposals[t]
-    z = level.mean + proposal.at(level.mean, self.draws[:, None])
+    z = level.mean + proposal.draw(level.mean, self.draws[:, None])
     every = rows_of(level, torch.arange(R, device=z.device).repeat(n))
     log_p = every.log_density(z.view(n * R, -1)).view(n, R)
     return log_p - log_normal(self.draws, 0.0, 1.0)[:, None] + proposal.log_det

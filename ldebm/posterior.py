@@ -150,15 +150,15 @@ class StandardNormal(Prior):
     def __init__(
         self,
         d: int,  # Latent dimension
-        floor: float = 0.0,  # Free nats a dimension
+        free_nats: float = 0.0,  # Free nats a dimension
     ):
         super().__init__(d)
-        self.floor = floor
+        self.free_nats = free_nats
 
     def terms(self, q: DiagGaussian, z: Tensor, gen=None, labels=None, label_weights=None) -> dict:
         "`kl` with free nats, `zkl0` without, and `kl_base` for the record"
         kl = q.kl_standard()
-        return dict(kl=free_bits(kl, self.floor), zkl0=kl.sum(-1), kl_base=kl.sum(-1).detach())
+        return dict(kl=free_bits(kl, self.free_nats), zkl0=kl.sum(-1), kl_base=kl.sum(-1).detach())
 
     def kl(self, q: DiagGaussian, z: Tensor, gen=None, n: int = 1) -> tuple[Tensor, Tensor]:
         kl = q.kl_standard().sum(-1)

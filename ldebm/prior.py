@@ -103,7 +103,9 @@ def _descend(self: DiffusionEBM, z, top: int, request: _Request, gen) -> list:  
         path.append(self._one_level(path[-1], t, request, given[t], gen))
     for _ in range(request.known.sweeps if request.known is not None else 0):
         z, one = path[-1], torch.ones(len(z), dtype=torch.long, device=z.device)
-        z_next = self.schedule.at('a', one, z) * z + self.schedule.at('sigma', one, z) * randn_like(z, gen)
+        a = self.schedule.coefficient('a', one, z)
+        sigma = self.schedule.coefficient('sigma', one, z)
+        z_next = a * z + sigma * randn_like(z, gen)
         path[-1] = self._one_level(z_next, 0, request, given[0], gen, start=z)
     return path
 
@@ -167,7 +169,7 @@ def symbol_logits(
     "Logits of the symbol posterior at a level (clean latents are scaled to that level's mean)"
     if isinstance(t, int):
         t = torch.full((len(z),), t, device=z.device)
-    return self.energy.logits(self.scale(t, z) * self.schedule.at('abar', t, z) * z, t, context)
+    return self.energy.logits(self.scale(t, z) * self.schedule.coefficient('abar', t, z) * z, t, context)
 
 # %% ../nbs/13_prior.ipynb #2a161b30
 def _by_sample(x: Tensor, B: int) -> Tensor:  # Shape `(B,)`
@@ -196,8 +198,8 @@ def consistent_terms(
     positive, (negative, accept) = level.scale * z_t, level.sample(gen=gen)
     contrast, symbols = _contrast(prior, level, positive, negative, z, weights, labels, label_weights)
     kl = prior.base_kl(q)
-    out = dict(kl=free_bits(kl, cfg.floor, cfg.clamp), kl_base=kl.sum(-1).detach())
-    out['ebm'] = _by_sample(factor * contrast / cfg.tau, B)
+    out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp), kl_base=kl.sum(-1).detach())
+    out['ebm'] = _by_sample(factor * contrast / cfg.temperature, B)
     if cfg.encoder:
         out['ebm_enc'] = factor * _by_sample(encoder_contrast(level, energy, positive, negative, weights), B)
     if level.metropolis and cfg.n_steps:
@@ -241,12 +243,12 @@ def published_terms(
     contrast, symbols = _contrast(prior, level, positive, negative, clean, weights, labels, label_weights)
     weight = 1 / level.temperature[:, 0]
     if cfg.weighting == 'drl':
-        weight = (schedule.sigma[1].item() / schedule.at('sigma', t + 1, z))[:, 0]
+        weight = (schedule.sigma[1].item() / schedule.coefficient('sigma', t + 1, z))[:, 0]
     out = dict(ebm=_by_sample(weight * contrast, B), kl_base=q.kl_standard().sum(-1).detach())
     if cfg.encoder:
         out['ebm_enc'] = _by_sample(-weight * frozen_free(energy, positive, t, weights), B)
     if cfg.reference == 'flat':
-        out |= _flat_terms(q, cfg.floor, weight[-B:], z_t[-B:])
+        out |= _flat_terms(q, cfg.free_nats, weight[-B:], z_t[-B:])
     return {**out, **symbols}
 
 # %% ../nbs/13_prior.ipynb #d7186332

@@ -11,7 +11,7 @@ import statistics
 from typing import NamedTuple
 
 from .report import runs_of
-from .zoo import ROWS
+from .zoo import SYSTEMS
 
 # %% ../nbs/65b_rates.ipynb #499f0bce
 class Point(NamedTuple):
@@ -32,14 +32,14 @@ def rate_points(
     colour: str = 'rppl',  # Metric of the colour
 ) -> list:  # A `Point` for each run
     "Runs with a rate, a distortion and a colour; those of other settings or data than the system's are left out"
-    runs = runs_of(records, corpus, preset, [(s, objective) for s in (ROWS if systems is None else systems)])
+    runs = runs_of(records, corpus, preset, [(s, objective) for s in (SYSTEMS if systems is None else systems)])
     same = {id(r) for groups in runs.values() for differs, group in groups if not differs for r in group}
     out = []
     for record in records:
         metrics = record['metrics']
         values = [metrics.get(name, {}).get('value') for name in ('kl', 'recon_nll', colour)]
         if id(record) in same and None not in values:
-            out.append(Point(record['row'], *values))
+            out.append(Point(record['system'], *values))
     return out
 
 # %% ../nbs/65b_rates.ipynb #b5b3bca0
@@ -47,13 +47,13 @@ def _scatter(ax, points: list):
     "A dot for each run, a mark for each family; what a colour bar is made from"
     from matplotlib.colors import LogNorm
 
-    families = list(dict.fromkeys(row.family for row in ROWS.values()))
+    families = list(dict.fromkeys(system.family for system in SYSTEMS.values()))
     colours = [p.colour for p in points]
     norm = LogNorm(min(colours), max(colours) * 1.001)
     look = dict(s=34, cmap='viridis_r', norm=norm, edgecolor='k', linewidth=0.3)
     dots = None
     for family, mark in zip(families, 'os^vDP*Xp'):
-        mine = [p for p in points if ROWS[p.system].family == family]
+        mine = [p for p in points if SYSTEMS[p.system].family == family]
         if mine:
             x, y, c = zip(*(p[1:] for p in mine))
             dots = ax.scatter(x, y, c=c, marker=mark, label=family, **look)
@@ -110,7 +110,7 @@ def _name_systems(ax, points: list, taken: list):
         mine = [p for p in points if p.system == system]
         at = statistics.fmean(p.rate for p in mine), statistics.fmean(p.distortion for p in mine)
         text = dict(xytext=(4, 3), textcoords='offset points', arrowprops=line, fontsize=6)
-        name = ax.annotate(ROWS[system].title, at, **text)
+        name = ax.annotate(SYSTEMS[system].title, at, **text)
         offset, box = _free_place(ax, at, Text.get_window_extent(name).size, taken, scale)
         name.set_position(offset)
         taken.append(box)

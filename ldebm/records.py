@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPERATIONAL', 'SCORING', 'RENAMED', 'JOB_SETTINGS', 'DATA_SETS', 'renamed', 'identity', 'FolderInUse', 'Run',
-           'env_report', 'provenance', 'metric', 'row_name', 'RecordName', 'own_name', 'check_result', 'results_root',
-           'result_path', 'write_result', 'load_results', 'data_of', 'group_records']
+           'env_report', 'provenance', 'metric', 'system_name', 'RecordName', 'own_name', 'check_result',
+           'results_root', 'read_record', 'result_path', 'write_result', 'load_results', 'data_of', 'group_records']
 
 # %% ../nbs/01_records.ipynb #98361484
 import contextlib
@@ -42,11 +42,19 @@ _SCORING_POINTS = 'n_points repeats'
 SCORING = frozenset(f'{_SCORING_TEXT} {_SCORING_IMAGES} {_SCORING_POINTS}'.split())
 
 # %% ../nbs/01_records.ipynb #bbd14151
-RENAMED = {}  # Old name of a setting -> its name now
+RENAMED = dict(
+    row='system',
+    rows='systems',
+    floor='free_nats',
+    floors='layer_free_nats',
+    tau='temperature',
+    tau_y='symbol_temperature',
+    b2='squared_step',
+)  # Old name of a setting, or of a key of records -> its name now
 
 
 def renamed(
-    settings: dict,  # As a record, or the folder of a run, has them
+    settings: dict,  # As a record, or the folder of a run, has them; or a record itself
 ) -> dict:  # The same values under the names of today
     "Settings under their present names; a present name that is there already counts"
     return {RENAMED.get(k, k): v for k, v in settings.items()} | {k: v for k, v in settings.items() if k not in RENAMED}
@@ -555,9 +563,9 @@ def metric(
     }
 
 # %% ../nbs/01_records.ipynb #8774881a
-def row_name(r: dict) -> str:  # Of a record, or of what it is about
-    "`row` or `row+variant`"
-    return '+'.join(o for o in (r['row'], r['variant']) if o)
+def system_name(r: dict) -> str:  # Of a record, or of what it is about
+    "`system` or `system+variant`"
+    return '+'.join(o for o in (r['system'], r['variant']) if o)
 
 
 def _check_name(key: str, value, where: str = ''):
@@ -571,27 +579,27 @@ def _check_name(key: str, value, where: str = ''):
 class RecordName:
     "What a record is about; `ValueError` for what cannot be part of a file name"
 
-    row: str  # Model: a row of the tables
+    system: str  # Model, such as `ldebm`
     corpus: str  # Data set
     preset: str  # Size of the job
     objective: str  # `'published'`, `'consistent'`, ...
     seed: int  # Seed of the run
-    variant: str = ''  # Distinguishes runs of one row with other settings
+    variant: str = ''  # Distinguishes runs of one system with other settings
 
     def __post_init__(self):
-        for key in ('row', 'corpus', 'preset', 'objective', 'variant'):
+        for key in ('system', 'corpus', 'preset', 'objective', 'variant'):
             _check_name(key, getattr(self, key))
 
     @property
-    def system(self) -> str:
-        return row_name(vars(self))
+    def full_name(self) -> str:
+        return system_name(vars(self))
 
     @property
     def file(self) -> Path:  # In a folder of records
-        return Path('runs', self.corpus, self.preset, f'{self.system}-{self.objective}-s{self.seed}.json')
+        return Path('runs', self.corpus, self.preset, f'{self.full_name}-{self.objective}-s{self.seed}.json')
 
     def __str__(self):  # One word, as for the folder of the run
-        return f'{self.system}-{self.corpus}-{self.preset}-{self.objective}-s{self.seed}'
+        return f'{self.full_name}-{self.corpus}-{self.preset}-{self.objective}-s{self.seed}'
 
 # %% ../nbs/01_records.ipynb #3dd26c52
 _TEXTS = ('grammar', 'ptb', 'dailydialog')
@@ -619,7 +627,7 @@ def own_name(
     return f'file-{name}' if _letters(name) in map(_letters, DATA_SETS) else name
 
 # %% ../nbs/01_records.ipynb #dc5aa7a0
-_TEXT_KEYS = ('row', 'corpus', 'preset', 'objective', 'variant')
+_TEXT_KEYS = ('system', 'corpus', 'preset', 'objective', 'variant')
 _DICT_KEYS = ('metrics', 'settings', 'provenance')
 _PROVENANCE_KEYS = ('commit', 'versions', 'device', 'threads', 'minutes', 'peak_memory_mb', 'finished')
 
@@ -673,19 +681,21 @@ def results_root() -> Path:  # Folder of records
     return project / 'results'
 
 # %% ../nbs/01_records.ipynb #e2dd9727
-def _read_record(path: Path) -> dict:
-    "A record under today's names of settings; `ValueError` names the file when it is none"
+def read_record(
+    path,  # File
+) -> dict:  # Under today's names
+    "A record; `ValueError` names the file when it is none"
     try:
-        rec = json.loads(path.read_text())
+        rec = json.loads(Path(path).read_text())
     except ValueError as e:
         raise ValueError(f'{path} is not JSON: {e}') from e
-    check_result(rec, str(path))
+    rec = check_result(renamed(rec) if isinstance(rec, dict) else rec, str(path))
     return {**rec, 'settings': renamed(rec['settings'])}
 
-
+# %% ../nbs/01_records.ipynb #cea16106
 def _check_free(path: Path, settings: dict):
     "`ValueError` when a record of another run is there"
-    old = identity(_read_record(path)['settings'], scoring=False)
+    old = identity(read_record(path)['settings'], scoring=False)
     new = identity(_plain(settings), scoring=False)
     if settings_hash(old) != settings_hash(new):
         raise ValueError(
@@ -700,7 +710,7 @@ def result_path(
     settings: dict | None = None,  # Of the run: `ValueError` when the record of another run has this name
     results_dir=None,  # Folder of records; `results_root()` if `None`
     **about,  # Fields of `RecordName`
-) -> Path:  # `<results_dir>/runs/<corpus>/<preset>/<system>-<objective>-s<seed>.json`
+) -> Path:  # `<results_dir>/runs/<corpus>/<preset>/<name>-<objective>-s<seed>.json`
     "Where a record goes. Ask with `settings` before the work starts, rather than after"
     folder = Path(results_dir) if results_dir is not None else results_root()
     path = folder / RecordName(**about).file
@@ -739,7 +749,7 @@ def load_results(
     folder = Path(folder) if folder is not None else results_root()
     flat = [p for p in folder.glob('*.json') if not p.name.startswith(('bench-', 'calibration-'))]
     grouped = folder.glob('runs/*/*/*-s*.json')  # a run's own folder may be called `runs`, too, and holds other JSON
-    records = [_read_record(p) for p in sorted([*flat, *grouped])]
+    records = [read_record(p) for p in sorted([*flat, *grouped])]
     return sorted(records, key=lambda r: str(RecordName(**{k: r[k] for k in (*_TEXT_KEYS, 'seed')})))
 
 # %% ../nbs/01_records.ipynb #cb838d31

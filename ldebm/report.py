@@ -12,7 +12,7 @@ import re
 import statistics
 from typing import NamedTuple
 
-from .records import data_of, group_records, row_name
+from .records import data_of, group_records, system_name
 from .text_job import not_valid
 
 # %% ../nbs/65_report.ipynb #f153c7ee
@@ -52,13 +52,13 @@ def runs_of(
     records: list,  # From `ldebm.records.load_results`
     corpus: str,
     preset: str,
-    rows: list,  # `(row, objective)` pairs; a variant is `row+variant`
+    rows: list,  # `(system, objective)` of each row; a variant is `system+variant`
     data: dict | None = None,  # Fingerprints of the data wanted; those of most of these records if `None`
-) -> dict:  # Row and objective -> groups as from `group_records`, told from the row's first group on that data
-    "Runs of some rows, those on the table's data first"
+) -> dict:  # `(system, objective)` -> groups as from `group_records`, told from the first group on that data
+    "Runs of each row, those on the table's data first"
     by_row = {tuple(row): [] for row in rows}
     for record in records:
-        row = row_name(record), record['objective']
+        row = system_name(record), record['objective']
         if (record['corpus'], record['preset']) == (corpus, preset) and row in by_row:
             by_row[row].append(record)
     if data is None:
@@ -229,9 +229,9 @@ def run_table(
     records: list,  # From `ldebm.records.load_results`
     corpus: str,
     preset: str,
-    rows: list,  # `(row, objective)`, or `(row, objective, title)`; a variant is `row+variant`
+    rows: list,  # `(system, objective)`, or `(system, objective, title)`; a variant is `system+variant`
     metrics: dict,  # Metric -> digits, in view
-    paper: dict | None = None,  # Row -> its published figures, as from `ldebm.comparison.quoted`
+    paper: dict | None = None,  # System -> its published figures, as from `ldebm.comparison.quoted`
     intervals: bool = False,  # Show the 95 % interval where there is one run
     data: dict | None = None,  # Data of the table, as in `runs_of`
     more: dict | None = None,  # Metric -> digits, folded below, with time and machine

@@ -61,7 +61,7 @@ def _check_amplitudes(a: Tensor):
 
 # %% ../nbs/10_schedule.ipynb #2cffb5e8
 @patch
-def at(
+def coefficient(
     self: Schedule,
     name: str,  # Which array: `a`, `sigma`, `abar`, `sbar` or `a_up`
     t: Tensor,  # Levels, shape `(B,)`, long, 0..T
@@ -158,7 +158,7 @@ def diffuse(
     gen: torch.Generator | None = None,  # Source of noise
 ) -> Tensor:  # Level-`t` latents, shape `(B, d)`
     "Draw `z_t` given the clean `z`"
-    return sched.at('abar', t, z) * z + sched.at('sbar', t, z) * randn_like(z, gen)
+    return sched.coefficient('abar', t, z) * z + sched.coefficient('sbar', t, z) * randn_like(z, gen)
 
 # %% ../nbs/10_schedule.ipynb #bef97b1a
 def diffuse_pair(
@@ -169,7 +169,7 @@ def diffuse_pair(
 ) -> tuple[Tensor, Tensor]:  # `z_t` and `z_{t+1}`, each `(B, d)`
     "Draw neighbours `z_t`, `z_{t+1}` of one diffusion path from the clean `z`"
     zt = diffuse(sched, z, t, gen)
-    return zt, sched.at('a', t + 1, z) * zt + sched.at('sigma', t + 1, z) * randn_like(z, gen)
+    return zt, sched.coefficient('a', t + 1, z) * zt + sched.coefficient('sigma', t + 1, z) * randn_like(z, gen)
 
 # %% ../nbs/10_schedule.ipynb #6390c0f4
 def diffuse_path(
@@ -216,12 +216,12 @@ def stratified_levels(
 def published_step(
     sched: Schedule,
     t: Tensor,  # Levels, shape `(B,)`
-    b2: float,  # Squared base step
+    squared_step: float,  # Squared base step
     like: Tensor,  # Gives dtype and device
 ) -> Tensor:  # `s_t^2`, shape `(B, 1)`
     "Squared step, and temperature, of the published sampler"
-    growth = sched.at('sbar', t, like) / sched.at('sbar', torch.zeros_like(t), like)
-    return growth * b2 * sched.at('sigma', t + 1, like) ** 2
+    growth = sched.coefficient('sbar', t, like) / sched.coefficient('sbar', torch.zeros_like(t), like)
+    return growth * squared_step * sched.coefficient('sigma', t + 1, like) ** 2
 
 # %% ../nbs/10_schedule.ipynb #b73ae3b5
 def flat_variances(sched: Schedule) -> Tensor:  # Shape `(T,)`

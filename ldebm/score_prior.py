@@ -214,7 +214,7 @@ def denoise(
     out = net(z, t, y)
     if guidance and y is not None:
         out = out + guidance * (out - net(z, t, None))
-    abar, sbar = self.schedule.at('abar', t, z), self.schedule.at('sbar', t, z)
+    abar, sbar = self.schedule.coefficient('abar', t, z), self.schedule.coefficient('sbar', t, z)
     if self.cfg.predict == 'eps':
         return (z - sbar * out) / abar, out
     return abar * z - sbar * out, sbar * z + abar * out
@@ -225,7 +225,7 @@ def _errors(self: ScorePrior, z: Tensor, y: Tensor | None, gen: torch.Generator 
     "Squared error of the network at a random level of each latent, mean over dimensions, shape `(B,)`"
     t = stratified_levels(len(z), self.T, gen, z.device) + 1
     eps = randn_like(z, gen)
-    abar, sbar = self.schedule.at('abar', t, z), self.schedule.at('sbar', t, z)
+    abar, sbar = self.schedule.coefficient('abar', t, z), self.schedule.coefficient('sbar', t, z)
     if y is not None:
         hidden = torch.rand(len(z), generator=gen, device=z.device) < self.cfg.drop
         y = torch.where(hidden, -1, y)

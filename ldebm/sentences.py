@@ -120,7 +120,7 @@ def parse_sentences(
 # %% ../nbs/04a_sentences.ipynb #35edb7c8
 def read_file(
     path,  # Text file with one sentence a line
-    kept: Path | None = None,  # A copy that stands in for it where it is gone
+    copy: Path | None = None,  # A copy that stands in for it where it is gone
 ) -> bytes:
     "Content of a user's file. `FileNotFoundError`, or `ValueError` for a folder"
     path = Path(path)
@@ -130,8 +130,8 @@ def read_file(
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        if kept is not None and kept.is_file():
-            return kept.read_bytes()
+        if copy is not None and copy.is_file():
+            return copy.read_bytes()
         raise FileNotFoundError(f'no such file: {path} (looked in {Path.cwd()}); {wanted}') from None
 
 # %% ../nbs/04a_sentences.ipynb #42d4a74d

@@ -18,6 +18,8 @@ import shlex
 import types
 import typing
 
+from .records import RENAMED
+
 # %% ../nbs/02_settings.ipynb #291fd87c
 def setting(
     default,  # Value unless said otherwise
@@ -191,6 +193,14 @@ def _nearest(name, known) -> str:
     return lower[found[0]] if found else ''
 
 
+def _meant(name, known) -> str:
+    "What an unknown name may have meant: what it is called now, or the nearest known one; empty when neither is"
+    if RENAMED.get(name) in known:
+        return f'{name} is now {RENAMED[name]}'
+    near = _nearest(name, known)
+    return f'did you mean {near!r}?' if near else ''
+
+
 def choose(
     kind: str,  # What is named: `'preset'`
     name: str,  # As it was written
@@ -199,9 +209,10 @@ def choose(
     "`ValueError` naming what is known when `name` is not"
     if name in known:
         return
-    near = _nearest(name, known)
-    hint = f'; did you mean {near!r}?' if near else '.'
-    raise ValueError(f'unknown {kind} {name!r}{hint} Known: {", ".join(known)}')
+    meant = _meant(name, known)
+    hint = f'; {meant}' if meant else ''
+    end = '' if meant.endswith('?') else '.'
+    raise ValueError(f'unknown {kind} {name!r}{hint}{end} Known: {", ".join(known)}')
 
 # %% ../nbs/02_settings.ipynb #0dd6b865
 def _fit(value, kind):
@@ -259,8 +270,7 @@ def _check_names(cls, values: dict):
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in values:
         if name not in fields:
-            near = _nearest(name, fields)
-            hint = f'did you mean {near!r}?' if near else f"known are {', '.join(fields)}"
+            hint = _meant(name, fields) or f"known are {', '.join(fields)}"
             raise ValueError(f'unknown parameter {name!r} for {cls.__name__}: {hint}')
     needed = [k for k, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [k for k in needed if k not in values]
@@ -388,10 +398,11 @@ def parse_settings(
         name, equals, value = part.partition('=')
         if not equals:
             raise ValueError(f'settings {part!r}: write name=value, several separated by spaces')
-        if name in parameters and name not in kinds:
+        parameter = RENAMED.get(name, name)
+        if parameter in parameters and parameter not in kinds:
             raise ValueError(
-                f'{name!r} is a parameter of its own, not one of `settings`: '
-                f'set it beside them, in batch with `-p {name} {shlex.quote(value)}`'
+                f'{parameter!r} is a parameter of its own, not one of `settings`: '
+                f'set it beside them, in batch with `-p {parameter} {shlex.quote(value)}`'
             )
         choose('setting', name, kinds)
         values[name] = _read_value(name, value, kinds[name])

@@ -19,7 +19,7 @@ import torch
 from .comparison import SHOWN, comparable
 from .core import check_writable
 from .corpora import CORPORA, Corpus, keep_source, load_corpus
-from .records import data_of, load_results, result_path, row_name
+from .records import RENAMED, data_of, load_results, result_path, system_name
 from .report import run_table
 from .settings import choose, parse_settings
 from .sweep import Outcomes, SweepJob, SweepStopped, sweep
@@ -27,7 +27,7 @@ from .text_job import job_folder, job_name, record_name, record_settings
 from .text_score import copy_record, tuning_jobs
 from .text_settings import OBJECTIVES, PRESETS, TextJob, TextSettings, load_own, resolve, scoring, unused
 from .text_task import check_corpus
-from .zoo import ROWS
+from .zoo import SYSTEMS
 
 # %% ../nbs/66_table.ipynb #42421841
 # GB that a run of a preset is given, above every peak that records state; that of `paper` is a guess
@@ -81,7 +81,7 @@ def settings_for(
     module: str = '',  # As in `TextJob`
 ) -> str:
     "What of the settings has an effect on this system"
-    idle = unused(resolve(TextJob(row=system, objective=objective, preset=preset, module=module)))
+    idle = unused(resolve(TextJob(system=system, objective=objective, preset=preset, module=module)))
     return shlex.join(part for part in shlex.split(settings) if part.partition('=')[0] not in idle)
 
 # %% ../nbs/66_table.ipynb #80793783
@@ -92,7 +92,7 @@ def _own_settings(systems: tuple, objective: str, preset: str, settings: str, mo
     used = {part for text in own.values() for part in shlex.split(text)}
     lost = [part for part in shlex.split(settings) if part not in used]
     if lost:
-        raise ValueError(f'settings {" ".join(lost)}: no effect on any of these rows')
+        raise ValueError(f'settings {" ".join(lost)}: no effect on any of these systems')
     return own
 
 # %% ../nbs/66_table.ipynb #33c30786
@@ -113,7 +113,7 @@ def table_jobs(
         systems = comparable(systems, objective)
     own = _own_settings(systems, objective, preset, settings or SETTINGS[preset], more.get('module', ''))
     about = dict(corpus=corpus, preset=preset, objective=objective, results=results, threads=1, **more)
-    jobs = [TextJob(row=system, seed=seed, settings=own[system], **about) for seed in seeds for system in systems]
+    jobs = [TextJob(system=system, seed=seed, settings=own[system], **about) for seed in seeds for system in systems]
     return [replace(job, out=f'{out}/{job_name(job)}') for job in jobs]
 
 # %% ../nbs/66_table.ipynb #121134b3
@@ -201,7 +201,7 @@ MAIN = dict(nll_valid=2, exact_gap=2, rppl=1, bleu=1, wkl=3, grammatical=3, kl=2
 
 
 def _title(job: TextJob) -> str:
-    return ROWS[job.row].title + (f', {job.variant}' if job.variant else '')
+    return SYSTEMS[job.system].title + (f', {job.variant}' if job.variant else '')
 
 
 def outcome(
@@ -213,7 +213,7 @@ def outcome(
     for job in jobs:
         about = record_name(job)
         key = about['corpus'], job.preset
-        rows.setdefault(key, {})[row_name(about), job.objective] = _title(job)
+        rows.setdefault(key, {})[system_name(about), job.objective] = _title(job)
         if key not in data:
             data[key] = data_of(record_settings(job, resolve(job)))
     known = {name for r in records if (r['corpus'], r['preset']) in rows for name in r['metrics']}
@@ -228,15 +228,15 @@ def outcome(
 # %% ../nbs/66_table.ipynb #35a99c5f
 def _add_what(parser: argparse.ArgumentParser):
     "Options that say what is run"
-    add, systems = parser.add_argument, ', '.join(ROWS)
+    add, systems = parser.add_argument, ', '.join(SYSTEMS)
     add('--corpus', default='grammar', help='grammar, ptb, dailydialog, or a file with one sentence a line')
     add('--preset', default='quick', choices=list(PRESETS))
     add('--objective', default='consistent', choices=list(OBJECTIVES))
-    add('--rows', nargs='+', metavar='ROW', help=f'any of {systems}; the sixteen and the control without it')
+    add('--systems', nargs='+', metavar='SYSTEM', help=f'any of {systems}; the sixteen and the control without it')
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
     add('--settings', default='', help=f'for every run that they have an effect on; by default {SETTINGS}')
-    add('--variant', default='', help='tag of records whose settings are not the rows\' own')
-    add('--module', default='', help='Python file that adds rows and priors of your own')
+    add('--variant', default='', help='tag of records whose settings are not the systems\' own')
+    add('--module', default='', help='Python file that adds systems and priors of your own')
     tuning = 'every configuration of both objectives of LDEBM, on validation sentences'
     add('--tune', action='store_true', help=tuning)
     add('--out', default='', help='folder of the runs; runs/table, or runs/tuning')
@@ -256,17 +256,28 @@ def _add_how(parser: argparse.ArgumentParser):
     add('--retry', action='store_true', help='run again what has failed')
 
 # %% ../nbs/66_table.ipynb #8dcbafe9
+def _new_options(unknown: list, options: argparse.Namespace) -> list:
+    "What options of earlier versions are called now"
+    now = {f'--{old}': new for old, new in RENAMED.items() if hasattr(options, new)}
+    written = [text.partition('=')[0] for text in unknown]
+    return [f'{option} is now --{now[option]}' for option in written if option in now]
+
+
 def _parse(argv: list | None) -> argparse.Namespace:
-    about = 'Run rows x seeds of the table, or the configurations of --tune'
+    about = 'Run systems x seeds of the table, or the configurations of --tune'
     parser = argparse.ArgumentParser(prog='python -m ldebm.table', description=about)
     _add_what(parser)
     _add_how(parser)
-    options = parser.parse_args(argv)
-    if options.tune and (options.rows or options.objective != 'consistent' or options.variant):
-        parser.error('--tune runs its own rows, objectives and variants: leave --rows, --objective and --variant out')
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error('; '.join([f'unrecognized arguments: {" ".join(unknown)}', *_new_options(unknown, options)]))
+    if options.tune and (options.systems or options.objective != 'consistent' or options.variant):
+        parser.error(
+            '--tune runs its own systems, objectives and variants: leave --systems, --objective and --variant out'
+        )
     return options
 
-
+# %% ../nbs/66_table.ipynb #54bc93bb
 def _jobs_of(options: argparse.Namespace) -> list:
     "What the options ask for"
     about = dict(corpus=options.corpus, preset=options.preset, settings=options.settings)
@@ -276,7 +287,7 @@ def _jobs_of(options: argparse.Namespace) -> list:
     load_own(options.module)
     about |= dict(out=options.out or 'runs/table', results=options.results or 'results')
     about |= dict(objective=options.objective, variant=options.variant, module=options.module)
-    return table_jobs(seeds=tuple(options.seeds), systems=tuple(options.rows or SHOWN), **about)
+    return table_jobs(seeds=tuple(options.seeds), systems=tuple(options.systems or SHOWN), **about)
 
 # %% ../nbs/66_table.ipynb #c11b5555
 def _run(options: argparse.Namespace) -> tuple[list, Outcomes]:

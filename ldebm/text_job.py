@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .core import atomic_write, load_tensors, pick_device, save_tensors
-from .corpora import CORPORA, KEPT_MB, Corpus, keep_source, load_corpus
+from .corpora import COPIED_MB, CORPORA, Corpus, keep_source, load_corpus
 from .job import Work, check_names, describe, job_device, record, use_machine
 from .peers import count_processes
 from .records import OPERATIONAL, SCORING, RecordName, Run, own_name, renamed
@@ -48,7 +48,7 @@ def record_name(
     job: TextJob,
 ) -> dict:
     "What a record is about"
-    parts = ('row', 'preset', 'objective', 'seed', 'variant')
+    parts = ('system', 'preset', 'objective', 'seed', 'variant')
     return dict(corpus=corpus_name(job), **{part: getattr(job, part) for part in parts})
 
 # %% ../nbs/61_text_job.ipynb #8ed1eb2d
@@ -112,15 +112,15 @@ def keep_corpus(
             f'{run.path} holds a run on other text of {corpus.name} (fingerprint {old["fingerprint"]}, '
             f'now {now["fingerprint"]}): bring the old data back, or choose another folder'
         )
-    if 0 < len(corpus.source) <= KEPT_MB * 2**20:
+    if 0 < len(corpus.source) <= COPIED_MB * 2**20:
         keep_source(corpus, run.file('corpus.txt'))
     atomic_write(file, json.dumps(now))
 
 # %% ../nbs/61_text_job.ipynb #bce5bc54
 def _read_corpus(job: TextJob, settings: TextSettings) -> Corpus:
     "The corpus of a job; when it goes on, a user's file as it was first read"
-    kept = job_folder(job) / 'corpus.txt' if job.resume else None
-    return load_corpus(job.corpus, max_len=settings.max_len, vocab_size=settings.vocab_size, kept=kept)
+    copy = job_folder(job) / 'corpus.txt' if job.resume else None
+    return load_corpus(job.corpus, max_len=settings.max_len, vocab_size=settings.vocab_size, copy=copy)
 
 
 def _say(job: TextJob, settings: TextSettings, corpus: Corpus):
@@ -154,9 +154,9 @@ def open_job(
 def save_model(
     run: Run,
     task: TextTask,
-    module: str = '',  # The user's file behind its row, if any: its text goes along
+    module: str = '',  # The user's file behind its system, if any: its text goes along
 ) -> None:
-    "`model.safetensors` and `config.json`, all that `load_model` needs, with `own.py` where the row is a user's"
+    "`model.safetensors` and `config.json`, all that `load_model` needs, with `own.py` where the system is a user's"
     if module:
         atomic_write(run.file('own.py'), own_file(module)[1])
     corpus = task.corpus

@@ -99,7 +99,7 @@ _TERMS = dict(
     kl_base='KL(q || N(0, I)), nats',
     draws='smallest effective number of draws behind any log Z of a sentence',
     kl='KL(q || p), or log q(z|x) - log p(z) at one draw',
-    objective="the row's own loss at full weight",
+    objective="the system's own loss at full weight",
     neg_elbo='recon_nll + kl',
     base_bound='recon_nll + kl_base: the bound at zero energy',
 )

@@ -22,7 +22,7 @@ from .job import kept_metrics
 from .latent_metrics import prior_hole
 from .launch import launch
 from .likelihood import NLLCfg, nll_metric
-from .records import Run, identity, write_result
+from .records import Run, identity, read_record, renamed, write_result
 from .reverse import lm_lacks, reverse_ppl
 from .text_job import finish, job_folder, open_job, record_name
 from .text_measure import evaluate, lacking, left_out
@@ -205,9 +205,9 @@ def is_scored(
     record, how = run.file('result.json'), run.file('scored.json')
     if not (record.exists() and how.exists()):
         return False
-    recorded = json.loads(record.read_text())['settings']
+    recorded = renamed(json.loads(record.read_text())['settings'])
     same_run = identity(recorded, seed=True, scoring=False) == identity(run.settings, seed=True, scoring=False)
-    return same_run and {**recorded, **json.loads(how.read_text())}.items() >= scoring(settings).items()
+    return same_run and {**recorded, **renamed(json.loads(how.read_text()))}.items() >= scoring(settings).items()
 
 # %% ../nbs/64_text_score.ipynb #29d5d8f0
 def copy_record(
@@ -215,7 +215,7 @@ def copy_record(
 ) -> dict:  # The record
     "Put the record of a finished run where `job.results` says"
     folder = job_folder(job)
-    record = json.loads((folder / 'result.json').read_text())
+    record = read_record(folder / 'result.json')
     if job.results:
         parts = {part: record[part] for part in ('metrics', 'settings', 'provenance')}
         write_result(folder, **record_name(job), **parts, results_dir=job.results)
@@ -240,7 +240,7 @@ def run_job(
     seconds = end.seconds + energies + time.time() - started
     finish(run, task, job, metrics, found, seconds, end.samples / end.seconds)
     atomic_write(run.path / 'scored.json', json.dumps(scoring(settings)))
-    return json.loads((run.path / 'result.json').read_text())
+    return read_record(run.path / 'result.json')
 
 # %% ../nbs/64_text_score.ipynb #dfbed619
 _RATE = 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5'  # The released learning rates are made for sixty epochs
@@ -248,11 +248,11 @@ TUNING = dict(
     consistent={
         '': '',
         'joint-only': 'energy_steps=0',
-        'joint-only-floor0': 'energy_steps=0 floor=0',
-        'joint-only-floor.1': 'energy_steps=0 floor=.1',
+        'joint-only-floor0': 'energy_steps=0 free_nats=0',
+        'joint-only-floor.1': 'energy_steps=0 free_nats=.1',
         'joint-only-encoder': 'energy_steps=0 enc_share=.3',
-        'floor.6': 'floor=.6',
-        'floor1': 'floor=1',
+        'floor.6': 'free_nats=.6',
+        'floor1': 'free_nats=1',
         'kl.3': 'w_kl=.3',
     },
     published={
@@ -263,7 +263,7 @@ TUNING = dict(
         'rate-kl.3': f'{_RATE} w_kl=.3',
         'rate-kl1': f'{_RATE} w_kl=1',
         'rate-kl.03': f'{_RATE} w_kl=.03',
-        'rate-floor.3': f'{_RATE} floor=.3',
+        'rate-floor.3': f'{_RATE} free_nats=.3',
     },
 )
 
@@ -275,13 +275,13 @@ def _joined(separator: str, *parts: str) -> str:
 def tuning_jobs(
     corpus: str,
     preset: str,
-    row: str = 'ldebm',
+    system: str = 'ldebm',
     seed: int = 0,
     settings: str = '',  # Added to every configuration's own
     **more,  # Other fields of `TextJob`
 ) -> list:  # `TextJob`s that score validation sentences
     "Every configuration of both objectives"
-    common = dict(corpus=corpus, preset=preset, row=row, seed=seed, split='valid', **more)
+    common = dict(corpus=corpus, preset=preset, system=system, seed=seed, split='valid', **more)
     jobs = []
     for objective, configs in TUNING.items():
         for name, own in configs.items():

@@ -24,7 +24,7 @@ from .schedule import SCHEDULES, make_schedule
 from .settings import check_params, check_settings, choose, parse_settings, pick, setting, settings_table
 from .text_nets import TextCfg
 from .train import CHANGEABLE, TrainCfg, cyclical, linear_warmup, logistic, parse_changes
-from .zoo import PRIORS, ROWS, head_of, latent_parts, parse_terms
+from .zoo import PRIORS, SYSTEMS, head_of, latent_parts, parse_terms
 
 # %% ../nbs/60a_text_settings.ipynb #d8f58a74
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TextJob:
     corpus: str = 'grammar'  # `grammar`, `ptb`, `dailydialog`, or a text file with one sentence a line
     preset: str = 'quick'  # `quick`: a CPU in minutes; `small`: real data on a laptop; `paper`: published sizes
     objective: str = 'consistent'  # `consistent`: one model everywhere; `published`: the released code
-    row: str = 'ldebm'  # System: one of `ldebm.zoo.ROWS`, such as `ldebm`, `svebm`, `vae`, `rnn-lm`
+    system: str = 'ldebm'  # System: one of `ldebm.zoo.SYSTEMS`, such as `ldebm`, `svebm`, `vae`, `rnn-lm`
     seed: int = 0  # Seed of weights, data order, noise and chains
     steps: int = 0  # Optimiser steps; 0 takes the preset's
     n_samples: int = 0  # Sentences generated for the metrics; 0 takes the preset's
@@ -42,12 +42,12 @@ class TextJob:
     device: str = 'auto'  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     processes: int = 1  # Training processes: one a GPU, or sharing the CPU's threads; each takes a batch a step
-    out: str = ''  # Folder of the run; empty makes `runs/<row>-<corpus>-<preset>-<objective>-s<seed>`
+    out: str = ''  # Folder of the run; empty makes `runs/<system>-<corpus>-<preset>-<objective>-s<seed>`
     results: str = ''  # Folder that gets a copy of the record, such as `results`; empty: the run folder alone
-    variant: str = ''  # Tag of a record with other settings than the row's
+    variant: str = ''  # Tag of a record with other settings than the system's
     resume: bool = True  # Continue a run found in `out`; otherwise start it afresh
     split: str = 'test'  # Sentences that are scored: `test`, or `valid` while settings are being chosen
-    module: str = ''  # Python file that adds rows, priors or heads of your own to `ldebm.zoo`; run first
+    module: str = ''  # Python file that adds systems, priors or heads of your own to `ldebm.zoo`; run first
 
 # %% ../nbs/60a_text_settings.ipynb #7433d6cd
 def _later(default, help: str, **about):
@@ -93,16 +93,16 @@ class _Latent:
     codes: int = _coded(20, 'Categorical variables', low=1)
     classes: int = _coded(5, 'Classes of each', low=1)
     n_symbols: int = _latent(20, 'Symbols K', low=1)
-    floor: float = _latent(0.1, 'Free nats a dimension; `published`: threshold', low=0, systems=('free nats',))
+    free_nats: float = _latent(0.1, 'Free nats a dimension; `published`: threshold', low=0, systems=('free nats',))
     clamp: bool = _latent_later(
-        True, '`floor` clamps the batch mean, else it masks dimensions', systems=('consistent',)
+        True, '`free_nats` clamps the batch mean, else it masks dimensions', systems=('consistent',)
     )
     w_kl: float = _latent(1.0, 'Weight of the latent terms', systems=('weighted',))
     kl_warmup: float = _latent(0.3, 'Share of training over which `w_kl` rises', systems=('weighted',))
     anneal: str = _latent_later(
         'linear', 'How it rises: `linear`, `logistic`, `none`, `cyclical`', systems=('weighted',)
     )
-    terms: str = _latent_later('', 'Terms of the loss, as `aggc zklM disp=.2`; empty: the EBM rows\', or none')
+    terms: str = _latent_later('', 'Terms of the loss, as `aggc zklM disp=.2`; empty: the EBMs\', or none')
     draws: int = _latent_later(1, 'Posterior draws a sentence in training', low=1)
     noise: bool = _latent_later(True, 'Training decodes draws of the posterior; otherwise its mode')
 
@@ -126,8 +126,10 @@ class _Energies:
     langevin_steps: int = _ebm(20, 'Updates a level', group='chains', low=0)
     rho: float = _chain(0.8, 'Share of the state that an update keeps', low=0)
     mala: bool = _chain(True, 'Accept or reject each update')
-    tau: float = _chain(1.0, 'Temperature', above=0)
-    b2: float = _ebm(2e-3, 'Squared base step of the sampler', group='chains', above=0, systems=('published',))
+    temperature: float = _chain(1.0, 'Temperature', above=0)
+    squared_step: float = _ebm(
+        2e-3, 'Squared base step of the sampler', group='chains', above=0, systems=('published',)
+    )
     levels: str = _chain('one', 'Levels that a sample trains in one step: `one` or `all`')
 
 # %% ../nbs/60a_text_settings.ipynb #4967f855
@@ -169,7 +171,9 @@ class _Training:
     mixed_precision: str = _train('no', '`bf16` also when sentences are generated', choices=('no', 'bf16', 'fp16'))
     accumulate: int = _train(1, 'Batches summed into one step', low=1)
     checkpoint_every: int = _train(200, 'Steps between checkpoints', low=1, operational=True)
-    select: str = _later('', "Validation metric that selects the model, or `last`; empty: the row's", group='training')
+    select: str = _later(
+        '', "Validation metric that selects the model, or `last`; empty: the system's", group='training'
+    )
     changes: str = _later('', 'What changes at a step, as `800:lr=1e-3,800:clip=1`', group='training')
 
 # %% ../nbs/60a_text_settings.ipynb #63f4e62f
@@ -277,7 +281,7 @@ def released(
 def has_bound(
     settings: TextSettings,
 ) -> bool:
-    "Is the loss of a row with a latent that of a density? An autoencoder's is not"
+    "Is the loss of a system with a latent that of a density? An autoencoder's is not"
     return _has_bound(settings)
 
 # %% ../nbs/60a_text_settings.ipynb #65456232
@@ -313,13 +317,13 @@ def _read(texts: dict) -> dict:  # Name -> settings
 
 PRESETS = _read(
     dict(
-        quick='embed=128 hidden=128 dropout=.1 max_len=24 d=32 codes=16 n_symbols=10 floor=.3 '
+        quick='embed=128 hidden=128 dropout=.1 max_len=24 d=32 codes=16 n_symbols=10 free_nats=.3 '
         'T=4 energy_hidden=64 n_blocks=3 langevin_steps=15 energy_steps=1500 '
         'batch=64 steps=1250 lr=4e-3 lr_ebm=3e-3 clip=5 warmdown=.5 '
         'n_samples=2000 lm=quick nll_draws=64',
-        small='embed=256 hidden=256 floor=.6 energy_hidden=100 n_blocks=4 energy_steps=2000 '
+        small='embed=256 hidden=256 free_nats=.6 energy_hidden=100 n_blocks=4 energy_steps=2000 '
         'batch=64 steps=2600 lr=2e-3 lr_ebm=1e-3 clip=5 warmdown=.5 n_samples=40000',
-        paper='floor=.6 steps=19680 lm=paper',  # sixty epochs of PTB
+        paper='free_nats=.6 steps=19680 lm=paper',  # sixty epochs of PTB
     )
 )
 
@@ -328,7 +332,7 @@ OBJECTIVES = _read(
     dict(
         consistent='w_ebm=.3 enc_share=0 w_bow=.5 w_cls=3 cls_start=.4 w_sym=1 cluster_dims=4',
         published='objective=published schedule=published reference=flat langevin_steps=50 mala=False '
-        'free_head=False energy_init=.1 energy_steps=0 packed=False bucket=False floor=1 '
+        'free_head=False energy_init=.1 energy_steps=0 packed=False bucket=False free_nats=1 '
         'w_kl=.1 kl_warmup=0 enc_share=1 w_mi=.05 w_cls=.05 w_sym=0 '
         'lr=1e-3 lr_ebm=1e-4 clip=.5 clip_ebm=10 warmdown=0',
     )
@@ -458,7 +462,7 @@ def _check_loss(settings: TextSettings):
     choose('anneal', settings.anneal, ANNEAL)
     parse_terms(settings.terms)
     if has_bound(settings) and not settings.noise:
-        raise ValueError('a bound needs draws of the posterior: leave noise=True, or give the row no terms')
+        raise ValueError('a bound needs draws of the posterior: leave noise=True, or give the system no terms')
     if settings.select:
         choose('select', settings.select, selects(settings))
 
@@ -495,7 +499,7 @@ def _check_parts(settings: TextSettings):
 def _check_effect(settings: TextSettings, own: dict, job: TextJob):
     "What the job sets must have an effect"
     idle = unused(settings)
-    where = f'would have no effect on row {job.row!r} with objective {job.objective!r}'
+    where = f'would have no effect on system {job.system!r} with objective {job.objective!r}'
     changeable = {name: name for name in (*CHANGEABLE, *ENERGY_CHANGES)}
     for _, name, _ in parse_changes(settings.changes, changeable, check=True):
         if name in idle or name in ENERGY_CHANGES and not has_energy_stage(settings):
@@ -505,22 +509,22 @@ def _check_effect(settings: TextSettings, own: dict, job: TextJob):
 
 # %% ../nbs/60a_text_settings.ipynb #5f0677e5
 def _layers(job: TextJob) -> dict:
-    "Preset, objective and row, one over the other"
+    "Preset, objective and system, one over the other"
     load_own(job.module)
     choose('preset', job.preset, PRESETS)
     choose('objective', job.objective, OBJECTIVES)
-    choose('row', job.row, ROWS)
-    row = ROWS[job.row]
-    variant = row.published if job.objective == 'published' else {}
+    choose('system', job.system, SYSTEMS)
+    system = SYSTEMS[job.system]
+    variant = system.published if job.objective == 'published' else {}
     if variant is None:
-        raise ValueError(f"row {job.row!r} has no published variant: leave objective at 'consistent'")
-    return {**PRESETS[job.preset], **OBJECTIVES[job.objective], **row.settings, **variant}
+        raise ValueError(f"system {job.system!r} has no published variant: leave objective at 'consistent'")
+    return {**PRESETS[job.preset], **OBJECTIVES[job.objective], **system.settings, **variant}
 
 # %% ../nbs/60a_text_settings.ipynb #f6f69234
 def preset_settings(
     job: TextJob,  # Parameters
 ) -> TextSettings:
-    "Settings of a job's preset, objective and row, without its own"
+    "Settings of a job's preset, objective and system, without its own"
     return check_params(TextSettings, _layers(job))
 
 # %% ../nbs/60a_text_settings.ipynb #00abe943

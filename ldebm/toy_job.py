@@ -241,14 +241,14 @@ class ToyPlace:
 # %% ../nbs/63_toy_job.ipynb #d27ad72e
 def record_name(job: ToyJob, density: str, system: str) -> dict:
     "What identifies a record"
-    return dict(row=system, corpus=density, preset=job.preset, objective='consistent', seed=job.seed)
+    return dict(system=system, corpus=density, preset=job.preset, objective='consistent', seed=job.seed)
 
 # %% ../nbs/63_toy_job.ipynb #07140412
 def record_settings(settings: ToySettings, density: str, system: str) -> dict:
     "Settings of a record"
     own = settings_for(settings, density, system == 'toy-diffusion-ebm')
     length = settings.long if system == 'toy-ebm-long' else 1
-    about = dict(row=system, density=density, scale=SCALES[density], sample_steps=own.n_steps * length)
+    about = dict(system=system, density=density, scale=SCALES[density], sample_steps=own.n_steps * length)
     return about | asdict(own)
 
 # %% ../nbs/63_toy_job.ipynb #f3300c29

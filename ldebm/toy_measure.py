@@ -36,7 +36,7 @@ def energy_density(
     side = torch.linspace(-lim, lim, n)
     z = (torch.cartesian_prod(side, side) / scale).to(like)
     level = torch.zeros(len(z), dtype=torch.long, device=like.device)
-    log_density = prior.energy(z, level) / prior.cfg.tau - (z**2).sum(-1) / 2
+    log_density = prior.energy(z, level) / prior.cfg.temperature - (z**2).sum(-1) / 2
     cell = (2 * lim / (n - 1)) ** 2
     return (log_density.double().softmax(0) / cell).reshape(n, n).float().cpu()
 

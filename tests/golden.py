@@ -215,15 +215,15 @@ def make_text_model(vocab, prior, **settings):
     return ldebm.TextModel(len(vocab), cfg, prior, bos=vocab.bos, eos=vocab.eos, gen=generator(5)).double()
 
 
-def make_system(row, objective, vocab):
+def make_system(system, objective, vocab):
     "One system of the table as its job builds it, very small"
     sizes = "embed=8 hidden=8 batch=6"
-    if row.startswith(("svebm", "ldebm")):
+    if system.startswith(("svebm", "ldebm")):
         sizes += " d=6 energy_hidden=8 n_blocks=2 langevin_steps=2 n_symbols=4"
-    if row.startswith("ldebm"):
+    if system.startswith("ldebm"):
         sizes += " T=3"
     settings = text.resolve(
-        ldebm.TextJob(corpus="grammar", preset="quick", objective=objective, row=row, settings=sizes)
+        ldebm.TextJob(corpus="grammar", preset="quick", objective=objective, system=system, settings=sizes)
     )
     return ldebm.build_model(settings, vocab, 0).double()
 
@@ -267,15 +267,15 @@ PRIORS = {
     "consistent gaussian unadjusted": dict(mala=False),
     "consistent gaussian drift": dict(drift=0.1),
     "consistent gaussian unadjusted drift": dict(mala=False, drift=0.1),
-    "consistent gaussian temperature": dict(tau=0.5, floor=0.1),
-    "consistent gaussian all levels": dict(levels="all", floor=0.1, clamp=False),
+    "consistent gaussian temperature": dict(temperature=0.5, free_nats=0.1),
+    "consistent gaussian all levels": dict(levels="all", free_nats=0.1, clamp=False),
     "consistent flat": dict(reference="flat"),
     "consistent flat all levels": dict(reference="flat", levels="all", mala=False),
     "consistent frozen": dict(encoder=False),
     "consistent plain energy": dict(symbols=1),
-    "published flat": dict(objective="published", reference="flat", floor=0.02, b2=0.02),
-    "published gaussian": dict(objective="published", reference="gaussian", b2=0.02),
-    "published gaussian likelihood": dict(objective="published", weighting="likelihood", b2=0.02),
+    "published flat": dict(objective="published", reference="flat", free_nats=0.02, squared_step=0.02),
+    "published gaussian": dict(objective="published", reference="gaussian", squared_step=0.02),
+    "published gaussian likelihood": dict(objective="published", weighting="likelihood", squared_step=0.02),
 }
 
 
@@ -443,13 +443,13 @@ def system_cases() -> dict:
     "All sixteen systems: terms of one batch, and gradients"
     batch, vocab = grammar_batch(BATCH)
     out = {}
-    for row in SYSTEMS:
+    for system in SYSTEMS:
         for kind in ("consistent", "published"):
-            model = make_system(row, kind, vocab)
+            model = make_system(system, kind, vocab)
             terms = model(batch, generator(100))
-            out.update({f"{row} {kind} {k}": v for k, v in terms.items()})
+            out.update({f"{system} {kind} {k}": v for k, v in terms.items()})
             norms = gradient_norms(terms, [p for p in model.parameters() if p.requires_grad])
-            out[f"{row} {kind} gradients"] = norms
+            out[f"{system} {kind} gradients"] = norms
     return out
 
 

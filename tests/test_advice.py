@@ -40,7 +40,7 @@ def job_of(tmp_path, corpus, settings="", **kw):
     return TextJob(
         **dict(
             corpus=corpus,
-            row="ldebm",
+            system="ldebm",
             settings=f"{NET} {settings}",
             steps=14,
             threads=1,
@@ -147,9 +147,11 @@ def test_energies_of_an_encoder_that_was_trained_further_are_made_anew(tmp_path,
     assert json.loads((run.path / "energies" / "settings.json").read_text())["encoder"] != old
 
 
-@pytest.mark.parametrize("rows,name", [("ldebm", "gen_lr")])
-def test_a_stage_of_pictures_names_its_rate(tmp_path, rows, name):
-    job = ImageJob(rows=rows, device="cpu", threads=1, out=str(tmp_path / "run"), settings="gen_lr=1e30 gen_clip=1e30")
+@pytest.mark.parametrize("systems,name", [("ldebm", "gen_lr")])
+def test_a_stage_of_pictures_names_its_rate(tmp_path, systems, name):
+    job = ImageJob(
+        systems=systems, device="cpu", threads=1, out=str(tmp_path / "run"), settings="gen_lr=1e30 gen_clip=1e30"
+    )
     with pytest.raises(FloatingPointError, match=f"train anew in another folder, with a lower {name}"):
         image_stages.train_generator(image_job.open_job(job))
     again = dataclasses.replace(job, out=str(tmp_path / "another"), settings="gen_lr=1e-4 gen_clip=10")
@@ -242,13 +244,13 @@ def test_impossible_changes_stop_before_any_work(tmp_path, corpus, changes, wron
     assert not (tmp_path / "run").exists()
 
 
-def test_a_change_of_what_a_row_has_not(tmp_path, corpus):
-    for row, changes in (("vae", "4:lr_ebm=1e-4"), ("ldebm", "4:energy_lr=1e-4")):
+def test_a_change_of_what_a_system_has_not(tmp_path, corpus):
+    for system, changes in (("vae", "4:lr_ebm=1e-4"), ("ldebm", "4:energy_lr=1e-4")):
         job = job_of(
             tmp_path,
             corpus,
-            row=row,
-            settings=f"embed=16 hidden=16 d=4 {'energy_steps=0' if row == 'ldebm' else ''} changes={changes}",
+            system=system,
+            settings=f"embed=16 hidden=16 d=4 {'energy_steps=0' if system == 'ldebm' else ''} changes={changes}",
         )
         with pytest.raises(ValueError, match="would have no effect"):
             resolve(job)
@@ -329,7 +331,7 @@ def test_a_finished_run_is_scored_on_another_device(tmp_path):
 
 
 def test_pictures_are_measured_by_another_classifier(tmp_path):
-    job = ImageJob(rows="ldebm", device="cpu", threads=1, out=str(tmp_path / "run"))
+    job = ImageJob(systems="ldebm", device="cpu", threads=1, out=str(tmp_path / "run"))
     image_stages.train_classifier(image_job.open_job(job))
     other = dataclasses.replace(job, n_samples=90, settings="clf_steps=6 long=3 tune='1 2'")
     place = image_job.open_job(other)
@@ -402,7 +404,7 @@ def test_unreadable_settings_of_a_folder(tmp_path):
 LITTLE = "embed=16 hidden=16 d=4 energy_hidden=8 n_blocks=1 langevin_steps=2 T=2 n_symbols=4 "
 REMEDIES = [  # A job, what it is told, and the same with what it was told
     (
-        dict(row="vae-fb", objective="published", settings=""),
+        dict(system="vae-fb", objective="published", settings=""),
         "leave objective at 'consistent'",
         dict(objective="consistent"),
     ),
@@ -440,7 +442,7 @@ REMEDIES = [  # A job, what it is told, and the same with what it was told
     (dict(device="cuda:99", settings=LITTLE + "batch=16"), "use 'auto' or 'cpu'", dict(device="cpu")),
     (dict(processes=0, settings=LITTLE + "batch=16"), "at least 1", dict(processes=1)),
     (
-        dict(row="vae", settings="embed=16 hidden=16 d=4 batch=16 noise=False"),
+        dict(system="vae", settings="embed=16 hidden=16 d=4 batch=16 noise=False"),
         "leave noise=True",
         dict(settings="embed=16 hidden=16 d=4 batch=16"),
     ),
@@ -459,10 +461,14 @@ def test_what_a_text_job_is_told(tmp_path, corpus, job, told, remedy):
 
 
 PICTURES = [
-    (dict(rows="ldebm ldebm-joint"), 'settings="(joint_steps=300)"', dict(settings="joint_steps=300")),
-    (dict(rows="ldebm-joint", settings="joint_steps=3"), "name both", dict(rows="ldebm ldebm-joint")),
-    (dict(objective="robust", rows="ddpm"), "leave other rows to 'consistent'", dict(objective="consistent")),
-    (dict(settings="floors='1 2'"), "floors has 2 numbers for 3 layers", dict(settings="floors='1 2 3'")),
+    (dict(systems="ldebm ldebm-joint"), 'settings="(joint_steps=300)"', dict(settings="joint_steps=300")),
+    (dict(systems="ldebm-joint", settings="joint_steps=3"), "name both", dict(systems="ldebm ldebm-joint")),
+    (dict(objective="robust", systems="ddpm"), "leave other systems to 'consistent'", dict(objective="consistent")),
+    (
+        dict(settings="layer_free_nats='1 2'"),
+        "layer_free_nats has 2 numbers for 3 layers",
+        dict(settings="layer_free_nats='1 2 3'"),
+    ),
     (dict(n_samples=20), "more pictures, or n_samples", dict(n_samples=100)),
     (dict(settings="schedule=published"), "'consistent' takes consistent or cosine", dict(settings="schedule=cosine")),
     (dict(settings="mixed_precision=fp16"), "on a CPU use 'bf16' or 'no'", dict(settings="mixed_precision=no")),
@@ -471,7 +477,7 @@ PICTURES = [
 
 @pytest.mark.parametrize("job,told,remedy", PICTURES, ids=[p[1][:30] for p in PICTURES])
 def test_what_a_job_of_pictures_is_told(tmp_path, job, told, remedy):
-    job = ImageJob(**dict(rows="ldebm", device="cpu", threads=1, out=str(tmp_path / "run")) | job)
+    job = ImageJob(**dict(systems="ldebm", device="cpu", threads=1, out=str(tmp_path / "run")) | job)
     with pytest.raises(ValueError, match=told):
         image_job.open_job(job)
     image_job.open_job(dataclasses.replace(job, **remedy))

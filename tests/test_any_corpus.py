@@ -24,7 +24,7 @@ from ldebm.text_settings import TextJob
 
 TINY = "embed=8 hidden=8 batch=8 max_len=6 vocab_size=7 n_samples={n} nll_draws=4 nll_sentences=6 lm=quick lm_seeds=1"
 EBM = " d=2 energy_hidden=8 n_blocks=1 T=2 langevin_steps=2 n_symbols=3"
-ROWS = {
+CASES = {
     "ldebm": EBM + " cls_start=0 energy_steps=2 energy_batch=4",
     "ldebm published": EBM,
     "vae": " d=2",
@@ -97,8 +97,8 @@ def test_any_file_is_a_corpus_or_is_refused(raw):
     assert len(c.vocab) <= 9 and {PAD, UNK, BOS, EOS} <= set(c.vocab.itos)
 
 
-def complete(rec, row):
-    "A record with every metric of its row, or the reason why there is none"
+def complete(rec, case):
+    "A record with every metric of its system, or the reason why there is none"
     check_result(rec)
     m = rec["metrics"]
     need = {
@@ -109,28 +109,28 @@ def complete(rec, row):
         "unique",
         "mean_length",
         "rppl",
-        *([] if row == "rnn-lm" else ["bleu", "active_units", "nll_valid", "prior_hole_auroc"]),
+        *([] if case == "rnn-lm" else ["bleu", "active_units", "nll_valid", "prior_hole_auroc"]),
     }
-    assert need <= set(m) | ({"nll_valid"} if row == "rnn-lm" else set()), need - set(m)
+    assert need <= set(m) | ({"nll_valid"} if case == "rnn-lm" else set()), need - set(m)
     for k, v in m.items():
         assert v["value"] is not None or v["estimator"], k
     for k in need:
         assert m[k]["value"] is not None or "not computed: " in m[k]["estimator"], (k, m[k])
 
 
-def whole_job(text, row, n):
+def whole_job(text, case, n):
     with tempfile.TemporaryDirectory() as d:
         path = Path(d) / "any.txt"
         path.write_bytes(text.encode())
-        system, _, objective = row.partition(" ")
+        system, _, objective = case.partition(" ")
         job = TextJob(
             corpus=str(path),
-            row=system,
+            system=system,
             objective=objective or "consistent",
             steps=2,
             device="cpu",
             threads=1,
-            settings=TINY.format(n=n) + ROWS[row],
+            settings=TINY.format(n=n) + CASES[case],
             out=f"{d}/run",
         )
         try:
@@ -139,24 +139,24 @@ def whole_job(text, row, n):
             assert not (Path(d) / "run").exists()
             return refusal(e, path)
         path.unlink()  # whatever becomes of it: it has been read
-        complete(S.run_job(job), row)
-        complete(json.loads((Path(d) / "run" / "result.json").read_text()), row)
+        complete(S.run_job(job), case)
+        complete(json.loads((Path(d) / "run" / "result.json").read_text()), case)
         assert len((Path(d) / "run" / "samples.txt").read_text().split("\n")) == n + 1
 
 
 @pytest.mark.usefixtures("in_test")
 @settings(max_examples=20, **quiet)
-@given(texts(), st.sampled_from(sorted(ROWS)), st.sampled_from([20, 100]))
+@given(texts(), st.sampled_from(sorted(CASES)), st.sampled_from([20, 100]))
 @example("a b\n" * 400, "ldebm", 100)  # enough sentences for a classifier, of latents that are all one
 @example("one two three <eos>\nfour five <eos>\n" * 65, "vae", 100)
-def test_any_job_is_refused_or_complete(text, row, n):
+def test_any_job_is_refused_or_complete(text, case, n):
     kept = S.nll_cfg, S.sampler_evidence
     S.nll_cfg, S.sampler_evidence = (
         lambda task: CFG,
         lambda prior, gen, cpu_gen: kept[1](prior, gen, n=20, longer=2, cpu_gen=cpu_gen),
     )
     try:
-        whole_job(text, row, n)
+        whole_job(text, case, n)
     finally:
         S.nll_cfg, S.sampler_evidence = kept
 
@@ -174,7 +174,7 @@ def make(tmp_path, **kw):
         **{
             **dict(
                 corpus=str(tmp_path / "mine.txt"),
-                row="vae",
+                system="vae",
                 steps=2,
                 device="cpu",
                 threads=1,
@@ -238,7 +238,7 @@ def test_a_file_that_changes_between_two_sittings(tmp_path, change):
 
 
 def test_a_large_file_is_compared_and_not_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_job, "KEPT_MB", 0)
+    monkeypatch.setattr(text_job, "COPIED_MB", 0)
     (tmp_path / "mine.txt").write_text(lines(120))
     run = open_job(make(tmp_path))[0]
     assert not run.file("corpus.txt").exists()
@@ -287,8 +287,8 @@ def test_files_of_a_name_are_read_once(tmp_path, monkeypatch):
     assert data.read_data("demo", {"a.txt": data.checksum(b"right\n")}) == {"a.txt": b"right\n"} and seen == ["a.txt"]
 
 
-OWN = """from ldebm.zoo import ROWS, Row
-ROWS['mine'] = Row('Mine', 'single', dict(prior='none', d=0), about='a row of the test')
+OWN = """from ldebm.zoo import SYSTEMS, System
+SYSTEMS['mine'] = System('Mine', 'single', dict(prior='none', d=0), about='a system of the test')
 """
 
 
@@ -307,10 +307,10 @@ def test_a_module_that_changes_while_its_model_trains(tmp_path, monkeypatch, cha
     monkeypatch.setattr(S, "launch", launch)
     try:
         rec = S.run_job(
-            make(tmp_path, row="mine", module=str(mod), settings="embed=8 hidden=8 batch=8 n_samples=20 lm=''")
+            make(tmp_path, system="mine", module=str(mod), settings="embed=8 hidden=8 batch=8 n_samples=20 lm=''")
         )
     finally:
-        zoo.ROWS.pop("mine", None)
+        zoo.SYSTEMS.pop("mine", None)
     ran = (OWN + f"# {change}\n").encode()
     assert (tmp_path / "run" / "own.py").read_bytes() == ran and rec["settings"]["module_sha256"] == hashlib.sha256(
         ran
@@ -354,7 +354,7 @@ def test_a_grammar_that_is_cut_has_no_exact_gap(tmp_path, capsys):
     for name, how in (("a", "max_len=8"), ("b", "vocab_size=60")):
         run, task, _ = open_job(
             TextJob(
-                row="rnn-lm",
+                system="rnn-lm",
                 steps=1,
                 device="cpu",
                 out=str(tmp_path / name),
@@ -362,7 +362,7 @@ def test_a_grammar_that_is_cut_has_no_exact_gap(tmp_path, capsys):
             )
         )
         assert "exact_gap will not be computed: " in capsys.readouterr().out
-        got = S.score(task, TextJob(row="rnn-lm"), [["a"]] * 20)["exact_gap"]
+        got = S.score(task, TextJob(system="rnn-lm"), [["a"]] * 20)["exact_gap"]
         assert got["value"] is None and "not sentences of the grammar" in got["estimator"]
     whole = load_corpus("grammar")
     assert whole.altered("test") == 0 and "exact_gap" not in text_job.lacking(whole, text_settings.resolve(TextJob()))

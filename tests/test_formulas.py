@@ -87,7 +87,7 @@ def test_the_terms_of_priors_have_these_free_bits(floor, clamp):
     q = DiagGaussian(randn(5, 3, g=gen(1)), 0.5 * randn(5, 3, g=gen(2)))
     kl = 0.5 * (q.mean**2 + q.logvar.exp() - q.logvar - 1)
     want = kl.mean(0).clamp(min=floor).sum().expand(5) if clamp and floor else (kl * (kl > floor)).sum(1)
-    p = DiffusionEBM(consistent_schedule(2), energies(2, 1, 3), PriorCfg(floor=floor, clamp=clamp, n_steps=0))
+    p = DiffusionEBM(consistent_schedule(2), energies(2, 1, 3), PriorCfg(free_nats=floor, clamp=clamp, n_steps=0))
     t = p.terms(q, q.rsample(gen(3)), gen(4))
     assert_close(t["kl"], want)
     assert_close(t["kl_base"], kl.sum(1))
@@ -131,7 +131,7 @@ def test_consistent_terms_written_out(reference, T, tau, of_symbols):
     "Negatives are draws of the level's own Gaussian, whose mean carries a latent's gradient through them"
     B, d, K, s = 6, 2, 3, consistent_schedule(T)
     net, z = energies(T, K, d, of_symbols), randn(B, d, g=gen(1)).requires_grad_()
-    p = DiffusionEBM(s, net, PriorCfg(reference=reference, levels="all", n_steps=0, tau=tau))
+    p = DiffusionEBM(s, net, PriorCfg(reference=reference, levels="all", n_steps=0, temperature=tau))
     labels, weights = torch.tensor([0, 2, 1, 1, 0, 2]), torch.tensor([0.5, 2.0, 1.0], dtype=F64)
     got = p.terms(DiagGaussian(z, torch.zeros_like(z)), z, gen(2), labels, weights)
     g = gen(2)
@@ -163,7 +163,7 @@ def test_published_terms_written_out(weighting, T, kappa):
     "A random level and the last, weighted; half the squared latent under the last; the entropy where it is above kappa"
     B, d, K, s, b2 = 6, 3, 2, published_schedule(T), 3e-3
     net, (mean, logvar) = energies(T, K, d), (randn(B, d, g=gen(k)).requires_grad_() for k in (1, 2))
-    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, weighting=weighting, n_steps=0, b2=b2, floor=kappa))
+    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, weighting=weighting, n_steps=0, squared_step=b2, free_nats=kappa))
     labels, weights = torch.tensor([0, 1, 1, 1, 0, 0]), torch.tensor([0.5, 2.0], dtype=F64)
     z = mean + (0.5 * logvar).exp() * randn(B, d, g=gen(3))
     got, g = p.terms(DiagGaussian(mean, logvar), z, gen(4), labels, weights), gen(4)
@@ -572,7 +572,7 @@ def test_log_z_and_the_bound_by_hand():
     "log mean exp of F/tau; minus F/tau along the path, plus those, plus the KL at zero energy"
     T, d, B, n, tau = 2, 2, 3, 5, 0.6
     net, s = energies(T, 2, d), consistent_schedule(T)
-    p = DiffusionEBM(s, net, PriorCfg(tau=tau))
+    p = DiffusionEBM(s, net, PriorCfg(temperature=tau))
     z, q = randn(B, d, g=gen(1)), DiagGaussian(randn(B, d, g=gen(2)), randn(B, d, g=gen(3)))
     g, a = gen(4), s.a[1].item()
 
@@ -682,11 +682,11 @@ def test_free_nats_are_those_of_the_batch_mean():
     x = torch.rand(6, 1, 8, 8, generator=gen(1)) * torch.linspace(0, 3, 6)[:, None, None, None]
     kls = g.encode(x, gen(2))[0].kl_standard().split(g.cfg.dims, 1)
     kls = [k.sum(1).detach() for k in kls]
-    floors = tuple(float(k.mean()) * f for k, f in zip(kls, (0.99, 1.01, 0.0)))
+    layer_free_nats = tuple(float(k.mean()) * f for k, f in zip(kls, (0.99, 1.01, 0.0)))
     batch = ImageBatch(x, None, None)
-    got = GeneratorModel(g, floors)(batch, gen(2))["kl"]
-    assert all((k < f).any() and (k > f).any() for k, f in zip(kls[:2], floors))
-    assert_close(got, kls[0].mean() + floors[1] + kls[2])
+    got = GeneratorModel(g, layer_free_nats)(batch, gen(2))["kl"]
+    assert all((k < f).any() and (k > f).any() for k, f in zip(kls[:2], layer_free_nats))
+    assert_close(got, kls[0].mean() + layer_free_nats[1] + kls[2])
 
 
 def test_encoder_sees_pictures_around_zero():
@@ -872,7 +872,7 @@ def test_what_divides_an_energy_in_a_density():
     "`published`: nothing, or the squared step where asked for; `consistent`: tau; and its slope is divided alike"
     s, z, b2 = published_schedule(2), randn(3, 2, g=gen(1)), 0.01
     net = energies(2, 2, 2)
-    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, b2=b2))
+    p = DiffusionEBM(s, net, PriorCfg(**PUBLISHED, squared_step=b2))
     for t in range(2):
         step = b2 * (s.sbar[t] / s.sbar[0] * (1 - s.a[t + 1] ** 2)).item()
         assert model_level(p, z, t).temperature.tolist() == [[1.0]] * 3
@@ -880,7 +880,7 @@ def test_what_divides_an_energy_in_a_density():
         draws = p.log_z(z, torch.full((3,), t), 16, gen(2))[0]
         drawn = gaussian_log_z(model_level(p, z, t), 16, gen(2))[0]
         assert_close(draws, drawn)
-    p = DiffusionEBM(consistent_schedule(2), net, PriorCfg(tau=0.4))
+    p = DiffusionEBM(consistent_schedule(2), net, PriorCfg(temperature=0.4))
     level = model_level(p, z, 1)
     assert level.temperature.flatten().tolist() == pytest.approx([0.4] * 3)
     y = z.clone().requires_grad_()
@@ -1027,7 +1027,7 @@ def test_softened_codes_by_hand():
     u = torch.rand(3, 2, 4, generator=gen(2), dtype=F64)
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
     w = (p / -u.log()) ** (1 / 0.4)
-    assert_close(Codes(logits, relaxed=True, tau=0.4).rsample(gen(2)), (w / w.sum(-1, keepdim=True)).flatten(1))
+    assert_close(Codes(logits, relaxed=True, temperature=0.4).rsample(gen(2)), (w / w.sum(-1, keepdim=True)).flatten(1))
 
 
 def test_exact_gap_is_the_mean_log_ratio():

@@ -391,9 +391,11 @@ def test_free_nats():
     b = batch(g)
     plain = GeneratorModel(g)(b, gen(3))
     means = [float(plain[f"kl_{k}"].mean()) for k in range(5, 0, -1)]  # top first
-    floors = (means[0] * 2, means[1] / 2, 0.0, means[3] * 3, means[4] / 2)
-    out = GeneratorModel(g, floors)(b, gen(3))
-    assert float(out["kl"].detach().mean()) == pytest.approx(sum(max(m, f) for m, f in zip(means, floors)), rel=1e-5)
+    layer_free_nats = (means[0] * 2, means[1] / 2, 0.0, means[3] * 3, means[4] / 2)
+    out = GeneratorModel(g, layer_free_nats)(b, gen(3))
+    assert float(out["kl"].detach().mean()) == pytest.approx(
+        sum(max(m, f) for m, f in zip(means, layer_free_nats)), rel=1e-5
+    )
     assert_close(out["kl_base"], plain["kl_base"])
     grads = torch.autograd.grad(
         GeneratorModel(g, tuple(m * 2 for m in means))(b, gen(3))["kl"].mean(),

@@ -48,7 +48,7 @@ TINY = (
 )
 MAPS = "layers='1x3x12x1 4x1x8x0'"  # after TINY: a ladder with a map
 AT = 45  # steps after which stages are killed: after the checkpoint of step 40, in the second of two passes
-ROWS = ["ldebm", "ldebm-coupled", "joint-ebm", "ddpm"]
+SYSTEMS = ["ldebm", "ldebm-coupled", "joint-ebm", "ddpm"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,10 @@ def full_size(monkeypatch, tmp_path):
 
 def job(out, settings="", **kw):
     return ImageJob(
-        **{**dict(out=str(out), settings=f"{TINY} {settings}", rows=" ".join(ROWS), device="cpu", threads=1), **kw}
+        **{
+            **dict(out=str(out), settings=f"{TINY} {settings}", systems=" ".join(SYSTEMS), device="cpu", threads=1),
+            **kw,
+        }
     )
 
 
@@ -164,19 +167,19 @@ def test_classifier_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     assert acc == whole("classifier")[1] and p.run.file("classifier.safetensors").exists()
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_priors_resume_bit_for_bit(row, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_priors_resume_bit_for_bit(system, whole, tmp_path, monkeypatch):
     p = ij.open_job(job(tmp_path / "run"))
-    if row == "joint-ebm":
+    if system == "joint-ebm":
         p = replace(p, settings=replace(p.settings, steps=100))  # it takes half as many steps, of as many evaluations
     g = whole("generator")[0]
-    prior, end, log = interrupted(monkeypatch, lambda: stages.train_prior(p, row, g))
-    if row == "joint-ebm":
+    prior, end, log = interrupted(monkeypatch, lambda: stages.train_prior(p, system, g))
+    if system == "joint-ebm":
         q = ij.open_job(job(tmp_path / "other"))
         q = replace(q, settings=replace(q.settings, steps=100))
-        prior0, end0, log0 = stages.train_prior(q, row, g)
+        prior0, end0, log0 = stages.train_prior(q, system, g)
     else:
-        prior0, end0, log0 = whole(row)
+        prior0, end0, log0 = whole(system)
     assert_same(weights(prior), weights(prior0))
     assert log_of(log) == log_of(log0) and end.step == end0.step == 50
     a, b = (measure.sample_prior(p, o, 6)[0] for o in (prior, prior0))
@@ -223,8 +226,8 @@ def moved(grads, name):
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_joint_terms_reach_the_generator(objective, tmp_path, whole):
     "The energies' contrast moves the generator's prior networks through T, `ebm_enc` its encoder; frozen, neither"
-    rows = "ldebm"
-    p = ij.open_job(job(tmp_path / "run", "T=2 langevin_steps=2", objective=objective, rows=rows))
+    systems = "ldebm"
+    p = ij.open_job(job(tmp_path / "run", "T=2 langevin_steps=2", objective=objective, systems=systems))
     x = p.images["train"].x(torch.arange(24))
     b = ImageBatch(x, p.images["train"].labels[:24], torch.arange(24))
     for joint in (True, False):
@@ -254,8 +257,8 @@ CHILD = """
 import sys, time
 from ldebm import core, image_job as ij, image_stages as stages
 out, settings, want, hang, kill = sys.argv[1:]
-rows = 'ldebm ldebm-coupled joint-ebm ddpm'
-place = ij.open_job(ij.ImageJob(out=out, settings=settings, rows=rows, device='cpu', threads=1))
+systems = 'ldebm ldebm-coupled joint-ebm ddpm'
+place = ij.open_job(ij.ImageJob(out=out, settings=settings, systems=systems, device='cpu', threads=1))
 stopping, old = [], core.graceful_stop._handle
 def handle(self, *args): old(self, *args); stopping.append(1)
 core.graceful_stop._handle = handle
@@ -345,9 +348,9 @@ def test_resume_false_starts_afresh(tmp_path):
 # -- bad input
 
 BAD = [
-    (dict(rows="ldebm nonsense"), "unknown row 'nonsense'. Known: gaussian"),
-    (dict(rows="ldbem"), "unknown row 'ldbem'; did you mean 'ldebm'"),
-    (dict(rows=" "), "rows is empty"),
+    (dict(systems="ldebm nonsense"), "unknown system 'nonsense'. Known: gaussian"),
+    (dict(systems="ldbem"), "unknown system 'ldbem'; did you mean 'ldebm'"),
+    (dict(systems=" "), "systems is empty"),
     (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"),
     (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
     (dict(dataset="digit", preset="small"), "unknown images 'digit'; did you mean 'digits'"),
@@ -362,18 +365,18 @@ BAD = [
     (dict(settings="layers='3x2x8x0'"), "bottom layer of side 3 does not divide pictures of side 8"),
     (dict(settings="layers='1x2x8x0 1x2x9x0'"), "layers of equal size share their features"),
     (dict(settings="layers='1x0x8x0'"), "channels must be positive"),
-    (dict(settings="floors='1 2'"), "floors has 2 numbers for 3 layers"),
-    (dict(settings="floors='1 two 3'"), "floors='1 two 3' must be numbers"),
-    (dict(settings="floors='1 -2 3'"), "floors must not be negative"),
+    (dict(settings="layer_free_nats='1 2'"), "layer_free_nats has 2 numbers for 3 layers"),
+    (dict(settings="layer_free_nats='1 two 3'"), "layer_free_nats='1 two 3' must be numbers"),
+    (dict(settings="layer_free_nats='1 -2 3'"), "layer_free_nats must not be negative"),
     (dict(settings="batch=4000"), "digits has 1257 training pictures, fewer than batch=4000: lower it"),
     (dict(settings="limit=50 batch=10"), "digits has 50 training pictures, fewer than gen_batch=128"),
     (dict(settings="mixed_precision=fp16"), "mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'"),
     (dict(settings="mixed_precision=fp8"), "setting mixed_precision='fp8' .* must be one of"),
     (
-        dict(objective="published", rows="ldebm ddpm"),
-        "objective 'published' is one of the diffusion EBM: leave other rows to 'consistent'",
+        dict(objective="published", systems="ldebm ddpm"),
+        "objective 'published' is one of the diffusion EBM: leave other systems to 'consistent'",
     ),
-    (dict(objective="robust", rows="joint-ebm"), "objective 'robust' is one of the diffusion EBM"),
+    (dict(objective="robust", systems="joint-ebm"), "objective 'robust' is one of the diffusion EBM"),
     (dict(settings="schedule=published"), "schedule 'published' does not go with objective 'consistent'"),
     (dict(objective="robust", settings="schedule=cosine"), "schedule 'cosine' does not go with objective 'robust'"),
     (dict(settings="schedule=linear"), "setting schedule='linear' .* must be one of"),
@@ -386,14 +389,14 @@ BAD = [
     (dict(threads=-1), "threads must not be negative"),
     (dict(settings="w_kl=-.1"), "setting w_kl=-0.1 .* must be at least 0"),
     (dict(settings="tune='1 -1'"), "KL weights must not be negative"),
-    (dict(settings="tune=''", rows="gaussian-tuned"), "tune is empty: the row gaussian-tuned"),
+    (dict(settings="tune=''", systems="gaussian-tuned"), "tune is empty: the system gaussian-tuned"),
     (dict(settings="tune='a'"), "tune='a' must be numbers"),
     (dict(settings="labelled=1.5"), "setting labelled=1.5 .* must be at least 0 and at most 1"),
     (dict(settings="rho=1."), r"rho must lie in \[0, 1\)"),
     (dict(settings="joint_rho=1.5"), r"rho must lie in \[0, 1\), got 1.5"),
     (dict(settings="ema=1."), r"ema must lie in \[0, 1\)"),
     (dict(settings="gen_ema=-.1"), "setting gen_ema=-0.1 .* must be at least 0"),
-    (dict(settings="tau_y=0."), "setting tau_y=0.0 .* must be above 0"),
+    (dict(settings="symbol_temperature=0."), "setting symbol_temperature=0.0 .* must be above 0"),
     (dict(settings="energy_hidden=0"), "setting energy_hidden=0 .* must be at least 1"),
     (dict(settings="w_cls=-1."), "setting w_cls=-1.0 .* must be at least 0"),
     (dict(settings="lr=0."), "setting lr=0.0 .* must be above 0"),
@@ -456,12 +459,12 @@ def test_every_preset_resolves(objective):
 
 def test_results_of_other_settings_refused_before_work(tmp_path):
     res = str(tmp_path / "results")
-    p = ij.open_job(job(tmp_path / "run", results=res, rows="ldebm"))
+    p = ij.open_job(job(tmp_path / "run", results=res, systems="ldebm"))
     measure.finish(p, "ldebm", dict(a=metric(1.0)), None, 1.0)
     with pytest.raises(ValueError, match="already records a run with other settings.*rho"):
-        ij.open_job(job(tmp_path / "other", "rho=.5", results=res, rows="ldebm"))
+        ij.open_job(job(tmp_path / "other", "rho=.5", results=res, systems="ldebm"))
     assert not (tmp_path / "other").exists()
-    ij.open_job(job(tmp_path / "other", "rho=.5", results=res, rows="ldebm", variant="rho5"))
+    ij.open_job(job(tmp_path / "other", "rho=.5", results=res, systems="ldebm", variant="rho5"))
 
 
 # -- pictures in files
@@ -557,10 +560,10 @@ def test_pictures_without_labels(tmp_path):
     "The classifier learns how far a picture is turned; a coupled prior is refused; an uncoupled one is recorded"
     path = pictures(tmp_path / "plain.zip", classes=False)
     kw = dict(dataset=path, preset="small", settings=SMALL + " clf_preset=digits steps=4 gen_steps=4 clf_steps=3")
-    with pytest.raises(ValueError, match="plain has no labels to couple to: leave out the row ldebm-coupled"):
+    with pytest.raises(ValueError, match="plain has no labels to couple to: leave out the system ldebm-coupled"):
         ij.open_job(job(tmp_path / "run", **kw))
     assert not (tmp_path / "run").exists()
-    p = ij.open_job(job(tmp_path / "run", **{**kw, "rows": "ldebm"}))
+    p = ij.open_job(job(tmp_path / "run", **{**kw, "systems": "ldebm"}))
     v = stages.labelled_images(p.images)["train"]
     n = len(p.images["train"])
     assert (
@@ -611,7 +614,7 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
     (tmp_path / "a.csv").write_text(
         "file,fur,wings,name\n" + "".join(f"train/{i}.png,{'long short'.split()[i % 2]},0,n{i}\n" for i in range(60))
     )
-    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(tmp_path / "a.csv"), rows="ldebm-coupled")
+    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(tmp_path / "a.csv"), systems="ldebm-coupled")
     with pytest.warns(UserWarning) as said:
         p = ij.open_job(job(tmp_path / "run", **kw))
     said = " ".join(str(w.message) for w in said)
@@ -627,7 +630,7 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
     assert figures.accuracy_text(acc) == "classifier (fur): no test picture has a label"  # labels for training only
     (tmp_path / "b.csv").write_text("file,wings\n" + "".join(f"train/{i}.png,0\n" for i in range(60)))
     with (
-        pytest.raises(ValueError, match="no labels to couple to: leave out the row ldebm-coupled"),
+        pytest.raises(ValueError, match="no labels to couple to: leave out the system ldebm-coupled"),
         pytest.warns(UserWarning, match="left out: wings"),
     ):
         ij.open_job(job(tmp_path / "other", **{**kw, "attributes": str(tmp_path / "b.csv")}))
@@ -641,7 +644,7 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
 @pytest.mark.parametrize("remedy", ["size=32", "layers='2x1x8x0 4x1x8x0'"])
 def test_a_side_that_no_layer_divides(tmp_path, remedy):
     path = folder(tmp_path / "mnist", [f"{c}/{i}.png" for c in "01" for i in range(30)], side=28)
-    kw = dict(dataset=path, preset="small", rows="ldebm")
+    kw = dict(dataset=path, preset="small", systems="ldebm")
     with pytest.raises(
         ValueError,
         match='side 16 does not divide pictures of side 28: settings="size=32" resamples.* last side is 4 or less',
@@ -663,7 +666,7 @@ def test_names_that_somebody_gave(tmp_path):
 
     matplotlib.use("Agg")
     path = folder(tmp_path / "odd", [f"{c}/{i}.png" for c in ("$5", "a|b$", "犬") for i in range(20)])
-    p = ij.open_job(job(tmp_path / "run", dataset=path, preset="small", settings=FEW, rows="ldebm-coupled"))
+    p = ij.open_job(job(tmp_path / "run", dataset=path, preset="small", settings=FEW, systems="ldebm-coupled"))
     assert p.images["train"].attributes == {"class": ("$5", "a|b$", "犬")}
     save_figure(
         p.run,
@@ -692,7 +695,7 @@ def test_one_snapshot_serves_the_run(tmp_path):
     table = tmp_path / "a.csv"
     text = "".join(f"{i}.png,{i % 2}\n" for i in range(60))
     table.write_text(text)
-    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(table), rows="ldebm-coupled")
+    kw = dict(dataset=path, preset="small", settings=FEW, attributes=str(table), systems="ldebm-coupled")
     p = ij.open_job(job(tmp_path / "run", **kw))
     whole = weights(stages.train_generator(ij.open_job(job(tmp_path / "undisturbed", **kw)))[0])
     for f in Path(path).iterdir():
@@ -726,19 +729,19 @@ def quick(a, b, gen=None, **kw):
 
 
 def whole_job(p):
-    "Everything that the page does with an opened job, figures apart. Metrics by row"
+    "Everything that the page does with an opened job, figures apart. Metrics by system"
     g = stages.train_generator(p)[0]
     net, acc = stages.train_classifier(p)
     ref = measure.make_reference(p, g, net)
-    row = p.job.rows
-    done = measure.run_system(p, row, ref)
-    results = {"gaussian": measure.gaussian_metrics(p, ref), row: done.metrics}
+    system = p.job.systems
+    done = measure.run_system(p, system, ref)
+    results = {"gaussian": measure.gaussian_metrics(p, ref), system: done.metrics}
     measure.finish(p, "gaussian", results["gaussian"], None, 0.0)
-    measure.add_metrics(p, row, done, uses.ood_metrics(uses.ood(p, done.prior, uses.outliers(p, 8), 8)))
+    measure.add_metrics(p, system, done, uses.ood_metrics(uses.ood(p, done.prior, uses.outliers(p, 8), 8)))
     said = figures.accuracy_text(acc) + figures.systems_table(results)
-    if row == "ldebm-coupled":
+    if system == "ldebm-coupled":
         asked = uses.control_all(p, ref, done.prior, n=40)
-        measure.add_metrics(p, row, done, uses.request_metrics(asked))
+        measure.add_metrics(p, system, done, uses.request_metrics(asked))
         wanted = torch.tensor([len(v) - 1 for v in p.images["train"].attributes.values()])
         said += (
             figures.control_table(asked)
@@ -754,8 +757,8 @@ def advised(one, why):
     for layout in ("splits", "flat"):
         if f"layout='{layout}'" in why and one.layout != layout:
             return replace(one, layout=layout)
-    if "leave out the row ldebm-coupled" in why:
-        return replace(one, rows="ldebm")
+    if "leave out the system ldebm-coupled" in why:
+        return replace(one, systems="ldebm")
     if "on_bad='skip'" in why:
         return replace(one, on_bad="skip")
     size = re.search(r'settings="(size=\d+)"', why)
@@ -800,7 +803,7 @@ def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
                 + " langevin_steps=1 n_samples=40"
                 + data.draw(st.sampled_from([" size=8", " size=8", ""])),
                 attributes="" if table is None else f"{t}/t.csv",
-                rows=data.draw(st.sampled_from(["ldebm", "ldebm-coupled"])),
+                systems=data.draw(st.sampled_from(["ldebm", "ldebm-coupled"])),
                 layout=data.draw(st.sampled_from(["auto", "auto", "auto", "flat", "splits"])),
                 on_bad=data.draw(st.sampled_from(["skip", "skip", "skip", "error"])),
             )
@@ -822,7 +825,7 @@ def test_any_folder_is_refused_or_ends_in_a_record(monkeypatch):
                     "sample_seconds",
                 } <= set(metrics)
                 assert all(m["value"] is not None or m["estimator"].startswith("absent: ") for m in metrics.values())
-            ended.append(p.job.rows)
+            ended.append(p.job.systems)
 
     holds()
     assert ended.count("ldebm") > 1 and ended.count("ldebm-coupled") > 1  # not all refused
@@ -859,7 +862,7 @@ def test_hidden_labels_are_those_of_the_same_pictures(tmp_path):
 
 def test_hidden_labels_train_and_validate(tmp_path, whole):
     "Also with more pictures to validate on than to train on, whose labels are all known"
-    p = ij.open_job(job(tmp_path / "run", "labelled=.3 limit=100 steps=4 checks=1", rows="ldebm-coupled"))
+    p = ij.open_job(job(tmp_path / "run", "labelled=.3 limit=100 steps=4 checks=1", systems="ldebm-coupled"))
     assert len(p.images["valid"]) > len(p.images["train"])
     g, seen = whole("generator")[0], []
     model = stages.build_prior(p, "ldebm-coupled", g)
@@ -872,7 +875,7 @@ def test_hidden_labels_train_and_validate(tmp_path, whole):
     assert torch.equal(torch.cat(seen), p.images["valid"].labels[:, 0])
     log = stages.train_prior(p, "ldebm-coupled", g)[2]
     none = stages.train_prior(
-        ij.open_job(job(tmp_path / "none", "labelled=0. steps=4 checks=1 limit=100", rows="ldebm-coupled")),
+        ij.open_job(job(tmp_path / "none", "labelled=0. steps=4 checks=1 limit=100", systems="ldebm-coupled")),
         "ldebm-coupled",
         g,
     )[2]
@@ -880,21 +883,22 @@ def test_hidden_labels_train_and_validate(tmp_path, whole):
     assert 0 < a[0] < 2 and b[0] == 0  # a third of ln 10, and nothing
 
 
-# -- rows
+# -- systems
 
 
 @pytest.mark.parametrize("extra", ["", MAPS])
-@pytest.mark.parametrize("row", ROWS)
-def test_models_come_back(row, extra, whole, tmp_path):
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_models_come_back(system, extra, whole, tmp_path):
     "From the file alone: the same weights, the same samples, the same pictures"
     if not extra:
-        p, g, prior = whole("place"), whole("generator")[0], whole(row)[0]
+        p, g, prior = whole("place"), whole("generator")[0], whole(system)[0]
     else:
-        own = dict(objective="robust", rows=row) if row.startswith("ldebm") else {}  # with a temperature of the symbols
+        # with a temperature of the symbols
+        own = dict(objective="robust", systems=system) if system.startswith("ldebm") else {}
         p = ij.open_job(job(tmp_path / "run", f"{extra} steps=3 gen_steps=2 checks=1", **own))
         g = stages.train_generator(p)[0]
-        prior = stages.train_prior(p, row, g)[0]
-    g2, prior2 = stages.load_prior(stages.save_prior(p, row, g, prior))
+        prior = stages.train_prior(p, system, g)[0]
+    g2, prior2 = stages.load_prior(stages.save_prior(p, system, g, prior))
     assert_same(weights(g2), weights(g))
     assert (
         g2.cfg == g.cfg
@@ -902,23 +906,25 @@ def test_models_come_back(row, extra, whole, tmp_path):
         and not prior2.training
         and not any(q.requires_grad for q in g2.parameters())
     )
-    asks = [dict()] + ([dict(y=torch.arange(5))] if row == "ldebm-coupled" else [])
+    asks = [dict()] + ([dict(y=torch.arange(5))] if system == "ldebm-coupled" else [])
     for kw in asks:
         a, b = (measure.sample_prior(p, o, 5, **kw)[0] for o in (prior, prior2))
         assert torch.equal(a, b) and torch.equal(measure.decode_all(g, a), measure.decode_all(g2, b))
     if isinstance(prior, DiffusionEBM):
         t = torch.zeros(5, dtype=torch.long)
         assert torch.equal(prior.energy(a, t), prior2.energy(a, t)) and prior2.energy.symbol_temperature == (
-            0.1 if extra and row == "ldebm-coupled" else 1.0
+            0.1 if extra and system == "ldebm-coupled" else 1.0
         )
         assert (
-            prior2.cfg == prior.cfg and prior2.T == (1 if row == "joint-ebm" else 2) and prior2.energy.generator is g2
+            prior2.cfg == prior.cfg
+            and prior2.T == (1 if system == "joint-ebm" else 2)
+            and prior2.energy.generator is g2
         )
-    assert prior2.n_symbols == {"ldebm-coupled": 10, "ddpm": 0}.get(row, 1)
+    assert prior2.n_symbols == {"ldebm-coupled": 10, "ddpm": 0}.get(system, 1)
 
 
 def test_what_is_no_model(whole, tmp_path):
-    with pytest.raises(ValueError, match="holds no image prior: it wants the model.safetensors of a row"):
+    with pytest.raises(ValueError, match="holds no image prior: it wants the model.safetensors of a system"):
         stages.load_prior(whole("place").run.file("classifier.safetensors"))
     path = stages.save_prior(whole("place"), "ldebm", whole("generator")[0], whole("ldebm")[0])
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-50])
@@ -930,7 +936,12 @@ def test_what_is_no_model(whole, tmp_path):
 def test_gradients_that_the_optimiser_sees(objective, tmp_path, monkeypatch):
     "`published` clips nothing: Adam's first moment is (1 - beta1) times the gradient; the others keep the norm at 10"
     p = ij.open_job(
-        job(tmp_path / "run", "steps=1 gen_steps=3 checks=1 joint_steps=0 warmup=0", objective=objective, rows="ldebm")
+        job(
+            tmp_path / "run",
+            "steps=1 gen_steps=3 checks=1 joint_steps=0 warmup=0",
+            objective=objective,
+            systems="ldebm",
+        )
     )
     g, found, clip = stages.train_generator(p)[0], {}, train.Accelerator.clip_grad_norm_
 
@@ -971,7 +982,7 @@ def test_objectives_train(objective, extra, tmp_path):
             tmp_path / "run",
             f"{extra} steps=4 gen_steps=3 checks=2 joint_steps=0",
             objective=objective,
-            rows="ldebm-coupled",
+            systems="ldebm-coupled",
         )
     )
     g = stages.train_generator(p)[0]
@@ -992,7 +1003,7 @@ def test_objectives_train(objective, extra, tmp_path):
         else not any(prior.energy.nets.contexts)
     )
     if objective == "published":
-        assert (prior.cfg.b2, prior.cfg.weighting, prior.energy.symbol_temperature) == (
+        assert (prior.cfg.squared_step, prior.cfg.weighting, prior.energy.symbol_temperature) == (
             3e-5,
             "likelihood",
             0.1,
@@ -1024,7 +1035,7 @@ def reference(whole):
 
 
 def test_records(whole, reference, tmp_path):
-    "One valid record for each row, under its name in the run and, when asked, in the folder of results"
+    "One valid record for each system, under its name in the run and, when asked, in the folder of results"
     p = whole("place")
     assert reference.u.shape == (60, 5) and reference.u_test.shape == (360, 5)
     done = {r: measure.run_system(p, r, reference) for r in ("ldebm", "ddpm")}
@@ -1039,9 +1050,9 @@ def test_records(whole, reference, tmp_path):
             whole(r)[1],
             1.0,
         )
-    for r in ROWS:
+    for r in SYSTEMS:
         rec = check_result(json.loads((p.run.path / r / "result.json").read_text()))
-        assert (rec["row"], rec["corpus"], rec["preset"], rec["objective"], rec["seed"]) == (
+        assert (rec["system"], rec["corpus"], rec["preset"], rec["objective"], rec["seed"]) == (
             r,
             "digits",
             "quick",
@@ -1083,11 +1094,11 @@ def test_evaluations_are_counted(whole, monkeypatch):
     "Gradients of the energy for one sample, as recorded"
     n, real = [], langevin.energy_grad
     monkeypatch.setattr(langevin, "energy_grad", lambda *a, **kw: (n.append(1), real(*a, **kw))[1])
-    for row in ("ldebm", "joint-ebm"):
-        prior = whole(row)[0]
+    for system in ("ldebm", "joint-ebm"):
+        prior = whole(system)[0]
         n.clear()
         measure.sample_prior(whole("place"), prior, 3)
-        assert len(n) == measure.evaluations(whole("place"), row)
+        assert len(n) == measure.evaluations(whole("place"), system)
 
 
 def test_same_seed_same_numbers(whole, reference):

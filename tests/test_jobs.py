@@ -172,7 +172,7 @@ def test_notebook_from_command_to_record(tmp_path):
     assert all(c["execution_count"] for c in cells if "".join(c["source"]).strip())
     assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
     record = json.loads((out / "result.json").read_text())
-    assert [(r["row"], r["corpus"], r["preset"], r["objective"], r["seed"]) for r in load_results(results)] == [
+    assert [(r["system"], r["corpus"], r["preset"], r["objective"], r["seed"]) for r in load_results(results)] == [
         ("ldebm", "grammar", "quick", "consistent", 3)
     ]
     assert [*files(results)] == ["runs/grammar/quick/ldebm-consistent-s3.json"] and load_results(results) == [record]
@@ -274,8 +274,8 @@ def test_parameters_cell_is_the_job():
         ("train_ptb", "n_samples = 30"),
         ("train_zoo", "n_samples = 30"),
         ("train_toy2d", "density = 'pinwheel'"),
-        ("train_digits", "rows = 'ldebm'"),
-        ("train_images", "rows = 'ldebm'"),
+        ("train_digits", "systems = 'ldebm'"),
+        ("train_images", "systems = 'ldebm'"),
     ],
 )
 def test_cells_may_be_run_again(name, changed):
@@ -291,11 +291,11 @@ def test_cells_may_be_run_again(name, changed):
     assert res.returncode == 0 and "again and again" in res.stdout, res.stdout[-2000:] + res.stderr[-2000:]
 
 
-# -- rows and corpora
+# -- systems and corpora
 
 
 @pytest.mark.parametrize(
-    "row,objective",
+    "system,objective",
     [
         ("ldebm", "consistent"),
         ("ldebm", "published"),
@@ -305,30 +305,32 @@ def test_cells_may_be_run_again(name, changed):
         ("rnn-lm", "consistent"),
     ],
 )
-def test_every_row_on_a_users_file(tmp_path, own, row, objective):
+def test_every_system_on_a_users_file(tmp_path, own, system, objective):
     text = "embed=16 hidden=16 batch=64 checkpoint_every=10"
-    settings = {"rnn-lm": text, "vae": text + " d=4"}.get(row, TINY)
-    job = tiny(tmp_path, corpus=own, row=row, objective=objective, settings=settings)
+    settings = {"rnn-lm": text, "vae": text + " d=4"}.get(system, TINY)
+    job = tiny(tmp_path, corpus=own, system=system, objective=objective, settings=settings)
     run, task, found, path = train(job)
     assert path == run.file("result.json") and not (tmp_path / "results").exists(), "a copy without `results`"
     record = json.loads(path.read_text())
-    assert (record["row"], record["corpus"], record["objective"]) == (row, "my-lines", objective) and check_result(
-        record
-    )
+    assert (record["system"], record["corpus"], record["objective"]) == (
+        system,
+        "my-lines",
+        objective,
+    ) and check_result(record)
     m = set(record["metrics"])
     assert {"wkl", "distinct_2", "unique", "memorised", "mean_length"} <= m and "grammatical" not in m
-    assert ({"bleu", "recon_nll", "kl_base", "active_units"} <= m) == (row != "rnn-lm")
+    assert ({"bleu", "recon_nll", "kl_base", "active_units"} <= m) == (system != "rnn-lm")
     assert (
-        ("mi" in m) == row.startswith("ldebm")
-        and ("neg_elbo" in m) == (row != "rnn-lm" and objective == "consistent")
-        and ("nll_valid" in m) == (row == "rnn-lm")
+        ("mi" in m) == system.startswith("ldebm")
+        and ("neg_elbo" in m) == (system != "rnn-lm" and objective == "consistent")
+        and ("nll_valid" in m) == (system == "rnn-lm")
     )
-    assert ("cls" in run.load()["progress"]["sums"]) == (row == "ldebm")
+    assert ("cls" in run.load()["progress"]["sums"]) == (system == "ldebm")
     assert len((run.path / "samples.txt").read_text().splitlines()) == 30
     model, vocab = load_model(run.path)
     a, b = (sample_sentences(x, 10, gen=torch.Generator().manual_seed(0), temperature=1.0) for x in (model, task.model))
     assert a == b and vocab.itos == task.corpus.vocab.itos
-    if row.startswith("ldebm"):
+    if system.startswith("ldebm"):
         assert [y for y, _ in samples_by_symbol(task, 2)] == list("00112233")
 
 
@@ -430,8 +432,8 @@ def test_model_of_an_unfinished_run(tmp_path):
 BAD = [
     (dict(preset="quik"), "unknown preset 'quik'; did you mean 'quick'. Known: quick, small, paper"),
     (dict(objective="publshed"), "unknown objective 'publshed'; did you mean 'published'"),
-    (dict(row="gan"), "unknown row 'gan'.* Known: rnn-lm, ae, vae, .*ldebm"),
-    (dict(row="vae-fb", objective="published"), "row 'vae-fb' has no published variant"),
+    (dict(system="gan"), "unknown system 'gan'.* Known: rnn-lm, ae, vae, .*ldebm"),
+    (dict(system="vae-fb", objective="published"), "system 'vae-fb' has no published variant"),
     (dict(corpus="gramar"), "unknown corpus 'gramar'; did you mean 'grammar'"),
     (dict(settings="T=0"), "setting T=0 .* must be at least 1"),
     (dict(settings="T=-3"), "setting T=-3 .* must be at least 1"),
@@ -451,7 +453,7 @@ BAD = [
     (dict(settings="lr=0"), "setting lr=0.0 .* must be above 0"),
     (dict(settings="lr=nan"), "setting lr=nan .* must be a finite number above 0"),
     (dict(settings="rho=1"), r"rho must lie in \[0, 1\)"),
-    (dict(settings="tau=0"), "setting tau=0.0 .* must be above 0"),
+    (dict(settings="temperature=0"), "setting temperature=0.0 .* must be above 0"),
     (dict(settings="langevin_steps=-1"), "setting langevin_steps=-1 .* must be at least 0"),
     (dict(settings="reference=gauss"), "reference must be one of"),
     (dict(settings="mixed_precision=half"), "setting mixed_precision='half' .* must be one of 'no', 'bf16', 'fp16'"),

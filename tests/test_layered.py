@@ -54,7 +54,7 @@ def energy(
     spectral=False,
     free_head=True,
     head=10.0,
-    tau_y=1.0,
+    symbol_temperature=1.0,
     dtype=F64,
 ):
     "Energies with weights as after training: heads `head` times those of the start"
@@ -75,7 +75,7 @@ def energy(
         with torch.no_grad():
             for n in nets.nets:
                 n.head.weight.mul_(head)
-    return LayeredEnergy(g, nets.to(dtype), T, groups, tau_y)
+    return LayeredEnergy(g, nets.to(dtype), T, groups, symbol_temperature)
 
 
 def consistent(e, **kw):
@@ -257,7 +257,7 @@ REQUESTS = {
 @pytest.mark.parametrize("name", list(LADDERS))
 def test_gradient_through_T(name, groups, contexts):
     "Finite differences along random directions, autograd of `forward`, and `fast()` agree, for every kind of request"
-    e = energy(name, groups, contexts, tau_y=0.5 if groups == (3, 2) else 1.0)
+    e = energy(name, groups, contexts, symbol_temperature=0.5 if groups == (3, 2) else 1.0)
     u, t, h = normal(3, e.d, 4), torch.tensor([0, 2, 1]), 1e-5
     for y in REQUESTS[groups]:
         y = e.allowed(y, 3)
@@ -277,7 +277,7 @@ def test_gradient_through_T(name, groups, contexts):
 
 
 def test_F_is_the_sum_over_layers():
-    e = energy("mixed", (3, 2), tau_y=0.5)
+    e = energy("mixed", (3, 2), symbol_temperature=0.5)
     u, t = normal(4, e.d, 0), torch.tensor([0, 1, 2, 0])
     f = e.by_layer(u, t)
     assert f.shape == (5, 4, 5)
@@ -380,7 +380,7 @@ def test_zero_energy_in_the_published_sampler(K):
     "Unadjusted chains from u_{t+1} with a finite step have a linear chain's law, not the base prior's"
     T, b2, n = 3, 0.02, 4000
     e = no_energy("vectors", T)
-    p, s = published(e, n_steps=K, b2=b2), published_schedule(T)
+    p, s = published(e, n_steps=K, squared_step=b2), published_schedule(T)
     one = torch.full((n, e.d), 1.7, dtype=F64)
     for t in range(T):
         a, v, last = s.a[t + 1].item(), (s.sigma[t + 1] ** 2).item(), t == T - 1
@@ -412,7 +412,7 @@ def test_published_step_written_out():
     "u <- u + g/2 - s/2 [r a (a u - u1)/sigma^2 + u] + sqrt(s) eps, from u = u1"
     T, K, b2 = 3, 4, 2e-4
     e = energy("mixed", T=T, contexts=False)
-    p, S = published(e, n_steps=K, b2=b2), published_schedule(T)
+    p, S = published(e, n_steps=K, squared_step=b2), published_schedule(T)
     t = torch.arange(T).repeat(4)
     u1 = normal(len(t), e.d, 0)
     got, _ = p.conditional(u1, t).sample(gen=gen(7))
@@ -439,7 +439,7 @@ def test_weights_of_the_levels(weighting):
     "1/s_t, the gradient of the likelihood of F/s_t; or sigma_1/sigma_{t+1}"
     T, b2 = 3, 3e-5
     e = energy("mixed", T=T, contexts=False)
-    p, S = published(e, n_steps=0, b2=b2, weighting=weighting, encoder=True), published_schedule(T)
+    p, S = published(e, n_steps=0, squared_step=b2, weighting=weighting, encoder=True), published_schedule(T)
     u = normal(40, e.d, 0).requires_grad_()
     q = DiagGaussian(u.detach(), torch.zeros_like(u))
     out = p.terms(q, u, gen(5))
@@ -553,7 +553,7 @@ def test_samples_of_allowed_values_and_of_a_negation():
 def test_guided_energy(guidance):
     "F + guidance log p(y | z): 0 asks nothing, 1 is exact conditioning"
     for groups, tau in (((4,), 1.0), ((4,), 0.5), ((3, 2), 1.0), ((3, 2), 0.5)):
-        e = energy("vectors", groups, tau_y=tau)
+        e = energy("vectors", groups, symbol_temperature=tau)
         G = GuidedEnergy(e, guidance)
         u, t = normal(6, e.d, 0), torch.tensor([0, 1, 2, 0, 1, 2])
         lp = e.symbol_log_probs(e.logits(u, t)).split(groups, -1)

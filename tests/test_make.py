@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 JOB = {"PRESET", "SEED", "NAME", "RUN", "ARGS"}
 SWEEP = {"CORPUS", "PRESET", "SEED", "SEEDS", "SETTINGS", "NAME", "RUN", "TABLE_ARGS"}
 TAKES = dict(
-    train=JOB | {"CORPUS", "OBJECTIVE", "ROW", "SETTINGS"},
+    train=JOB | {"CORPUS", "OBJECTIVE", "SYSTEM", "SETTINGS"},
     toy2d=JOB,
-    digits=JOB | {"OBJECTIVE", "ROW", "SETTINGS"},
-    images=JOB | {"DATASET", "OBJECTIVE", "ROW", "SETTINGS"},
-    table=SWEEP | {"OBJECTIVE", "ROW"},
+    digits=JOB | {"OBJECTIVE", "SYSTEM", "SETTINGS"},
+    images=JOB | {"DATASET", "OBJECTIVE", "SYSTEM", "SETTINGS"},
+    table=SWEEP | {"OBJECTIVE", "SYSTEM"},
     tune=SWEEP,
     bench={"BENCH_ARGS"},
     test={"NBDEV_ARGS", "PYTEST_ARGS"},
@@ -35,7 +35,7 @@ VALUES = dict(
     DATASET="my pictures",
     PRESET="small",
     OBJECTIVE="published",
-    ROW="vae",
+    SYSTEM="vae",
     SEED="7",
     SEEDS="7 8",
     SETTINGS="T=2 d=4",
@@ -163,6 +163,13 @@ def test_a_misspelt_variable_is_noticed(wrong, right):
     )
 
 
+def test_a_variable_of_earlier_versions_is_told_its_name():
+    told = "there is no variable ROW: ROW is now SYSTEM"
+    assert told in make("-n", "NO_VENV=1", "train", "ROW=vae").stderr
+    assert told in make("-n", "NO_VENV=1", "table", ROW="vae").stderr, "from the environment as well"
+    assert dry("docs", ROW="vae") == dry("docs")
+
+
 @pytest.mark.parametrize(
     "target,pair",
     [
@@ -200,7 +207,10 @@ def test_help_says_what_each_target_takes_and_what_that_means():
 @pytest.mark.parametrize("how", ["command line", "environment"])
 def test_odd_values_arrive_whole(tmp_path, stand_in, target, notebook, how):
     run, source = tmp_path / ODD / "the run", "-" + ODD + ".txt"
-    values = {"RUN": str(run), **{k: ODD for k in TAKES[target] & {"CORPUS", "DATASET", "SETTINGS", "ROW", "PRESET"}}}
+    values = {
+        "RUN": str(run),
+        **{k: ODD for k in TAKES[target] & {"CORPUS", "DATASET", "SETTINGS", "SYSTEM", "PRESET"}},
+    }
     for k in ("CORPUS", "DATASET"):
         if k in values:
             values[k] = source
@@ -218,7 +228,9 @@ def test_odd_values_arrive_whole(tmp_path, stand_in, target, notebook, how):
     assert res.returncode == 0, res.stderr
     got = json.loads((tmp_path / "args.json").read_text())
     passed = {got[i + 1]: got[i + 2] for i, o in enumerate(got) if o in ("-r", "-p")}
-    want = dict(out=str(run), corpus="./" + source, dataset="./" + source, settings=ODD, row=ODD, rows=ODD, preset=ODD)
+    want = dict(
+        out=str(run), corpus="./" + source, dataset="./" + source, settings=ODD, system=ODD, systems=ODD, preset=ODD
+    )
     assert (
         got[0] == f"nbs/{notebook}.ipynb"
         and Path(got[1]).parent == run
@@ -243,9 +255,9 @@ def test_home_is_written_out(tmp_path):
 
 
 def test_odd_values_of_the_table():
-    args = shlex.split(dry("table", f"RUN=-{ODD}", f"CORPUS=-{ODD}", f"SETTINGS={ODD}", "ROW=vae 'x", "SEEDS=3 4"))
+    args = shlex.split(dry("table", f"RUN=-{ODD}", f"CORPUS=-{ODD}", f"SETTINGS={ODD}", "SYSTEM=vae 'x", "SEEDS=3 4"))
     assert f"--out=./-{ODD}" in args and f"--corpus=./-{ODD}" in args and f"--settings={ODD}" in args
-    assert args[args.index("--rows") + 1 : args.index("--rows") + 3] == ["vae", "'x"] and args[
+    assert args[args.index("--systems") + 1 : args.index("--systems") + 3] == ["vae", "'x"] and args[
         args.index("--seeds") + 1 : args.index("--seeds") + 3
     ] == ["3", "4"]
 
@@ -348,7 +360,7 @@ def test_table_and_bench_name_the_option_for_their_folders(tmp_path):
         )
 
     for option, other in (("--results", "--out"), ("--out", "--results")):
-        given = ["--rows", "vae", "--seeds", "0", option, bad, other, str(tmp_path)]
+        given = ["--systems", "vae", "--seeds", "0", option, bad, other, str(tmp_path)]
         code = (
             f"import os, sys; os.chdir({str(ROOT)!r}); from ldebm import table; "
             f"table.run_jobs = lambda *a, **k: sys.exit('ran'); sys.exit(table.main({given!r}))"

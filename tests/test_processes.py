@@ -73,16 +73,16 @@ def no_validation(task):
 
 
 @pytest.mark.parametrize(
-    "row,one,two",
-    [("rnn-lm", "batch=32", "batch=16"), ("vae", "d=4 floor=0 batch=32", "d=4 floor=0 batch=8 accumulate=2")],
+    "system,one,two",
+    [("rnn-lm", "batch=32", "batch=16"), ("vae", "d=4 free_nats=0 batch=32", "d=4 free_nats=0 batch=8 accumulate=2")],
     ids=["rnn-lm", "vae, accumulating"],
 )
-def test_two_processes_take_the_steps_of_one_with_larger_batches(tmp_path, monkeypatch, row, one, two):
+def test_two_processes_take_the_steps_of_one_with_larger_batches(tmp_path, monkeypatch, system, one, two):
     "Without noise (a posterior draw is its mean) every logged number agrees to 1e-5 over 32 steps"
     monkeypatch.setattr(DiagGaussian, "rsample", lambda self, gen=None: self.mean)
     base = "embed=16 hidden=16 dropout=0 bucket=False max_len=24 "
     (run1, task1, end1), (run2, task2, end2) = (
-        text(tmp_path / str(n), base + s, 32, n, no_validation, row=row) for n, s in ((1, one), (2, two))
+        text(tmp_path / str(n), base + s, 32, n, no_validation, system=system) for n, s in ((1, one), (2, two))
     )
     a, b = steps_of(run1), steps_of(run2)
     assert len(a) == len(b) == 32 and end1.samples == end2.samples == 32 * 32 and a[-1]["nll"] < 0.9 * a[0]["nll"]

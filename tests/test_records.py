@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from ldebm import records
 from ldebm.core import make_gen
+from ldebm.image_job import ImageSettings
 from ldebm.records import (
     DATA_SETS,
     Run,
@@ -26,9 +27,11 @@ from ldebm.records import (
     own_name,
     provenance,
     result_path,
-    row_name,
+    system_name,
     write_result,
 )
+from ldebm.text_settings import TextJob, TextSettings
+from ldebm.toy_job import ToySettings
 
 # --- runs
 
@@ -153,7 +156,7 @@ def test_damaged_checkpoint_of_a_run_names_the_file(tmp_path):
 
 def record(**changes):
     base = dict(
-        row="ldebm",
+        system="ldebm",
         corpus="grammar",
         preset="quick",
         objective="consistent",
@@ -168,7 +171,7 @@ def record(**changes):
 @pytest.mark.parametrize(
     "changes, key",
     [
-        ({"row": ""}, "'row'"),
+        ({"system": ""}, "'system'"),
         ({"corpus": "path/to/file.txt"}, "'corpus'"),
         ({"preset": None}, "'preset'"),
         ({"objective": "a b"}, "'objective'"),
@@ -210,11 +213,14 @@ def test_records(tmp_path):
     assert json.loads(run.file("result.json").read_text())["settings"] == {"lr": 0.3}  # the work is not lost
     q = write_result(run, **record(settings={"lr": 0.3}, variant="gc"), results_dir=results)
     assert q == p.with_name("ldebm+gc-consistent-s0.json")
-    assert {row_name(r): r["metrics"]["wkl"]["value"] for r in load_results(results)} == {"ldebm": 0.7, "ldebm+gc": 0.5}
+    assert {system_name(r): r["metrics"]["wkl"]["value"] for r in load_results(results)} == {
+        "ldebm": 0.7,
+        "ldebm+gc": 0.5,
+    }
 
 
 def test_name_is_checked_before_the_work(tmp_path):
-    about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
+    about = {k: v for k, v in record().items() if k in ("system", "corpus", "preset", "objective", "seed")}
     assert (
         result_path(**about, settings={"lr": 1}, results_dir=tmp_path)
         == tmp_path / "runs/grammar/quick/ldebm-consistent-s0.json"
@@ -228,7 +234,7 @@ def test_name_is_checked_before_the_work(tmp_path):
 
 def test_what_the_message_about_a_taken_name_advises(tmp_path):
     "Each of the three remedies, and that settings which change nothing are no other run"
-    about = {k: v for k, v in record().items() if k in ("row", "corpus", "preset", "objective", "seed")}
+    about = {k: v for k, v in record().items() if k in ("system", "corpus", "preset", "objective", "seed")}
     old = write_result(Run(tmp_path / "r", {}), **record(), results_dir=tmp_path)
 
     def ask(**more):
@@ -288,7 +294,7 @@ def test_what_differs_gets_a_row_of_its_own(other, how):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(preset="paper"), dict(objective="published"), dict(corpus="ptb"), dict(variant="x"), dict(row="vae")],
+    [dict(preset="paper"), dict(objective="published"), dict(corpus="ptb"), dict(variant="x"), dict(system="vae")],
 )
 def test_names_are_part_of_what_was_run(change):
     one, other = runs(BASE, BASE)
@@ -380,7 +386,7 @@ def test_a_table_is_about_one_data_set():
 def test_user_data_never_takes_the_name_of_a_data_set(path):
     got = own_name(path)
     assert got not in DATA_SETS and got.casefold() not in DATA_SETS
-    write = dict(row="vae", preset="quick", objective="consistent", seed=0, results_dir="x")
+    write = dict(system="vae", preset="quick", objective="consistent", seed=0, results_dir="x")
     assert result_path(**write, corpus=got) == Path("x", "runs", got, "quick", "vae-consistent-s0.json"), (
         "it is a name for files"
     )
@@ -408,7 +414,7 @@ def test_bad_files_among_records_are_named(tmp_path):
     for kind in ("bench", "calibration"):
         (tmp_path / f"{kind}-x.json").write_text("[]")  # they have their own schemas
     assert load_results(tmp_path) == []
-    (tmp_path / "x.json").write_text('{"row": "ldebm"}')
+    (tmp_path / "x.json").write_text('{"system": "ldebm"}')
     with pytest.raises(ValueError, match="x.json.*'corpus' is missing"):
         load_results(tmp_path)
     (tmp_path / "x.json").write_text("{")
@@ -419,12 +425,12 @@ def test_bad_files_among_records_are_named(tmp_path):
 def test_records_are_found_where_older_versions_put_them(tmp_path):
     "Side by side in the folder; a run's own folder below it, also in one called `runs`, holds no records"
     new = write_result(Run(tmp_path / "runs" / "r", {}), **record(), results_dir=tmp_path)
-    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(record(row="vae", variant="")))
+    (tmp_path / "vae-grammar-quick-consistent-s0.json").write_text(json.dumps(record(system="vae", variant="")))
     (tmp_path / "runs" / "r" / "stage").mkdir()
     (tmp_path / "runs" / "r" / "stage" / "settings.json").write_text("{}")
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "chain-x.json").write_text("[]")
-    assert {r["row"] for r in load_results(tmp_path)} == {"ldebm", "vae"}
+    assert {r["system"] for r in load_results(tmp_path)} == {"ldebm", "vae"}
     new.write_text("{")
     with pytest.raises(ValueError, match="ldebm-consistent-s0.json is not JSON"):
         load_results(tmp_path)
@@ -447,6 +453,47 @@ def test_a_setting_with_a_new_name_is_found_in_old_files(tmp_path, monkeypatch):
     assert json.loads(old.read_text())["settings"] == {"lr": 0.1, "new": 3}
     with pytest.raises(ValueError, match=r"other settings \(new: 3 -> 4\)"):
         write_result(run, **record(settings={"lr": 0.1, "new": 4}), results_dir=tmp_path / "results")
+
+
+OLD = {new: old for old, new in records.RENAMED.items()}
+
+
+def in_old_words(settings):
+    return {OLD.get(k, k): v for k, v in settings.items()}
+
+
+@pytest.mark.parametrize("folder", ["results", "results/tuning"])
+def test_every_record_of_this_repository_is_read_in_the_words_of_today(folder):
+    "Each key is known, and what one run was called before and is called now is one run"
+    more = {"corpus_sha256", "processes", "split", "module_sha256", "n_train", "shape", "data"}
+    more |= {"density", "scale", "sample_steps"}
+    jobs = (TextSettings, TextJob, ImageSettings, ToySettings)
+    known = more | {f.name for job in jobs for f in dataclasses.fields(job)}
+    found = load_results(ROOT / folder)
+    assert found
+    for r in found:
+        settings = r["settings"]
+        assert not {*r, *settings} & {*records.RENAMED} and set(settings) <= known, set(settings) - known
+        assert settings.get("system", r["system"]) == r["system"]
+        old = in_old_words(settings)
+        assert old != settings or "sample_steps" in settings
+        assert records.identity(old) == records.identity(settings)
+        ((how, runs),) = group_records([{**r, "settings": records.renamed(old)}, {**r, "seed": -1}])
+        assert (how, len(runs)) == ("", 2)
+
+
+def test_records_in_old_words_are_found_and_replaced(tmp_path):
+    about = dict(system="ldebm", corpus="grammar", preset="quick", objective="consistent", seed=0)
+    path = result_path(**about, results_dir=tmp_path)
+    path.parent.mkdir(parents=True)
+    settings = {"system": "ldebm", "temperature": 0.5, "free_nats": 0.1}
+    path.write_text(json.dumps(in_old_words(record(settings=in_old_words(settings), variant=""))))
+    assert {"row", "tau", "floor"} <= {*json.loads(path.read_text()), *json.loads(path.read_text())["settings"]}
+    (rec,) = load_results(tmp_path)
+    assert rec["system"] == "ldebm" and rec["settings"] == settings
+    assert result_path(**about, settings=settings, results_dir=tmp_path) == path
+    with pytest.raises(ValueError, match=r"other settings \(temperature: 0.5 -> 0.7\)"):
+        result_path(**about, settings=settings | {"temperature": 0.7}, results_dir=tmp_path)
 
 
 def git(*args):

@@ -76,8 +76,8 @@ def released_prior(v):
             objective="published",
             reference="flat",
             n_steps=s["langevin_steps"],
-            b2=s["b2"],
-            floor=s["kappa"],
+            squared_step=s["b2"],
+            free_nats=s["kappa"],
             mala=False,
         ),
     )
@@ -331,9 +331,9 @@ def corpus():
     return load_corpus("grammar", max_len=24)
 
 
-def task(corpus, objective="published", seed=0, settings="", row="ldebm"):
+def task(corpus, objective="published", seed=0, settings="", system="ldebm"):
     return TextTask(
-        corpus, resolve(TextJob(objective=objective, row=row, steps=20, settings=f"{NET} {settings}")), seed
+        corpus, resolve(TextJob(objective=objective, system=system, steps=20, settings=f"{NET} {settings}")), seed
     )
 
 
@@ -421,11 +421,11 @@ def test_published_makes_as_many_power_iterations_as_the_released_code(corpus, K
     with patch.object(EnergyNet, "power_iterate", lambda self, k=1: n.append(k)):
         t.model.before_step()
     assert n == [2 * K + 2 * 2 + 2 + 2]
-    for row, objective in (("ldebm", "consistent"), ("svebm-ib", "published"), ("svebm", "consistent")):
+    for system, objective in (("ldebm", "consistent"), ("svebm-ib", "published"), ("svebm", "consistent")):
         n.clear()
         with patch.object(EnergyNet, "power_iterate", lambda self, k=1: n.append(k)):
-            task(corpus, objective, row=row).model.before_step()
-        assert n == [1], (row, objective)
+            task(corpus, objective, system=system).model.before_step()
+        assert n == [1], (system, objective)
 
 
 def test_published_norms_are_true_ones_while_weights_move():
@@ -457,8 +457,8 @@ def test_batches_of_released_ldebm_are_as_wide_as_the_longest_training_sentence(
     def widths(t):
         return {b.ids.shape[1] for b, _ in t.batches(None, gen(0))}
 
-    assert widths(task(corpus)) == widths(task(corpus, row="ldebm-no-gc")) == {longest}
-    assert len(widths(task(corpus, row="svebm", settings=""))) > 1, (
+    assert widths(task(corpus)) == widths(task(corpus, system="ldebm-no-gc")) == {longest}
+    assert len(widths(task(corpus, system="svebm", settings=""))) > 1, (
         "other released code pads to the longest of the batch"
     )
 
@@ -468,11 +468,12 @@ def test_padding_that_is_generated_ends_a_sentence():
     assert strip(cut_after(ids, 4), 4) == [[5], [5, 6], [], [5, 6, 7, 8, 9]]
 
 
-@pytest.mark.parametrize("row", ["ldebm", "svebm-ib"])
-def test_nll_published_reads_every_sentence_alone(corpus, row):
+@pytest.mark.parametrize("system", ["ldebm", "svebm-ib"])
+def test_nll_published_reads_every_sentence_alone(corpus, system):
     "Unpadded, so that its value does not depend on which sentences are scored beside it"
     scored = f"{NET} nll_draws=2 nll_sentences=4 lm=''"
-    t, seen, index = task(corpus, row=row, settings="nll_draws=2 nll_sentences=4 lm=''"), [], torch.tensor([3, 8, 11])
+    t = task(corpus, system=system, settings="nll_draws=2 nll_sentences=4 lm=''")
+    seen, index = [], torch.tensor([3, 8, 11])
 
     class Enough(Exception):
         pass
@@ -495,7 +496,7 @@ def test_nll_published_reads_every_sentence_alone(corpus, row):
             stack.enter_context(patch.object(text_score, name, what))
         stack.enter_context(patch.object(t.model, "encode", lambda b: seen.append(b.ids) or encode(b)))
         with pytest.raises(Enough):
-            text_score.score(t, TextJob(objective="published", row=row, settings=scored), [], None)
+            text_score.score(t, TextJob(objective="published", system=system, settings=scored), [], None)
     alone = [x.shape[1] for x in seen if len(x) == 1]
     assert alone == corpus["test"].lengths[index].tolist()
 

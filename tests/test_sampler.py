@@ -132,7 +132,7 @@ def test_published_chain_against_the_geometric_sum(K):
 def test_unadjusted_consistent_chain_at_each_level(reference, T, K, rho, tau):
     n, d = 12_000, 3
     qe = quadratic(T, d, 7 * T + K)
-    p = model(qe, reference=reference, n_steps=K, rho=rho, tau=tau)
+    p = model(qe, reference=reference, n_steps=K, rho=rho, temperature=tau)
     z = torch.randn(T, d, generator=gen(3), dtype=F64)
     t = torch.arange(T).repeat_interleave(n)
     y = p.conditional(z[t], t, mala=False).sample(gen=gen(4))[0]
@@ -237,7 +237,7 @@ def test_zero_energy_in_the_published_sampler(T):
 def test_every_level_with_a_metropolis_test(reference, T, tau):
     n, d = 12_000, 2
     qe = quadratic(T, d, T + 3, lo=0.3, hi=1.5)
-    p = model(qe, reference=reference, rho=0.4, tau=tau)
+    p = model(qe, reference=reference, rho=0.4, temperature=tau)
     zs = p.sample(n, gen=gen(T), n_steps=30, mala=True, path=True)
     mean, cov, eye = torch.zeros(d, dtype=F64), torch.eye(d, dtype=F64), torch.eye(d, dtype=F64)
     for lev in reversed(range(T)):
@@ -262,7 +262,7 @@ def test_surrogate_gradient_is_the_exact_one(reference, T, tau):
     "Encoder: of -F/tau + log Z by autograd through the closed form; energy: the same sum's derivative in A and c"
     n, d = 6000, 2
     qe = quadratic(T, d, 20 + T, lo=0.2, hi=1.0)
-    p = model(qe, reference=reference, n_steps=30, rho=0.4, tau=tau, levels="all")
+    p = model(qe, reference=reference, n_steps=30, rho=0.4, temperature=tau, levels="all")
     z = torch.randn(n, d, generator=gen(5), dtype=F64).requires_grad_()
     q = DiagGaussian(z.detach(), torch.zeros(n, d, dtype=F64))
     terms = p.terms(q, z, gen(6))
@@ -555,7 +555,7 @@ def test_refused_settings_of_a_chain():
     for cfg, wrong in (
         (dict(n_steps=-1), "n_steps must be >= 0"),
         (dict(rho=1.0), "rho must lie"),
-        (dict(tau=0.0), "must be positive"),
+        (dict(temperature=0.0), "must be positive"),
         (dict(objective="paper"), "objective must be one of"),
         (dict(weighting="s"), "weighting must be one of"),
     ):

@@ -123,7 +123,7 @@ class Oracle(nn.Module):
         self.d, self.n_levels, self.s, self.predict = len(z0), cfg.n_levels, cfg.levels(), cfg.predict
 
     def forward(self, z, t, y=None):
-        a, b = self.s.at("abar", t, z), self.s.at("sbar", t, z)
+        a, b = self.s.coefficient("abar", t, z), self.s.coefficient("sbar", t, z)
         eps = (z - a * self.z0) / b
         return eps if self.predict == "eps" else a * eps - b * self.z0
 
@@ -140,7 +140,7 @@ def test_terms_of_an_oracle_are_zero(predict):
     zt = diffuse(p.schedule, z, t, make_gen(1))
     clean, eps = p.denoise(zt, t)
     assert_close(clean, z)
-    assert_close(p.schedule.at("abar", t, z) * clean + p.schedule.at("sbar", t, z) * eps, zt)
+    assert_close(p.schedule.coefficient("abar", t, z) * clean + p.schedule.coefficient("sbar", t, z) * eps, zt)
     assert_close(p.sample(4, eta=0.0, gen=make_gen(2)), z0.expand(4, 3), rtol=0, atol=1e-9)
 
 

@@ -6,7 +6,10 @@ from typing import Literal, Optional
 
 import pytest
 
+from ldebm.image_job import ImageJob
+from ldebm.image_job import resolve as image_settings
 from ldebm.settings import check_params, check_settings, describe, notebook_params, setting, settings_table, unread
+from ldebm.text_settings import TextJob, resolve
 
 
 @dataclass(frozen=True)
@@ -191,3 +194,20 @@ def test_a_table_shows_every_setting_once():
         assert folded.count(f"| `{name}` |") == 1 and f"`{name}`" not in changed
     assert shown.count("<details>") == shown.count("</details>") == 2
     assert shown.count("\n\n</details>") == 2, "Markdown inside a fold needs blank lines around it"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: check_params(TextJob, dict(row="vae")), "unknown parameter 'row' for TextJob: row is now system"),
+        (lambda: check_params(ImageJob, dict(rows="ddpm")), "'rows' for ImageJob: rows is now systems"),
+        (lambda: resolve(TextJob(settings="floor=.1")), "unknown setting 'floor'; floor is now free_nats. Known: "),
+        (lambda: resolve(TextJob(settings="tau=.5")), "tau is now temperature"),
+        (lambda: resolve(TextJob(settings="b2=.1")), "b2 is now squared_step"),
+        (lambda: image_settings(ImageJob(settings="tau_y=.5")), "tau_y is now symbol_temperature"),
+        (lambda: resolve(TextJob(settings="row=vae")), "'system' is a parameter of its own.* `-p system vae`"),
+    ],
+)
+def test_names_of_earlier_versions_are_told_their_new_ones(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()

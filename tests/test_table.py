@@ -22,7 +22,7 @@ from ldebm.report import run_table, runs_of, scored
 from ldebm.text_job import corpus_name, job_name, record_settings
 from ldebm.text_score import TUNING
 from ldebm.text_settings import TextJob, TextSettings, resolve
-from ldebm.zoo import ROWS, TABLE, Row
+from ldebm.zoo import SYSTEMS, TABLE, System
 
 TINY = (
     "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 "
@@ -67,17 +67,17 @@ def environment():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--rows", "vea"], "did you mean 'vae'"),
-        (["--rows", "vae", "--settings", "T=3"], "T=3: no effect on any of these rows"),
-        (["--rows", "vae", "--settings", "tau"], "write name=value"),
+        (["--systems", "vea"], "did you mean 'vae'"),
+        (["--systems", "vae", "--settings", "T=3"], "T=3: no effect on any of these systems"),
+        (["--systems", "vae", "--settings", "temperature"], "write name=value"),
         (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"),
         (["--module", "/nowhere/mine.py"], "no such file"),
-        (["--settings", "batch=9000", "--rows", "vae"], "fewer than a batch of 9000"),
-        (["--device", "cuda", "--rows", "vae"], "GPUs and this machine offers 0")
+        (["--settings", "batch=9000", "--systems", "vae"], "fewer than a batch of 9000"),
+        (["--device", "cuda", "--systems", "vae"], "GPUs and this machine offers 0")
         if not torch.cuda.is_available()
-        else (["--rows", "vea"], "did you mean 'vae'"),
-        (["--rows", "vae", "vae"], "vae-grammar-quick-consistent-s0"),
-        (["--rows", "vae-fb", "--objective", "published"], "has no published variant"),
+        else (["--systems", "vea"], "did you mean 'vae'"),
+        (["--systems", "vae", "vae"], "vae-grammar-quick-consistent-s0"),
+        (["--systems", "vae-fb", "--objective", "published"], "has no published variant"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsys, monkeypatch):
@@ -88,12 +88,22 @@ def test_what_cannot_work_is_said_before_any_work(argv, message, tmp_path, capsy
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 
+def test_an_option_of_earlier_versions_is_told_its_name(capsys):
+    for given in (["--rows", "vae"], ["--rows=vae"]):
+        with pytest.raises(SystemExit):
+            T.main(given)
+        assert "--rows is now --systems" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        T.main(["--floor", "1"])
+    assert "is now" not in capsys.readouterr().err
+
+
 def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(PLACE)
     monkeypatch.setattr(T, "sweep", lambda jobs, **kw: pytest.fail("started"))
     job = T.table_jobs(seeds=(0,), systems=("vae",), out=str(tmp_path / "runs"), results=str(tmp_path))[0]
     other = dict(
-        row="vae",
+        system="vae",
         corpus="grammar",
         preset="quick",
         objective="consistent",
@@ -115,13 +125,13 @@ def test_a_record_with_other_settings_is_not_overwritten(tmp_path, monkeypatch):
 def test_a_run_is_given_the_memory_that_records_say_it_takes():
     seen = set()
     for r in load_results(PLACE / "results"):
-        if r["corpus"] not in CORPORA or r["row"] not in ROWS:
+        if r["corpus"] not in CORPORA or r["system"] not in SYSTEMS:
             continue
         given = T.sweep_job(
-            TextJob(row=r["row"], preset=r["preset"], objective=r["objective"], out="x"), "train_zoo.ipynb"
+            TextJob(system=r["system"], preset=r["preset"], objective=r["objective"], out="x"), "train_zoo.ipynb"
         ).memory_gb
         assert r["provenance"]["peak_memory_mb"] * 2**20 / 1e9 < given, (
-            r["row"],
+            r["system"],
             r["preset"],
             r["objective"],
             r["seed"],
@@ -135,7 +145,7 @@ def test_tables_disclaim_what_records_disclaim():
     rec = next(
         r
         for r in known
-        if r["row"] == "ldebm"
+        if r["system"] == "ldebm"
         and r["corpus"] == "grammar"
         and r["objective"] == "consistent"
         and r["seed"] == 0
@@ -153,11 +163,11 @@ def test_tables_disclaim_what_records_disclaim():
 
 
 def test_rows_and_families_without_records():
-    rec = next(r for r in load_results(PLACE / "results") if r["row"] == "vae" and r["preset"] == "quick")
+    rec = next(r for r in load_results(PLACE / "results") if r["system"] == "vae" and r["preset"] == "quick")
     out = family_means([rec], "grammar", "quick", rec["objective"], dict(bleu=1))
     assert "| VAE | VAE (of 4) | " in out and "| autoencoder | none (of 2) | – |" in out
     assert "| strange | " in zoo_table(
-        [{**rec, "row": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), systems=("strange",)
+        [{**rec, "system": "strange"}], "grammar", "quick", "consistent", dict(bleu=1), systems=("strange",)
     )
 
 
@@ -170,7 +180,7 @@ def test_records_of_this_repository_are_one_row_each(folder):
     known = load_results(PLACE / folder)
     names = {}
     for r in known:
-        names.setdefault(tuple(r[k] for k in ("row", "variant", "corpus", "preset", "objective")), []).append(r)
+        names.setdefault(tuple(r[k] for k in ("system", "variant", "corpus", "preset", "objective")), []).append(r)
     for name, rs in names.items():
         ((how, same),) = group_records(rs, scored)
         assert how == "" and [r["seed"] for r in same] == sorted({r["seed"] for r in rs}) and len(same) == len(rs), name
@@ -181,28 +191,28 @@ def test_records_of_this_repository_are_one_row_each(folder):
         assert (said["lm"], said["lm_seeds"], said["n_samples"]) == ("quick", 2, 2000) and said["nll_sentences"] == (
             None if "nll_valid" not in r["metrics"] else 200 if r["settings"].get("split") else 2000
         )
-        assert (said["nll_draws"] is None) == (r["row"] in ("ae", "dae", "rnn-lm")) and said["nll_draws"] in (
+        assert (said["nll_draws"] is None) == (r["system"] in ("ae", "dae", "rnn-lm")) and said["nll_draws"] in (
             None,
             64,
             100,
-        ), r["row"]
+        ), r["system"]
 
 
 def test_a_setting_that_records_lack_does_nothing_at_its_default(monkeypatch):
     "Else a run of today would stand beside those of yesterday as another"
     monkeypatch.delenv("IN_TEST", raising=False)
     old = {
-        r["row"]: r
+        r["system"]: r
         for r in load_results(PLACE / "results")
         if r["corpus"] == "grammar" and r["preset"] == "quick" and not r["variant"] and r["objective"] == "consistent"
     }
-    for row, r in old.items():
-        if row not in ROWS:
+    for system, r in old.items():
+        if system not in SYSTEMS:
             continue
-        job = TextJob(row=row, seed=r["seed"])
+        job = TextJob(system=system, seed=r["seed"])
         today = dict(r, settings=record_settings(job, resolve(job)))
         ((how, _),) = group_records([r, {**today, "seed": r["seed"] + 1}], scored)
-        assert how == "", (row, how)
+        assert how == "", (system, how)
     for r in load_results(PLACE / "results"):
         if "shape" not in r["settings"] or r["variant"]:
             continue
@@ -210,24 +220,26 @@ def test_a_setting_that_records_lack_does_nothing_at_its_default(monkeypatch):
             dataset="cifar10" if r["corpus"].startswith("cifar10") else r["corpus"],
             preset=r["preset"],
             objective=r["objective"],
-            rows="ldebm",
+            systems="ldebm",
         )
         today = dict(
             r, seed=-1, settings={**vars(image_job.resolve(job)), **r["settings"]}
         )  # presets may change since, as long as what is new is not in them
         ((how, _),) = group_records([r, today])
-        assert how == "", (r["row"], r["corpus"], how)
+        assert how == "", (r["system"], r["corpus"], how)
 
 
-def made(seed=0, row="vae", value=1.0, corpus="mine", preset="small", estimator="", n=None, metrics=None, **settings):
+def made(
+    seed=0, system="vae", value=1.0, corpus="mine", preset="small", estimator="", n=None, metrics=None, **settings
+):
     return dict(
-        row=row,
+        system=system,
         variant="",
         corpus=corpus,
         preset=preset,
         objective="consistent",
         seed=seed,
-        settings={"row": row, **settings},
+        settings={"system": system, **settings},
         metrics=metrics or dict(kl=metric(value, n=n, estimator=estimator)),
         provenance=dict(device="cpu", threads=1, minutes=1.0, finished=f"{seed}"),
     )
@@ -238,7 +250,7 @@ def rows_of(table):
 
 
 @pytest.mark.parametrize(
-    "row, usual, other, how",
+    "system, usual, other, how",
     [
         ("vae", dict(d=32), dict(d=4), "d=4"),
         ("vae", dict(split="valid"), dict(), "no split"),
@@ -259,14 +271,18 @@ def rows_of(table):
         ("strange", dict(module_sha256="aaaa"), dict(module_sha256="bbbb"), "other module: bbbb"),
     ],
 )
-def test_no_table_mixes_runs(row, usual, other, how):
-    "Text, pictures, plane, rows of one's own"
-    rs = [made(0, row, 1.0, **usual), made(1, row, 3.0, **usual), made(2, row, 9.0, **other)]
+def test_no_table_mixes_runs(system, usual, other, how):
+    "Text, pictures, plane, systems of one's own"
+    rs = [made(0, system, 1.0, **usual), made(1, system, 3.0, **usual), made(2, system, 9.0, **other)]
     for table in (
-        run_table(rs, "mine", "small", [(row, "consistent")], dict(kl=1)),
-        zoo_table(rs, "mine", "small", "consistent", dict(kl=1), systems=(row,)),
+        run_table(rs, "mine", "small", [(system, "consistent")], dict(kl=1)),
+        zoo_table(rs, "mine", "small", "consistent", dict(kl=1), systems=(system,)),
     ):
-        name = ROWS[row].title if row in ROWS and table is not None and f"| {ROWS[row].title} |" in table else row
+        name = (
+            SYSTEMS[system].title
+            if system in SYSTEMS and table is not None and f"| {SYSTEMS[system].title} |" in table
+            else system
+        )
         assert rows_of(table) == [name, f"{name} ({how})"]
         assert "| 2.0\u00a0±\u00a01.4 | 2 |" in table and "| 9.0 | 1 |" in table
 
@@ -394,7 +410,7 @@ def test_settings_of_every_job_are_known():
         cls = max(JOB_SETTINGS, key=lambda c: len(r["settings"].keys() & c.__dataclass_fields__.keys()))
         assert cls is (
             toy_job.ToySettings
-            if r["row"].startswith("toy")
+            if r["system"].startswith("toy")
             else image_job.ImageSettings
             if "shape" in r["settings"]
             else TextSettings
@@ -402,7 +418,7 @@ def test_settings_of_every_job_are_known():
 
 
 def test_scores_are_part_of_what_a_job_is():
-    job = TextJob(row="vae", out="there")
+    job = TextJob(system="vae", out="there")
     a, b, c = (
         T.sweep_job(replace(job, settings=s), "x.ipynb").fingerprint for s in ("", "nll_sentences=300", "steps=10")
     )
@@ -422,9 +438,9 @@ def test_tuning_gives_both_objectives_as_many_configurations():
         resolve(j)
 
 
-def test_a_new_row_is_a_job(monkeypatch):
-    monkeypatch.setitem(ROWS, "mine", Row("Mine", "own", dict(prior="normal", terms="kl")))
-    assert T.table_jobs(systems=("mine",), seeds=(0,))[0].row == "mine" and len(TABLE) == 16
+def test_a_new_system_is_a_job(monkeypatch):
+    monkeypatch.setitem(SYSTEMS, "mine", System("Mine", "own", dict(prior="normal", terms="kl")))
+    assert T.table_jobs(systems=("mine",), seeds=(0,))[0].system == "mine" and len(TABLE) == 16
 
 
 MINE = """
@@ -433,16 +449,16 @@ class Shifted(zoo.StandardNormal):
     def sample(self, n, *, y=None, gen=None): return super().sample(n, y=y, gen=gen)+1
     def log_weight(self, z, gen=None): return super().log_weight(z-1)
 zoo.PRIORS["shifted"] = lambda s, gen: Shifted(s.d)
-zoo.ROWS["mine"] = zoo.Row("Mine", "own", dict(zoo.PLAIN, prior="shifted", terms="kl"))
+zoo.SYSTEMS["mine"] = zoo.System("Mine", "own", dict(zoo.PLAIN, prior="shifted", terms="kl"))
 """
 
 
-def test_a_row_of_a_users_own(corpus, tmp_path):
+def test_a_system_of_a_users_own(corpus, tmp_path):
     "It runs in the notebook's process, is part of the run's identity, and its model can be loaded without its file"
     mine = tmp_path / "mine.py"
     mine.write_text(MINE)
     p = subprocess.run(
-        command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)),
+        command(corpus, tmp_path, "--systems", "mine", "--module", str(mine)),
         cwd=PLACE,
         env=environment(),
         capture_output=True,
@@ -452,7 +468,7 @@ def test_a_row_of_a_users_own(corpus, tmp_path):
     assert p.returncode == 0, p.stdout + p.stderr
     (rec,) = load_results(tmp_path / "results")
     assert (
-        rec["row"] == "mine"
+        rec["system"] == "mine"
         and rec["metrics"]["nll_valid"]["value"] > 0
         and len(rec["settings"]["module_sha256"]) == 64
     )
@@ -476,7 +492,7 @@ def test_a_row_of_a_users_own(corpus, tmp_path):
         path.unlink()
     mine.write_text(MINE)
     p = subprocess.run(
-        command(corpus, tmp_path, "--rows", "mine", "--module", str(mine)),
+        command(corpus, tmp_path, "--systems", "mine", "--module", str(mine)),
         cwd=PLACE,
         env=environment(),
         capture_output=True,
@@ -490,14 +506,14 @@ def test_a_row_of_a_users_own(corpus, tmp_path):
 
 def test_killed_and_started_again(corpus, tmp_path):
     "SIGKILL in the middle; the same command then does exactly what is missing, and a third finds nothing to do"
-    rows = ["ae", "dvae", "gm-vae-i"]
+    systems = ["ae", "dvae", "gm-vae-i"]
 
     def record(r):
         return tmp_path / "results" / "runs" / "few" / "quick" / f"{r}-consistent-s0.json"
 
     def start():
         return subprocess.Popen(
-            command(corpus, tmp_path, "--rows", *rows),
+            command(corpus, tmp_path, "--systems", *systems),
             cwd=PLACE,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -508,24 +524,24 @@ def test_killed_and_started_again(corpus, tmp_path):
 
     first = start()
     end = time.monotonic() + 120
-    while not any(record(r).exists() for r in rows):
+    while not any(record(r).exists() for r in systems):
         assert first.poll() is None and time.monotonic() < end, first.stdout.read()
         time.sleep(0.1)
     first.kill()
     first.wait()
-    had = {r: record(r).read_bytes() for r in rows if record(r).exists()}
-    assert 0 < len(had) < len(rows)
+    had = {r: record(r).read_bytes() for r in systems if record(r).exists()}
+    assert 0 < len(had) < len(systems)
     second = start()
     said, _ = second.communicate(timeout=200)
     assert second.returncode == 0, said
-    assert {r["row"] for r in load_results(tmp_path / "results")} == set(rows)
+    assert {r["system"] for r in load_results(tmp_path / "results")} == set(systems)
     assert sum(record(r).read_bytes() == b for r, b in had.items()) == len(
         had
     )  # a record carries the time it was written
     third = start()
     said, _ = third.communicate(timeout=100)
-    assert third.returncode == 0 and f"**{len(rows)} skipped**" in said
-    got = {r["row"]: r["metrics"] for r in load_results(tmp_path / "results")}
+    assert third.returncode == 0 and f"**{len(systems)} skipped**" in said
+    got = {r["system"]: r["metrics"] for r in load_results(tmp_path / "results")}
     assert (
         "nll_valid" not in got["ae"]
         and {"ckl", "information", "nll_valid"} <= set(got["dvae"])
@@ -533,7 +549,7 @@ def test_killed_and_started_again(corpus, tmp_path):
     )
     assert not [p for p in (tmp_path / "runs").glob("*/failed.json")]
     assert {p.parent.name for p in (tmp_path / "runs").glob("*/sweep.json")} == {
-        job_name(TextJob(row=r, corpus=str(corpus))) for r in rows
+        job_name(TextJob(system=r, corpus=str(corpus))) for r in systems
     }
 
 
@@ -542,9 +558,9 @@ def test_a_run_that_raises_is_reported(corpus, tmp_path):
     "Its neighbours go on, and the exit status says so"
     folder = tmp_path / "runs" / "vae-few-quick-consistent-s0"
     folder.mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps(dict(row="something else")))  # the folder of another run
+    (folder / "settings.json").write_text(json.dumps(dict(system="something else")))  # the folder of another run
     p = subprocess.run(
-        command(corpus, tmp_path, "--rows", "vae", "dvae"),
+        command(corpus, tmp_path, "--systems", "vae", "dvae"),
         cwd=PLACE,
         env=environment(),
         capture_output=True,
@@ -554,7 +570,7 @@ def test_a_run_that_raises_is_reported(corpus, tmp_path):
     assert p.returncode == 1 and "holds a run with other settings" in p.stdout and "1 done, 1 failed" in p.stdout, (
         p.stdout + p.stderr
     )
-    assert [r["row"] for r in load_results(tmp_path / "results")] == ["dvae"]
+    assert [r["system"] for r in load_results(tmp_path / "results")] == ["dvae"]
 
 
 # -- a table that reads

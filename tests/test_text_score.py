@@ -17,9 +17,9 @@ from ldebm.grammar_corpus import load_grammar
 from ldebm.job import kept_metrics
 from ldebm.likelihood import NLLCfg, estimation_interval
 from ldebm.paths import Proposal
-from ldebm.records import metric, result_path
+from ldebm.records import RENAMED, metric, result_path
 from ldebm.text import get_batch
-from ldebm.text_job import record_name
+from ldebm.text_job import load_model, record_name
 from ldebm.text_settings import TextJob, resolve
 from ldebm.text_task import TextTask
 
@@ -33,8 +33,8 @@ def corpus():
     return load_corpus("grammar", max_len=24)
 
 
-def make(corpus, row="ldebm", objective="consistent", seed=0, settings=TINY):
-    job = TextJob(row=row, objective=objective, seed=seed, steps=1, n_samples=10, settings=settings)
+def make(corpus, system="ldebm", objective="consistent", seed=0, settings=TINY):
+    job = TextJob(system=system, objective=objective, seed=seed, steps=1, n_samples=10, settings=settings)
     return job, TextTask(corpus, resolve(job), seed)
 
 
@@ -91,10 +91,10 @@ def test_sentence_log_lik_is_the_decoders(task):
         assert torch.autograd.grad(got.sum(), z)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("row", ["ldebm", "vae"])
-def test_killed_and_resumed_equals_uninterrupted(corpus, row, tmp_path, monkeypatch):
-    settings = TINY if row == "ldebm" else "embed=16 hidden=16 d=3 nll_draws=8 lm=''"
-    task = make(corpus, row, settings=settings)[1]
+@pytest.mark.parametrize("system", ["ldebm", "vae"])
+def test_killed_and_resumed_equals_uninterrupted(corpus, system, tmp_path, monkeypatch):
+    settings = TINY if system == "ldebm" else "embed=16 hidden=16 d=3 nll_draws=8 lm=''"
+    task = make(corpus, system, settings=settings)[1]
     want = text_nll.text_nll(task, "test", 9, CFG, chunk=3)
     task.model.train()
     with monkeypatch.context() as mp:
@@ -370,7 +370,7 @@ def record_of(tmp_path, name="run", **kw):
     job = TextJob(
         **{
             **dict(
-                row="vae", steps=12, n_samples=20, threads=1, device="cpu", settings=QUICK, out=str(tmp_path / name)
+                system="vae", steps=12, n_samples=20, threads=1, device="cpu", settings=QUICK, out=str(tmp_path / name)
             ),
             **kw,
         }
@@ -411,6 +411,47 @@ def test_finished_job_is_copied_where_its_record_is_wanted(tmp_path, no_classifi
         )  # another scoring is not this one's
 
 
+def in_old_words(path, *parts):
+    "A file of a run as earlier versions wrote it"
+    names = {new: old for old, new in RENAMED.items()}
+    content = json.loads(path.read_text())
+    for part in (content, *(content[part] for part in parts)):
+        for name in [name for name in part if name in names]:
+            part[names[name]] = part.pop(name)
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_a_folder_in_old_words_is_read_and_goes_on(tmp_path, no_classifiers, monkeypatch):
+    "Model, record and training"
+    settings = (
+        "embed=16 hidden=16 d=3 batch=64 nll_draws=0 lm='' free_nats=.2 temperature=.9 energy_hidden=8 n_blocks=1 "
+        "T=2 langevin_steps=2 n_symbols=4 energy_steps=4 energy_batch=32 checkpoint_every=4"
+    )
+    asked = dict(system="ldebm", settings=settings)
+    _, first = record_of(tmp_path, **asked)
+    run = tmp_path / "run"
+    model = load_model(run)[0].state_dict()
+    assert {"row", "floor", "tau", "b2"} <= set(in_old_words(run / "settings.json"))
+    assert in_old_words(run / "config.json", "settings")["settings"]["floor"] == 0.2
+    assert in_old_words(run / "result.json", "settings")["row"] == "ldebm"
+    in_old_words(run / "scored.json")
+    in_old_words(run / "energies" / "settings.json")
+    again = load_model(run)[0].state_dict()
+    assert all(torch.equal(again[k], model[k]) for k in model)
+    with monkeypatch.context() as m:
+        m.setattr(S, "launch", lambda *a, **k: pytest.fail("it is done"))
+        assert record_of(tmp_path, **asked)[1] == first
+    (run / "result.json").unlink()
+    steps = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    _, later = record_of(tmp_path, **asked)
+    assert later["metrics"].keys() == first["metrics"].keys() and later["settings"] == first["settings"]
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1]) == steps, "nothing was trained again"
+    assert json.loads((run / "settings.json").read_text())["row"] == "ldebm", "what is the same is not written again"
+    with pytest.raises(ValueError, match="other settings .temperature: 0.9 -> 0.8."):
+        record_of(tmp_path, **{**asked, "settings": settings.replace("temperature=.9", "temperature=.8")})
+
+
 def test_record_of_other_settings_is_not_overwritten(tmp_path, no_classifiers):
     record_of(tmp_path, "a")
     record_of(tmp_path, "b", results=str(tmp_path / "results"), steps=10)
@@ -429,7 +470,7 @@ def test_a_job_in_two_processes(tmp_path, no_classifiers, deadline):
             "embed=16 hidden=16 d=3 batch=32 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 n_symbols=4 "
             "cls_start=0 energy_steps=8 energy_batch=32 nll_draws=0 lm=''"
         )
-        job, rec = record_of(tmp_path, row="ldebm", processes=2, settings=settings)
+        job, rec = record_of(tmp_path, system="ldebm", processes=2, settings=settings)
         again = S.run_job(job)
     saved = {k: unpack_state(*load_tensors(tmp_path / "run" / k / "checkpoint.safetensors")) for k in ("", "energies")}
     assert {k: (v["processes"], v["progress"]["step"], v["progress"]["samples"]) for k, v in saved.items()} == {

@@ -21,7 +21,7 @@ from ldebm.layers import take_rows
 from ldebm.posterior import DiagGaussian
 from ldebm.text_job import open_job
 from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
-from ldebm.zoo import ROWS
+from ldebm.zoo import SYSTEMS
 
 SMALL = "embed=16 hidden=16 batch=32"
 
@@ -76,13 +76,24 @@ def test_what_is_looked_for():
 
 
 @pytest.mark.parametrize(
-    "row,objective",
-    [(r, o) for r in ROWS for o in ("consistent", "published") if o == "consistent" or ROWS[r].published is not None],
+    "system,objective",
+    [
+        (r, o)
+        for r in SYSTEMS
+        for o in ("consistent", "published")
+        if o == "consistent" or SYSTEMS[r].published is not None
+    ],
 )
-def test_text(row, objective, watched, tmp_path):
+def test_text(system, objective, watched, tmp_path):
     run, task, device = open_job(
         TextJob(
-            row=row, objective=objective, steps=1, n_samples=20, device="cpu", out=str(tmp_path / "run"), settings=SMALL
+            system=system,
+            objective=objective,
+            steps=1,
+            n_samples=20,
+            device="cpu",
+            out=str(tmp_path / "run"),
+            settings=SMALL,
         )
     )
     task.validate = lambda: {task.select or "nll": torch.tensor(0.0)}
@@ -98,7 +109,7 @@ def test_pictures(layers, objective, watched, tmp_path):
     p = image_job.open_job(
         ImageJob(
             objective=objective,
-            rows="ldebm ldebm-coupled",
+            systems="ldebm ldebm-coupled",
             device="cpu",
             out=str(tmp_path / "run"),
             settings=f"layers='{layers}' gen_steps=2 steps=2 clf_steps=2 energy_hidden=8",
@@ -106,8 +117,8 @@ def test_pictures(layers, objective, watched, tmp_path):
     )
     g = image_stages.train_generator(p)[0]
     image_stages.train_classifier(p)
-    for row in p.job.rows.split():
-        image_stages.train_prior(p, row, g)
+    for system in p.job.systems.split():
+        image_stages.train_prior(p, system, g)
 
 
 def test_plane(watched, tmp_path):

@@ -166,18 +166,18 @@ def run_job(job):
     for d in tj.densities(job):
         models = tj.train_all(place, d)
         samples, seconds = tj.sample_all(place, d, models)
-        for row in tj.SYSTEMS:
-            kind = "diffusion" if row == "toy-diffusion-ebm" else "single"
+        for system in tj.SYSTEMS:
+            kind = "diffusion" if system == "toy-diffusion-ebm" else "single"
             mix = measure.mixing(models[kind][0], tj.SCALES[d], d, make_gen(0), n_steps=8, n_cond=2, n_chains=4)
             out.append(
                 measure.finish(
                     place,
                     d,
-                    row,
-                    measure.score(d, samples[row], 0, place.settings.repeats),
+                    system,
+                    measure.score(d, samples[system], 0, place.settings.repeats),
                     mix,
                     models[kind][1],
-                    seconds[row],
+                    seconds[system],
                 )
             )
     return out
@@ -189,8 +189,8 @@ def test_job_records(tmp_path, tiny):
     first = run_job(job)
     assert len(first) == 6 and all(tmp_path / "run" in p.parents for p in first)
     recs = [check_result(json.loads(p.read_text())) for p in first]
-    assert {(r["row"], r["corpus"]) for r in recs} == {(row, d) for row in tj.SYSTEMS for d in TOYS}
-    by = {r["row"]: r["metrics"]["sample_evaluations"]["value"] for r in recs}
+    assert {(r["system"], r["corpus"]) for r in recs} == {(system, d) for system in tj.SYSTEMS for d in TOYS}
+    by = {r["system"]: r["metrics"]["sample_evaluations"]["value"] for r in recs}
     assert by["toy-ebm-short"] <= by["toy-diffusion-ebm"] < by["toy-ebm-long"]
     copies = run_job(replace(job, results=str(tmp_path / "results")))
     assert {p.parents[3] for p in copies} == {tmp_path / "results"} and (
@@ -256,13 +256,13 @@ def test_kill_and_resume_bitwise(tmp_path):
 def test_committed_records(density):
     "Three seeds: the diffusion model's samples are at most twice as far from the truth as a fresh sample"
     recs = [r for r in load_results(ROOT / "results") if r["corpus"] == density and r["preset"] == "small"]
-    for row in tj.SYSTEMS:
-        mine = [r for r in recs if r["row"] == row]
-        assert {r["seed"] for r in mine} >= {0, 1, 2}, row
+    for system in tj.SYSTEMS:
+        mine = [r for r in recs if r["system"] == system]
+        assert {r["seed"] for r in mine} >= {0, 1, 2}, system
         for r in mine:
-            assert r["settings"] == json.loads(json.dumps(tj.record_settings(tj.ToySettings(), density, row))), (
+            assert r["settings"] == json.loads(json.dumps(tj.record_settings(tj.ToySettings(), density, system))), (
                 "recorded with other settings than the preset's"
             )
             assert r["metrics"]["mmd"]["n"] >= 4000
-            if row == "toy-diffusion-ebm":
+            if system == "toy-diffusion-ebm":
                 assert r["metrics"]["mmd_ratio"]["value"] <= 2

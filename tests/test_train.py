@@ -172,7 +172,7 @@ def test_other_settings_are_refused_and_change_nothing(whole):
         dict(steps=STEPS + 1),
         dict(settings=TINY + " w_mi=0.2"),
         dict(objective="consistent"),
-        dict(row="ldebm-no-gc"),
+        dict(system="ldebm-no-gc"),
         dict(resume=False, seed=1),
     ):
         job = dataclasses.replace(text_job(run.path, "published"), **change)
@@ -522,7 +522,7 @@ def gradients(monkeypatch, path, settings):
     "Gradients of every step, before clipping, of a plain language model without dropout"
     job = TextJob(
         settings=f"embed=16 hidden=16 dropout=0 bucket=False max_len=24 {settings}",
-        row="rnn-lm",
+        system="rnn-lm",
         steps=3,
         threads=1,
         device="cpu",

@@ -1,4 +1,4 @@
-"The zoo: terms, posteriors and priors against independent computations; rows trained for a moment; exact likelihoods"
+"The zoo: terms, posteriors and priors against independent computations; systems trained briefly; exact likelihoods"
 
 import dataclasses
 import json
@@ -53,12 +53,12 @@ def G(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def job_for(row, objective="consistent", steps=1, **more):
-    "A tiny job of a row: the settings that have an effect on it"
-    idle = unused(resolve(TextJob(row=row, objective=objective)))
-    own = {k: v for k, v in {**NET, **more}.items() if k not in idle and not (k == "d" and row == "rnn-lm")}
+def job_for(system, objective="consistent", steps=1, **more):
+    "A tiny job of a system: the settings that have an effect on it"
+    idle = unused(resolve(TextJob(system=system, objective=objective)))
+    own = {k: v for k, v in {**NET, **more}.items() if k not in idle and not (k == "d" and system == "rnn-lm")}
     return TextJob(
-        row=row,
+        system=system,
         objective=objective,
         steps=steps,
         n_samples=40,
@@ -86,8 +86,8 @@ def corpus():
     )
 
 
-def make(corpus, row, objective="consistent", seed=0, **more):
-    job = dataclasses.replace(job_for(row, objective, **more), seed=seed)
+def make(corpus, system, objective="consistent", seed=0, **more):
+    job = dataclasses.replace(job_for(system, objective, **more), seed=seed)
     return job, TextTask(corpus, resolve(job), seed)
 
 
@@ -298,7 +298,7 @@ def test_mixture_needs_a_multiple():
 
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_gumbel_draws_have_the_probabilities(relaxed):
-    n, q = 40_000, posterior("codes", 3, relaxed=relaxed, tau=0.7)
+    n, q = 40_000, posterior("codes", 3, relaxed=relaxed, temperature=0.7)
     row = C.Codes(q.logits[:1].expand(n, -1, -1), relaxed, 0.7)
     x = row.rsample(G(1)).view(n, 2, 3)
     p, hit = (
@@ -339,19 +339,19 @@ def test_relaxed_in_training_alone():
         )
 
 
-@pytest.mark.parametrize("row,terms", [("dvae", ""), ("semi-vae", ""), ("dgm-vae", "aggc")])
-def test_gradient_reaches_the_codes(corpus, row, terms):
+@pytest.mark.parametrize("system,terms", [("dvae", ""), ("semi-vae", ""), ("dgm-vae", "aggc")])
+def test_gradient_reaches_the_codes(corpus, system, terms):
     "Through the decoder; in mixtures, where it sees no codes, through the terms"
-    m = make(corpus, row)[1].model.train()
+    m = make(corpus, system)[1].model.train()
     t = m(get_batch(corpus["train"], torch.arange(16)), G())
     head = m.encoder.head
-    W = (head.logits if row == "dvae" else head.c.logits).weight
+    W = (head.logits if system == "dvae" else head.c.logits).weight
 
     def by(k):
         return torch.autograd.grad(t[k].mean(), W, retain_graph=True, allow_unused=True)[0]
 
-    assert (by("nll") is None) == (row == "dgm-vae")
-    if row == "dgm-vae":
+    assert (by("nll") is None) == (system == "dgm-vae")
+    if system == "dgm-vae":
         assert (
             all(by(k).abs().sum() > 0 for k in ("aggc", "mi", "zklM", "disp"))
             and torch.autograd.grad(t["disp"].mean(), m.prior.logvar)[0].abs().sum() > 0
@@ -362,7 +362,7 @@ def test_gradient_reaches_the_codes(corpus, row, terms):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_posterior_round_trips(kind):
-    q = posterior(kind, relaxed=True, tau=0.3)
+    q = posterior(kind, relaxed=True, temperature=0.3)
 
     def same(a, b):
         assert type(a) is type(b)
@@ -465,22 +465,22 @@ def test_weight_of_the_latent_terms(corpus):
     )
 
 
-# --- every row, in both objectives
+# --- every system, in both objectives
 
 CASES = [(r, o) for r in Z.TABLE for o in OBJECTIVES]
 
 
-def test_the_table_has_its_rows():
-    assert len(Z.TABLE) == 16 and len(CASES) == 32 and len({r.title for r in Z.ROWS.values()}) == len(Z.ROWS)
-    assert all(Z.ROWS[k].published is not None for k in Z.TABLE) and all(r.about for r in Z.ROWS.values())
+def test_the_table_has_its_systems():
+    assert len(Z.TABLE) == 16 and len(CASES) == 32 and len({r.title for r in Z.SYSTEMS.values()}) == len(Z.SYSTEMS)
+    assert all(Z.SYSTEMS[k].published is not None for k in Z.TABLE) and all(r.about for r in Z.SYSTEMS.values())
     with pytest.raises(ValueError, match="no published variant"):
-        resolve(TextJob(row="vae-fb", objective="published"))
+        resolve(TextJob(system="vae-fb", objective="published"))
 
 
-@pytest.mark.parametrize("row,objective", CASES)
-def test_row_learns(tmp_path, corpus, row, objective):
+@pytest.mark.parametrize("system,objective", CASES)
+def test_system_learns(tmp_path, corpus, system, objective):
     "Resolve, build, 50 updates, sentences that end"
-    job, task = make(corpus, row, objective, steps=50)
+    job, task = make(corpus, system, objective, steps=50)
     s, m = task.settings, task.model
     batch = get_batch(corpus["train"], torch.arange(8))
     terms = m.train()(batch, G())
@@ -489,14 +489,14 @@ def test_row_learns(tmp_path, corpus, row, objective):
             assert k in terms or k == "cls" and w == s.w_cls > 0, f"{k} is no term"
     assert all(v.shape == (8,) and v.isfinite().all() for v in terms.values())
     before = task.validate()
-    nll = "nll" if row == "rnn-lm" else "recon_nll"
-    by = task.select or nll  # the last model stands in some published rows
+    nll = "nll" if system == "rnn-lm" else "recon_nll"
+    by = task.select or nll  # the last model stands in some published systems
     assert by in before and (task.select is None) == (s.select == "last")
     end = fit(task, Run(tmp_path / "run", record_settings(job, s)), train_cfg(s), 0, "cpu")
     after = task.validate()
     assert end.step == 50 and after[by] < 0.95 * before[by], (by, before, after)
     assert after[nll] < 0.95 * before[nll]
-    got = sample_sentences(m, 20, gen=G(), max_len=s.max_len, temperature=1.0 if row == "rnn-lm" else 0.0)
+    got = sample_sentences(m, 20, gen=G(), max_len=s.max_len, temperature=1.0 if system == "rnn-lm" else 0.0)
     words = [corpus.vocab.decode(x) for x in got]
     assert len(got) == 20 and all(
         isinstance(x, list) and len(x) <= s.max_len and corpus.vocab.eos not in x for x in got
@@ -504,12 +504,12 @@ def test_row_learns(tmp_path, corpus, row, objective):
     assert all(isinstance(w, str) for x in words for w in x) and any(words)
 
 
-@pytest.mark.parametrize("row", Z.TABLE)
-def test_rows_select_by_what_they_say(corpus, row):
+@pytest.mark.parametrize("system", Z.TABLE)
+def test_systems_select_by_what_they_say(corpus, system):
     for o in OBJECTIVES:
-        s = resolve(job_for(row, o))
-        want = {**Z.ROWS[row].settings, **(Z.ROWS[row].published if o == "published" else {})}
-        assert all(getattr(s, k) == v for k, v in want.items() if k not in NET), (row, o)
+        s = resolve(job_for(system, o))
+        want = {**Z.SYSTEMS[system].settings, **(Z.SYSTEMS[system].published if o == "published" else {})}
+        assert all(getattr(s, k) == v for k, v in want.items() if k not in NET), (system, o)
 
 
 # --- what the released code does differently
@@ -528,7 +528,7 @@ def plain_nll(dec, ids, lengths, z):
 
 
 @pytest.mark.parametrize(
-    "row,objective,more",
+    "system,objective,more",
     [
         ("vae", "published", {}),
         ("ae", "published", {}),
@@ -540,8 +540,8 @@ def plain_nll(dec, ids, lengths, z):
         ("semi-vae", "consistent", dict(start="none", step="codes")),
     ],
 )
-def test_decoder_against_a_plain_one(corpus, row, objective, more):
-    _, t = make(corpus, row, objective, **more)
+def test_decoder_against_a_plain_one(corpus, system, objective, more):
+    _, t = make(corpus, system, objective, **more)
     m, dec = t.model.eval(), t.model.decoder
     b = get_batch(corpus["test"], torch.arange(6))
     with torch.no_grad():
@@ -563,7 +563,7 @@ def test_decoder_against_a_plain_one(corpus, row, objective, more):
 
 
 @pytest.mark.parametrize(
-    "row,where,n",
+    "system,where,n",
     [
         ("semi-vae", "published", 8),
         ("semi-vae", "consistent", 8 + 20),
@@ -572,11 +572,11 @@ def test_decoder_against_a_plain_one(corpus, row, objective, more):
         ("vae", "published", 8),
     ],
 )
-def test_what_the_decoder_reads_at_a_word(corpus, row, where, n):
-    dec = make(corpus, row, where)[1].model.decoder
+def test_what_the_decoder_reads_at_a_word(corpus, system, where, n):
+    dec = make(corpus, system, where)[1].model.decoder
     assert dec.rnn.input_size - 32 == n
     b = get_batch(corpus["test"], torch.arange(4))
-    if row == "semi-vae" and where == "published":  # codes reach the words through the first state alone
+    if system == "semi-vae" and where == "published":  # codes reach the words through the first state alone
         z = torch.randn(4, 28, generator=G())
         other = torch.cat([z[:, :8], z[:, 8:].roll(1, 0)], 1)
         assert torch.equal(dec.part(z, "step"), dec.part(other, "step")) and not torch.equal(
@@ -589,25 +589,25 @@ def test_what_the_decoder_reads_at_a_word(corpus, row, where, n):
 TABLES = dict(shared={"ae", "vae", "dae", "dvae", "di-vae", "semi-vae", "semi-vae-i"}, untied={"rnn-lm", "ae", "vae"})
 
 
-@pytest.mark.parametrize("row", [r for r in Z.TABLE if "ebm" not in r])
-def test_tables_and_outputs(corpus, row, tmp_path):
+@pytest.mark.parametrize("system", [r for r in Z.TABLE if "ebm" not in r])
+def test_tables_and_outputs(corpus, system, tmp_path):
     "Shared embedding: one parameter, once in the optimiser, still one after loading and from a file"
     for objective in OBJECTIVES:
-        m = make(corpus, row, objective)[1].model
+        m = make(corpus, system, objective)[1].model
 
         def own(m):
             return m.encoder is not None and m.encoder.embed.weight is m.decoder.embed.weight
 
         published = objective == "published"
-        assert own(m) == (published and row in TABLES["shared"]) and hasattr(m.decoder, "out") == (
-            published and row in TABLES["untied"]
+        assert own(m) == (published and system in TABLES["shared"]) and hasattr(m.decoder, "out") == (
+            published and system in TABLES["untied"]
         )
         params = m.groups()["main"] + m.groups()["ebm"]
         assert len({id(p) for p in params}) == len(params) == len(list(m.parameters()))
         if not own(m):
             continue
         save_tensors(tmp_path / "m.safetensors", m.state_dict())
-        other = make(corpus, row, objective, seed=1)[1].model
+        other = make(corpus, system, objective, seed=1)[1].model
         assert not torch.equal(other.decoder.embed.weight, m.decoder.embed.weight)
         other.load_state_dict(load_tensors(tmp_path / "m.safetensors")[0])
         assert own(other) and torch.equal(other.encoder.embed.weight, m.decoder.embed.weight)
@@ -616,9 +616,9 @@ def test_tables_and_outputs(corpus, row, tmp_path):
         assert torch.equal(other.encoder.embed.weight, other.decoder.embed.weight)
 
 
-@pytest.mark.parametrize("row", ["vae", "semi-vae", "gm-vae"])
-def test_draws_are_averaged(corpus, row):
-    m = make(corpus, row, "published", dropout=0)[1].model.train()
+@pytest.mark.parametrize("system", ["vae", "semi-vae", "gm-vae"])
+def test_draws_are_averaged(corpus, system):
+    m = make(corpus, system, "published", dropout=0)[1].model.train()
     assert m.cfg.draws == 20
     b = get_batch(corpus["train"], torch.arange(5))
     got, q = m(b, G(3)), m.encode(b)
@@ -647,49 +647,49 @@ def test_noise_of_an_autoencoder(corpus):
 
 
 @pytest.mark.parametrize(
-    "row,setting",
+    "system,setting",
     [
         ("vae", "codes=4"),
         ("vae", "classes=3"),
         ("vae", "T=3"),
         ("vae", "clamp=False"),
         ("dvae", "d=8"),
-        ("dvae", "floor=.1"),
-        ("dgm-vae", "floor=.1"),
+        ("dvae", "free_nats=.1"),
+        ("dgm-vae", "free_nats=.1"),
         ("ae", "w_kl=.5"),
         ("dae", "anneal=none"),
         ("ae", "kl_warmup=.1"),
         ("rnn-lm", "terms=ckl"),
         ("rnn-lm", "shared=True"),
         ("ldebm", "codes=4"),
-        ("ldebm", "b2=1"),
+        ("ldebm", "squared_step=1"),
         ("svebm", "classes=3"),
         ("semi-vae", "rho=.5"),
     ],
 )
-def test_settings_without_effect_are_refused(row, setting):
-    with pytest.raises(ValueError, match=f"{setting.split('=')[0]} would have no effect on row '{row}'"):
-        resolve(TextJob(row=row, settings=setting))
+def test_settings_without_effect_are_refused(system, setting):
+    with pytest.raises(ValueError, match=f"{setting.split('=')[0]} would have no effect on system '{system}'"):
+        resolve(TextJob(system=system, settings=setting))
 
 
 @pytest.mark.parametrize(
     "change,wrong",
     [
-        (dict(row="vea"), "unknown row 'vea'; did you mean 'vae'"),
-        (dict(row="dvae", settings="prior=unifrom"), "unknown prior 'unifrom'; did you mean 'uniform'"),
-        (dict(row="dvae", settings="anneal=cyclic"), "unknown anneal 'cyclic'; did you mean 'cyclical'"),
-        (dict(row="dvae", settings="terms='ckl=much'"), "weight of ckl must be a number"),
-        (dict(row="semi-vae", settings="step=c"), "unknown step 'c'"),
-        (dict(row="semi-vae", settings="start=code"), "unknown start 'code'; did you mean 'codes'"),
-        (dict(row="dvae", settings="codes=0"), "codes=0 .* must be at least 1"),
-        (dict(row="dvae", settings="classes=0"), "classes=0 .* must be at least 1"),
-        (dict(row="vae", settings="draws=0"), "draws=0 .* must be at least 1"),
-        (dict(row="dgm-vae", settings="codes=3 d=8"), "d to be a multiple of it, got d=8"),
-        (dict(row="dvae", settings="importance_draws=1"), "importance_draws=1 .* must be at least 2"),
-        (dict(row="dvae", settings="select=base_bound"), "unknown select 'base_bound'"),
-        (dict(row="dae", settings="select=neg_elbo"), "unknown select 'neg_elbo'"),
-        (dict(row="vae", settings="noise=False"), "a bound needs draws"),
-        (dict(row="vae", settings="prior=none"), "d=0 and prior='none'"),
+        (dict(system="vea"), "unknown system 'vea'; did you mean 'vae'"),
+        (dict(system="dvae", settings="prior=unifrom"), "unknown prior 'unifrom'; did you mean 'uniform'"),
+        (dict(system="dvae", settings="anneal=cyclic"), "unknown anneal 'cyclic'; did you mean 'cyclical'"),
+        (dict(system="dvae", settings="terms='ckl=much'"), "weight of ckl must be a number"),
+        (dict(system="semi-vae", settings="step=c"), "unknown step 'c'"),
+        (dict(system="semi-vae", settings="start=code"), "unknown start 'code'; did you mean 'codes'"),
+        (dict(system="dvae", settings="codes=0"), "codes=0 .* must be at least 1"),
+        (dict(system="dvae", settings="classes=0"), "classes=0 .* must be at least 1"),
+        (dict(system="vae", settings="draws=0"), "draws=0 .* must be at least 1"),
+        (dict(system="dgm-vae", settings="codes=3 d=8"), "d to be a multiple of it, got d=8"),
+        (dict(system="dvae", settings="importance_draws=1"), "importance_draws=1 .* must be at least 2"),
+        (dict(system="dvae", settings="select=base_bound"), "unknown select 'base_bound'"),
+        (dict(system="dae", settings="select=neg_elbo"), "unknown select 'neg_elbo'"),
+        (dict(system="vae", settings="noise=False"), "a bound needs draws"),
+        (dict(system="vae", settings="prior=none"), "d=0 and prior='none'"),
     ],
 )
 def test_unknown_names_are_refused_before_work(tmp_path, change, wrong):
@@ -709,8 +709,8 @@ def test_an_unknown_term_stops_the_first_update(tmp_path, corpus):
 
 
 def test_identity_of_a_run():
-    "The settings of the zoo are part of it only where a row sets them"
-    job = TextJob(row="ldebm")
+    "The settings of the zoo are part of it only where a system sets them"
+    job = TextJob(system="ldebm")
     got = record_settings(job, resolve(job))
     assert not set(got) & {*LATER, *SCORING}
     assert set(got) == {f.name for f in dataclasses.fields(TextSettings)} - {
@@ -718,10 +718,10 @@ def test_identity_of_a_run():
         *SCORING,
         "checkpoint_every",
         "changes",
-    } | {"row", "corpus", "preset", "objective", "seed", "variant"}
+    } | {"system", "corpus", "preset", "objective", "seed", "variant"}
 
-    def at(row, objective="consistent"):
-        job = TextJob(row=row, objective=objective)
+    def at(system, objective="consistent"):
+        job = TextJob(system=system, objective=objective)
         return {k: v for k, v in record_settings(job, resolve(job)).items() if k in LATER}
 
     assert at("ldebm-no-gc") == at("ldebm", "published") == at("rnn-lm") == {}
@@ -754,8 +754,8 @@ def test_heads_and_parts():
 
 def test_weights_come_from_the_generator(corpus):
     "Same seed, same weights, whatever the global generator does; another seed, others"
-    for row in ("dgm-vae", "dvae", "semi-vae"):
-        s = resolve(job_for(row))
+    for system in ("dgm-vae", "dvae", "semi-vae"):
+        s = resolve(job_for(system))
         torch.manual_seed(1)
         a = build_model(s, corpus.vocab, 0).state_dict()
         torch.manual_seed(2)
@@ -900,9 +900,9 @@ def test_likelihood_of_both(corpus):
 # --- a job from end to end
 
 
-@pytest.mark.parametrize("row", ["dvae", "semi-vae", "gm-vae", "ae", "dae"])
-def test_evaluate_and_score(corpus, row):
-    job, task = make(corpus, row)
+@pytest.mark.parametrize("system", ["dvae", "semi-vae", "gm-vae", "ae", "dae"])
+def test_evaluate_and_score(corpus, system):
+    job, task = make(corpus, system)
     metrics, found = evaluate(task, 0)
     assert len(found["samples"]) == 40 and len(found["reconstructions"]) == 60 and len(found["means"]) == 60
     metrics.update(score(task, job, found["samples"]))
@@ -910,29 +910,29 @@ def test_evaluate_and_score(corpus, row):
     assert {"prior_hole_auroc", "prior_hole_mmd", "bleu", "recon_nll", "objective", "wkl", "grammatical"} <= set(
         metrics
     ) and not set(metrics) & {"rppl", "rhat", "nll_published"}
-    bound = row not in ("ae", "dae")
+    bound = system not in ("ae", "dae")
     assert (
         all((k in metrics) == bound for k in ("nll_valid", "neg_elbo", "kl", "exact_gap"))
         and ("information" in metrics) == bound
     )
-    assert all((k in metrics) == (row != "ae") for k in ("ckl", "aggc", "mi_codes"))
+    assert all((k in metrics) == (system != "ae") for k in ("ckl", "aggc", "mi_codes"))
     v = {k: m["value"] for k, m in metrics.items()}
-    if row != "ae":
+    if system != "ae":
         assert v["ckl"] == pytest.approx(v["aggc"] + v["mi_codes"], abs=1e-4)
     if not bound:
         assert v["objective"] == pytest.approx(v["recon_nll"])
-    if row == "dvae":
+    if system == "dvae":
         assert v["objective"] == pytest.approx(v["recon_nll"] + v["ckl"], rel=1e-5) and v["objective"] == pytest.approx(
             v["neg_elbo"], rel=1e-5
         )
 
 
-@pytest.mark.parametrize("row,objective", [("dvae", "published"), ("gm-vae", "consistent")])
-def test_a_run_goes_on_where_it_was_stopped(tmp_path, corpus, row, objective):
+@pytest.mark.parametrize("system,objective", [("dvae", "published"), ("gm-vae", "consistent")])
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, corpus, system, objective):
     "With a shared table, a learned prior and relaxed codes"
 
     def run(folder, killed_at=None):
-        _, task = make(corpus, row, objective, checkpoint_every=4)
+        _, task = make(corpus, system, objective, checkpoint_every=4)
         inner, calls = task.model.forward, []
 
         def forward(*a, **kw):
