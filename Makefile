@@ -183,7 +183,8 @@ images: $(READY) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_
 	$(call finish,$(call pictures,$(call stem,$(DATASET))))
 
 # Processes that share the tests, each of which takes about a gigabyte
-WORKERS := $(shell [ $(THREADS) -lt 8 ] && echo $(THREADS) || echo 8)
+# Most tests wait for processes of their own: twice as many at once as there are processors, at most eight
+WORKERS := $(shell [ $(THREADS) -lt 4 ] && echo $$((2 * $(THREADS))) || echo 8)
 
 PYTEST = OMP_NUM_THREADS=1 python -m pytest -q
 

@@ -427,6 +427,7 @@ print(int(done), full, gaps, now)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="GNU's C library alone")
 def test_gaps_between_blocks_go_back_to_the_system():
     "What is free but not at the end of the heap is kept for a while only"

@@ -181,6 +181,7 @@ def test_every_job_is_refused(tmp_path, other, open_job):
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_what_another_command_is_at(tmp_path, monkeypatch):
     "It is no failure, which would have to be retried"
 

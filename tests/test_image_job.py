@@ -186,6 +186,7 @@ def test_priors_resume_bit_for_bit(system, whole, tmp_path, monkeypatch):
     assert torch.equal(a, b) and a.isfinite().all()
 
 
+@pytest.mark.slow
 def test_fine_tuning(whole, tmp_path, monkeypatch):
     "Generator and energies together: resumable; frozen ones stay, the copies move, prior networks and encoder too"
     p = ij.open_job(job(tmp_path / "run"))
@@ -1034,6 +1035,7 @@ def reference(whole):
     return measure.make_reference(whole("place"), whole("generator")[0], whole("classifier")[0])
 
 
+@pytest.mark.slow
 def test_records(whole, reference, tmp_path):
     "One valid record for each system, under its name in the run and, when asked, in the folder of results"
     p = whole("place")

@@ -293,6 +293,7 @@ def test_without_a_compiler_chains_go_on_and_say_so(cxx, said, monkeypatch, tmp_
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_and_one_that_finds_it_done(tmp_path):
     needs()
     code = "import torch; from ldebm.native import program; program(torch.float32)"

@@ -72,6 +72,7 @@ def no_validation(task):
     task.validate = lambda: {task.select: torch.tensor(0.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "system,one,two",
     [("rnn-lm", "batch=32", "batch=16"), ("vae", "d=4 free_nats=0 batch=32", "d=4 free_nats=0 batch=8 accumulate=2")],
@@ -94,6 +95,7 @@ def test_two_processes_take_the_steps_of_one_with_larger_batches(tmp_path, monke
         torch.testing.assert_close(task2.model.state_dict()[k], v, rtol=1e-4, atol=1e-5, msg=k)
 
 
+@pytest.mark.slow
 def test_the_whole_model_with_noise_of_its_own(tmp_path):
     """Posterior draws, dropout and chains differ in the second process. Among six noise streams in one process the mean
     loss had a standard deviation of 0.035 % over the first 20 steps and 0.33 % over the next 20; the difference of two

@@ -2,9 +2,6 @@
 
 `python tests/measure.py --offenders` lists what stands behind a number, page by page."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import measure
@@ -47,21 +44,6 @@ def test_what_is_exported_is_shown(found):
     shown, of = measure.share_shown(ROOT)
     missing = measure.listed([o for o in found if o.kind == "exported names not shown"])
     assert shown >= SHOWN * of, f"{shown} of {of} exported names are shown or asserted on their page\n{missing}"
-
-
-def test_the_method_loads_no_machine_room():
-    "Each module of the method and the models in a process of its own: what it has then, of the package"
-    room = set(measure.machine_room(ROOT))
-    assert len(room) >= 3
-    names = [f"ldebm.{m}" for m in measure.method_modules(ROOT)]
-    cmd = [sys.executable, str(ROOT / "tests" / "import_alone.py"), "--loaded", *names]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(cmd, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    loads = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
-    assert list(loads) == names
-    wrong = {m: sorted(x & room) for m, x in loads.items() if x & room}
-    assert not wrong, wrong
 
 
 # -- the measures themselves

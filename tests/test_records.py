@@ -549,6 +549,7 @@ def test_bad_metrics(bad):
 # --- provenance
 
 
+@pytest.mark.slow
 def test_commit_is_the_checkout_of_the_package_and_says_when_dirty(tmp_path, monkeypatch):
     pkg = tmp_path / "ldebm"
     pkg.mkdir()

@@ -10,6 +10,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import measure
 import pytest
 
 from ldebm.pages import SECTIONS, section_of, slug
@@ -304,10 +305,16 @@ def import_alone(*modules):
 
 
 def test_modules_import_alone():
-    "Each in a process of its own, with the optional packages hidden"
-    res = import_alone(*(f"ldebm.{m}" for m in MODULES))
+    "Each in a process of its own, with the optional packages hidden; the method brings nothing of the machine room"
+    names = [f"ldebm.{m}" for m in MODULES]
+    res = import_alone("--loaded", *names)
     assert MODULES and res.returncode == 0, res.stderr[-2000:]
-    assert res.stdout.split() == [w for m in MODULES for w in ("ok", f"ldebm.{m}")]
+    brought = {line.split()[0]: set(line.split()[1:]) for line in res.stdout.splitlines()}
+    assert list(brought) == names
+    room, method = set(measure.machine_room(ROOT)), measure.method_modules(ROOT)
+    assert len(room) >= 3 and len(method) >= 10
+    wrong = {m: sorted(brought[f"ldebm.{m}"] & room) for m in method if brought[f"ldebm.{m}"] & room}
+    assert not wrong, wrong
 
 
 def test_hidden_packages_are_hidden():

@@ -216,6 +216,7 @@ def test_two_processes_share_the_models_that_both_want(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_models_in_processes_of_their_own(tmp_path, monkeypatch):
     "The same models as one after the other; the second seed's was trained elsewhere"
     text = [["the", "cat", "sat", str(i % 7)] for i in range(150)]

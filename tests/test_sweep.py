@@ -202,6 +202,7 @@ if die: os.kill(os.getpid(), 11)""",
 # -- a scheduler that is there
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_alone_and_retried_on_request(make, cluster, tmp_path, capsys):
     jobs = [replace(make(0, fail=True), cost=2.0), make(1), replace(make(2), cost=3.0, memory_gb=2.0)]
     address = cluster.scheduler_address
@@ -258,6 +259,7 @@ def test_resources_of_a_scheduler(make, cluster, capsys):
         check_cluster([replace(make(1), memory_gb=1.0, gpus=1)], [{"MEMORY": 4e9}, {"GPU": 1.0}])
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_close_hands_its_run_on(make, cluster, tmp_path):
     "The notebook is given time to save, and another worker goes on"
     from threading import Thread
@@ -316,6 +318,7 @@ def descendants(pid):
         return []
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_notebooks_save_and_the_same_jobs_go_on(make, cluster, tmp_path):
     jobs = [
         replace(make(i, seconds=60.0 * (i == 1)), key={"x": i}) for i in range(3)
@@ -335,6 +338,7 @@ def test_ctrl_c_lets_notebooks_save_and_the_same_jobs_go_on(make, cluster, tmp_p
     assert states(sweep(jobs, cluster.scheduler_address)) == ["skipped", "done", "done"] and len(events(tmp_path)) == 8
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_nothing_running_and_the_same_jobs_go_on(make, cluster, tmp_path):
     "Only the parent is killed, without warning"
     jobs = [replace(make(i, seconds=60.0 * (i == 1)), key={"x": i}) for i in range(4)]

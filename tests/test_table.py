@@ -453,6 +453,7 @@ zoo.SYSTEMS["mine"] = zoo.System("Mine", "own", dict(zoo.PLAIN, prior="shifted",
 """
 
 
+@pytest.mark.slow
 def test_a_system_of_a_users_own(corpus, tmp_path):
     "It runs in the notebook's process, is part of the run's identity, and its model can be loaded without its file"
     mine = tmp_path / "mine.py"
@@ -504,6 +505,7 @@ def test_a_system_of_a_users_own(corpus, tmp_path):
     )  # a record that was deleted is there again
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(corpus, tmp_path):
     "SIGKILL in the middle; the same command then does exactly what is missing, and a third finds nothing to do"
     systems = ["ae", "dvae", "gm-vae-i"]
@@ -553,6 +555,7 @@ def test_killed_and_started_again(corpus, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_run_that_raises_is_reported(corpus, tmp_path):
     "Its neighbours go on, and the exit status says so"

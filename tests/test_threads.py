@@ -172,6 +172,7 @@ def two_threads():
     torch.set_num_threads(n)
 
 
+@pytest.mark.slow
 def test_gradients_of_an_energy_repeat(two_threads):
     "Enough latents for several threads: plain indexing gave another last digit in one of a few tries"
     gen = make_gen(0, "threads")

@@ -223,6 +223,7 @@ fit(task, Run(sys.argv[1], {{}}), cfg, 0, on_epoch=lambda line: print(line['step
 """
 
 
+@pytest.mark.slow
 def test_kill_and_resume_bitwise(tmp_path):
     "Killed without warning after its first epoch, a run ends in the weights of an undisturbed one"
     tiny = {**TINY, "steps": 300, "epochs": 10}

@@ -477,7 +477,10 @@ def test_the_table_has_its_systems():
         resolve(TextJob(system="vae-fb", objective="published"))
 
 
-@pytest.mark.parametrize("system,objective", CASES)
+LEARNING = [pytest.param(r, o, marks=[pytest.mark.slow] if o == "published" else []) for r, o in CASES]
+
+
+@pytest.mark.parametrize("system,objective", LEARNING)
 def test_system_learns(tmp_path, corpus, system, objective):
     "Resolve, build, 50 updates, sentences that end"
     job, task = make(corpus, system, objective, steps=50)
