@@ -20,7 +20,7 @@ from ldebm.records import check_result
 from ldebm.sentences import BEGIN, END, HIDDEN, SHAPING
 from ldebm.text import BOS, EOS, PAD, UNK, Vocab
 from ldebm.text_job import open_job
-from ldebm.text_settings import TextJob
+from ldebm.text_settings import TextJob, load_own
 
 TINY = "embed=8 hidden=8 batch=8 max_len=6 vocab_size=7 n_samples={n} nll_draws=4 nll_sentences=6 lm=quick lm_seeds=1"
 EBM = " d=2 energy_hidden=8 n_blocks=1 T=2 langevin_steps=2 n_symbols=3"
@@ -315,6 +315,19 @@ def test_a_module_that_changes_while_its_model_trains(tmp_path, monkeypatch, cha
     assert (tmp_path / "run" / "own.py").read_bytes() == ran and rec["settings"]["module_sha256"] == hashlib.sha256(
         ran
     ).hexdigest()
+
+
+def test_a_users_file_of_earlier_versions_is_read(tmp_path):
+    "It may lie beside a stored model"
+    mod = tmp_path / "mod.py"
+    mod.write_text(OWN.replace("SYSTEMS", "ROWS").replace("System", "Row"))
+    try:
+        load_own(str(mod))
+        assert isinstance(zoo.SYSTEMS["mine"], zoo.System)
+    finally:
+        zoo.SYSTEMS.pop("mine", None)
+    with pytest.raises(AttributeError, match="no attribute 'Rows'"):
+        zoo.Rows
 
 
 def test_all_runs_of_a_table_read_one_copy(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from ldebm import image_measure as measure
 from ldebm import image_stages as stages
 from ldebm import image_uses as uses
 from ldebm.classifier import ClassifierTask
-from ldebm.core import load_tensors, make_gen
+from ldebm.core import load_tensors, make_gen, save_tensors
 from ldebm.decode import BadImage
 from ldebm.generator import Generator
 from ldebm.generator_model import GeneratorModel, multiply_adds
@@ -36,7 +36,7 @@ from ldebm.image_stages import StageTask
 from ldebm.images import ImageBatch, image_batches
 from ldebm.job import save_figure
 from ldebm.prior import DiffusionEBM
-from ldebm.records import check_result, metric
+from ldebm.records import RENAMED, check_result, metric
 from ldebm.settings import notebook_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -922,6 +922,30 @@ def test_models_come_back(system, extra, whole, tmp_path):
             and prior2.energy.generator is g2
         )
     assert prior2.n_symbols == {"ldebm-coupled": 10, "ddpm": 0}.get(system, 1)
+
+
+def test_a_model_and_a_run_in_old_words_come_back(whole, tmp_path):
+    "Files as earlier versions wrote them"
+    names = {new: old for old, new in RENAMED.items()}
+
+    def in_old_words(about):
+        return {names.get(k, k): v for k, v in about.items()}
+
+    p, g, prior = whole("place"), whole("generator")[0], whole("ldebm")[0]
+    tensors, about = load_tensors(stages.save_prior(p, "ldebm", g, prior))
+    old = in_old_words(about) | dict(settings=in_old_words(about["settings"]))
+    assert old["row"] == "ldebm" and {"b2", "tau_y", "floors"} <= set(old["settings"])
+    g2, prior2 = stages.load_prior(save_tensors(tmp_path / "model.safetensors", tensors, old))
+    assert prior2.cfg == prior.cfg
+    assert_same(weights(g2), weights(g))
+    assert_same(weights(prior2), weights(prior))
+    place = ij.open_job(job(tmp_path / "run"))
+    text = json.dumps(in_old_words(place.run.settings))
+    place.run.file("settings.json").write_text(text)
+    assert ij.open_job(job(tmp_path / "run")).run.hash == place.run.hash
+    assert place.run.file("settings.json").read_text() == text
+    with pytest.raises(ValueError, match="other settings .*squared_step: 0.0002 -> 0.1"):
+        ij.open_job(job(tmp_path / "run", "squared_step=.1", objective="robust", systems="ldebm"))
 
 
 def test_what_is_no_model(whole, tmp_path):
