@@ -18,7 +18,7 @@ from fastcore.docments import ShowDocRenderer, docments
 
 # %% ../nbs/90_api.ipynb #f3147a24
 def _type_cell(annotation) -> str:
-    if annotation in (inspect.Parameter.empty, None, type(None)):
+    if annotation in (inspect.Parameter.empty, None, type(None), inspect.Parameter.VAR_KEYWORD):
         return ''
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = re.sub(r'\b(?:collections\.abc|torch(?:\._C)?|typing|pathlib|numpy)\.(?=[A-Z])|__main__\.', '', text)
@@ -30,7 +30,10 @@ def _default_cell(default) -> str:
         return ''
     if repr(default) == '<factory>':
         return '`...`'
-    return f"`{getattr(default, '__name__', None) or repr(default)}`".replace('|', r'\|')
+    text = getattr(default, '__name__', None) or repr(default)
+    if len(text) > 60 and dataclasses.is_dataclass(default):
+        text = f'{type(default).__name__}(...)'
+    return f'`{text}`'.replace('|', r'\|')
 
 # %% ../nbs/90_api.ipynb #b2e22947
 def _exported(symbol):
