@@ -78,12 +78,17 @@ MEASURES = {  # Metric -> unit, and which value is best: `low`, `high` or `half`
     **dict.fromkeys(('prior_hole_auroc', 'long_auroc'), ('', 'half')),
 }
 
+
+def _measure(name: str) -> tuple:
+    "Unit and best value of a metric, whether words were drawn or not"
+    return MEASURES.get(name.removesuffix('_drawn'), ('', ''))
+
 # %% ../nbs/65_report.ipynb #e61daeab
 def heading(
     name: str,  # Of a metric
 ) -> str:
     "Head of a column: the metric, its unit, and which way is better"
-    unit, better = MEASURES.get(name, ('', ''))
+    unit, better = _measure(name)
     about = SPACE.join(part for part in (unit, BETTER.get(better, '')) if part)
     return f'{name}, {about}' if unit else f'{name} {about}'.strip()
 
@@ -170,7 +175,7 @@ def _quoted_cell(figures: dict, name: str) -> str:
 def _column(lines: list, name: str, digits: int, intervals: bool, best: bool) -> list:
     "Cells of a metric, the best of them in bold"
     values = [line.values(name) if line.competes and not line.disclaimed(name) else [] for line in lines]
-    bold = best_of(values, MEASURES.get(name, ('', ''))[1]) if best else ()
+    bold = best_of(values, _measure(name)[1]) if best else ()
     cells = []
     for i, line in enumerate(lines):
         quoted = line.figures is not None

@@ -190,9 +190,11 @@ def load_model(
 
 # %% ../nbs/61_text_job.ipynb #5926abdc
 def _save_sentences(run: Run, artefacts: dict):
-    "`samples.txt`, one a line; `reconstructions.txt`, in pairs"
-    samples = [' '.join(words) + '\n' for words in artefacts['samples']]
-    atomic_write(run.file('samples.txt'), ''.join(samples))
+    "`samples.txt` and `drawn.txt`, a sentence a line; `reconstructions.txt`, in pairs"
+    for name in ('samples', 'drawn'):
+        if name in artefacts:
+            lines = [' '.join(words) + '\n' for words in artefacts[name]]
+            atomic_write(run.file(f'{name}.txt'), ''.join(lines))
     if 'reconstructions' in artefacts:
         pairs = [f'{" ".join(real)}\n{" ".join(decoded)}\n\n' for real, decoded in artefacts['reconstructions']]
         atomic_write(run.file('reconstructions.txt'), ''.join(pairs))
@@ -207,7 +209,7 @@ def finish(
     seconds: float,  # Work so far, over all sittings, evaluation included
     throughput: float | None = None,  # Sentences a second in training
 ) -> Path:  # The record
-    "Write `samples.txt`, `reconstructions.txt`, the model and `result.json`"
+    "Write `samples.txt`, `drawn.txt`, `reconstructions.txt`, the model and `result.json`"
     _save_sentences(run, artefacts)
     save_model(run, task, job.module)
     settings = run.settings | scoring(task.settings)

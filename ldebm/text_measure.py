@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['left_out', 'lacking', 'likelihood_metrics', 'reconstructions', 'latent_metrics', 'symbol_metrics', 'draw_samples',
-           'sample_metrics', 'evaluate']
+           'sample_metrics', 'of_drawn', 'evaluate']
 
 # %% ../nbs/60d_text_measure.ipynb #ccd58599
 import math
@@ -46,7 +46,7 @@ from ldebm.text_metrics import (
 )
 from .text_settings import TextSettings, has_bound, released
 from .text_task import TextTask
-from .text_vae import sample_sentences, strip
+from .text_vae import decode_latents, sample_latents, strip
 from .zoo import head_of
 
 # %% ../nbs/60d_text_measure.ipynb #de40a001
@@ -211,16 +211,20 @@ def symbol_metrics(
 # %% ../nbs/60d_text_measure.ipynb #0b1f3577
 def draw_samples(
     task: TextTask,
-    gen: torch.Generator,  # Source of noise, on the model's device
-) -> list:  # Lists of words
-    "Sentences from the prior, decoded greedily; from a language model, drawn word by word"
-    settings = task.settings
-    temperature = 1.0 if settings.prior == 'none' else 0.0
+    gen: torch.Generator,  # Source of latents and words, on the model's device
+) -> dict:  # Lists of sentences: `samples`, and `drawn` where there is a latent
+    "Sentences of the prior: `samples` as published, greedy; `drawn` from the same latents, words drawn"
+    settings, vocab = task.settings, task.corpus.vocab
+    temperatures = dict(samples=1.0) if settings.prior == 'none' else dict(samples=0.0, drawn=1.0)
     bar = partial(progress, desc='generating', unit='chunk')
-    options = dict(max_len=settings.max_len, temperature=temperature, progress=bar)
+    options = dict(n=settings.n_samples, max_len=settings.max_len, progress=bar, gen=gen)
+    found = {}
     with torch.autocast(task.device.type, torch.bfloat16, enabled=settings.mixed_precision == 'bf16'):
-        ids = sample_sentences(task.model, settings.n_samples, gen=gen, **options)
-    return [task.corpus.vocab.decode(sentence) for sentence in ids]
+        z = sample_latents(task.model, settings.n_samples, gen=gen)
+        for name, temperature in temperatures.items():
+            ids = decode_latents(task.model, z, temperature=temperature, **options)
+            found[name] = [vocab.decode(sentence) for sentence in ids]
+    return found
 
 # %% ../nbs/60d_text_measure.ipynb #95c6f97f
 def _word_metrics(corpus: Corpus, samples: list, split: str, gen: torch.Generator) -> dict:
@@ -262,13 +266,23 @@ def sample_metrics(
     out['mean_length'] = metric(mean_length, mean_interval(lengths), len(samples), 'words a sample')
     return out | (_grammar_metrics(samples) if corpus.name == 'grammar' else {})
 
+# %% ../nbs/60d_text_measure.ipynb #1b17556f
+_OF_REAL_TEXT = ('overlap_4_real', 'entropy', 'rppl_floor', 'rppl_floor_unseen')  # Whatever the samples
+
+
+def of_drawn(
+    metrics: dict,  # Of sentences
+) -> dict:  # Under names that end in `_drawn`
+    "Metrics of sentences whose words were drawn, without those that say nothing of the sentences"
+    return {f'{name}_drawn': value for name, value in metrics.items() if name not in _OF_REAL_TEXT}
+
 # %% ../nbs/60d_text_measure.ipynb #b8d9b95b
 @torch.no_grad()
 def evaluate(
     task: TextTask,  # With the selected weights loaded
     seed: int,  # Of samples, resamples and permutations
     split: str = 'test',  # Scored split
-) -> tuple[dict, dict]:  # Metrics; artefacts `samples`, `reconstructions`, `means`, `logits`
+) -> tuple[dict, dict]:  # Metrics; artefacts `samples`, `drawn`, `reconstructions`, `means`, `logits`
     "All metrics of one text model that a pass over the data gives"
     task.model.eval()
     sentences = task.corpus[split]
@@ -285,6 +299,8 @@ def evaluate(
     if task.settings.prior == 'ebm':
         artefacts['logits'] = logits_of(task, artefacts['means'])
         metrics |= symbol_metrics(artefacts['logits'], sentences.labels, cpu)
-    artefacts['samples'] = draw_samples(task, gen)
-    metrics |= sample_metrics(task.corpus, artefacts['samples'], cpu, split)
-    return metrics, artefacts
+    sentences = draw_samples(task, gen)
+    metrics |= sample_metrics(task.corpus, sentences['samples'], cpu, split)
+    if 'drawn' in sentences:
+        metrics |= of_drawn(sample_metrics(task.corpus, sentences['drawn'], cpu, split))
+    return metrics, artefacts | sentences

@@ -25,7 +25,7 @@ from .likelihood import NLLCfg, nll_metric
 from .records import Run, identity, read_record, renamed, write_result
 from .reverse import lm_lacks, reverse_ppl
 from .text_job import finish, job_folder, open_job, record_name
-from .text_measure import evaluate, lacking, left_out
+from .text_measure import evaluate, lacking, left_out, of_drawn
 from .text_nll import exact_gap, nll_published, sampled_gap, text_nll
 from .text_settings import TextJob, TextSettings, has_bound, has_energy_stage, released, scoring, train_cfg
 from .text_task import TextTask
@@ -161,7 +161,7 @@ def _reverse_perplexity(scoring: _Scoring, samples: list) -> dict:
         return dict(rppl=left_out(str(error), len(samples)))
 
 
-def _perplexity_stage(scoring: _Scoring, samples: list) -> dict:
+def _perplexity_stage(scoring: _Scoring, samples: list, stage: str = 'reverse-perplexity') -> dict:
     "Reverse perplexity, or why there is none"
     settings = scoring.task.settings
     if not settings.lm:
@@ -170,7 +170,7 @@ def _perplexity_stage(scoring: _Scoring, samples: list) -> dict:
     if few:
         return dict(rppl=left_out(few, len(samples)))
     more = dict(lm=settings.lm, seeds=settings.lm_seeds, n=len(samples))
-    return scoring.kept('reverse-perplexity', lambda: _reverse_perplexity(scoring, samples), **more)
+    return scoring.kept(stage, lambda: _reverse_perplexity(scoring, samples), **more)
 
 # %% ../nbs/64_text_score.ipynb #015be1a3
 def score(
@@ -182,6 +182,7 @@ def score(
     | Path
     | None = None,  # Language models of real text, which serve all runs; `lm` beside the run's if `None`
     split: str | None = None,  # Scored split; the job's if `None`
+    drawn: list | None = None,  # The same with their words drawn, where there is a latent
 ) -> dict:  # Metrics
     "The expensive metrics of one text model"
     task.model.eval()
@@ -194,7 +195,8 @@ def score(
         out |= scoring.kept('prior-hole', lambda: _hole(scoring))
     if task.settings.prior == 'ebm':
         out |= scoring.kept('sampler', lambda: _sampler(scoring))
-    return out | _perplexity_stage(scoring, samples)
+    out |= _perplexity_stage(scoring, samples)
+    return out | of_drawn(_perplexity_stage(scoring, drawn, 'reverse-perplexity-drawn') if drawn else {})
 
 # %% ../nbs/64_text_score.ipynb #8a2dfe68
 def is_scored(
@@ -236,7 +238,7 @@ def run_job(
     energies = fit_energies(task, run, job.seed, device, on_epoch)
     started = time.time()
     metrics, found = evaluate(task, job.seed, job.split)
-    metrics |= score(task, job, found['samples'], run.path)
+    metrics |= score(task, job, found['samples'], run.path, drawn=found.get('drawn'))
     seconds = end.seconds + energies + time.time() - started
     finish(run, task, job, metrics, found, seconds, end.samples / end.seconds)
     atomic_write(run.path / 'scored.json', json.dumps(scoring(settings)))

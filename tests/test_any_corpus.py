@@ -387,9 +387,9 @@ def test_samples_without_words(tmp_path, monkeypatch, made):
     (tmp_path / "mine.txt").write_text(lines(120))
     job = make(tmp_path)
     run, task, _ = open_job(job)
-    monkeypatch.setattr(text_measure, "sample_sentences", lambda *a, **k: [task.corpus.vocab.encode(x) for x in made])
+    monkeypatch.setattr(text_measure, "decode_latents", lambda *a, **k: [task.corpus.vocab.encode(x) for x in made])
     metrics, found = text_measure.evaluate(task, 0)
-    metrics.update(S.score(task, job, found["samples"], run.path))
+    metrics.update(S.score(task, job, found["samples"], run.path, drawn=found.get("drawn")))
     empty = {k for k, v in metrics.items() if v["value"] is None}
     assert {"self_bleu"} <= empty and ("wkl" in empty) == (made[0] == []) and metrics["rppl"]["value"] > 0
     assert all(metrics[k]["estimator"] for k in empty)
