@@ -9,9 +9,8 @@ __all__ = ['sampler_evidence', 'trace_evidence', 'plot_evidence']
 import torch
 from torch import Tensor
 
-from .convergence import ess
+from .convergence import ess, rhat_metric
 from .diagnostics import energy_traces, trace_rhat
-from .records import metric
 from .stats import two_sample_auroc
 
 # %% ../nbs/61b_evidence.ipynb #0f4b4e90
@@ -22,14 +21,10 @@ def _rhat_metrics(traces: Tensor) -> dict:  # `rhat_t` for each level t, and `rh
     by_level = trace_rhat(traces)
     out = {}
     for t, rhat in enumerate(by_level):
-        out[f'rhat_{t}'] = metric(
-            rhat.median().item(),
-            [rhat.quantile(0.05).item(), rhat.quantile(0.95).item()],
-            len(rhat),
-            'split R-hat of F over 4 chains a condition, second half; median and 5-95 % of conditions',
-        )
-    worst = by_level.median(1).values.max().item()
-    out['rhat'] = metric(worst, n=by_level.shape[1], estimator='largest over levels of the median split R-hat')
+        about = 'split R-hat of F over 4 chains a condition, second half; median and 5-95 % of conditions'
+        out[f'rhat_{t}'] = rhat_metric(rhat, len(rhat), about, spread=True)
+    worst = by_level.median(1).values.max()
+    out['rhat'] = rhat_metric(worst[None], by_level.shape[1], 'largest over levels of the median split R-hat')
     return out
 
 # %% ../nbs/61b_evidence.ipynb #0aab2ba8

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .convergence import split_rhat
+from .convergence import rhat_metric, split_rhat
 from .core import make_gen
 from .job import record, work_of
 from .prior import DiffusionEBM
@@ -203,7 +203,7 @@ def _cost(place: ToyPlace, density: str, system: str, mix: list) -> dict:
     at_zero = 'split R-hat at level 0, median over conditions and coordinates'
     return dict(
         accept=metric(accept, n=n, estimator='mean acceptance of chains, over levels'),
-        rhat=metric(mix[0]['rhat'], n=n, estimator=at_zero),
+        rhat=rhat_metric(torch.tensor([mix[0]['rhat']]), n, at_zero),
         training_evaluations=metric(evaluations(own)['training'], estimator='chain steps of all points in training'),
         sample_evaluations=metric(own.T * (updates + 1), estimator='network evaluations for one sample'),
     )
