@@ -37,6 +37,7 @@ class PriorCfg:
     clamp: bool = True  # `consistent`: how `free_nats` works, see `free_bits`
     weighting: str = 'drl'  # `published`: a level's weight, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t^2)
     encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
+    encoder_draws: int = 0  # `consistent`: points in the encoder's bound on log Z; 0: the contrast with chains
     levels: str = 'one'  # `consistent`: `one` stratified random level a sample, times T, or `all`
 
     def __post_init__(self):
@@ -59,6 +60,8 @@ def _check_choices(cfg: PriorCfg):
 
 
 def _check_ranges(cfg: PriorCfg):
+    if cfg.encoder_draws == 1 or cfg.encoder_draws < 0:
+        raise ValueError(f'encoder_draws must be 0 or at least 2, got {cfg.encoder_draws}')
     if cfg.n_steps < 0:
         raise ValueError(f'n_steps must be >= 0, got {cfg.n_steps}')
     if not 0 <= cfg.rho < 1:

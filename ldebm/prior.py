@@ -18,7 +18,7 @@ from .energy import Frozen
 from .layers import full
 from .levels import Levels
 from .posterior import DiagGaussian, free_bits
-from .recovery import encoder_contrast, frozen_free, logits_together, symbol_terms
+from .recovery import encoder_bound, encoder_contrast, frozen_free, logits_together, symbol_terms
 from .registry import replaceable
 from .schedule import diffuse, diffuse_pair, diffuse_path, randn_like, stratified_levels
 
@@ -185,7 +185,7 @@ def consistent_terms(
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
 ) -> dict:  # Named terms, each `(B,)`
-    "`kl, ebm, ebm_enc` and the symbols' terms; `kl_base` and the chains' acceptance `accept` for the record"
+    "`kl, ebm, ebm_enc` and the symbols' terms; `kl_base`, `rate` and the chains' acceptance `accept` for the record"
     cfg, energy = prior.cfg, prior.energy
     B, T = len(z), prior.T
     if cfg.levels == 'all':
@@ -200,7 +200,11 @@ def consistent_terms(
     kl = prior.base_kl(q)
     out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp), kl_base=kl.sum(-1).detach())
     out['ebm'] = _by_sample(factor * contrast / cfg.temperature, B)
-    if cfg.encoder:
+    if cfg.encoder_draws and z.requires_grad:
+        bound = encoder_bound(level, energy, positive, cfg.encoder_draws, gen, weights)
+        cost = kl.sum(-1) + factor * _by_sample(bound, B)
+        out |= dict(kl=free_bits(cost[:, None], cfg.free_nats * prior.d, cfg.clamp), rate=cost.detach())
+    elif cfg.encoder:
         out['ebm_enc'] = factor * _by_sample(encoder_contrast(level, energy, positive, negative, weights), B)
     if level.metropolis and cfg.n_steps:
         out['accept'] = accept.view(-1, B).mean(0)

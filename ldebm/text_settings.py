@@ -143,6 +143,13 @@ class _Learning:
 
     w_ebm: float = _symbols(1.0, "Weight of the energies' own learning", systems=('taught',))
     enc_share: float = _ebm(0.0, "Share of the energies' gradient that the encoder gets", low=0, high=1)
+    encoder_draws: int = _later(
+        0,
+        'Points in the bound through which the encoder feels the energies; 0: `enc_share` says how it does',
+        group='energies and symbols',
+        low=0,
+        systems=('taught',),
+    )
     w_mi: float = _ebm(0.05, 'Weight of the information bottleneck')
     w_cls: float = _symbols(0.05, 'Weight of geometric clustering; 0 switches it off')
     cls_start: float = _symbols(0.0, 'Share of training before clustering begins', low=0, high=1)
@@ -463,6 +470,8 @@ def _check_loss(settings: TextSettings):
     parse_terms(settings.terms)
     if has_bound(settings) and not settings.noise:
         raise ValueError('a bound needs draws of the posterior: leave noise=True, or give the system no terms')
+    if settings.encoder_draws and settings.enc_share:
+        raise ValueError('enc_share and encoder_draws are two ways for an encoder to feel energies: give one of them')
     if settings.select:
         choose('select', settings.select, selects(settings))
 
