@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'OWN_SYSTEMS', 'MINUTES', 'STARTING', 'ResultTable', 'Piece
            'pending_table', 'Estimate', 'speed', 'nearest', 'estimate', 'job_of', 'hindrance', 'Offer', 'offer', 'Plan',
            'plan', 'parse_budget', 'work_off', 'main']
 
-# %% ../nbs/66a_pending.ipynb #3115197e
+# %% ../nbs/66a_pending.ipynb #d2b0f9ef
 import argparse
 import json
 import math
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -146,7 +147,11 @@ for _name, _preset in _PICTURES:
 # %% ../nbs/66a_pending.ipynb #3a384fb3
 OWN_SYSTEMS = ('ldebm', 'vae-fb', 'svebm-ib')
 
-# %% ../nbs/66a_pending.ipynb #03828250
+# %% ../nbs/66a_pending.ipynb #eafe4089
+# What `SYSTEM=` says of it: the Gaussian prior is evaluated beside any other
+_ASKED = {'gaussian': 'ldebm', 'ldebm-joint': 'ldebm-joint SETTINGS=joint_steps=300'}
+
+
 @dataclass(frozen=True)
 class Piece:
     "One run of a table"
@@ -167,8 +172,8 @@ class Piece:
 
     @property
     def command(self) -> str:  # Empty where this page runs it
-        system = 'ldebm' if self.system == 'gaussian' else self.system  # which is evaluated beside any other
-        about = dict(vars(self), system=system, corpus=self.table.corpus, preset=self.table.preset)
+        about = dict(vars(self), system=_ASKED.get(self.system, self.system))
+        about |= dict(corpus=self.table.corpus, preset=self.table.preset)
         return self.table.command.format(**about)
 
 # %% ../nbs/66a_pending.ipynb #6c87d57c
@@ -268,7 +273,7 @@ def speed(
     ratios = [statistics.fmean(found[here][run]) / statistics.fmean(found[there][run]) for run in both]
     return statistics.median(ratios) if ratios else None
 
-# %% ../nbs/66a_pending.ipynb #cbc291eb
+# %% ../nbs/66a_pending.ipynb #477f117c
 def nearest(
     records: list,
     piece: Piece,
@@ -280,9 +285,9 @@ def nearest(
     name = piece.name
 
     def unlike(r):
-        another = tuple(r[key] != getattr(name, key) for key in ('system', 'objective', 'variant'))
-        other = r['corpus'] != name.corpus, r['settings'].get('prior') != prior
-        return *other, *another, r['provenance']['device'] != here
+        names = SequenceMatcher(None, r['system'], name.system)
+        other = r['corpus'] != name.corpus, r['settings'].get('prior') != prior, 1 - names.ratio()
+        return *other, r['objective'] != name.objective, r['variant'] != name.variant, r['provenance']['device'] != here
 
     found = [r for r in records if _compares(r, name, prior, device)]
     best = min(map(unlike, found), default=None)
@@ -294,7 +299,8 @@ def _compares(r: dict, name: RecordName, prior: str | None, device: str) -> bool
     "Can a record say how long a run takes? Text is compared with text, pictures with those of one set"
     same = r['preset'] == name.preset and (prior is not None or r['corpus'] == name.corpus)
     is_text, is_gpu = 'prior' in r['settings'], 'peak_gpu_memory_mb' in r['provenance']
-    return same and bool(r['provenance']['minutes']) and is_text == (prior is not None) and is_gpu == (device == 'cuda')
+    took = (r['provenance']['minutes'] or 0) > 0.01  # a Gaussian prior is not trained
+    return same and took and is_text == (prior is not None) and is_gpu == (device == 'cuda')
 
 
 def _what_and_where(record: dict) -> tuple:
@@ -318,7 +324,7 @@ def _source(like: list, here: str, scales: dict) -> str:
     scaled = [f'× {factor:.2g} by {what}' for what, factor in scales.items() if not 0.95 < factor < 1.05]
     return ', '.join([f'from {" ".join(words)}', *scaled])
 
-# %% ../nbs/66a_pending.ipynb #639595b2
+# %% ../nbs/66a_pending.ipynb #56ec9e49
 def estimate(
     records: list,
     piece: Piece,
@@ -342,7 +348,7 @@ def estimate(
     training = statistics.fmean(map(_training_minutes, like))
     return Estimate(STARTING + factor * minutes, factor * training, _source(like, here, scales))
 
-# %% ../nbs/66a_pending.ipynb #4ed7dc49
+# %% ../nbs/66a_pending.ipynb #3f2589b6
 def job_of(
     piece: Piece,
     results: str = 'results',  # Folder of the records
@@ -355,6 +361,7 @@ def job_of(
         jobs = tune_jobs(corpus, table.preset, f'{runs}/tuning', f'{results}/tuning', seed=piece.seed)
         return next(job for job in jobs if job_name(job) == str(name))
     settings = f'{SETTINGS[table.preset]} {piece.settings}'.strip()
+    settings = settings_for(name.system, piece.objective, table.preset, settings)
     what = dict(corpus=corpus, preset=table.preset, objective=piece.objective)
     what |= dict(seeds=(piece.seed,), systems=(name.system,), variant=name.variant)
     (job,) = table_jobs(**what, settings=settings, out=f'{runs}/table', results=results)
@@ -536,7 +543,7 @@ def _parse(argv: list | None) -> argparse.Namespace:
     add('--retry', action='store_true', help='run again what has failed')
     return parser.parse_args(argv)
 
-# %% ../nbs/66a_pending.ipynb #69de11d4
+# %% ../nbs/66a_pending.ipynb #8437a026
 def _run(options: argparse.Namespace, started: float) -> int:
     "List or work; an exit status"
     seconds = parse_budget(options.budget) if options.budget else None
