@@ -324,7 +324,7 @@ def _source(like: list, here: str, scales: dict) -> str:
     scaled = [f'× {factor:.2g} by {what}' for what, factor in scales.items() if not 0.95 < factor < 1.05]
     return ', '.join([f'from {" ".join(words)}', *scaled])
 
-# %% ../nbs/66a_pending.ipynb #56ec9e49
+# %% ../nbs/66a_pending.ipynb #103c588b
 def estimate(
     records: list,
     piece: Piece,
@@ -367,7 +367,7 @@ def job_of(
     (job,) = table_jobs(**what, settings=settings, out=f'{runs}/table', results=results)
     return job
 
-# %% ../nbs/66a_pending.ipynb #88fc4b4a
+# %% ../nbs/66a_pending.ipynb #13200dec
 def hindrance(
     piece: Piece,
     device: str,  # `cpu` or `cuda`
@@ -377,7 +377,7 @@ def hindrance(
     "Why a piece cannot run here"
     table = piece.table
     if table.data and find_images(table.data) is None:
-        return f'lacks data: no {table.data} in LDEBM_DATA or ./data'
+        return f'lacks data: no folder or zip {table.data}'
     if table.gpu and device != 'cuda':
         return 'wants a GPU'
     if job is None:
@@ -385,7 +385,7 @@ def hindrance(
     try:
         check_job(job, texts or Texts())
     except FileNotFoundError as error:
-        return f'lacks data: {str(error).splitlines()[0].partition(". Looked in")[0]} in LDEBM_DATA or ./data'
+        return f'lacks data: {re.split(r"[.;]? [(]?[Ll]ooked in", str(error))[0]}'
     except (ValueError, ImportError) as error:
         return str(error).splitlines()[0]
     return ''
@@ -413,7 +413,7 @@ def _length(minutes: float | None) -> str:
         return '< 1 min'
     return f'{minutes:.0f} min' if minutes < 120 else f'{minutes / 60:.1f} h'
 
-# %% ../nbs/66a_pending.ipynb #93080022
+# %% ../nbs/66a_pending.ipynb #fcd7794f
 def _last_step(folder: str) -> int:
     "Steps that a run has logged"
     log = Path(folder) / 'log.jsonl'
@@ -425,7 +425,9 @@ def _last_step(folder: str) -> int:
 def _standing(job: TextJob) -> str:
     "What has become of a job so far, in a word or two"
     state = sweep_status([sweep_job(job, zoo_notebook())])[0]['state']
-    return dict(failed='failed before', busy='running now', skipped='finished, its record is copied').get(state, '')
+    return dict(
+        failed='failed before, --retry runs it again', busy='running now', skipped='finished, its record is copied'
+    ).get(state, '')
 
 # %% ../nbs/66a_pending.ipynb #7e4f61a5
 def offer(
@@ -444,7 +446,7 @@ def offer(
     saved = found.training * min(1.0, step / settings.steps)
     return Offer(piece, job, max(STARTING, found.minutes - saved), found.source, note)
 
-# %% ../nbs/66a_pending.ipynb #d2bbd2ef
+# %% ../nbs/66a_pending.ipynb #425c9dbc
 class Plan(NamedTuple):
     "What is pending, by whether it can run here"
 
@@ -457,14 +459,17 @@ class Plan(NamedTuple):
         return not (self.offers or self.commands or self.lacking)
 
     def __str__(self):
-        total = sum(one.minutes for one in self.offers)
-        lines = [f'{len(self.offers)} runs for `make pending BUDGET=...`, {_length(total)} one after the other:']
+        lines = []
+        if self.offers:
+            total = _length(sum(one.minutes for one in self.offers))
+            lines.append(f'{len(self.offers)} for `make pending BUDGET=...`, {total} one after the other:')
         lines += [f'{i:4}  {one}' for i, one in enumerate(self.offers, 1)]
         if self.commands:
             lines.append(f'{len(self.commands)} by another command:')
         lines += [f'      {one}; {one.piece.command}' for one in self.commands]
         if self.lacking:
-            lines.append(f'{sum(map(len, self.lacking.values()))} that cannot run here:')
+            total = sum(map(len, self.lacking.values()))
+            lines.append(f'{total} that cannot run here (data are looked for in LDEBM_DATA and ./data):')
         for reason, pieces in self.lacking.items():
             tables = dict.fromkeys(f'{piece.table.corpus} {piece.table.preset}' for piece in pieces)
             lines.append(f'{len(pieces):4}  of {", ".join(tables)}: {reason}')
@@ -543,7 +548,7 @@ def _parse(argv: list | None) -> argparse.Namespace:
     add('--retry', action='store_true', help='run again what has failed')
     return parser.parse_args(argv)
 
-# %% ../nbs/66a_pending.ipynb #8437a026
+# %% ../nbs/66a_pending.ipynb #062a99e6
 def _run(options: argparse.Namespace, started: float) -> int:
     "List or work; an exit status"
     seconds = parse_budget(options.budget) if options.budget else None

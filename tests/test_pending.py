@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ldebm import sweep as S
 from ldebm.comparison import SHOWN, system_rows
 from ldebm.records import load_results, metric, results_root, system_name
 from ldebm.sweep import Budget, Outcomes, SweepJob, run_all
+from ldebm.table import checked_jobs
 from ldebm.text_settings import TextJob, resolve
 
 PLACE = Path(__file__).parent.parent
@@ -134,7 +136,7 @@ def test_what_cannot_run_here_is_named(monkeypatch, tmp_path):
     found = P.plan(str(tmp_path), tables={k: P.TABLES[k] for k in ("ptb objectives", "ptb paper consistent", "digits")})
     assert not found.offers and len(found.commands) == len(P.by_value(P.TABLES["digits"]))
     said = str(found)
-    assert "wants a GPU" in said and "lacks data: 'ptb' not found in LDEBM_DATA or ./data" in said
+    assert "wants a GPU" in said and "lacks data: 'ptb' not found" in said
 
 
 # -- estimates
@@ -263,8 +265,6 @@ def test_the_budget_is_kept(monkeypatch):
 
 
 def test_what_cannot_go_on_is_not_begun_unless_it_fits(monkeypatch):
-    from dataclasses import replace
-
     first, long, last = jobs_of(first=10, long=20, last=2)
     jobs = [first, replace(long, resumes=False), last]
     log, settled, over = simulated(monkeypatch, jobs, 900, dict(first=600, long=1200, last=120))
@@ -291,13 +291,25 @@ def test_the_list_is_the_order_of_the_sweep(monkeypatch, corpus, tmp_path):
     assert [o.piece.system for o in found.offers] == ["ldebm", "vae"] and all(job.minutes > 0 for job in asked)
 
 
+def test_several_runs_share_a_gpu(monkeypatch):
+    "By the shares and the memory of the table, within one GPU"
+    monkeypatch.chdir(PLACE)
+    jobs = [P.job_of(piece, "", "runs") for piece in P.by_value(P.TABLES["tuning published"])]
+    asked = checked_jobs([replace(job, results="") for job in jobs], "cuda")
+    machine = S.Machine(16, 100.0, ["0"])
+    assert all(machine.take(job) == ("0",) for job in asked) and 0 < machine.free["0"] < 1
+    assert machine.memory_gb == 100 - sum(job.memory_gb for job in asked)
+
+
 # -- real runs
 
 
 @pytest.mark.slow
 def test_killed_gone_on_with_and_nothing_twice(corpus, tmp_path):
-    "SIGKILL after the first record; the next call does what is missing, with the metrics of an undisturbed one"
-    tables = [table(corpus, ("ae", "vae", "vae-fb"))]
+    "SIGKILL in the middle of the second; the next call does what is missing, with the metrics of an undisturbed one"
+    longer = TINY.replace("steps=6", "steps=800") + " checkpoint_every=20"
+    tables = [table(corpus, ("ae", "vae", "vae-fb"), settings=longer)]
+    checkpoint = tmp_path / "runs/table/ae-few-quick-consistent-s0/checkpoint.safetensors"
     first = subprocess.Popen(
         command(tables, tmp_path, "--budget", "10m"),
         cwd=PLACE,
@@ -307,14 +319,15 @@ def test_killed_gone_on_with_and_nothing_twice(corpus, tmp_path):
         text=True,
     )
     end = time.monotonic() + 150
-    while not record_files(tmp_path):
+    while not checkpoint.exists():
         assert first.poll() is None and time.monotonic() < end, first.stdout.read()
-        time.sleep(0.1)
+        time.sleep(0.02)
     first.kill()
     first.wait()
     had = {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in record_files(tmp_path).items()}
     assert list(had) == ["vae-fb-consistent-s0.json"]
     second = run(tables, tmp_path, "--budget", "10m")
+    assert "ae-few-quick-consistent-s0 (begun: step " in second.stdout, second.stdout + second.stderr
     assert second.returncode == 0 and "All that can run here is done" in second.stdout, second.stdout + second.stderr
     files = record_files(tmp_path)
     assert len(files) == 3 and had == {name: (files[name].read_bytes(), files[name].stat().st_mtime_ns) for name in had}
