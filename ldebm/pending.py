@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'OWN_SYSTEMS', 'MINUTES', 'STARTING', 'ResultTable', 'Piece
            'pending_table', 'Estimate', 'speed', 'nearest', 'estimate', 'job_of', 'hindrance', 'Offer', 'offer', 'Plan',
            'plan', 'parse_budget', 'work_off', 'main']
 
-# %% ../nbs/66a_pending.ipynb #d2b0f9ef
+# %% ../nbs/66a_pending.ipynb #8c767d1b
 import argparse
 import json
 import math
@@ -29,7 +29,7 @@ import torch
 from .comparison import SHOWN, system_rows
 from .core import check_writable
 from .image_files import find_images
-from .records import RecordName, env_report, identity, load_results, renamed, system_name
+from .records import OPERATIONAL, RecordName, env_report, identity, load_results, renamed, system_name
 from .report import markdown_table
 from .settings import parse_settings
 from .sweep import Outcomes, SweepStopped, sweep, sweep_status
@@ -189,14 +189,14 @@ def by_value(
 
     return sorted(pieces, key=lesser)  # stable
 
-# %% ../nbs/66a_pending.ipynb #8725f14a
+# %% ../nbs/66a_pending.ipynb #09f43bdc
 def has_settings(
     record: dict,
     own: str,  # As `"w_kl=.3"`
 ) -> bool:
-    "Are these its settings?"
-    settings = identity(record['settings'])
-    return all(settings.get(name) == value for name, value in parse_settings(TextSettings, own).items())
+    "Are these its settings? Those that change no result aside"
+    settings, wanted = identity(record['settings']), parse_settings(TextSettings, own)
+    return all(settings.get(name) == value for name, value in wanted.items() if name not in OPERATIONAL)
 
 # %% ../nbs/66a_pending.ipynb #1f879e5b
 def _is_recorded(piece: Piece, records: dict) -> bool:
@@ -324,7 +324,7 @@ def _source(like: list, here: str, scales: dict) -> str:
     scaled = [f'× {factor:.2g} by {what}' for what, factor in scales.items() if not 0.95 < factor < 1.05]
     return ', '.join([f'from {" ".join(words)}', *scaled])
 
-# %% ../nbs/66a_pending.ipynb #103c588b
+# %% ../nbs/66a_pending.ipynb #6a65effc
 def estimate(
     records: list,
     piece: Piece,
@@ -413,7 +413,7 @@ def _length(minutes: float | None) -> str:
         return '< 1 min'
     return f'{minutes:.0f} min' if minutes < 120 else f'{minutes / 60:.1f} h'
 
-# %% ../nbs/66a_pending.ipynb #fcd7794f
+# %% ../nbs/66a_pending.ipynb #7eb8064f
 def _last_step(folder: str) -> int:
     "Steps that a run has logged"
     log = Path(folder) / 'log.jsonl'
@@ -548,7 +548,7 @@ def _parse(argv: list | None) -> argparse.Namespace:
     add('--retry', action='store_true', help='run again what has failed')
     return parser.parse_args(argv)
 
-# %% ../nbs/66a_pending.ipynb #062a99e6
+# %% ../nbs/66a_pending.ipynb #1465f943
 def _run(options: argparse.Namespace, started: float) -> int:
     "List or work; an exit status"
     seconds = parse_budget(options.budget) if options.budget else None
