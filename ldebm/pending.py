@@ -26,6 +26,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+# %% ../nbs/66a_pending.ipynb #54a4754b
 from .comparison import SHOWN, system_rows
 from .core import check_writable
 from .image_files import find_images
@@ -273,6 +274,18 @@ def speed(
     ratios = [statistics.fmean(found[here][run]) / statistics.fmean(found[there][run]) for run in both]
     return statistics.median(ratios) if ratios else None
 
+# %% ../nbs/66a_pending.ipynb #9843dbdf
+def _compares(r: dict, name: RecordName, prior: str | None, device: str) -> bool:
+    "Can a record say how long a run takes? Text is compared with text, pictures with those of one set"
+    same = r['preset'] == name.preset and (prior is not None or r['corpus'] == name.corpus)
+    is_text, is_gpu = 'prior' in r['settings'], 'peak_gpu_memory_mb' in r['provenance']
+    took = (r['provenance']['minutes'] or 0) > 0.01  # a Gaussian prior is not trained
+    return same and took and is_text == (prior is not None) and is_gpu == (device == 'cuda')
+
+
+def _what_and_where(record: dict) -> tuple:
+    return record['system'], record['objective'], record['variant'], record['provenance']['device']
+
 # %% ../nbs/66a_pending.ipynb #477f117c
 def nearest(
     records: list,
@@ -293,18 +306,6 @@ def nearest(
     best = min(map(unlike, found), default=None)
     like = [r for r in found if unlike(r) == best]
     return [r for r in like if _what_and_where(r) == _what_and_where(like[0])]
-
-
-def _compares(r: dict, name: RecordName, prior: str | None, device: str) -> bool:
-    "Can a record say how long a run takes? Text is compared with text, pictures with those of one set"
-    same = r['preset'] == name.preset and (prior is not None or r['corpus'] == name.corpus)
-    is_text, is_gpu = 'prior' in r['settings'], 'peak_gpu_memory_mb' in r['provenance']
-    took = (r['provenance']['minutes'] or 0) > 0.01  # a Gaussian prior is not trained
-    return same and took and is_text == (prior is not None) and is_gpu == (device == 'cuda')
-
-
-def _what_and_where(record: dict) -> tuple:
-    return record['system'], record['objective'], record['variant'], record['provenance']['device']
 
 # %% ../nbs/66a_pending.ipynb #57fc4fc3
 def _training_minutes(record: dict) -> float:

@@ -855,10 +855,7 @@ def sweep(
     todo = sorted((job for job in jobs if job.name not in settled), key=lambda job: -job.cost)  # stable
     if not todo:
         return _in_order(jobs, settled)
-    if scheduler:
-        pool = Remote(todo, scheduler, report)
-    else:
-        pool = Local(todo, workers, threads, memory_gb, gpus, report)
+    pool = Remote(todo, scheduler, report) if scheduler else Local(todo, workers, threads, memory_gb, gpus, report)
     with graceful_stop() as stop, pool:
         bar = progress(total=len(jobs), desc='sweep', unit='run', initial=len(settled)) if show else _NoBar()
         with contextlib.closing(bar):
