@@ -17,7 +17,9 @@ SHELL := /bin/bash
 #: NAME         name of the folder under runs/
 #: RUN          the folder itself: of the run; of table and tune, of all their runs
 #: ARGS         further parameters of the notebook, such as "-p steps 500"
+#: BUDGET       time to work on what is pending: 90s, 25m or 2h; without it pending lists
 #: TABLE_ARGS   further options of python -m ldebm.table, such as "--workers 2 --retry"
+#: PENDING_ARGS further options of python -m ldebm.pending, such as "--workers 2 --retry"
 #: BENCH_ARGS   options of bench/bench.py, such as "--only chain step"
 #: NBDEV_ARGS   options of nbdev_test, such as "--path nbs/00_core.ipynb"
 #: PYTEST_ARGS  options of pytest, such as "tests/test_data.py" (test, test-slow)
@@ -43,6 +45,7 @@ TAKES.digits     := PRESET OBJECTIVE SYSTEM SEED SETTINGS NAME RUN ARGS
 TAKES.images     := DATASET $(TAKES.digits)
 TAKES.table      := CORPUS PRESET OBJECTIVE SYSTEM SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
 TAKES.tune       := CORPUS PRESET SEED SEEDS SETTINGS NAME RUN TABLE_ARGS
+TAKES.pending    := BUDGET PENDING_ARGS
 TAKES.bench      := BENCH_ARGS
 TAKES.test       := NBDEV_ARGS PYTEST_ARGS
 TAKES.test-slow  := PYTEST_ARGS
@@ -51,7 +54,7 @@ ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
 # Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
 UNLISTED := PAPERMILL THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
 
-.PHONY: help venv train toy2d digits images test test-slow table tune bench docs docs-serve lab lint prepare clean distclean .environment
+.PHONY: help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve lab lint prepare clean distclean .environment
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -61,7 +64,7 @@ PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
 endif
 
 # -- What was given, and whether it is of use
-RUNS   := train toy2d digits images table tune bench
+RUNS   := train toy2d digits images table tune pending bench
 JOB    := $(sort $(foreach t,$(RUNS),$(TAKES.$(t))))
 LISTED := $(JOB) $(TAKES.test) $(TAKES.docs-serve) $(ALL_TAKE)
 from    = $(filter $(1),$(firstword $(origin $(2))))
@@ -203,6 +206,9 @@ table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once
 
 tune: $(READY) ## Every configuration of both objectives on validation sentences of CORPUS, into results/tuning
 	@$(TABLE) --tune --seeds $(call each,$(call seeds,0)) $(TABLE_ARGS)
+
+pending: $(READY) ## What the results page shows as pending; with BUDGET=25m, work on it for that long
+	@python -m ldebm.pending $(call ask,BUDGET,--budget=$(call q,$(BUDGET))) $(PENDING_ARGS)
 
 bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench (with a GPU, that as well)
 	@python bench/bench.py $(BENCH_ARGS)

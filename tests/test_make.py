@@ -22,6 +22,7 @@ TAKES = dict(
     images=JOB | {"DATASET", "OBJECTIVE", "SYSTEM", "SETTINGS"},
     table=SWEEP | {"OBJECTIVE", "SYSTEM"},
     tune=SWEEP,
+    pending={"BUDGET", "PENDING_ARGS"},
     bench={"BENCH_ARGS"},
     test={"NBDEV_ARGS", "PYTEST_ARGS"},
     **{"docs-serve": {"PORT"}},
@@ -43,13 +44,15 @@ VALUES = dict(
     RUN="else where",
     ARGS="-p steps 9",
     TABLE_ARGS="--retry",
+    BUDGET="25m",
+    PENDING_ARGS="--device cpu",
     BENCH_ARGS="--tiny",
     NBDEV_ARGS="--path x.ipynb",
     PYTEST_ARGS="-k y",
     PORT="81",
 )
 ODD = "my $runs  'é\"#~;*(x)&, <b>"  # what a shell, make or a first line of a script could stumble over
-MANY = {"SEEDS", "ARGS", "TABLE_ARGS", "BENCH_ARGS", "NBDEV_ARGS", "PYTEST_ARGS"}  # several words
+MANY = {"SEEDS", "ARGS", "TABLE_ARGS", "PENDING_ARGS", "BENCH_ARGS", "NBDEV_ARGS", "PYTEST_ARGS"}  # several words
 
 
 def make(*args, cwd=ROOT, check=None, **env):
