@@ -290,7 +290,7 @@ def test_half_a_run_goes_on_with_other_checkpoints_threads_and_name(tmp_path, co
 
 def test_a_finished_run_is_scored_again_and_its_record_says_how(tmp_path, corpus, monkeypatch):
     job = job_of(tmp_path, corpus)
-    monkeypatch.setattr(text_score, "score", lambda *args: {})
+    monkeypatch.setattr(text_score, "score", lambda *args, **more: {})
     first = text_score.run_job(job)
     assert first["settings"]["n_samples"] == 20 and text_score.run_job(job) == first
     other = dataclasses.replace(job, settings=job.settings + " n_samples=33 nll_sentences=7 checkpoint_every=3")
