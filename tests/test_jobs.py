@@ -152,6 +152,7 @@ def test_notebook_from_command_to_record(tmp_path):
         "result.json",
         "samples.txt",
         "reconstructions.txt",
+        "drawn.txt",
         "settings.json",
         "corpus.json",
         "log.jsonl",
