@@ -102,6 +102,9 @@ def outside_code(
     return re.sub('\0(\\d+)\0', lambda m: code[int(m.group(1))], f(_CODE.sub(take_out, md)))
 
 # %% ../nbs/91_pages.ipynb #a9c1a97f
+_NESTED = re.compile(r'\[\[([^\[\]]+)\]\([^()\s]*\)\]\(')  # A name that nbdev linked inside a link as written
+
+
 def relink(
     md: str,  # Markdown
     to: Callable,  # `to(url, image)` gives the new target; `None` drops the link and keeps its text
@@ -113,7 +116,7 @@ def relink(
         text = re.sub(_LINK, one, m['text'])
         return text if new is None else f"{m['bang']}[{text}]({new}{m['title'] or ''})"
 
-    return outside_code(lambda text: _LINK.sub(one, text), md)
+    return outside_code(lambda text: _LINK.sub(one, _NESTED.sub(r'[\1](', text)), md)
 
 # %% ../nbs/91_pages.ipynb #72d6c3d4
 def _split(url: str) -> tuple[str, str]:
