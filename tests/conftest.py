@@ -19,7 +19,6 @@ NO_DATA = "LDEBM_DATA is not set: no real data"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "data: needs real data found through LDEBM_DATA")
-    config.addinivalue_line("markers", "slow: takes more than 5 s on two cores")
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ def computed(**environment):
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 def test_the_method_gives_the_stored_numbers():
     found = golden.differences(computed(), json.loads(golden.STORED.read_text(encoding="utf-8")))
     assert not found, "\n".join(found)

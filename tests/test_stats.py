@@ -147,7 +147,6 @@ def test_auroc_interval():
 # --- two-sample AUROC
 
 
-@pytest.mark.slow
 def test_two_sample_auroc():
     n, d = 400, 6
     L = torch.linalg.cholesky(0.85 * torch.ones(d, d) + 0.15 * torch.eye(d)).double()

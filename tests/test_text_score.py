@@ -156,7 +156,6 @@ def test_terms_are_in_the_order_of_the_split(corpus):
         assert got[k].item() == pytest.approx(task.model.decoder.nll(b.ids, b.host_lengths, None).item(), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_some_sentences_speak_for_all(corpus, tmp_path):
     "What `score` records from a quarter of the sentences, against the mean over all of them"
     test = corpus["test"]
