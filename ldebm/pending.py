@@ -33,7 +33,7 @@ from .image_files import find_images
 from .records import OPERATIONAL, RecordName, env_report, identity, load_results, renamed, system_name
 from .report import markdown_table
 from .settings import parse_settings
-from .sweep import Outcomes, SweepStopped, sweep, sweep_status
+from .sweep import Outcomes, sweep, sweep_status
 from ldebm.table import (
     SETTINGS,
     Texts,
@@ -41,6 +41,7 @@ from ldebm.table import (
     check_job,
     checked_jobs,
     copy_skipped,
+    exit_status,
     settings_for,
     sweep_job,
     table_jobs,
@@ -580,14 +581,7 @@ def main(
     started: float | None = None,  # `time.time()` from which the budget counts; now if `None`
 ) -> int:  # Exit status: 0 unless something failed
     "`python -m ldebm.pending`"
-    try:
-        return _run(_parse(argv), time.time() if started is None else started)
-    except SweepStopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(_parse(argv), time.time() if started is None else started))
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -56,6 +56,12 @@ def encoder_contrast(
     return level.tilt(F_negative - F_positive)
 
 # %% ../nbs/12b_recovery.ipynb #ec04371e
+def _gaussian_draws(level: Conditional, n: int, gen: torch.Generator | None) -> Tensor:  # Shape `(n, B, d)`
+    "Draws from the Gaussian that a level tilts"
+    m = level.mean
+    return m + level.variance.sqrt() * torch.randn(n, *m.shape, generator=gen, device=m.device, dtype=m.dtype)
+
+
 def encoder_bound(
     level: Conditional,  # Whose mean carries the encoder's gradient
     energy: Energy,
@@ -66,8 +72,7 @@ def encoder_bound(
 ) -> Tensor:  # Shape `(B,)`, nats, at least `-log n`: to be minimised by the encoder
     "`log Zhat - F(y)/temperature`, the energy's weights held fixed (Lawson et al. 2019)"
     B, d = positive.shape
-    noise = torch.randn(n - 1, B, d, generator=gen, device=positive.device, dtype=positive.dtype)
-    points = torch.cat([positive[None], level.mean + level.variance.sqrt() * noise])
+    points = torch.cat([positive[None], _gaussian_draws(level, n - 1, gen)])
     F = frozen_free(energy, points.view(n * B, d), level.t.repeat(n), weights)
     tilt = F.view(n, B) / level.temperature[:, 0]
     return log_mean_exp(tilt) - tilt[0]
@@ -93,9 +98,8 @@ def gaussian_log_z(
     gen: torch.Generator | None = None,  # Source of noise
 ) -> tuple[Tensor, Tensor]:  # `log Z` in nats, and the effective number of draws behind it (1..n), each `(B,)`
     "`log Z` by simple importance sampling from the level's own Gaussian"
-    m, v = level.mean, level.variance
-    B, d = m.shape
-    draws = m + v.sqrt() * torch.randn(n, B, d, generator=gen, device=m.device, dtype=m.dtype)
+    B, d = level.mean.shape
+    draws = _gaussian_draws(level, n, gen)
     F = level.energy(draws.view(n * B, d), level.t.repeat(n)).view(n, B)
     tilt = F / level.temperature[:, 0]
     return log_mean_exp(tilt), effective(tilt)

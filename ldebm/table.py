@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MEMORY_GB', 'NO_LATENT', 'COST', 'SETTINGS', 'GPU_SHARE', 'MAIN', 'zoo_notebook', 'work', 'absolute_folders',
            'sweep_job', 'settings_for', 'table_jobs', 'tune_jobs', 'Texts', 'check_job', 'where_to_run', 'checked_jobs',
-           'copy_skipped', 'run_jobs', 'outcome', 'main']
+           'copy_skipped', 'run_jobs', 'outcome', 'exit_status', 'main']
 
 # %% ../nbs/66_table.ipynb #6973d833
 import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -341,22 +342,33 @@ def _run(options: argparse.Namespace) -> tuple[list, Outcomes]:
     how = {name: getattr(options, name) for name in names}
     return jobs, run_jobs(jobs, options.device, options.gpu_share, **how)
 
-# %% ../nbs/66_table.ipynb #f208b200
-def main(
-    argv: list | None = None,  # Options; those of the command line if `None`
-) -> int:  # Exit status: 0 when every run is done
-    "`python -m ldebm.table`"
+# %% ../nbs/66_table.ipynb #697b5373
+def exit_status(
+    run: Callable,  # The command, which gives its own status
+) -> int:  # That status; 130 where it was stopped, 2 where it was refused
+    "What a command answers; an error is one line"
     try:
-        jobs, outcomes = _run(_parse(argv))
+        return run()
     except SweepStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f'{type(e).__name__}: {e}', file=sys.stderr)
         return 2
-    print(outcomes._repr_markdown_() + '\n', flush=True)
-    print(outcome(jobs))
-    return 0 if outcomes.ok else 1
+
+# %% ../nbs/66_table.ipynb #f208b200
+def main(
+    argv: list | None = None,  # Options; those of the command line if `None`
+) -> int:  # Exit status: 0 when every run is done
+    "`python -m ldebm.table`"
+
+    def run():
+        jobs, outcomes = _run(_parse(argv))
+        print(outcomes._repr_markdown_() + '\n', flush=True)
+        print(outcome(jobs))
+        return 0 if outcomes.ok else 1
+
+    return exit_status(run)
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -220,7 +220,7 @@ def draw_samples(
     options = dict(n=settings.n_samples, max_len=settings.max_len, progress=bar, gen=gen)
     found = {}
     with torch.autocast(task.device.type, torch.bfloat16, enabled=settings.mixed_precision == 'bf16'):
-        z = sample_latents(task.model, settings.n_samples, gen=gen)
+        z = sample_latents(task.model, settings.n_samples, gen=gen, progress=bar)
         for name, temperature in temperatures.items():
             ids = decode_latents(task.model, z, temperature=temperature, **options)
             found[name] = [vocab.decode(sentence) for sentence in ids]

@@ -190,13 +190,15 @@ def sample_latents(
     gen: torch.Generator | None = None,  # Source of noise
     n_steps: int | None = None,  # Updates a level, for a prior sampled by chains; its settings' if `None`
     chunk: int = 2048,  # Latents drawn at a time
+    progress=None,  # Wraps the iterator over chunks
 ) -> Tensor | None:  # Shape `(n, d)`; `None` for a model without latent
     "Draws of the prior"
     if model.prior is None:
         return None
     chains = {} if n_steps is None else dict(n_steps=n_steps)
     sizes = [min(chunk, n - start) for start in range(0, n, chunk)]
-    return torch.cat([model.prior.sample(size, y=y, gen=gen, **chains) for size in sizes])
+    bar = progress(sizes) if progress else sizes
+    return torch.cat([model.prior.sample(size, y=y, gen=gen, **chains) for size in bar])
 
 # %% ../nbs/20a_text_vae.ipynb #c51469e6
 @torch.no_grad()
@@ -229,14 +231,14 @@ def sample_sentences(
     gen: torch.Generator | None = None,  # Source of latents and words
     n_steps: int | None = None,  # Updates a level, for a prior sampled by chains; its settings' if `None`
     chunk: int = 2048,  # Sentences at a time
-    progress=None,  # Wraps the iterator over chunks
+    progress=None,  # Wraps the iterators over chunks, of latents and of sentences
     max_len: int = 40,  # Words at most
     temperature: float = 0.0,  # 0 is greedy: all variety from `z`; a model without latent needs > 0
     top_p: float = 1.0,  # Nucleus mass
 ) -> list:  # `n` lists of word ids, without the end mark
     "Sentences from the prior"
     _check_request(model.prior, temperature, n_steps)
-    z = sample_latents(model, n, y=y, gen=gen, n_steps=n_steps, chunk=chunk)
+    z = sample_latents(model, n, y=y, gen=gen, n_steps=n_steps, chunk=chunk, progress=progress)
     decoding = dict(max_len=max_len, temperature=temperature, top_p=top_p)
     return decode_latents(model, z, n=n, gen=gen, chunk=chunk, progress=progress, **decoding)
 

@@ -16,7 +16,8 @@ from ldebm.whole_chains import Arrays, Sizes, coefficients, merged_share, packed
 SMALL = [Sizes(6, 24, 5, 2), Sizes(5, 36, 1, 0), Sizes(3, 40, 37, 1)]
 PUBLISHED = Sizes(40, 200, 20, 12)
 
-with_runners = pytest.mark.skipif(not any(RUNNERS.values()), reason="LDEBM_RUNNERS=0: no runner is asked")
+NO_RUNNERS = "LDEBM_RUNNERS=0: no runner is asked"
+with_runners = pytest.mark.skipif(not any(RUNNERS.values()), reason=NO_RUNNERS)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import with_runners
+from chains import NO_RUNNERS, with_runners
 from plain import plain_paths
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("in_test")
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     if not any(RUNNERS.values()):
-        pytest.skip("LDEBM_RUNNERS=0: no runner is asked")
+        pytest.skip(NO_RUNNERS)
     out = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as m:
         m.setenv("IN_TEST", "1")

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from chains import PUBLISHED, counted_calls
+from chains import NO_RUNNERS, PUBLISHED, counted_calls
 from plain import PlainEnergy, backwards, plain_gru, plain_logits, plain_loss, plain_paths, plain_product
 from torch import nn
 from torch.nn import functional as nnf
@@ -68,7 +68,7 @@ def using(backend, dtype=F32, known=True):
     else"""
     one = backend == "compiled"
     if one and not any(RUNNERS.values()):
-        pytest.skip("LDEBM_RUNNERS=0: no runner is asked")
+        pytest.skip(NO_RUNNERS)
     if one and (why := native.why_not(PUBLISHED, torch.zeros(1, PUBLISHED.d, dtype=dtype))):
         pytest.skip(why)
     with (

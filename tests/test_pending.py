@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import TINY, tiny_corpus
 
 from ldebm import pending as P
 from ldebm import sweep as S
@@ -20,19 +21,12 @@ from ldebm.table import checked_jobs
 from ldebm.text_settings import TextJob, resolve
 
 PLACE = Path(__file__).parent.parent
-TINY = (
-    "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 "
-    "nll_draws=4 nll_sentences=4 importance_draws=4 lm=''"
-)
 ENDLESS = TINY.replace("steps=6", "steps=90000") + " checkpoint_every=1000"
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    words = "a b c d e f g h".split()
-    path = tmp_path / "few.txt"
-    path.write_text("\n".join(" ".join(words[(i * k) % 8] for k in range(2, 4 + i % 5)) for i in range(1, 81)))
-    return path
+    return tiny_corpus(tmp_path)
 
 
 def table(corpus, systems=("ae", "vae"), seeds=(0,), settings=TINY):

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from chains import counted_calls, gen
+from chains import NO_RUNNERS, counted_calls, gen
 from plain import plain_paths
 from torch import nn
 from torch.testing import assert_close
@@ -90,7 +90,7 @@ PATHS = ["plain", "autograd", "library", "compiled"]
 def path(name):
     "One way to the energy and its chains, and no other"
     if name in ("library", "compiled") and not any(RUNNERS.values()):
-        pytest.skip("LDEBM_RUNNERS=0: no runner is asked")
+        pytest.skip(NO_RUNNERS)
     why = native.why_not(Sizes(3, 6, 4, 2), torch.zeros(1, 3, dtype=F64)) if name == "compiled" else ""
     if why:
         pytest.skip(why)

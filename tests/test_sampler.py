@@ -31,6 +31,7 @@ from ldebm.schedule import (
     published_schedule,
 )
 from ldebm.text_nets import Decoder, TextCfg
+from ldebm.text_settings import TextJob, resolve
 
 F64 = torch.float64
 SE = 5  # standard errors allowed
@@ -305,6 +306,29 @@ def test_surrogate_gradient_is_the_exact_one(reference, T, tau):
 
     gap = slopes(terms["ebm"]) - slopes(exact)  # twenty independent parts give the standard error
     assert (gap.mean(0).abs() < SE * gap.std(0) / 20**0.5).all(), (gap.mean(0), gap.std(0) / 20**0.5)
+
+
+def test_an_encoder_feels_the_energies_through_a_bound():
+    "`kl` is then the rate, no lower than the cost at zero energy less log n a level; only the encoder feels it"
+    T, d, n = 3, 2, 8
+    net = EnergyNet(d, 4, T, hidden=8, n_blocks=1, gen=gen(0))
+    for p in net.parameters():
+        p.data.mul_(20)  # far too steep for any chain
+    prior = DiffusionEBM(consistent_schedule(T), net, PriorCfg(n_steps=2, levels="all", encoder_draws=n))
+    z = torch.randn(50, d, generator=gen(1)).requires_grad_()
+    q = DiagGaussian(z, torch.zeros_like(z))
+    terms = prior.terms(q, z, gen(2))
+    assert_close(terms["kl"], terms["rate"])
+    assert (terms["rate"] >= terms["kl_base"] - T * math.log(n) - 1e-4).all() and "ebm_enc" not in terms
+    assert torch.autograd.grad(terms["kl"].sum(), z, retain_graph=True)[0].abs().sum() > 0
+    slopes = torch.autograd.grad(terms["kl"].sum(), list(net.parameters()), allow_unused=True)
+    assert all(g is None for g in slopes)
+    held = prior.terms(DiagGaussian(z.detach(), torch.zeros_like(z)), z.detach(), gen(2))
+    assert_close(held["kl"], held["kl_base"])  # where the encoder has ended, nobody is to feel them
+    with pytest.raises(ValueError, match="encoder_draws must be 0 or at least 2, got 1"):
+        PriorCfg(encoder_draws=1)
+    with pytest.raises(ValueError, match="two ways for an encoder to feel energies"):
+        resolve(TextJob(settings="encoder_draws=8 enc_share=.5"))
 
 
 @pytest.mark.parametrize("reference", ["gaussian", "flat"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, tiny_corpus
 
 from ldebm import image_job, toy_job
 from ldebm import table as T
@@ -24,19 +25,12 @@ from ldebm.text_score import TUNING
 from ldebm.text_settings import TextJob, TextSettings, resolve
 from ldebm.zoo import SYSTEMS, TABLE, System
 
-TINY = (
-    "embed=16 hidden=16 d=4 codes=2 batch=16 steps=6 max_len=12 n_samples=20 "
-    "nll_draws=4 nll_sentences=4 importance_draws=4 lm=''"
-)
 PLACE = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    words = "a b c d e f g h".split()
-    path = tmp_path / "few.txt"
-    path.write_text("\n".join(" ".join(words[(i * k) % 8] for k in range(2, 4 + i % 5)) for i in range(1, 81)))
-    return path
+    return tiny_corpus(tmp_path)
 
 
 def command(corpus, tmp_path, *more):
