@@ -26,7 +26,7 @@ from ldebm.core import (
     unpack_state,
     weights_hash,
 )
-from .likelihood import NLLCfg, SentenceBounds, nll_importance, top_log_z
+from .likelihood import NLLCfg, SentenceBounds, nll_importance, own_posteriors, top_log_z
 from .paths import Proposal
 from .posterior import DiagGaussian, Posterior
 from .published import nll_ldebm, nll_svebm
@@ -122,10 +122,12 @@ class _Chunks:
         self.question = question
         self.file = None if folder is None else Path(folder) / f'likelihood-{split}.safetensors'
         self.done, self.plans = [], {}
+        self.own = []  # Posterior of each chunk, moved up the sentences' own bounds
         if self.file is not None and self.file.exists():
             state = unpack_state(*load_tensors(self.file, task.device))
             if state['what'] == question:
                 self.done, self.plans = state['done'], _plans_from_lists(state['plans'])
+                self.own = [DiagGaussian(*parts) for parts in state['own']]
 
 # %% ../nbs/61a_text_nll.ipynb #216b7ff2
 @patch
@@ -133,7 +135,8 @@ def save(self: _Chunks):
     "Keep what is done"
     if self.file is not None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        state = dict(what=self.question, done=self.done, plans=_plans_to_lists(self.plans))
+        own = [[q.mean, q.logvar] for q in self.own]
+        state = dict(what=self.question, done=self.done, plans=_plans_to_lists(self.plans), own=own)
         save_tensors(self.file, *pack_state(state))
 
 
@@ -145,14 +148,34 @@ def bounds(self: _Chunks, index: Tensor, q: Posterior, gen: torch.Generator) -> 
 
 
 @patch
-def plan(self: _Chunks, index: Tensor):
-    "Fit proposals to some sentences; posteriors with codes need none"
-    gen = make_gen(self.question['seed'], 'likelihood proposals', device=self.task.device)
-    q = encode_some(self.task, self.split, index)
-    if not isinstance(q, DiagGaussian):
+def generator(self: _Chunks, what: str) -> torch.Generator:
+    "Source of noise of one part of the work"
+    return make_gen(self.question['seed'], f'likelihood {what}', device=self.task.device)
+
+
+@patch
+def refine(self: _Chunks, chunks: list):
+    "Posteriors of the sentences' own, for the chunks that have none"
+    if self.cfg.refine == 0 or len(self.own) == len(chunks):
         return
+    prior = self.task.model.prior
+    like = prior.sample(self.cfg.like, gen=self.generator('prior'))
+    bar = progress(total=sum(map(len, chunks)), desc='posteriors', unit='sentence', initial=sum(map(len, self.own)))
+    with bar:
+        for number, index in list(enumerate(chunks))[len(self.own) :]:
+            q, log_lik = encode_some(self.task, self.split, index), sentence_log_lik(self.task, self.split, index)
+            self.own.append(own_posteriors(prior, q, log_lik, self.cfg, self.generator(f'posterior {number}'), like))
+            bar.update(len(index))
+            self.save()
+
+
+@patch
+def plan(self: _Chunks, index: Tensor):
+    "Fit proposals to the first sentences"
+    gen = self.generator('proposals')
     if self.task.settings.prior == 'ebm':
         self.plans['top'] = top_log_z(self.task.model.prior, self.cfg, gen)
+    q = DiagGaussian.cat(self.own)[: len(index)] if self.own else encode_some(self.task, self.split, index)
     self.bounds(index, q, gen).fit()
     self.save()
 
@@ -161,8 +184,8 @@ def plan(self: _Chunks, index: Tensor):
 def measure(self: _Chunks, number: int, index: Tensor):
     "The likelihood of one chunk"
     task = self.task
-    gen = make_gen(self.question['seed'], f'likelihood {number}', device=task.device)
-    q = encode_some(task, self.split, index)
+    gen = self.generator(str(number))
+    q = self.own[number] if self.own else encode_some(task, self.split, index)
     if isinstance(q, DiagGaussian):
         got = self.bounds(index, q, gen).estimate()
     else:
@@ -204,9 +227,12 @@ def text_nll(
     chunks = _Chunks(task, split, cfg, question, folder)
     bar = progress(total=len(order), desc='likelihood', unit='sentence', initial=chunks.n_done())
     with frozen_weights(task.model), bar:
-        if not chunks.done and 'better' not in chunks.plans:
-            chunks.plan(order[:fit_on])
-        for number, index in list(enumerate(order.split(chunk)))[len(chunks.done) :]:
+        parts = order.split(chunk)
+        if not has_codes(task.settings) and not chunks.done:
+            chunks.refine(parts)
+            if 'better' not in chunks.plans:
+                chunks.plan(order[:fit_on])
+        for number, index in list(enumerate(parts))[len(chunks.done) :]:
             chunks.measure(number, index)
             bar.update(len(index))
             chunks.save()

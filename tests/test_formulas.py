@@ -920,7 +920,7 @@ def test_normaliser_of_the_last_level_enters_by_its_upper_bound():
         def log_lik(z, i):
             return -(z**2).sum(1)
 
-        cfg = L.NLLCfg(draws=8, few=0.0, share=0.0)
+        cfg = L.NLLCfg(draws=8, few=0.0)
         return L.nll_bounds(p, q, log_lik, cfg, gen(3), top, {"better": {}})
 
     one, two = bounds(-0.2, 0.3), bounds(-0.2, 1.0)
