@@ -35,6 +35,7 @@ class PriorCfg:
     squared_step: float = 2e-3  # `published`: the squared base step
     free_nats: float = 0.0  # `consistent`: free nats a dimension; `published`: threshold kappa of its entropy mask
     clamp: bool = True  # `consistent`: how `free_nats` works, see `free_bits`
+    free_over: str = 'dimension'  # `consistent`: what has `free_nats`, each `dimension` or the whole `latent`
     weighting: str = 'drl'  # `published`: a level's weight, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t^2)
     encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
     encoder_draws: int = 0  # `consistent`: points in the encoder's bound on log Z; 0: the contrast with chains
@@ -49,6 +50,7 @@ CHOICES = dict(
     objective=('consistent', 'published'),
     reference=('gaussian', 'flat'),
     levels=('one', 'all'),
+    free_over=('dimension', 'latent'),
     weighting=('drl', 'likelihood'),
 )
 

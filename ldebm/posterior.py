@@ -103,8 +103,11 @@ def free_bits(
     kl: Tensor,  # KL of each sample and dimension, shape `(B, d)`, nats
     free_nats: float,  # Nats a dimension that cost nothing
     clamp: bool = True,  # Otherwise a mask on each entry drops those up to `free_nats` (the released SVEBM code)
+    free_over: str = 'dimension',  # What has them: each `dimension`, or the whole `latent`, `d` times as many
 ) -> Tensor:  # Shape `(B,)`
-    "Sum over dimensions of `max(batch mean, free_nats)`"
+    "Sum over dimensions of `max(batch mean, free_nats)`, or that of the sum"
+    if free_over == 'latent':
+        free_nats, kl = free_nats * kl.shape[-1], kl.sum(-1, keepdim=True)
     if free_nats == 0:
         return kl.sum(-1)
     if not clamp:
@@ -151,14 +154,16 @@ class StandardNormal(Prior):
         self,
         d: int,  # Latent dimension
         free_nats: float = 0.0,  # Free nats a dimension
+        free_over: str = 'dimension',  # See `free_bits`
     ):
         super().__init__(d)
-        self.free_nats = free_nats
+        self.free_nats, self.free_over = free_nats, free_over
 
     def terms(self, q: DiagGaussian, z: Tensor, gen=None, labels=None, label_weights=None) -> dict:
         "`kl` with free nats, `zkl0` without, and `kl_base` for the record"
         kl = q.kl_standard()
-        return dict(kl=free_bits(kl, self.free_nats), zkl0=kl.sum(-1), kl_base=kl.sum(-1).detach())
+        paid = free_bits(kl, self.free_nats, free_over=self.free_over)
+        return dict(kl=paid, zkl0=kl.sum(-1), kl_base=kl.sum(-1).detach())
 
     def kl(self, q: DiagGaussian, z: Tensor, gen=None, n: int = 1) -> tuple[Tensor, Tensor]:
         kl = q.kl_standard().sum(-1)

@@ -198,7 +198,7 @@ def consistent_terms(
     positive, (negative, accept) = level.scale * z_t, level.sample(gen=gen)
     contrast, symbols = _contrast(prior, level, positive, negative, z, weights, labels, label_weights)
     kl = prior.base_kl(q)
-    out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp), kl_base=kl.sum(-1).detach())
+    out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp, cfg.free_over), kl_base=kl.sum(-1).detach())
     out['ebm'] = _by_sample(factor * contrast / cfg.temperature, B)
     if cfg.encoder_draws and z.requires_grad:
         bound = encoder_bound(level, energy, positive, cfg.encoder_draws, gen, weights)

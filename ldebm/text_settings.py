@@ -68,6 +68,12 @@ class _TextModel:
     hidden: int = _text(512, 'GRU units', low=1)
     dropout: float = _text(0.3, 'On decoder inputs and outputs', low=0)
     word_dropout: float = _text(0.0, 'Share of its input words that the decoder does not see in training', low=0)
+    summary: str = _text_later(
+        'ends',
+        "What the encoder's states become: `ends`, or the `largest` of each unit",
+        choices=('ends', 'largest'),
+        systems=('latent',),
+    )
     packed: bool = _text(True, 'The encoder stops at the end of each sentence', systems=('latent',))
     bucket: bool = _text(True, 'Batches of similar length; `published` pads each to the longest training sentence')
     max_len: int = _text(40, 'Longest sentence with its two tags', low=3)
@@ -96,6 +102,12 @@ class _Latent:
     free_nats: float = _latent(0.1, 'Free nats a dimension; `published`: threshold', low=0, systems=('free nats',))
     clamp: bool = _latent_later(
         True, '`free_nats` clamps the batch mean, else it masks dimensions', systems=('consistent',)
+    )
+    free_over: str = _latent_later(
+        'dimension',
+        'What has `free_nats`: each dimension, or the latent, `d` times as many',
+        choices=('dimension', 'latent'),
+        systems=('free nats',),
     )
     w_kl: float = _latent(1.0, 'Weight of the latent terms', systems=('weighted',))
     kl_warmup: float = _latent(0.3, 'Share of training over which `w_kl` rises', systems=('weighted',))

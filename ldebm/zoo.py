@@ -15,7 +15,7 @@ from .text_nets import GaussianHead
 
 # %% ../nbs/21_zoo.ipynb #3a07137d
 PRIORS = dict(
-    normal=lambda s, gen: StandardNormal(s.d, s.free_nats),
+    normal=lambda s, gen: StandardNormal(s.d, s.free_nats, s.free_over),
     uniform=lambda s, gen: UniformCodes(s.codes, s.classes),
     product=lambda s, gen: BothPrior(StandardNormal(s.d), UniformCodes(s.codes, s.classes)),
     mixture=lambda s, gen: MixturePrior(s.d, s.codes, s.classes, gen),

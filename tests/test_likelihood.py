@@ -8,7 +8,7 @@ from gaussians import F64, gen, log_N, randn
 
 from ldebm.energy import EnergyNet
 from ldebm.levels import PriorCfg
-from ldebm.likelihood import NLLCfg, SentenceBounds, estimation_interval, nll_bounds, nll_metric
+from ldebm.likelihood import NLLCfg, estimation_interval, nll_bounds, nll_metric
 from ldebm.linear_gaussian import LinearGaussian
 from ldebm.posterior import DiagGaussian, StandardNormal
 from ldebm.prior import DiffusionEBM
