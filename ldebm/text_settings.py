@@ -201,7 +201,7 @@ class _Measuring:
     "How a trained model is measured"
 
     n_samples: int = _score(46_000, 'Sentences generated for the metrics', low=2)
-    nll_draws: int = _score(32, 'Posterior draws a sentence for its likelihood; 0: no likelihood', low=0)
+    nll_draws: int = _score(128, 'Posterior draws a sentence for its likelihood; 0: no likelihood', low=0)
     nll_sentences: int = _score(200, 'Test sentences whose likelihood is computed; 0: all', low=0)
     importance_draws: int = _score(500, 'Posterior draws a sentence where the latent has codes', low=2)
     lm: str = _score('small', 'Language model of reverse perplexity: `paper`, `small`, `quick`; empty: none')
@@ -339,7 +339,7 @@ PRESETS = _read(
         quick='embed=128 hidden=128 dropout=.1 max_len=24 d=32 codes=16 n_symbols=10 free_nats=.3 '
         'T=4 energy_hidden=64 n_blocks=3 langevin_steps=15 energy_steps=1500 '
         'batch=64 steps=1250 lr=4e-3 lr_ebm=3e-3 clip=5 warmdown=.5 '
-        'n_samples=2000 lm=quick nll_draws=64',
+        'n_samples=2000 lm=quick',
         small='embed=256 hidden=256 free_nats=.6 energy_hidden=100 n_blocks=4 energy_steps=2000 '
         'batch=64 steps=2600 lr=2e-3 lr_ebm=1e-3 clip=5 warmdown=.5 n_samples=40000',
         paper='free_nats=.6 steps=19680 lm=paper',  # sixty epochs of PTB

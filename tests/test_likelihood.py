@@ -89,9 +89,7 @@ def test_a_posterior_of_its_own_saves_annealing():
     m = LinearGaussian(1, 10, scale=0.2, strength=0.1, seed=1)
     x = m.sample(24)
     q = DiagGaussian(m.posterior(x).mean + 1, m.posterior(x).logvar)
-    encoder, own = (
-        nll_bounds(m.prior, q, m.log_lik(x), NLLCfg(refine=steps), gen(2)) for steps in (0, 100)
-    )
+    encoder, own = (nll_bounds(m.prior, q, m.log_lik(x), NLLCfg(refine=steps), gen(2)) for steps in (0, 100))
     assert encoder["annealed"].mean() > 0.9 and own["annealed"].mean() < 0.1
     assert own["is_ess"].median() > 10 * encoder["is_ess"].median()
     assert (own["nll"] - m.nll(x)).abs().max() < 1

@@ -97,20 +97,37 @@ def test_killed_and_resumed_equals_uninterrupted(corpus, system, tmp_path, monke
     task = make(corpus, system, settings=settings)[1]
     want = text_nll.text_nll(task, "test", 9, CFG, chunk=3)
     task.model.train()
+    folder = tmp_path / "new"
+
+    def go():
+        return text_nll.text_nll(task, "test", 9, CFG, folder=folder, chunk=3)
+
+    def kept():
+        return unpack_state(*load_tensors(folder / "likelihood-test.safetensors"))
+
     with monkeypatch.context() as mp:
-        seen = count_chunks(task, 2, mp)
+        seen = count_chunks(task, 1, mp)
         with pytest.raises(Killed):
-            text_nll.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)
-        assert seen == [9, 3]  # the fit, a chunk
+            go()
+        assert seen == [3] and (len(kept()["own"]), len(kept()["done"])) == (1, 0)  # a chunk's own posteriors
     assert task.model.training and all(p.requires_grad for p in task.model.parameters())
-    kept = unpack_state(*load_tensors(tmp_path / "new" / "likelihood-test.safetensors"))
-    assert len(kept["done"]) == 1
+    with monkeypatch.context() as mp:
+        seen, estimate, done = count_chunks(task, 9, mp), text_nll.SentenceBounds.estimate, []
+
+        def killed_at_the_second(bounds):
+            if done:
+                raise Killed
+            done.append(bounds)
+            return estimate(bounds)
+
+        mp.setattr(text_nll.SentenceBounds, "estimate", killed_at_the_second)
+        with pytest.raises(Killed):
+            go()
+        assert seen == [3, 3] and (len(kept()["own"]), len(kept()["done"])) == (3, 1)
     with monkeypatch.context() as mp:
         seen = count_chunks(task, 9, mp)
-        got = text_nll.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)
-        assert seen == [3, 3]
-        again = text_nll.text_nll(task, "test", 9, CFG, folder=tmp_path / "new", chunk=3)  # all there
-        assert seen == [3, 3]
+        got, again = go(), go()  # the second finds all there
+        assert seen == []
     assert set(got) == set(want) and all(torch.equal(got[k], want[k]) and torch.equal(again[k], want[k]) for k in want)
     assert want["nll"].shape == (9,) and want["nll"].isfinite().all() and want["index"].unique().numel() == 9
 
@@ -124,12 +141,12 @@ def test_kept_chunks_are_of_the_same_question(corpus, tmp_path, monkeypatch):
     first = run()
     seen = count_chunks(task, 99, monkeypatch)
     other = run(seed=1)
-    assert seen == [4, 2, 2] and not torch.equal(other["index"], first["index"])
+    assert seen == [2, 2] and not torch.equal(other["index"], first["index"])
     run(seed=1, n=2)
     run(seed=1, n=2, cfg=dataclasses.replace(CFG, draws=9))
     run(chunk=4)
     run(chunk=4, fit_on=3)
-    assert seen[3:] == [2, 2, 2, 2, 4, 4, 3, 4]
+    assert seen[2:] == [2, 2, 4, 4]
 
 
 def test_no_number_means_all(corpus):
