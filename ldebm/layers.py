@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear', 'linear_cross_entropy', 'first_largest', 'full', 'take_rows', 'dropout', 'draw_parameters', 'Packing',
-           'packing', 'gru', 'gru_ends', 'WordReader', 'word_reader', 'output_layer']
+           'packing', 'gru', 'gru_both', 'WordReader', 'word_reader', 'output_layer']
 
 # %% ../nbs/09_layers.ipynb #94ef2e96
 from functools import partial
@@ -133,12 +133,13 @@ def gru(
 
 # %% ../nbs/09_layers.ipynb #dbf8ff9b
 @replaceable
-def gru_ends(
+def gru_both(
     rnn: nn.GRU,  # Weights; one layer, both directions
     x: PackedSequence,  # Inputs of every word
-) -> tuple[Tensor, Tensor]:  # Last states forwards and backwards, in the order of `x`, each `(B, H)`
-    "Where both directions of a GRU end, started from zeros"
-    return rnn(x)[1].unbind(0)
+) -> tuple[Tensor, Tensor]:  # States forwards and backwards at every word, `(N, 2H)`, and at their ends, `(B, 2H)`
+    "Both directions of a GRU, started from zeros, in the order of `x`"
+    states, ends = rnn(x)
+    return states.data, torch.cat(list(ends), 1)
 
 # %% ../nbs/09_layers.ipynb #d1411855
 class WordReader:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_autocast', 'borrowed', 'give_back', 'sliced_cross_entropy', 'first_largest_by_stretches', 'gates', 'gru_cell',
-           'gru_weights', 'one_direction', 'at_every_word', 'packed_gru', 'fast_gru', 'backwards', 'fast_gru_ends',
+           'gru_weights', 'one_direction', 'at_every_word', 'packed_gru', 'fast_gru', 'backwards', 'fast_gru_both',
            'FastReader', 'fast_word_reader', 'fast_output_layer']
 
 # %% ../nbs/81c_text_kernels.ipynb #c495241d
@@ -280,19 +280,22 @@ def backwards(sizes: Tensor) -> Tensor:  # Shape `(N,)`
     return starts[lengths[row] - 1 - col] + row
 
 # %% ../nbs/81c_text_kernels.ipynb #9d6f6824
-@runner('gru_ends', accepts=lambda rnn, x: rnn.num_layers == 1 and rnn.bidirectional)
-def fast_gru_ends(rnn: nn.GRU, x: PackedSequence) -> tuple[Tensor, Tensor]:
-    "`gru_ends`: states after the last and after the first word, in the order of `x`, each `(B, H)`"
+@runner('gru_both', accepts=lambda rnn, x: rnn.num_layers == 1 and rnn.bidirectional)
+def fast_gru_both(rnn: nn.GRU, x: PackedSequence) -> tuple[Tensor, Tensor]:
+    "`gru_both`: on a CPU one direction after the other"
     kind, B = x.data.device.type, int(x.batch_sizes[0])
     if kind == 'cpu':
         h0 = x.data.new_zeros(B, rnn.hidden_size)
-        turned = PackedSequence(x.data[backwards(x.batch_sizes)], x.batch_sizes)
-        return one_direction(rnn, x, h0)[1], one_direction(rnn, turned, h0, reverse=True)[1]
+        turn = backwards(x.batch_sizes)
+        ahead, end = one_direction(rnn, x, h0)
+        back, beginning = one_direction(rnn, PackedSequence(x.data[turn], x.batch_sizes), h0, reverse=True)
+        return torch.cat([ahead, back[turn]], 1), torch.cat([end, beginning], 1)
     h0 = x.data.new_zeros(2, B, rnn.hidden_size)
     data, h0, *weights = as_autocast(kind, x.data, h0, *gru_weights(rnn), *gru_weights(rnn, True))
     how = (True, 1, 0.0, torch.is_grad_enabled(), True)
     with torch.autocast(kind, enabled=False):
-        return torch._VF.gru(data, x.batch_sizes, h0, weights, *how)[1].unbind(0)
+        states, ends = torch._VF.gru(data, x.batch_sizes, h0, weights, *how)
+    return states, torch.cat(list(ends), 1)
 
 # %% ../nbs/81c_text_kernels.ipynb #e596d015
 class FastReader:

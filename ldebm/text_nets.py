@@ -21,7 +21,7 @@ from ldebm.layers import (
     first_largest,
     full,
     gru,
-    gru_ends,
+    gru_both,
     linear_cross_entropy,
     output_layer,
     packing,
@@ -129,10 +129,8 @@ def forward(
         lengths = torch.full((len(ids),), ids.shape[1])
     order = packing(lengths, ids.device)
     words = self.embed(ids[order.row, order.col])
-    if self.summary == 'largest':
-        summary = largest_states(self.rnn(order.pack(words))[0])
-    else:
-        summary = nnf.leaky_relu(torch.cat(gru_ends(self.rnn, order.pack(words)), 1))
+    states, ends = gru_both(self.rnn, order.pack(words))
+    summary = largest_states(order.pack(states)) if self.summary == 'largest' else nnf.leaky_relu(ends)
     return self.head(summary[order.order.argsort()]).map(full)
 
 # %% ../nbs/20_text_nets.ipynb #f57fe9ae

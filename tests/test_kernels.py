@@ -25,11 +25,11 @@ from ldebm.corpora import load_corpus
 from ldebm.energy import EnergyNet, Frozen, energy_grad
 from ldebm.kernels import fast_linear, has_onednn, product, whole
 from ldebm.langevin import Conditional, chain, preconditioned, unadjusted
-from ldebm.layers import gru, gru_ends, linear, linear_cross_entropy, packing
+from ldebm.layers import gru, gru_both, linear, linear_cross_entropy, packing
 from ldebm.records import Run
 from ldebm.registry import RUNNERS
 from ldebm.text import batches
-from ldebm.text_kernels import fast_gru_ends, one_direction, packed_gru, sliced_cross_entropy
+from ldebm.text_kernels import fast_gru_both, one_direction, packed_gru, sliced_cross_entropy
 from ldebm.text_settings import TextJob, resolve, train_cfg
 from ldebm.text_task import TextTask
 from ldebm.train import fit
@@ -550,19 +550,21 @@ def test_gru_of_other_devices(half, monkeypatch):
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
 )
-def test_gru_ends(device):
+def test_gru_both(device):
     "Both directions in one call of PyTorch's own kernel, with gradients, against one after the other"
     p, rnn = packing(torch.tensor([3, 7, 1, 4])), nn.GRU(5, 8, bidirectional=True).double()
     for k, q in enumerate(rnn.parameters()):
         q.data.copy_(0.3 * randn(*q.shape, seed=k))
-    x, gs = randn(15, 5), (randn(4, 8, seed=3), randn(4, 8, seed=4))
+    x, gs = randn(15, 5), (randn(15, 16, seed=3), randn(4, 16, seed=4))
 
     def two(net, x):
-        sides = (False, x.data), (True, x.data[backwards(p)])
-        return [one_direction(net, p.pack(v), v.new_zeros(4, 8), reverse=r)[1] for r, v in sides]
+        turn = backwards(p)
+        ahead, end = one_direction(net, x, x.data.new_zeros(4, 8))
+        back, start = one_direction(net, p.pack(x.data[turn]), x.data.new_zeros(4, 8), reverse=True)
+        return torch.cat([ahead, back[turn]], 1), torch.cat([end, start], 1)
 
     found = []
-    for f, where in ((gru_ends.plain, "cpu"), (fast_gru_ends, device), (two, "cpu")):
+    for f, where in ((gru_both.plain, "cpu"), (fast_gru_both, device), (two, "cpu")):
         net, y = copy.deepcopy(rnn).to(where), x.to(where, copy=True).requires_grad_()
         out = f(net, p.pack(y))
         loss = sum((a * g.to(where)).sum() for a, g in zip(out, gs, strict=True))
