@@ -42,9 +42,9 @@ from .stats import effective, log_mean_exp, regression_mean
 class NLLCfg:
     "How much work a likelihood does"
 
-    refine: int = setting(20, "steps that move a sentence's posterior up its own bound", low=0)
+    refine: int = setting(40, "steps that move a sentence's posterior up its own bound", low=0)
     like: int = setting(2048, 'draws of the prior whose moments stand for it then', low=2)
-    draws: int = setting(128, 'posterior draws a sentence', low=2)
+    draws: int = setting(256, 'posterior draws a sentence', low=2)
     few: float = setting(4.0, 'effective draws under which annealing takes over')
     chains: int = setting(8, 'annealed chains of a sentence then', low=2)
     variance: float = setting(0.5, "wanted variance of such a chain's log-weight")

@@ -201,7 +201,7 @@ class _Measuring:
     "How a trained model is measured"
 
     n_samples: int = _score(46_000, 'Sentences generated for the metrics', low=2)
-    nll_draws: int = _score(128, 'Posterior draws a sentence for its likelihood; 0: no likelihood', low=0)
+    nll_draws: int = _score(256, 'Posterior draws a sentence for its likelihood; 0: no likelihood', low=0)
     nll_sentences: int = _score(200, 'Test sentences whose likelihood is computed; 0: all', low=0)
     importance_draws: int = _score(500, 'Posterior draws a sentence where the latent has codes', low=2)
     lm: str = _score('small', 'Language model of reverse perplexity: `paper`, `small`, `quick`; empty: none')
