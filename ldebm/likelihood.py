@@ -29,7 +29,7 @@ from ldebm.annealing import (
 )
 from .core import progress
 from .langevin import Conditional
-from .paths import Paths, fit_proposal, refine
+from .paths import Paths, Proposal, fit_proposal, refine
 from .posterior import DiagGaussian
 from .prior import DiffusionEBM
 from .records import metric
@@ -212,6 +212,25 @@ def _fit_noise(self: SentenceBounds, top: Tensor, test: Tensor) -> None:
         z = below
     self._keep_if_better(found, test)
 
+# %% ../nbs/40c_likelihood.ipynb #527c8bec
+@patch
+def _fit_posterior(self: SentenceBounds, test: Tensor) -> None:
+    "A covariance for the noise of the lowest level, which sentences share: the inverse of the mean curvature at draws"
+    cfg, q, paths = self.cfg, self.q, self.paths
+    d, sd = paths.d, (0.5 * q.logvar).exp()
+    precision = torch.linalg.inv(torch.cov(self.prior.sample(cfg.like, gen=self.gen).to(sd.dtype).T).reshape(d, d))
+    H = (precision * (sd.T @ sd) / len(q)).clone()
+    n = max(1, cfg.test // 8)
+    for i in self.every(n).split(max(1, cfg.rows // 4)):
+        e = randn_like(sd[i], self.gen)
+        with torch.enable_grad():
+            z = (q.mean[i] + sd[i] * e).requires_grad_()
+            slope = torch.autograd.grad(paths.log_lik(z, i).sum(), z)[0]
+        H -= (sd[i] * slope).T @ e / (n * len(q))  # Stein's identity
+    values, Q = torch.linalg.eigh(0.5 * (H + H.T))
+    L = torch.linalg.cholesky((Q / values.clamp(min=0.2)) @ Q.T)
+    self._keep_if_better({0: Proposal(L.new_zeros(d), L.new_zeros(d, d), L.contiguous())}, test)
+
 # %% ../nbs/40c_likelihood.ipynb #0ff8ccf2
 @patch
 @torch.no_grad()
@@ -226,6 +245,7 @@ def fit(self: SentenceBounds) -> None:
         zs, _ = paths.latents(self.noise(rows), self.every(-(-rows // B))[:rows])
         self._fit_normalisers(zs)
         self._fit_noise(zs[-1], test)
+    self._fit_posterior(test)
     self.plans['better'] = paths.better
 
 # %% ../nbs/40c_likelihood.ipynb #7ed04ab1

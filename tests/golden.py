@@ -255,7 +255,7 @@ def annealed_log_z(prior, z_next, t, seed):
 
 def bounded_nll(prior, q, log_lik, seed):
     annealing = ldebm.AISCfg(chains=2, least=4, most=8, long=3, pilot=16)
-    work = ldebm.NLLCfg(draws=8, chains=2, most=8, paths=2, n_z=8, ais=annealing, top=32, fit=32, rich=4)
+    work = ldebm.NLLCfg(refine=20, draws=8, chains=2, most=8, paths=2, n_z=8, ais=annealing, top=32, fit=32, rich=4)
     return ldebm.nll_bounds(prior, q, log_lik, work, generator(seed))
 
 
