@@ -100,7 +100,7 @@ def check_coverage(rec: dict) -> dict:  # The record
 def write_coverage(
     file: str | Path,  # Such as `results/calibration/likelihood.json`
     seeds=range(50),
-    cfg: NLLCfg = NLLCfg(draws=128, few=12.0, chains=40, variance=0.3, paths=8),
+    cfg: NLLCfg = NLLCfg(draws=128, chains=80, variance=0.3, paths=8),
     n: int = 40,  # How many x a model
     each: Callable | None = None,  # See `coverage_study`
 ) -> None:

@@ -45,7 +45,7 @@ def _check_sizes(cfg):
         first, end = getattr(cfg, name) or (0, cfg.d)
         if not 0 <= first <= end <= cfg.d:
             raise ValueError(f'{name} must be a part of the {cfg.d} latent dimensions, got {(first, end)}')
-    for name in ('dropout', 'word_dropout'):
+    for name in ('dropout', 'word_dropout', 'encoder_dropout'):
         if not 0 <= getattr(cfg, name) < 1:
             raise ValueError(f'{name} must lie in [0, 1), got {getattr(cfg, name)}')
 
@@ -59,6 +59,7 @@ class TextCfg:
     d: int = 40  # Latent dimension; 0 is a plain recurrent language model
     dropout: float = 0.3  # On embedded words and on decoder outputs
     word_dropout: float = 0.0  # Share of words the decoder reads as padding in training
+    encoder_dropout: float = 0.0  # On the words that the encoder reads
     summary: str = 'ends'  # Of the encoder's states: the last of each direction, or the `largest` of each unit
     packed: bool = True  # Encoder stops at each sentence's end; `False` runs over padding
     init: float = 0.1  # Every parameter starts from U(-init, init)
@@ -113,6 +114,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.packed, self.summary = cfg.packed, cfg.summary
+        self.dropout = cfg.encoder_dropout
         self.embed = nn.Embedding(n_words, cfg.embed, padding_idx=0)
         self.rnn = nn.GRU(cfg.embed, cfg.hidden, batch_first=True, bidirectional=True)
         self.head = GaussianHead(2 * cfg.hidden, cfg.d) if head is None else head(2 * cfg.hidden)
@@ -123,12 +125,14 @@ def forward(
     self: Encoder,
     ids: Tensor,  # Sentences with `<s>` and `</s>`, padded with 0, shape `(B, L)`
     lengths: Tensor,  # Their lengths, shape `(B,)`; on the CPU, or a GPU waits
+    gen: torch.Generator | None = None,  # Source of dropout masks, in training
 ):  # Posterior of each sentence, such as a `DiagGaussian`, never in half precision
     "Posterior of each sentence"
     if not self.packed:
         lengths = torch.full((len(ids),), ids.shape[1])
     order = packing(lengths, ids.device)
-    words = self.embed(ids[order.row, order.col])
+    share = self.dropout if self.training else 0.0
+    words = dropout(self.embed(ids[order.row, order.col]), share, gen)
     states, ends = gru_both(self.rnn, order.pack(words))
     summary = largest_states(order.pack(states)) if self.summary == 'largest' else nnf.leaky_relu(ends)
     return self.head(summary[order.order.argsort()]).map(full)

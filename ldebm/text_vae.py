@@ -68,9 +68,10 @@ class TextModel(nn.Module):
 def encode(
     self: TextModel,
     batch,  # `ldebm.text.Batch`
+    gen: torch.Generator | None = None,  # Source of dropout masks, in training
 ):  # A posterior, such as a `DiagGaussian` of shape `(B, d)`
     "Posterior of a batch"
-    return self.encoder(batch.ids, batch.host_lengths)
+    return self.encoder(batch.ids, batch.host_lengths, gen)
 
 # %% ../nbs/20a_text_vae.ipynb #8c93993a
 @patch
@@ -112,7 +113,7 @@ def forward(
     "All terms of the objective for one batch"
     if not self.cfg.d:
         return dict(nll=self.decoder.nll(batch.ids, batch.host_lengths, None, gen))
-    q = self.encode(batch)
+    q = self.encode(batch, gen)
     z, nll = self.reconstruction(q, batch, gen)
     terms = dict(nll=nll)
     if self.bow is not None:

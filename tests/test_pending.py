@@ -343,12 +343,12 @@ def test_a_budget_of_seconds_is_kept_and_gone_on_with(corpus, tmp_path):
         return max(json.loads(line).get("step", 0) for line in log.read_text().splitlines())
 
     reached = []
-    for seconds in (50, 40):
+    for seconds in (90, 40):
         start = time.monotonic()
         done = run(tables, tmp_path, "--budget", f"{seconds}s")
         took = time.monotonic() - start
         assert done.returncode == 0 and "1 stopped" in done.stdout, done.stdout + done.stderr
-        assert seconds < 50 or 0.9 * seconds <= took <= 1.1 * seconds, took
+        assert seconds < 90 or 0.9 * seconds <= took <= 1.1 * seconds, took
         reached.append(steps())
         assert list((tmp_path / "runs").rglob("checkpoint.safetensors")) and not record_files(tmp_path)
     assert "begun: step" in done.stdout and reached[1] > reached[0] > 0, reached
