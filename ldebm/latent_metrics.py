@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mutual_information', 'mutual_information_per_batch', 'active_symbols', 'effective_symbols', 'homogeneity',
            'v_measure', 'ami', 'homogeneity_per_batch', 'random_homogeneity', 'kmeans_labels', 'active_units',
-           'information', 'prior_hole']
+           'information', 'fitted_rates', 'prior_hole']
 
 # %% ../nbs/41a_latent_metrics.ipynb #cdc2b950
 import math
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
+from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from .posterior import DiagGaussian
 from .records import metric
 from ldebm.stats import (
     bootstrap_interval,
@@ -316,6 +318,37 @@ def information(
     values = torch.cat(parts)
     estimator = f'I(x; z), aggregated posterior of {n} sentences, nats; at most {math.log(n):.2f}'
     return metric(values.mean().item(), mean_interval(values), n, estimator)
+
+# %% ../nbs/41a_latent_metrics.ipynb #c77dbaae
+def _gaussian_rate(train: DiagGaussian, q: DiagGaussian) -> Tensor:  # Shape `(B,)`
+    "KL to the Gaussian with the mean and covariance of the training posteriors' average"
+    d, mean = train.mean.shape[1], train.mean.mean(0)
+    within = torch.diag(train.logvar.exp().mean(0))
+    covariance = torch.cov(train.mean.T, correction=0).reshape(d, d) + within
+    precision, off = torch.linalg.inv(covariance), q.mean - mean
+    squares = (off @ precision * off).sum(1) + q.logvar.exp() @ precision.diagonal()
+    return 0.5 * (squares - d + torch.logdet(covariance) - q.logvar.sum(1))
+
+
+def fitted_rates(
+    train: DiagGaussian,  # Posteriors of training sentences, shapes `(n, d)`
+    q: DiagGaussian,  # Of others, shapes `(B, d)`
+    gen: torch.Generator,  # Source of draws and starts, on the CPU
+    components: int = 20,  # Of the mixture; fewer where there are fewer than `10 d` sentences for each
+) -> dict:  # Metrics `kl_gaussian` and `kl_mixture`, nats
+    "What priors that anybody can fit would charge for these posteriors"
+    train, q = train.map(lambda x: x.cpu().double()), q.map(lambda x: x.cpu().double())
+    n, d = train.mean.shape
+    k = max(1, min(components, n // (10 * d)))
+    seed = int(torch.randint(2**31 - 1, (), generator=gen))
+    with threadpool_limits(1):
+        mixture = GaussianMixture(k, random_state=seed, max_iter=50, tol=1e-2).fit(train.rsample(gen).numpy())
+        z = q.rsample(gen)
+        paid = q.log_prob(z) - torch.from_numpy(mixture.score_samples(z.numpy()))
+    found = dict(kl_gaussian=_gaussian_rate(train, q), kl_mixture=paid)
+    fitted = f'fitted to the posteriors of {n} training sentences, nats'
+    words = dict(kl_gaussian=f'KL(q || full Gaussian {fitted})', kl_mixture=f'KL(q || {k} full Gaussians {fitted})')
+    return {name: metric(v.mean().item(), mean_interval(v), len(v), words[name]) for name, v in found.items()}
 
 # %% ../nbs/41a_latent_metrics.ipynb #78c49ab6
 def prior_hole(

@@ -23,6 +23,7 @@ from ldebm.latent_metrics import (
     active_symbols,
     active_units,
     ami,
+    fitted_rates,
     homogeneity,
     information,
     kmeans_labels,
@@ -110,7 +111,7 @@ def _estimator(name: str, settings: TextSettings) -> str:
     if name == 'kl_base' and settings.reference == 'flat' and not released(settings):
         return 'cost of the latent at zero energy, nats'
     if name == 'kl' and settings.prior == 'ebm':
-        return 'latent part of the bound, log Z by importance sampling (64 draws)'
+        return 'latent part of the bound, log Z by importance sampling (256 draws)'
     return _TERMS[name]
 
 # %% ../nbs/60d_text_measure.ipynb #d9dd2f4a
@@ -126,7 +127,7 @@ def likelihood_metrics(
     split: str = 'test',
 ) -> dict:
     "Means of the likelihood's terms, and the perplexity that they amount to"
-    terms = task.likelihood_terms(split, gen, n_z=64, posterior=posterior)
+    terms = task.likelihood_terms(split, gen, n_z=256, posterior=posterior)
     out = {}
     for name, values in terms.items():
         out['nll_valid' if name == 'nll' else name] = _mean_metric(values, _estimator(name, task.settings))
@@ -192,6 +193,8 @@ def latent_metrics(
         out['information'] = information(posterior, make_gen(seed, 'evaluate', 'information'))
     if head_of(task.settings) != 'gaussian':
         out |= _code_metrics(posterior)
+    elif has_bound(task.settings) and len(task.corpus['train']) > 20 * task.settings.d:
+        out |= fitted_rates(task.encode('train'), posterior, make_gen(seed, 'evaluate', 'fitted'))
     return out | _kmeans_metrics(task, means, split, seed)
 
 # %% ../nbs/60d_text_measure.ipynb #19b825d3

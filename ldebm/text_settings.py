@@ -68,9 +68,7 @@ class _TextModel:
     hidden: int = _text(512, 'GRU units', low=1)
     dropout: float = _text(0.3, 'On decoder inputs and outputs', low=0)
     word_dropout: float = _text(0.0, 'Share of its input words that the decoder does not see in training', low=0)
-    encoder_dropout: float = _text_later(
-        0.0, 'On the words that the encoder reads', low=0, systems=('latent',)
-    )
+    encoder_dropout: float = _text_later(0.0, 'On the words that the encoder reads', low=0, systems=('latent',))
     summary: str = _text_later(
         'ends',
         "What the encoder's states become: `ends`, or the `largest` of each unit",
