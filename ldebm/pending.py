@@ -45,12 +45,10 @@ from ldebm.table import (
     settings_for,
     sweep_job,
     table_jobs,
-    tune_jobs,
     where_to_run,
     work,
     zoo_notebook,
 )
-from .text_job import job_name
 from .text_score import TUNING
 from .text_settings import TextJob, TextSettings, resolve
 
@@ -90,21 +88,46 @@ TABLES = {  # Name -> table, in order of value
     'grammar objectives': ResultTable('grammar', 'quick', _OBJECTIVES, settings=_CONVERGED),
 }
 
+# %% ../nbs/66a_pending.ipynb #85a95896
+_RECIPES = (
+    ('ldebm', 'consistent', 'recipe, nine epochs'),
+    ('ldebm+sixty', 'consistent', 'released constants, sixty epochs'),
+)
+_SIXTY = dict(
+    sixty='dropout=.3 summary=ends free_nats=.6 free_over=dimension kl_warmup=.3 n_blocks=12 batch=128 steps=19680 '
+    'lr=1e-3 lr_ebm=1e-4 clip=.5 warmdown=0 mixed_precision=no'
+)
+_LATENT = 'free_nats=.45 free_over=latent'
+_LARGEST = f'{_LATENT} summary=largest'
+_TRIALS = {  # Name -> what it changes in the small preset
+    'dimension': '',
+    'latent': _LATENT,
+    'largest': _LARGEST,
+    'word-dropout': f'{_LARGEST} word_dropout=.3',
+    'bag-of-words': f'{_LARGEST} w_bow=1',
+    'encoder-dropout': f'{_LARGEST} encoder_dropout=.3',
+    'feels-energies': 'encoder_draws=16',
+}
+_MEASURED = 'mixed_precision=bf16 nll_draws=0 lm_seeds=1'
+
 # %% ../nbs/66a_pending.ipynb #cf6593c9
-def _tuned(objective: str) -> ResultTable:
-    "Configurations of an objective, as `make tune` runs them"
+def _tuned(corpus: str, preset: str, objective: str, trials: dict, measured: str = '') -> ResultTable:
+    "Configurations of LDEBM, scored on validation sentences"
     rows, settings = [], {}
-    for name, own in TUNING[objective].items():
+    for name, own in trials.items():
         variant = f'valid-{name}' if name else 'valid'
         rows.append((f'ldebm+{variant}', objective, (name or 'preset') + (f': `{own}`' if own else '')))
-        settings[variant] = own
-    return ResultTable('grammar', 'quick', tuple(rows), (0,), settings, tuning=True)
+        settings[variant] = f'{own} {measured}'.strip()
+    return ResultTable(corpus, preset, tuple(rows), (0,), settings, tuning=True)
 
 
-TABLES |= {f'tuning {objective}': _tuned(objective) for objective in TUNING}
+for _objective, _trials in TUNING.items():
+    TABLES[f'tuning {_objective}'] = _tuned('grammar', 'quick', _objective, _trials)
 for _objective in ('consistent', 'published'):
     _rows = system_rows(SHOWN, _objective)
-    TABLES[f'ptb paper {_objective}'] = ResultTable('ptb', 'paper', _rows, gpu=True)
+    TABLES[f'ptb paper {_objective}'] = ResultTable('ptb', 'paper', _rows, gpu=_objective == 'published')
+TABLES['ptb recipes'] = ResultTable('ptb', 'paper', _RECIPES, (0,), _SIXTY, gpu=True)
+TABLES['tuning ptb'] = _tuned('ptb', 'small', 'consistent', _TRIALS, _MEASURED)
 TABLES['ptb objectives'] = ResultTable('ptb', 'small', _PUBLISHED, (0,))
 TABLES['ptb'] = ResultTable('ptb', 'small', system_rows(SHOWN, 'consistent'))
 
@@ -359,14 +382,14 @@ def job_of(
     "The job that `make table` or `make tune` would run for a piece of text"
     table, name = piece.table, piece.name
     corpus = table.reads or table.corpus
+    about = dict(corpus=corpus, preset=table.preset, objective=piece.objective, variant=name.variant)
     if table.tuning:
-        jobs = tune_jobs(corpus, table.preset, f'{runs}/tuning', f'{results}/tuning', seed=piece.seed)
-        return next(job for job in jobs if job_name(job) == str(name))
+        about |= dict(out=f'{runs}/tuning/{name}', results=f'{results}/tuning', split='valid')
+        return TextJob(system=name.system, seed=piece.seed, settings=piece.settings, **about)
     settings = f'{SETTINGS[table.preset]} {piece.settings}'.strip()
     settings = settings_for(name.system, piece.objective, table.preset, settings)
-    what = dict(corpus=corpus, preset=table.preset, objective=piece.objective)
-    what |= dict(seeds=(piece.seed,), systems=(name.system,), variant=name.variant)
-    (job,) = table_jobs(**what, settings=settings, out=f'{runs}/table', results=results)
+    about |= dict(seeds=(piece.seed,), systems=(name.system,), settings=settings)
+    (job,) = table_jobs(**about, out=f'{runs}/table', results=results)
     return job
 
 # %% ../nbs/66a_pending.ipynb #13200dec
