@@ -88,7 +88,7 @@ TABLES = {  # Name -> table, in order of value
     'grammar objectives': ResultTable('grammar', 'quick', _OBJECTIVES, settings=_CONVERGED),
 }
 
-# %% ../nbs/66a_pending.ipynb #85a95896
+# %% ../nbs/66a_pending.ipynb #57f0d0be
 _RECIPES = (
     ('ldebm', 'consistent', 'recipe, nine epochs'),
     ('ldebm+sixty', 'consistent', 'released constants, sixty epochs'),
@@ -104,7 +104,8 @@ _TRIALS = {  # Name -> what it changes in the small preset
     'latent': _LATENT,
     'largest': _LARGEST,
     'word-dropout': f'{_LARGEST} word_dropout=.3',
-    'bag-of-words': f'{_LARGEST} w_bow=1',
+    'more-bag-of-words': f'{_LARGEST} w_bow=1',
+    'less-bag-of-words': f'{_LARGEST} w_bow=.2',
     'encoder-dropout': f'{_LARGEST} encoder_dropout=.3',
     'feels-energies': 'encoder_draws=16',
 }
