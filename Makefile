@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-#: CORPUS       text: grammar (which is here), ptb, dailydialog, or a file with one sentence a line
+#: CORPUS       text: grammar (which is here), ptb, dailydialog, movie-reviews, or a file, one sentence a line
 #: DATASET      pictures: shapes (which need no data), cifar10, celeba, lsun_church, or a folder or zip; all but shapes with PRESET=small or paper
 #: PRESET       quick, small or paper; toy2d: small or quick
 #: OBJECTIVE    consistent or published; digits, images: robust as well

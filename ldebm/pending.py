@@ -88,10 +88,34 @@ TABLES = {  # Name -> table, in order of value
     'grammar objectives': ResultTable('grammar', 'quick', _OBJECTIVES, settings=_CONVERGED),
 }
 
-# %% ../nbs/66a_pending.ipynb #57f0d0be
+# %% ../nbs/66a_pending.ipynb #6f9576c9
 _RECIPES = (
     ('ldebm', 'consistent', 'recipe, nine epochs'),
     ('ldebm+sixty', 'consistent', 'released constants, sixty epochs'),
+)
+_FEWER = (
+    ('ldebm', 'consistent', 'recipe'),
+    ('ldebm+fewer', 'consistent', 'fewer free nats'),
+    ('rnn-lm', 'consistent', 'no latent'),
+)
+_FEWER_NATS = dict(fewer='free_nats=.4')
+_CHANGED = {  # Name -> what of the recipe it changes
+    'levels-1': 'T=1',
+    'levels-3': 'T=3',
+    'levels-12': 'T=12',
+    'chains-5': 'langevin_steps=5',
+    'chains-60': 'langevin_steps=60',
+    'no-bottleneck': 'w_mi=0',
+}
+_ABLATIONS = (
+    ('ldebm', 'consistent', 'recipe'),
+    ('ldebm-no-gc', 'consistent', 'no clustering'),
+    *((f'ldebm+{name}', 'consistent', f'`{own}`') for name, own in _CHANGED.items()),
+)
+_ELSEWHERE = (
+    ('ldebm', 'consistent', 'LDEBM'),
+    ('vae-fb', 'consistent', 'the same training, no energies'),
+    ('rnn-lm', 'consistent', 'no latent'),
 )
 _SIXTY = dict(
     sixty='dropout=.3 summary=ends free_nats=.6 free_over=dimension kl_warmup=.3 n_blocks=12 batch=128 steps=19680 '
@@ -127,6 +151,10 @@ for _objective, _trials in TUNING.items():
 for _objective in ('consistent', 'published'):
     _rows = system_rows(SHOWN, _objective)
     TABLES[f'ptb paper {_objective}'] = ResultTable('ptb', 'paper', _rows, gpu=_objective == 'published')
+TABLES['ptb fewer'] = ResultTable('ptb', 'paper', _FEWER, settings=_FEWER_NATS)
+for _corpus in ('dailydialog', 'movie-reviews'):
+    TABLES[f'{_corpus} paper'] = ResultTable(_corpus, 'paper', _ELSEWHERE, (0,))
+TABLES['ptb ablations'] = ResultTable('ptb', 'paper', _ABLATIONS, (0,), _CHANGED)
 TABLES['ptb recipes'] = ResultTable('ptb', 'paper', _RECIPES, (0,), _SIXTY, gpu=True)
 TABLES['tuning ptb'] = _tuned('ptb', 'small', 'consistent', _TRIALS, _MEASURED)
 TABLES['ptb objectives'] = ResultTable('ptb', 'small', _PUBLISHED, (0,))

@@ -271,7 +271,7 @@ def outcome(
 def _add_what(parser: argparse.ArgumentParser):
     "Options that say what is run"
     add, systems = parser.add_argument, ', '.join(SYSTEMS)
-    add('--corpus', default='grammar', help='grammar, ptb, dailydialog, or a file with one sentence a line')
+    add('--corpus', default='grammar', help='grammar, ptb, dailydialog, movie-reviews, or a file, one sentence a line')
     add('--preset', default='quick', choices=list(PRESETS))
     add('--objective', default='consistent', choices=list(OBJECTIVES))
     add('--systems', nargs='+', metavar='SYSTEM', help=f'any of {systems}; the sixteen and the control without it')

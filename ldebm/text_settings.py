@@ -31,7 +31,7 @@ from .zoo import PRIORS, SYSTEMS, head_of, latent_parts, parse_terms
 class TextJob:
     "Parameters of a text run: of `train_ptb.ipynb`, `train_zoo.ipynb`, and each job of the table"
 
-    corpus: str = 'grammar'  # `grammar`, `ptb`, `dailydialog`, or a text file with one sentence a line
+    corpus: str = 'grammar'  # `grammar`, `ptb`, `dailydialog`, `movie-reviews`, or a file of sentences
     preset: str = 'quick'  # `quick`: a CPU in minutes; `small`: real data on a laptop; `paper`: published sizes
     objective: str = 'consistent'  # `consistent`: one model everywhere; `published`: the released code
     system: str = 'ldebm'  # System: one of `ldebm.zoo.SYSTEMS`, such as `ldebm`, `svebm`, `vae`, `rnn-lm`

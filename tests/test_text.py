@@ -139,7 +139,7 @@ def test_files_that_cannot_be_a_corpus(tmp_path, content, wrong):
 
 
 def test_names_and_paths_that_do_not_exist(tmp_path):
-    known = "Known: grammar, ptb, dailydialog"
+    known = "Known: grammar, ptb, dailydialog, movie-reviews"
     with pytest.raises(ValueError, match=f"unknown corpus 'gramar'; did you mean 'grammar'. {known}"):
         load_corpus("gramar")
     with pytest.raises(ValueError, match="unknown corpus 'zzz'; Known:"):
