@@ -9,6 +9,7 @@ __all__ = ['EnergyModel', 'logits_of', 'EnergyTask', 'energy_run', 'fit_energies
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import torch
 from fastcore.basics import patch
@@ -27,11 +28,18 @@ from .text_task import TextTask
 class EnergyModel(nn.Module):
     "A prior whose data are posteriors, as `ldebm.train.fit` wants it"
 
-    def __init__(self, prior: DiffusionEBM):
+    def __init__(
+        self,
+        prior: DiffusionEBM,
+        draws: int = 0,  # `energy_draws` of its settings from here on
+    ):
         super().__init__()
         self.prior = prior
+        prior.cfg = replace(prior.cfg, energy_draws=draws)
 
-    def forward(self, q: DiagGaussian, gen=None, labels=None) -> dict:  # Named terms, each `(B,)`
+    def forward(self, q: DiagGaussian, gen=None, labels=None, match=False) -> dict:  # Named terms, each `(B,)`
+        if match:
+            return self.prior.score_terms(q, gen, labels)
         return self.prior.terms(q, q.rsample(gen), gen, labels)
 
     def before_step(self):
@@ -66,19 +74,23 @@ class EnergyTask:
         self.seed = task.seed
         self.checks = checks
         self.data = {split: task.encode(split) for split in ('train', 'valid')}
-        self.model = EnergyModel(task.model.prior)
+        self.model = EnergyModel(task.model.prior, self.settings.energy_draws)
         self.labels = None
         if self.settings.n_symbols > 1 and self.settings.w_cls > 0:
             self.labels = logits_of(task, self.data['train'].mean).argmax(-1)
 
     def start_epoch(self, epoch, state, gen):
-        return None
+        return dict(epoch=torch.tensor(epoch))
+
+    def matches(self, step: int) -> bool:
+        "Are scores matched in this step?"
+        return step < self.settings.energy_match * self.settings.energy_steps
 
 # %% ../nbs/60c_energy_task.ipynb #7eca9525
 @patch
 def weights(self: EnergyTask, step: int, steps: int) -> dict:  # Term -> weight
-    "One for each log-likelihood"
-    terms = ['ebm']
+    "One for each log-likelihood, or for the error of scores"
+    terms = ['score' if self.matches(step) else 'ebm']
     if self.settings.n_symbols > 1:
         terms.append('sym')
     if self.labels is not None:
@@ -91,10 +103,13 @@ def batches(self: EnergyTask, state, gen: torch.Generator, start: int = 0):  # `
     "Random batches up to the next check"
     q = self.data['train']
     size = min(self.settings.energy_batch, len(q))
-    for k in range(math.ceil(self.settings.energy_steps / self.checks)):
+    steps = math.ceil(self.settings.energy_steps / self.checks)
+    first = steps * int(state['epoch']) if state else 0
+    for k in range(steps):
         chosen = torch.randint(len(q), (size,), generator=gen)
         if k >= start:
-            yield q[chosen], ({} if self.labels is None else dict(labels=self.labels[chosen]))
+            labels = {} if self.labels is None else dict(labels=self.labels[chosen])
+            yield q[chosen], labels | (dict(match=True) if self.matches(first + k) else {})
 
 # %% ../nbs/60c_energy_task.ipynb #d0acd7fd
 @patch

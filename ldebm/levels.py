@@ -39,6 +39,7 @@ class PriorCfg:
     weighting: str = 'drl'  # `published`: a level's weight, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t^2)
     encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
     encoder_draws: int = 0  # `consistent`: points in the encoder's bound on log Z; 0: the contrast with chains
+    energy_draws: int = 0  # `consistent`: points in the bound that the energies learn by; 0: the contrast with chains
     levels: str = 'one'  # `consistent`: `one` stratified random level a sample, times T, or `all`
 
     def __post_init__(self):
@@ -62,8 +63,9 @@ def _check_choices(cfg: PriorCfg):
 
 
 def _check_ranges(cfg: PriorCfg):
-    if cfg.encoder_draws == 1 or cfg.encoder_draws < 0:
-        raise ValueError(f'encoder_draws must be 0 or at least 2, got {cfg.encoder_draws}')
+    for name in ('encoder_draws', 'energy_draws'):
+        if getattr(cfg, name) == 1 or getattr(cfg, name) < 0:
+            raise ValueError(f'{name} must be 0 or at least 2, got {getattr(cfg, name)}')
     if cfg.n_steps < 0:
         raise ValueError(f'n_steps must be >= 0, got {cfg.n_steps}')
     if not 0 <= cfg.rho < 1:

@@ -18,9 +18,17 @@ from .energy import Frozen
 from .layers import full
 from .levels import Levels
 from .posterior import DiagGaussian, free_bits
-from .recovery import encoder_bound, encoder_contrast, frozen_free, logits_together, symbol_terms
+from ldebm.recovery import (
+    encoder_bound,
+    encoder_contrast,
+    frozen_free,
+    gaussian_draws,
+    logits_together,
+    symbol_terms,
+)
 from .registry import replaceable
 from .schedule import diffuse, diffuse_pair, diffuse_path, randn_like, stratified_levels
+from .stats import log_mean_exp
 
 # %% ../nbs/13_prior.ipynb #fb2ca31c
 class DiffusionEBM(Levels):
@@ -195,8 +203,12 @@ def consistent_terms(
     z_t, z_next = diffuse_pair(prior.schedule, z.repeat(len(t) // B, 1), t, gen)
     weights = energy.weights()
     level = prior.conditional(z_next, t, energy=prior.frozen(weights, metropolis=prior.metropolis))
-    positive, (negative, accept) = level.scale * z_t, level.sample(gen=gen)
-    contrast, symbols = _contrast(prior, level, positive, negative, z, weights, labels, label_weights)
+    positive = level.scale * z_t
+    if cfg.energy_draws:
+        negatives = gaussian_draws(level, cfg.energy_draws - 1, gen).detach()
+    else:
+        negatives, accept = level.sample(gen=gen)
+    contrast, symbols = _contrast(prior, level, positive, negatives, z, weights, labels, label_weights)
     kl = prior.base_kl(q)
     out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp, cfg.free_over), kl_base=kl.sum(-1).detach())
     out['ebm'] = _by_sample(factor * contrast / cfg.temperature, B)
@@ -204,26 +216,60 @@ def consistent_terms(
         bound = encoder_bound(level, energy, positive, cfg.encoder_draws, gen, weights)
         cost = kl.sum(-1) + factor * _by_sample(bound, B)
         out |= dict(kl=free_bits(cost[:, None], cfg.free_nats * prior.d, cfg.clamp), rate=cost.detach())
-    elif cfg.encoder:
-        out['ebm_enc'] = factor * _by_sample(encoder_contrast(level, energy, positive, negative, weights), B)
-    if level.metropolis and cfg.n_steps:
+    elif cfg.encoder and not cfg.energy_draws:
+        out['ebm_enc'] = factor * _by_sample(encoder_contrast(level, energy, positive, negatives, weights), B)
+    if level.metropolis and cfg.n_steps and not cfg.energy_draws:
         out['accept'] = accept.view(-1, B).mean(0)
     return {**out, **symbols}
 
 # %% ../nbs/13_prior.ipynb #40f93698
-def _contrast(prior, level, positive, negative, clean, weights, labels, label_weights) -> tuple[Tensor, dict]:
-    "`F` of samples less `F` of data, latents held fixed, shape `(n B,)`; and the symbols' terms, if there are symbols"
+def _contrast(prior, level, positive, negatives, clean, weights, labels, label_weights) -> tuple[Tensor, dict]:
+    "What a level's data lack in `F`, latents held fixed, shape `(n B,)`; and the symbols' terms, if there are symbols"
     energy, t = prior.energy, level.t
-    groups = [(positive.detach(), t), (negative, t)]
+    many = negatives.view(-1, *positive.shape)  # the end of one chain, or draws
+    groups = [(positive.detach(), t), (many.flatten(0, 1), t.repeat(len(many)))]
+
+    def lacking(f_positive, f_negative):
+        F, others = energy.free(f_positive), energy.free(f_negative)
+        if not prior.cfg.energy_draws:
+            return others - F
+        tilt = torch.cat([F[None], others.view(len(many), -1)]) / prior.cfg.temperature
+        return prior.cfg.temperature * (log_mean_exp(tilt) - tilt[0])
+
     if prior.n_symbols < 2:
-        f_positive, f_negative = logits_together(energy, groups, weights)
-        return energy.free(f_negative) - energy.free(f_positive), {}
+        return lacking(*logits_together(energy, groups, weights)), {}
     zero = torch.zeros_like(t[: len(clean)])
     if not prior.published:
         clean = prior.scale(zero, clean) * clean
     f_positive, f_negative, f_clean = logits_together(energy, [*groups, (clean, zero)], weights)
     symbols = symbol_terms(energy, f_clean, f_positive, labels, label_weights)
-    return energy.free(f_negative) - energy.free(f_positive), symbols
+    return lacking(f_positive, f_negative), symbols
+
+# %% ../nbs/13_prior.ipynb #31160370
+@patch
+def score_terms(
+    self: DiffusionEBM,
+    q: DiagGaussian,  # Posterior, shapes `(B, d)`, without gradient
+    gen: torch.Generator | None = None,  # Source of noise
+    labels: Tensor | None = None,  # As in `terms`
+) -> dict:  # `score`, and the symbols' terms, each `(B,)`
+    "Denoising score matching at one random level a sample, each dimension in units of its noise (`consistent` only)"
+    if self.published or self.cfg.reference != 'gaussian':
+        raise ValueError("scores are matched against N(0, I): this needs objective 'consistent', reference 'gaussian'")
+    energy, z = self.energy, q.rsample(gen)
+    t = stratified_levels(len(z), self.T, gen, z.device)
+    a, s = (self.schedule.coefficient(name, t, z) for name in ('abar', 'sbar'))
+    sd = (a**2 * q.logvar.exp() + s**2).sqrt()
+    e = randn_like(z, gen)
+    with torch.autocast(z.device.type, enabled=False), torch.enable_grad():
+        z_t = (a * q.mean + sd * e).requires_grad_()
+        weights = energy.weights()
+        f_noisy, f_clean = logits_together(energy, [(z_t, t), (z, torch.zeros_like(t))], weights)
+        F = energy.free(f_noisy) / self.cfg.temperature
+        slope = torch.autograd.grad(F.sum(), z_t, create_graph=True)[0]
+        score = (sd * (slope - z_t) + e).square().sum(-1)
+        symbols = {} if self.n_symbols < 2 else symbol_terms(energy, f_clean, f_noisy, labels)
+    return dict(score=score, **symbols)
 
 # %% ../nbs/13_prior.ipynb #f1a91b2c
 def published_terms(

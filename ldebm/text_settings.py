@@ -148,6 +148,7 @@ class _Energies:
 # %% ../nbs/60a_text_settings.ipynb #4967f855
 _symbols = partial(setting, group='energies and symbols', systems=('clustered',))
 _alone = partial(setting, group='energies alone', systems=('consistent',))
+_alone_later = partial(_later, group='energies alone', systems=('consistent',))
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,10 @@ class _Learning:
     energy_steps: int = _alone(4000, "Further steps on the finished encoder's latents; 0: none", low=0)
     energy_batch: int = _alone(256, 'Sentences in each of them', low=2)
     energy_lr: float = _alone(2e-3, "Adam's rate in them", above=0)
+    energy_match: float = _alone_later(0.0, 'First share of them, which matches scores', low=0, high=1)
+    energy_draws: int = _alone_later(
+        0, 'Points in the bound that the rest of them climbs; 0: the contrast with chains', low=0
+    )
 
 # %% ../nbs/60a_text_settings.ipynb #39f76ce5
 _train = partial(setting, group='training')

@@ -20,6 +20,7 @@ from ldebm.langevin import Conditional, chain, linear_chain_moments, preconditio
 from ldebm.levels import PriorCfg
 from ldebm.posterior import DiagGaussian
 from ldebm.prior import DiffusionEBM, Known, consistent_terms, published_terms
+from ldebm.recovery import encoder_bound
 from ldebm.registry import RUNNERS
 from ldebm.schedule import (
     consistent_schedule,
@@ -325,10 +326,54 @@ def test_an_encoder_feels_the_energies_through_a_bound():
     assert all(g is None for g in slopes)
     held = prior.terms(DiagGaussian(z.detach(), torch.zeros_like(z)), z.detach(), gen(2))
     assert_close(held["kl"], held["kl_base"])  # where the encoder has ended, nobody is to feel them
-    with pytest.raises(ValueError, match="encoder_draws must be 0 or at least 2, got 1"):
-        PriorCfg(encoder_draws=1)
+    for name in ("encoder_draws", "energy_draws"):
+        with pytest.raises(ValueError, match=f"{name} must be 0 or at least 2, got 1"):
+            PriorCfg(**{name: 1})
     with pytest.raises(ValueError, match="two ways for an encoder to feel energies"):
         resolve(TextJob(settings="encoder_draws=8 enc_share=.5"))
+
+
+def test_energies_learn_by_a_bound():
+    "The term is the one that the encoder feels, its gradient that of the weights, and no chain is run"
+    T, d, n = 3, 2, 8
+    net = EnergyNet(d, 4, T, hidden=8, n_blocks=1, gen=gen(0)).double()
+    cfg = PriorCfg(levels="all", energy_draws=n, encoder=False, temperature=1.7)
+    prior = DiffusionEBM(consistent_schedule(T), net, cfg)
+    z = torch.randn(50, d, generator=gen(1), dtype=F64)
+    q = DiagGaussian(z, torch.zeros_like(z))
+    terms = prior.terms(q, z, gen(2))
+    assert "accept" not in terms and "ebm_enc" not in terms
+    assert (terms["ebm"] >= -T * math.log(n)).all()
+    t = torch.arange(T).repeat_interleave(len(z))
+    g = gen(2)
+    z_t, z_next = diffuse_pair(prior.schedule, z.repeat(T, 1), t, g)
+    level = prior.conditional(z_next, t)
+    bound = encoder_bound(level, net, z_t, n, g).view(T, -1).sum(0)
+    assert_close(terms["ebm"], bound)
+    assert all(p is not None for p in torch.autograd.grad(terms["ebm"].sum(), net.head.parameters()))
+
+
+def test_matched_scores_are_those_of_the_mixture():
+    "By least squares over all quadratic energies: the Gaussian with the moments of diffused posteriors"
+    T, d, n = 2, 2, 40_000
+    g = gen(0)
+    q = DiagGaussian(torch.randn(n, d, generator=g, dtype=F64) * 0.8, torch.full((n, d), math.log(0.3), dtype=F64))
+    schedule = consistent_schedule(T)
+    qe = QuadraticEnergy(torch.zeros(T, d, d, dtype=F64), torch.zeros(T, d, dtype=F64))
+    prior = DiffusionEBM(schedule, qe)
+    optimizer = torch.optim.LBFGS([qe.A], lr=0.5, max_iter=30)
+
+    def error():
+        optimizer.zero_grad()
+        loss = prior.score_terms(q, gen(1))["score"].mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(error)
+    variance = schedule.abar[:T].to(F64) ** 2 * (0.64 + 0.3) + schedule.sbar[:T].to(F64) ** 2
+    assert_close(qe.A.diagonal(dim1=1, dim2=2), (1 / variance - 1)[:, None].expand(T, d), rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match="scores are matched against N"):
+        model(zero(4, 2), reference="flat").score_terms(q, gen(1))
 
 
 @pytest.mark.parametrize("reference", ["gaussian", "flat"])
