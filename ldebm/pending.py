@@ -119,7 +119,7 @@ _ELSEWHERE = (
 )
 _SIXTY = dict(
     sixty='dropout=.3 summary=ends free_nats=.6 free_over=dimension kl_warmup=.3 n_blocks=12 batch=128 steps=19680 '
-    'lr=1e-3 lr_ebm=1e-4 clip=.5 warmdown=0 mixed_precision=no'
+    'lr=1e-3 lr_ebm=1e-4 clip=.5 warmdown=0 mixed_precision=no energy_match=0 energy_draws=0'
 )
 _LATENT = 'free_nats=.45 free_over=latent'
 _LARGEST = f'{_LATENT} summary=largest'
@@ -131,6 +131,7 @@ _TRIALS = {  # Name -> what it changes in the small preset
     'more-bag-of-words': f'{_LARGEST} w_bow=1',
     'less-bag-of-words': f'{_LARGEST} w_bow=.2',
     'encoder-dropout': f'{_LARGEST} encoder_dropout=.3',
+    'scores-first': f'{_LARGEST} energy_match=.5 energy_draws=16',
     'feels-energies': 'encoder_draws=16',
 }
 _MEASURED = 'mixed_precision=bf16 nll_draws=0 lm_seeds=1'

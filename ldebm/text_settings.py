@@ -368,7 +368,8 @@ RECIPES = {  # (preset, objective) -> what the two together change
     ('paper', 'consistent'): parse_settings(
         TextSettings,
         'dropout=.5 summary=largest free_nats=.75 free_over=latent kl_warmup=.2 n_blocks=4 '
-        'batch=64 steps=5904 lr=2e-3 lr_ebm=1e-3 clip=5 warmdown=.6 mixed_precision=bf16 lm=small',
+        'batch=64 steps=5904 lr=2e-3 lr_ebm=1e-3 clip=5 warmdown=.6 mixed_precision=bf16 '
+        'energy_match=.5 energy_draws=16 lm=small',
     )
 }
 
