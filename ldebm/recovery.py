@@ -65,7 +65,7 @@ def gaussian_draws(
     m = level.mean
     return m + level.variance.sqrt() * torch.randn(n, *m.shape, generator=gen, device=m.device, dtype=m.dtype)
 
-
+# %% ../nbs/12b_recovery.ipynb #0ac8d8ce
 def encoder_bound(
     level: Conditional,  # Whose mean carries the encoder's gradient
     energy: Energy,

@@ -66,7 +66,7 @@ def test_the_results_page_and_the_list_have_one_source():
     "The page renders every table of `TABLES`, has no rows of its own, and says what the list says"
     cells = json.loads((PLACE / "nbs" / "results.ipynb").read_text())["cells"]
     source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    shown = set(re.findall(r"'([a-z0-9 ]+)'", source))
+    shown = set(re.findall(r"'([a-z0-9 -]+)'", source))
     for name, of in P.TABLES.items():
         pictures = of.command and of.seeds == (0,)
         assert name in shown or pictures or of.tuning or of.corpus in ("gaussians16", "pinwheel"), name
@@ -127,7 +127,7 @@ def test_what_cannot_run_here_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("LDEBM_DATA", str(tmp_path))
     monkeypatch.setattr(P, "find_images", lambda name: None)
     monkeypatch.setattr(P, "check_job", lambda job, texts: (_ for _ in ()).throw(FileNotFoundError("'ptb' not found")))
-    found = P.plan(str(tmp_path), tables={k: P.TABLES[k] for k in ("ptb objectives", "ptb paper consistent", "digits")})
+    found = P.plan(str(tmp_path), tables={k: P.TABLES[k] for k in ("ptb objectives", "ptb paper published", "digits")})
     assert not found.offers and len(found.commands) == len(P.by_value(P.TABLES["digits"]))
     said = str(found)
     assert "wants a GPU" in said and "lacks data: 'ptb' not found" in said
@@ -197,7 +197,7 @@ def test_nothing_pending_is_one_sentence(capsys, monkeypatch):
 
 def test_nothing_that_can_run_here_is_one_sentence(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(PLACE)
-    monkeypatch.setattr(P, "TABLES", {"paper": P.TABLES["ptb paper consistent"]})
+    monkeypatch.setattr(P, "TABLES", {"paper": P.TABLES["ptb paper published"]})
     options = ["--results", str(tmp_path), "--device", "cpu", "--budget", "25m"]
     assert P.main(options) == 2
     assert capsys.readouterr().err.startswith("RuntimeError: nothing of what is pending can run here")
