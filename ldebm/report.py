@@ -76,7 +76,7 @@ MEASURES = {  # Metric -> unit, and which value is best: `low`, `high` or `half`
     **dict.fromkeys(('rppl', 'frechet', 'frechet_test', 'mmd', 'mmd_ratio', 'mode_tv', 'stray'), ('', 'low')),
     **dict.fromkeys(('bleu', 'grammatical', 'gap_closed', 'coverage', 'modes_covered'), ('', 'high')),
     **dict.fromkeys(('ami_topic', 'ami_topic_kmeans', 'ami_mood_kmeans', 'control_accuracy_g2'), ('', 'high')),
-    **dict.fromkeys(('prior_hole_auroc', 'long_auroc'), ('', 'half')),
+    **dict.fromkeys(('prior_hole_auroc', 'prior_hole_floor', 'long_auroc'), ('', 'half')),
 }
 
 

@@ -132,7 +132,7 @@ def _likelihood_stage(scoring: _Scoring) -> dict:
 
 # %% ../nbs/64_text_score.ipynb #e5a141cd
 def _hole(scoring: _Scoring) -> dict:
-    "How far the prior is from the latents of sentences"
+    "How far the prior is from the latents of sentences, and how far the latents of training sentences are"
     task = scoring.task
     posterior = task.encode(scoring.split)
     n = min(2000, len(posterior))
@@ -140,7 +140,11 @@ def _hole(scoring: _Scoring) -> dict:
         return dict(prior_hole_auroc=left_out(reason, n))
     cpu = scoring.noise('hole', 'cpu')
     z = task.draw(posterior, cpu)
-    return prior_hole(task.model.prior.sample(n, gen=scoring.noise('hole prior')), z, cpu)
+    out = prior_hole(task.model.prior.sample(n, gen=scoring.noise('hole prior')), z, cpu)
+    floor = scoring.noise('hole floor', 'cpu')
+    found = prior_hole(task.draw(task.encode('train'), floor), z, floor)['prior_hole_auroc']
+    note = f'draws of training posteriors in place of the prior: {found["estimator"]}'
+    return out | dict(prior_hole_floor=found | dict(estimator=note))
 
 
 def _sampler(scoring: _Scoring) -> dict:

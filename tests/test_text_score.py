@@ -355,11 +355,20 @@ def test_scoring_that_went_on_equals_scoring_that_did_not(corpus, tmp_path, monk
     monkeypatch.setattr(
         evidence, "two_sample_auroc", lambda a, b, gen: metric(float((a.sum() - b.sum()).abs()))
     )  # the draws, not the classifier
-    monkeypatch.setattr(S, "prior_hole", lambda a, b, gen: dict(hole=metric(float(a.sum() + b.sum()))))
+    monkeypatch.setattr(S, "prior_hole", lambda a, b, gen: dict(prior_hole_auroc=metric(float(a.sum() + b.sum()))))
     job, task = make(corpus)
     words = [["a"]] * 10
     want = S.score(task, job, words)
-    assert {"nll_valid", "nll_error", "nll_gap", "exact_gap", "hole", "rhat", "long_auroc"} <= set(want)
+    assert {
+        "nll_valid",
+        "nll_error",
+        "nll_gap",
+        "exact_gap",
+        "prior_hole_auroc",
+        "prior_hole_floor",
+        "rhat",
+        "long_auroc",
+    } <= set(want)
     whole = S.score(task, job, words, tmp_path / "whole")
     assert whole == want and sorted(p.name for p in (tmp_path / "whole" / "score").iterdir()) == [
         "likelihood-test.json",
