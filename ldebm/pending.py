@@ -100,7 +100,7 @@ _FEWER = (
 )
 _FEWER_NATS = dict(fewer='free_nats=.4')
 _CHANGED = {  # Name -> what of the recipe it changes
-    'levels-1': 'T=1',
+    'levels-1': 'T=1 energy_draws=0 energy_match=0',  # as the zoo's systems of one level
     'levels-3': 'T=3',
     'levels-12': 'T=12',
     'chains-5': 'langevin_steps=5',

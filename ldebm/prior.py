@@ -231,7 +231,7 @@ def _contrast(prior, level, positive, negatives, clean, weights, labels, label_w
 
     def lacking(f_positive, f_negative):
         F, others = energy.free(f_positive), energy.free(f_negative)
-        if not prior.cfg.energy_draws:
+        if negatives.shape == positive.shape:
             return others - F
         tilt = torch.cat([F[None], others.view(len(many), -1)]) / prior.cfg.temperature
         return prior.cfg.temperature * (log_mean_exp(tilt) - tilt[0])

@@ -11,7 +11,7 @@ __all__ = ['LATER', 'BUILT_IN', 'PRESETS', 'OBJECTIVES', 'RECIPES', 'ANNEAL', 'O
 import hashlib
 import importlib.util
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -472,7 +472,8 @@ def prior_cfg(
     settings: TextSettings,
 ) -> PriorCfg:
     "The diffusion-EBM prior's settings"
-    return pick(PriorCfg, settings, n_steps=settings.langevin_steps, encoder=settings.enc_share > 0)
+    own = dict(n_steps=settings.langevin_steps, encoder=settings.enc_share > 0, energy_draws=0)  # draws come later
+    return pick(PriorCfg, settings, **own)
 
 # %% ../nbs/60a_text_settings.ipynb #b2b5ac0a
 def _check_latent(settings: TextSettings):
@@ -531,6 +532,9 @@ def _check_parts(settings: TextSettings):
         make_schedule(settings.schedule, settings.T)
     if has_energy_stage(settings):
         energy_cfg(settings)
+        replace(prior_cfg(settings), energy_draws=settings.energy_draws)
+        if settings.energy_match and settings.reference != 'gaussian':
+            raise ValueError('energy_match matches scores against N(0, I): leave it at 0 or set reference=gaussian')
 
 # %% ../nbs/60a_text_settings.ipynb #c055b701
 def _check_effect(settings: TextSettings, own: dict, job: TextJob):
