@@ -8,6 +8,7 @@ __all__ = ['Seq', 'Alt', 'Slot', 'seq', 'opt', 'words', 'derivations', 'compile_
 # %% ../nbs/03a_grammar.ipynb #3cd113fd
 import math
 from bisect import bisect_right
+from collections import Counter
 from functools import lru_cache
 from typing import Callable, NamedTuple
 
@@ -430,3 +431,22 @@ def plot_reading(
     ax.set_xticks(range(len(tokens) + 1), ['(nothing)', *tokens], fontsize=8, rotation=20)
     ax.set_yticks(range(p.shape[1]), grammar.attributes[attribute], fontsize=8)
     return ax
+
+# %% ../nbs/03a_grammar.ipynb #1188ee1f
+@patch
+def visible_log_prob(
+    self: Grammar,
+    tokens: list,  # Words, without tags; `None` for each hidden one
+) -> float:  # In nats; `-inf` for what the grammar does not produce
+    "Exact log-probability of the visible words of a sentence of this length"
+    beliefs = {0: 1.0}
+    for position, token in enumerate([*tokens, None]):
+        is_hidden = token is None and position < len(tokens)
+        following = Counter()
+        for belief, p in beliefs.items():
+            for word, (q, reached) in self.step[belief].items():
+                if word == token or (is_hidden and word is not None):
+                    following[reached] += p * q
+        beliefs = following
+    total = sum(beliefs.values())
+    return math.log(total) if total else -math.inf

@@ -69,7 +69,8 @@ def runs_of(
 # %% ../nbs/65_report.ipynb #99e9b512
 BETTER = dict(low='↓', high='↑', half='→ 0.5')  # What stands in a head, see `MEASURES`
 MEASURES = {  # Metric -> unit, and which value is best: `low`, `high` or `half`
-    **dict.fromkeys(('nll_valid', 'neg_elbo', 'exact_gap', 'wkl', 'class_kl'), ('nats', 'low')),
+    **dict.fromkeys(('nll_valid', 'neg_elbo', 'exact_gap', 'wkl', 'class_kl', 'hidden_nll'), ('nats', 'low')),
+    **dict.fromkeys(('hidden_nll_exact', 'hidden_nll_left'), ('nats', '')),
     **dict.fromkeys(('nll_error', 'nll_gap', 'entropy', 'nll_published', 'exact_nll', 'recon_nll'), ('nats', '')),
     **dict.fromkeys(('kl', 'kl_base', 'kl_gaussian', 'kl_mixture', 'information'), ('nats', '')),
     **dict.fromkeys(('mi', 'mi_codes', 'aggc', 'log_density'), ('nats', '')),

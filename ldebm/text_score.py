@@ -9,12 +9,14 @@ __all__ = ['TUNING', 'nll_cfg', 'score', 'is_scored', 'copy_record', 'run_job', 
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
-from .core import atomic_write, batch_sizes, make_gen, weights_hash
+from .completion import HIDDEN, hidden_words_nll, hide_words, read_gaps
+from .core import atomic_write, batch_sizes, make_gen, progress, weights_hash
 from .energy_task import fit_energies
 from .evidence import sampler_evidence
 from .grammar_corpus import load_grammar
@@ -22,11 +24,13 @@ from .job import kept_metrics
 from .latent_metrics import prior_hole
 from .launch import launch
 from .likelihood import NLLCfg, nll_metric
-from .records import Run, identity, read_record, renamed, write_result
+from .records import Run, identity, metric, read_record, renamed, write_result
 from .reverse import lm_lacks, reverse_ppl
+from .stats import mean_interval
+from .text import get_batch
 from .text_job import finish, job_folder, open_job, record_name
 from .text_measure import evaluate, lacking, left_out, of_drawn
-from .text_nll import exact_gap, nll_published, sampled_gap, text_nll
+from .text_nll import exact_gap, frozen_weights, nll_published, sampled_gap, text_nll
 from .text_settings import TextJob, TextSettings, has_bound, has_energy_stage, released, scoring, train_cfg
 from .text_task import TextTask
 from .zoo import has_codes
@@ -153,6 +157,46 @@ def _sampler(scoring: _Scoring) -> dict:
         scoring.task.model.prior, scoring.noise('sampler'), cpu_gen=scoring.noise('folds', device='cpu')
     )
 
+# %% ../nbs/64_text_score.ipynb #914660a1
+def _hidden_words(scoring: _Scoring, n: int) -> dict:
+    "How well hidden words of `n` sentences are completed"
+    task, split = scoring.task, scoring.split
+    gen, grammar = scoring.noise('hidden words', 'cpu'), load_grammar()
+    chosen = torch.randperm(len(task.corpus[split]), generator=gen)[:n]
+    batch = get_batch(task.corpus[split], chosen).to(task.device)
+    sentences = [task.corpus[split].tokens(i) for i in chosen.tolist()]
+    hidden = [hide_words(words, gen=gen) for words in sentences]
+    gaps = read_gaps(hidden, task.corpus.vocab, task.device)
+    bar = partial(progress, desc='completing', unit='sweep')
+    with frozen_weights(task.model) as model:
+        nll = hidden_words_nll(model, gaps, batch.ids, gen=scoring.noise('completion'), progress=bar).cpu().double()
+    costs = dict(hidden_nll=nll, hidden_nll_exact=[], hidden_nll_left=[])
+    for words, shown in zip(sentences, hidden):
+        visible = [None if word == HIDDEN else word for word in shown]
+        lost = [cost for cost, word in zip(grammar.read(words)[0].tolist(), visible) if word is None]
+        costs['hidden_nll_left'].append(sum(lost) / len(lost))
+        costs['hidden_nll_exact'].append((grammar.visible_log_prob(visible) - grammar.log_prob(words)) / len(lost))
+    return {name: _hidden_metric(name, torch.as_tensor(cost)) for name, cost in costs.items()}
+
+
+def _hidden_metric(name: str, nats: torch.Tensor) -> dict:
+    "One of the three, with its interval"
+    whose = dict(
+        hidden_nll='8 posterior chains', hidden_nll_exact='the grammar', hidden_nll_left='the grammar, left to right'
+    )
+    estimator = f'-log p of hidden words given visible ones, {whose[name]}, nats a hidden word'
+    return metric(nats.mean().item(), mean_interval(nats), len(nats), estimator)
+
+
+def _completion_stage(scoring: _Scoring) -> dict:
+    "Completion where there is an exact answer, and a prior that posterior chains can have"
+    settings = scoring.task.settings
+    has_chains = settings.prior in ('ebm', 'normal') and has_bound(settings)
+    if not (scoring.knows_truth() and has_chains and settings.nll_draws):
+        return {}
+    n = min(settings.nll_sentences or 100, 100, len(scoring.task.corpus[scoring.split]))
+    return scoring.kept('completion', lambda: _hidden_words(scoring, n), n=n)
+
 # %% ../nbs/64_text_score.ipynb #721109d9
 def _reverse_perplexity(scoring: _Scoring, samples: list) -> dict:
     "How well samples teach a language model real sentences"
@@ -194,7 +238,7 @@ def score(
     out = {}
     if 'exact_gap' in scoring.lacks:
         out['exact_gap'] = left_out(scoring.lacks['exact_gap'])
-    out |= _likelihood_stage(scoring)
+    out |= _likelihood_stage(scoring) | _completion_stage(scoring)
     if task.settings.prior != 'none':
         out |= scoring.kept('prior-hole', lambda: _hole(scoring))
     if task.settings.prior == 'ebm':

@@ -366,11 +366,13 @@ def test_scoring_that_went_on_equals_scoring_that_did_not(corpus, tmp_path, monk
         "exact_gap",
         "prior_hole_auroc",
         "prior_hole_floor",
+        "hidden_nll",
         "rhat",
         "long_auroc",
     } <= set(want)
     whole = S.score(task, job, words, tmp_path / "whole")
     assert whole == want and sorted(p.name for p in (tmp_path / "whole" / "score").iterdir()) == [
+        "completion.json",
         "likelihood-test.json",
         "likelihood-test.safetensors",
         "prior-hole.json",
