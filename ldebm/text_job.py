@@ -9,6 +9,7 @@ __all__ = ['corpus_name', 'record_name', 'job_name', 'job_folder', 'record_setti
 # %% ../nbs/61_text_job.ipynb #4768ad78
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def _say(job: TextJob, settings: TextSettings, corpus: Corpus):
 # %% ../nbs/61_text_job.ipynb #48588470
 def open_job(
     job: TextJob,
+    check: Callable | None = None,  # `check(task)` raises for a task that will not do, before anything is written
 ) -> tuple[Run, TextTask, torch.device]:  # Folder, task and device
     "Resolve settings, load the corpus, build the model, open the run's folder; nothing is written if any of it fails"
     settings = resolve(job)
@@ -145,6 +147,8 @@ def open_job(
     use_machine(job)
     task = TextTask(corpus, settings, job.seed, job.processes)
     task.threads = job.threads
+    if check is not None:
+        check(task)
     run = Run(job_folder(job), identity, resume=job.resume)
     keep_corpus(run, corpus, job.resume)
     _say(job, settings, corpus)

@@ -30,6 +30,7 @@ from ldebm.latent_metrics import (
     mutual_information,
     v_measure,
 )
+from .meaning import even_ceiling, tfidf_clusters
 from .posterior import Posterior
 from .records import metric
 from .reverse import lm_lacks
@@ -166,16 +167,21 @@ def _code_metrics(posterior: Posterior) -> dict:
 
 
 def _kmeans_metrics(task: TextTask, means: Tensor, split: str, seed: int) -> dict:
-    "Agreement of k-means clusters of the latents with the corpus's labels"
+    "Agreement of labels with k-means clusters of the latents and of the words, and what symbols could have"
     labels = task.corpus[split].labels
     if labels and (few := lacking(task.corpus, task.settings, split).get('ami_kmeans')):
         return {f'ami_{name}_kmeans': left_out(few, len(values)) for name, values in labels.items()}
     out = {}
     if labels:
         clusters = kmeans_labels(means, task.settings.n_symbols, make_gen(seed, 'evaluate', 'k-means'))
+        words = tfidf_clusters(
+            task.corpus[split].sentences(), task.settings.n_symbols, make_gen(seed, 'evaluate', 'tf-idf')
+        )
     for name, values in labels.items():
-        scores = ami(values, clusters, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name)
-        out |= {f'{k}_kmeans': v for k, v in scores.items()}
+        for source, found in dict(kmeans=clusters, tfidf=words).items():
+            scores = ami(values, found, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name)
+            out |= {f'{k}_{source}': v for k, v in scores.items()}
+        out |= even_ceiling(values, task.settings.n_symbols, name)
     return out
 
 # %% ../nbs/60d_text_measure.ipynb #c593b71e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bag_of_words', 'TextModel', 'objective', 'reconstruct', 'strip', 'sample_latents', 'decode_latents',
-           'sample_sentences', 'interpolate']
+           'sample_sentences', 'interpolate', 'toward_symbol']
 
 # %% ../nbs/20a_text_vae.ipynb #e15605c2
 import inspect
@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .layers import draw_parameters
+from .schedule import diffuse
 from .text_nets import Decoder, Encoder, TextCfg
 
 # %% ../nbs/20a_text_vae.ipynb #8a80b16c
@@ -255,3 +256,21 @@ def interpolate(
     a, b = model.encode(batch).mode
     w = torch.linspace(0, 1, n, device=a.device, dtype=a.dtype)[:, None]
     return model.decoder.generate((1 - w) * a + w * b, max_len=max_len)
+
+# %% ../nbs/20a_text_vae.ipynb #f663a50a
+@torch.no_grad()
+def toward_symbol(
+    model: TextModel,  # With a `DiffusionEBM` that has symbols
+    batch,  # One sentence
+    y: int,  # Symbol
+    gen: torch.Generator | None = None,  # Source of noise
+    max_len: int = 40,  # Words at most
+) -> Tensor:  # Ids, shape `(T + 1, <=max_len)`: the reconstruction, then from level 1, 2, ...
+    "Greedy decodings of a sentence that is noised up to each level and sampled down given a symbol"
+    prior, z = model.prior, model.encode(batch).mode
+    latents = [z]
+    for t in range(1, prior.T + 1):
+        level = torch.full((len(z),), t, device=z.device)
+        noisy = diffuse(prior.schedule, z, level, gen)
+        latents.append(prior.sample(len(z), y=y, gen=gen, start=(noisy, t)))
+    return model.decoder.generate(torch.cat(latents), max_len=max_len)
