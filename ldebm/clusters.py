@@ -26,19 +26,19 @@ def cluster_targets(
     means: Tensor,  # Posterior means, shape `(N, d)`
     K: int,  # Number of clusters
     *,
-    dims: int = 3,  # Dimensions kept after whitening
+    dims: int = 3,  # Dimensions kept after whitening; 0: points are taken as they are
     n_init: int = 1,  # Restarts of k-means without previous labels
     gen: torch.Generator | None = None,  # Seeds k-means; on the CPU
     previous: Tensor | None = None,  # Labels of the epoch before, `(N,)`: k-means starts from their centres
     starts: Tensor | None = None,  # `K` different points, shape `(K,)`: k-means starts from where they are now
 ) -> Tensor:  # Labels, shape `(N,)`, long; with `previous`, numbered to agree with it
-    "PCA whitening, unit sphere, k-means; `ValueError` when there are fewer points than clusters"
+    "PCA whitening and unit sphere, if asked for, and k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
     if len(means) < K:
         raise ValueError(f'{len(means)} points cannot make {K} clusters: lower the number of symbols or use more data')
-    x = whitened_directions(means, dims)
+    x = whitened_directions(means, dims) if dims else means.detach().double().cpu().numpy()
     how = dict(init='k-means++', n_init=n_init, tol=1e-4, random_state=int(torch.randint(2**31 - 1, (), generator=gen)))
     if previous is not None and len(previous.unique()) == K:
         how.update(init=_centres(torch.from_numpy(x), previous.cpu(), K), n_init=1)

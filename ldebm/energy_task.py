@@ -77,7 +77,10 @@ class EnergyTask:
         self.model = EnergyModel(task.model.prior, self.settings.energy_draws)
         self.labels = None
         if self.settings.n_symbols > 1 and self.settings.w_cls > 0:
-            self.labels = logits_of(task, self.data['train'].mean).argmax(-1)
+            means = self.data['train'].mean
+            self.labels = logits_of(task, means).argmax(-1)
+            if self.settings.cluster_by == 'lifts':  # Those of the finished latents, under the numbers of before
+                self.labels = task.lift_clusters(means, make_gen(task.seed, 'energies', 'clusters'), self.labels)
 
     def start_epoch(self, epoch, state, gen):
         return dict(epoch=torch.tensor(epoch))

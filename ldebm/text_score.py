@@ -296,14 +296,14 @@ def run_job(
 _RATE = 'lr=4e-3 lr_ebm=1e-3 clip=5 warmdown=.5'  # The released learning rates are made for sixty epochs
 TUNING = dict(
     consistent={
-        '': '',
-        'joint-only': 'energy_steps=0',
-        'joint-only-floor0': 'energy_steps=0 free_nats=0',
-        'joint-only-floor.1': 'energy_steps=0 free_nats=.1',
-        'joint-only-encoder': 'energy_steps=0 enc_share=.3',
-        'floor.6': 'free_nats=.6',
-        'floor1': 'free_nats=1',
-        'kl.3': 'w_kl=.3',
+        '': 'cluster_by=whitened',
+        'joint-only': 'energy_steps=0 cluster_by=whitened',
+        'joint-only-floor0': 'energy_steps=0 free_nats=0 cluster_by=whitened',
+        'joint-only-floor.1': 'energy_steps=0 free_nats=.1 cluster_by=whitened',
+        'joint-only-encoder': 'energy_steps=0 enc_share=.3 cluster_by=whitened',
+        'floor.6': 'free_nats=.6 cluster_by=whitened',
+        'floor1': 'free_nats=1 cluster_by=whitened',
+        'kl.3': 'w_kl=.3 cluster_by=whitened',
     },
     published={
         '': '',

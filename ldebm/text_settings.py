@@ -168,7 +168,13 @@ class _Learning:
     w_cls: float = _symbols(0.05, 'Weight of geometric clustering; 0 switches it off')
     cls_start: float = _symbols(0.0, 'Share of training before clustering begins', low=0, high=1)
     w_sym: float = _symbols(0.05, 'Weight that teaches every level the symbols', systems=('taught',))
-    cluster_dims: int = _symbols(3, 'Dimensions kept by the whitening before k-means', low=1)
+    cluster_by: str = _later(
+        'whitened',
+        'What k-means sees: latents, `whitened`, or the words that they make likelier, `lifts`',
+        group='energies and symbols',
+        systems=('grouped',),
+    )
+    cluster_dims: int = _symbols(3, 'Dimensions kept by the whitening before k-means', low=1, systems=('whitened',))
     energy_steps: int = _alone(4000, "Further steps on the finished encoder's latents; 0: none", low=0)
     energy_batch: int = _alone(256, 'Sentences in each of them', low=2)
     energy_lr: float = _alone(2e-3, "Adam's rate in them", above=0)
@@ -283,6 +289,8 @@ def system_kinds(
         'consistent': ebm and not published,
         'clustered': ebm and not settings.terms,
         'taught': ebm and not settings.terms and not published,
+        'grouped': ebm and not settings.terms and not published and settings.w_cls > 0,
+        'whitened': ebm and not settings.terms and settings.cluster_by == 'whitened',
     }
     return {kind for kind, is_so in holds.items() if is_so}
 
@@ -365,12 +373,13 @@ OBJECTIVES = _read(
 
 # %% ../nbs/60a_text_settings.ipynb #ac6283dd
 RECIPES = {  # (preset, objective) -> what the two together change
+    ('quick', 'consistent'): parse_settings(TextSettings, 'cluster_by=lifts'),
     ('paper', 'consistent'): parse_settings(
         TextSettings,
         'dropout=.5 summary=largest free_nats=.75 free_over=latent kl_warmup=.2 n_blocks=4 '
         'batch=64 steps=5904 lr=2e-3 lr_ebm=1e-3 clip=5 warmdown=.6 mixed_precision=bf16 '
         'energy_match=.5 energy_draws=16 lm=small',
-    )
+    ),
 }
 
 # %% ../nbs/60a_text_settings.ipynb #d15b2e07
@@ -497,6 +506,9 @@ def _check_loss(settings: TextSettings):
     "Terms, annealing, and the metric that selects"
     choose('anneal', settings.anneal, ANNEAL)
     parse_terms(settings.terms)
+    choose('cluster_by', settings.cluster_by, ('whitened', 'lifts'))
+    if settings.cluster_by == 'lifts' and settings.w_bow == 0 and 'grouped' in system_kinds(settings):
+        raise ValueError('cluster_by=lifts reads the bag-of-words layer: give w_bow a weight, or cluster_by=whitened')
     if has_bound(settings) and not settings.noise:
         raise ValueError('a bound needs draws of the posterior: leave noise=True, or give the system no terms')
     if settings.encoder_draws and settings.enc_share:
