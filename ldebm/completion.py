@@ -24,7 +24,7 @@ from .prior import DiffusionEBM
 from .schedule import diffuse_pair
 from .stats import log_mean_exp
 from .text_nets import Decoder
-from .text_vae import TextModel
+from .text_vae import TextModel, frozen_weights
 
 # %% ../nbs/22_completion.ipynb #14d3723e
 HIDDEN = '___'  # One hidden word
@@ -222,14 +222,16 @@ def posterior_sweeps(
 ) -> Iterator[Sweep]:
     "Chains over latents and hidden words given visible words"
     decoder, prior = model.decoder, model.prior
-    frozen = prior.frozen(metropolis=prior.metropolis) if isinstance(prior, DiffusionEBM) else None
-    with torch.no_grad():
-        z = model.encoder(*visible_words(gaps)).rsample(gen)
-    ids, _ = draw_words(decoder, z, gaps, None, candidates, gen)
-    for _ in range(n):
-        z, accept = move_latents(prior, text_log_lik(decoder, ids, gaps.lengths), z, y=y, frozen=frozen, gen=gen)
-        ids, _ = draw_words(decoder, z, gaps, ids, candidates, gen)
-        yield Sweep(z, ids, accept)
+    with frozen_weights(model):
+        frozen = prior.frozen(metropolis=prior.metropolis) if isinstance(prior, DiffusionEBM) else None
+        with torch.no_grad():
+            z = model.encoder(*visible_words(gaps)).rsample(gen)
+        ids, _ = draw_words(decoder, z, gaps, None, candidates, gen)
+        for _ in range(n):
+            log_lik = text_log_lik(decoder, ids, gaps.lengths)
+            z, accept = move_latents(prior, log_lik, z, y=y, frozen=frozen, gen=gen)
+            ids, _ = draw_words(decoder, z, gaps, ids, candidates, gen)
+            yield Sweep(z, ids, accept)
 
 # %% ../nbs/22_completion.ipynb #7aac21d2
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def complete(
     n: int = 8,  # Completions, each from a chain of its own
     *,
     y: int | None = None,  # Symbol that the sentence should have
-    sweeps: int = 20,  # Of each chain
+    sweeps: int = 12,  # Of each chain
     candidates: int = 16,  # For the hidden words, in each sweep
     gen: torch.Generator | None = None,  # Source of latents and words
     progress: Callable | None = None,  # Wraps the iterator over sweeps

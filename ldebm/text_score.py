@@ -30,7 +30,7 @@ from .stats import mean_interval
 from .text import get_batch
 from .text_job import finish, job_folder, open_job, record_name
 from .text_measure import evaluate, lacking, left_out, of_drawn
-from .text_nll import exact_gap, frozen_weights, nll_published, sampled_gap, text_nll
+from .text_nll import exact_gap, nll_published, sampled_gap, text_nll
 from .text_settings import TextJob, TextSettings, has_bound, has_energy_stage, released, scoring, train_cfg
 from .text_task import TextTask
 from .zoo import has_codes
@@ -168,8 +168,7 @@ def _hidden_words(scoring: _Scoring, n: int) -> dict:
     hidden = [hide_words(words, gen=gen) for words in sentences]
     gaps = read_gaps(hidden, task.corpus.vocab, task.device)
     bar = partial(progress, desc='completing', unit='sweep')
-    with frozen_weights(task.model) as model:
-        nll = hidden_words_nll(model, gaps, batch.ids, gen=scoring.noise('completion'), progress=bar).cpu().double()
+    nll = hidden_words_nll(task.model, gaps, batch.ids, gen=scoring.noise('completion'), progress=bar).cpu().double()
     costs = dict(hidden_nll=nll, hidden_nll_exact=[], hidden_nll_left=[])
     for words, shown in zip(sentences, hidden):
         visible = [None if word == HIDDEN else word for word in shown]

@@ -22,6 +22,7 @@ from ldebm.text import get_batch
 from ldebm.text_job import load_model, record_name
 from ldebm.text_settings import TextJob, resolve
 from ldebm.text_task import TextTask
+from ldebm.text_vae import frozen_weights
 
 pytestmark = pytest.mark.usefixtures("in_test")
 TINY = "embed=16 hidden=16 d=3 energy_hidden=8 n_blocks=1 T=2 langevin_steps=8 nll_draws=8 nll_sentences=6 lm=''"
@@ -69,12 +70,12 @@ def test_frozen_weights_come_back(task):
     before = [p.requires_grad for p in m.parameters()]
     assert not all(before) and any(before)
     with pytest.raises(Killed):
-        with text_nll.frozen_weights(m) as inside:
+        with frozen_weights(m) as inside:
             assert inside is m and not m.training and not any(p.requires_grad for p in m.parameters())
             raise Killed
     assert m.training and [p.requires_grad for p in m.parameters()] == before
     m.eval()
-    with text_nll.frozen_weights(m):
+    with frozen_weights(m):
         pass
     assert not m.training
 
@@ -83,7 +84,7 @@ def test_sentence_log_lik_is_the_decoders(task):
     index = torch.tensor([5, 0, 3])
     b = get_batch(task.corpus["test"], index)
     z = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    with text_nll.frozen_weights(task.model):
+    with frozen_weights(task.model):
         f = text_nll.sentence_log_lik(task, "test", index)
         got = f(z, torch.arange(3))
         torch.testing.assert_close(got, -task.model.decoder.nll(b.ids, b.host_lengths, z))
@@ -236,7 +237,7 @@ def test_text_likelihood_against_an_integral(corpus):
     task = make(corpus, "vae", seed=1, settings="embed=16 hidden=16 d=1 lm=''")[1]
     got = text_nll.text_nll(task, "test", 6, NLLCfg(draws=400, chains=8), chunk=6)
     grid = torch.linspace(-7, 7, 701)[:, None]
-    with text_nll.frozen_weights(task.model), torch.no_grad():
+    with frozen_weights(task.model), torch.no_grad():
         f = text_nll.sentence_log_lik(task, "test", got["index"])
         exact = torch.stack(
             [

@@ -22,11 +22,11 @@ from ldebm.records import SCORING, Run
 from ldebm.text import get_batch
 from ldebm.text_job import open_job, record_settings
 from ldebm.text_measure import evaluate
-from ldebm.text_nll import frozen_weights, sentence_log_lik, text_nll
+from ldebm.text_nll import sentence_log_lik, text_nll
 from ldebm.text_score import score
 from ldebm.text_settings import LATER, OBJECTIVES, TextJob, TextSettings, resolve, train_cfg, unused
 from ldebm.text_task import TextTask, build_model
-from ldebm.text_vae import sample_sentences
+from ldebm.text_vae import frozen_weights, sample_sentences
 from ldebm.train import cyclical, fit, logistic
 
 pytestmark = pytest.mark.usefixtures("in_test")
