@@ -713,7 +713,7 @@ def test_an_unknown_term_stops_the_first_update(tmp_path, corpus):
 
 def test_identity_of_a_run():
     "The settings of the zoo are part of it only where a system sets them"
-    job = TextJob(system="ldebm")
+    job = TextJob(system="ldebm-no-gc")
     got = record_settings(job, resolve(job))
     assert not set(got) & {*LATER, *SCORING}
     assert set(got) == {f.name for f in dataclasses.fields(TextSettings)} - {
@@ -727,6 +727,7 @@ def test_identity_of_a_run():
         job = TextJob(system=system, objective=objective)
         return {k: v for k, v in record_settings(job, resolve(job)).items() if k in LATER}
 
+    assert at("ldebm") == dict(cluster_by="lifts")
     assert at("ldebm-no-gc") == at("ldebm", "published") == at("rnn-lm") == {}
     assert at("dvae") == dict(terms="ckl", anneal="logistic", select="objective", codes=16)
     assert at("dvae", "published") == dict(
