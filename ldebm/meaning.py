@@ -91,7 +91,7 @@ def plot_label_shares(
     names: dict,  # Attribute -> names of its values
     K: int,  # Symbols
 ):  # Figure
-    "Heat map of each attribute: rows are symbols, alike ones together"
+    "Heat map of each attribute: rows are symbols, alike ones together, those without sentences last"
 
     import matplotlib.pyplot as plt
 
@@ -100,7 +100,7 @@ def plot_label_shares(
     fig, axs = plt.subplots(1, len(labels), figsize=size, width_ratios=widths, squeeze=False)
     shares = {name: label_shares(symbols, values, K, len(names[name])) for name, values in labels.items()}
     first = next(iter(shares.values())).nan_to_num(-1)
-    order = sorted(range(K), key=lambda k: (int(first[k].argmax()), -float(first[k].max())))
+    order = sorted(range(K), key=lambda k: (float(first[k].max()) < 0, int(first[k].argmax()), -float(first[k].max())))
     for ax, (name, share) in zip(axs[0], shares.items()):
         ax.imshow(share[order], vmin=0, vmax=1, aspect='auto', cmap='Blues')
         ax.set_xticks(range(share.shape[1]), names[name], rotation=50, ha='right', fontsize=8)

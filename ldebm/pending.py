@@ -112,6 +112,13 @@ _ABLATIONS = (
     ('ldebm-no-gc', 'consistent', 'no clustering'),
     *((f'ldebm+{name}', 'consistent', f'`{own}`') for name, own in _CHANGED.items()),
 )
+_SYMBOLS = (
+    ('ldebm', 'consistent', 'LDEBM'),
+    ('ldebm-no-gc', 'consistent', 'LDEBM without clustering'),
+    ('svebm-ib', 'consistent', 'SVEBM-IB'),
+    ('dgm-vae-i', 'consistent', 'DGM-VAE + I'),
+    ('vae-fb', 'consistent', 'the same training, no energies'),
+)
 _ELSEWHERE = (
     ('ldebm', 'consistent', 'LDEBM'),
     ('vae-fb', 'consistent', 'the same training, no energies'),
@@ -153,6 +160,7 @@ for _objective in ('consistent', 'published'):
     _rows = system_rows(SHOWN, _objective)
     TABLES[f'ptb paper {_objective}'] = ResultTable('ptb', 'paper', _rows, gpu=_objective == 'published')
 TABLES['ptb fewer'] = ResultTable('ptb', 'paper', _FEWER, settings=_FEWER_NATS)
+TABLES['dailydialog'] = ResultTable('dailydialog', 'small', _SYMBOLS)
 for _corpus in ('dailydialog', 'movie-reviews'):
     TABLES[f'{_corpus} paper'] = ResultTable(_corpus, 'paper', _ELSEWHERE, (0,))
 TABLES['ptb ablations'] = ResultTable('ptb', 'paper', _ABLATIONS, (0,), _CHANGED)
