@@ -319,7 +319,7 @@ def test_flop_of_chains(objective):
         ("consistent", {}),
         ("consistent", dict(enc_share=1.0, reference="flat")),
         ("published", dict(packed=True)),
-        ("consistent", dict(w_bow=0.0)),
+        ("consistent", dict(w_bow=0.0, cluster_by="whitened")),
     ],
 )
 def test_flop_of_a_step(objective, extra):

@@ -189,6 +189,7 @@ def test_records_of_this_repository_are_one_row_each(folder):
             None,
             64,
             100,
+            256,
         ), r["system"]
 
 
