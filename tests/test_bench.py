@@ -372,8 +372,10 @@ def test_flop_of_generation(objective, path):
 
 def run_page(folder, monkeypatch):
     import matplotlib
+    import matplotlib.pyplot as plt
 
     matplotlib.use("Agg")
+    plt.close("all")  # of tests before
     monkeypatch.setenv("LDEBM_RESULTS", str(folder))
     monkeypatch.chdir(ROOT / "nbs")
     shown, scope = [], dict(__name__="page")
@@ -388,8 +390,6 @@ def run_page(folder, monkeypatch):
         exec(compile(body, "benchmarks.ipynb", "exec"), scope)
         if last is not None:
             shown.append(eval(compile(ast.Expression(last.value), "benchmarks.ipynb", "eval"), scope))
-    import matplotlib.pyplot as plt
-
     figures = plt.get_fignums()
     plt.close("all")
     return "\n".join(o.data for o in shown if hasattr(o, "data") and isinstance(o.data, str)), len(figures)
