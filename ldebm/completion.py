@@ -209,10 +209,11 @@ class Sweep(NamedTuple):
     z: Tensor  # Latents, shape `(N, d)`
     ids: Tensor  # Sentences with their hidden words, shape `(N, L)`
     accept: Tensor  # Acceptance of the latents' updates, shape `(N,)`
+    visible: Tensor  # Estimate of `log p(x_v | z)` by the candidates, shape `(N,)`
 
 # %% ../nbs/22_completion.ipynb #c36256bf
 def posterior_sweeps(
-    model: TextModel,  # With `DiffusionEBM` or `StandardNormal` as its prior, in evaluation mode
+    model: TextModel,  # With `DiffusionEBM` or `StandardNormal` as its prior
     gaps: Gaps,  # One row a chain
     n: int,  # Sweeps
     *,
@@ -230,8 +231,8 @@ def posterior_sweeps(
         for _ in range(n):
             log_lik = text_log_lik(decoder, ids, gaps.lengths)
             z, accept = move_latents(prior, log_lik, z, y=y, frozen=frozen, gen=gen)
-            ids, _ = draw_words(decoder, z, gaps, ids, candidates, gen)
-            yield Sweep(z, ids, accept)
+            ids, visible = draw_words(decoder, z, gaps, ids, candidates, gen)
+            yield Sweep(z, ids, accept, visible)
 
 # %% ../nbs/22_completion.ipynb #7aac21d2
 @dataclass(frozen=True)
@@ -320,7 +321,6 @@ def hidden_words_nll(
         if i < sweeps // 2:
             continue
         _, seen, said = weigh_words(model.decoder, sweep.z, known, none)
-        _, others = draw_words(model.decoder, sweep.z, many, n=candidates, gen=gen)
-        total = torch.logaddexp(others + math.log(candidates), seen) - math.log(candidates + 1)
+        total = torch.logaddexp(sweep.visible + math.log(candidates), seen) - math.log(candidates + 1)
         ratios.append((seen + said - total).view(chains, B))
     return -log_mean_exp(torch.cat(ratios)) / gaps.hidden.sum(1)
