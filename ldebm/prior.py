@@ -207,7 +207,8 @@ def consistent_terms(
     if cfg.energy_draws:
         negatives = gaussian_draws(level, cfg.energy_draws - 1, gen).detach()
     else:
-        negatives, accept = level.sample(gen=gen)
+        start = positive.detach() if cfg.start == 'data' else None
+        negatives, accept = level.sample(start=start, gen=gen)
     contrast, symbols = _contrast(prior, level, positive, negatives, z, weights, labels, label_weights)
     kl = prior.base_kl(q)
     out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp, cfg.free_over), kl_base=kl.sum(-1).detach())
@@ -252,17 +253,23 @@ def score_terms(
     q: DiagGaussian,  # Posterior, shapes `(B, d)`, without gradient
     gen: torch.Generator | None = None,  # Source of noise
     labels: Tensor | None = None,  # As in `terms`
+    z: Tensor | None = None,  # The draw that `q` belongs to, where later coordinates depend on earlier ones
 ) -> dict:  # `score`, and the symbols' terms, each `(B,)`
     "Denoising score matching at one random level a sample, each dimension in units of its noise (`consistent` only)"
     if self.published or self.cfg.reference != 'gaussian':
         raise ValueError("scores are matched against N(0, I): this needs objective 'consistent', reference 'gaussian'")
-    energy, z = self.energy, q.rsample(gen)
-    t = stratified_levels(len(z), self.T, gen, z.device)
-    a, s = (self.schedule.coefficient(name, t, z) for name in ('abar', 'sbar'))
-    sd = (a**2 * q.logvar.exp() + s**2).sqrt()
-    e = randn_like(z, gen)
+    energy, noise = self.energy, randn_like(q.mean, gen)
+    t = stratified_levels(len(q.mean), self.T, gen, q.mean.device)
+    a, s = (self.schedule.coefficient(name, t, q.mean) for name in ('abar', 'sbar'))
+    if z is None:
+        z, mean, variance, e = q.rsample(gen), q.mean, q.logvar.exp(), noise
+    else:
+        clean, own = (t == 0)[:, None], (z - q.mean) * (-0.5 * q.logvar).exp()
+        mean, variance = torch.where(clean, q.mean, z), torch.where(clean, q.logvar.exp(), 0.0)
+        e = torch.where(clean, own, noise)
+    sd = (a**2 * variance + s**2).sqrt()
     with torch.autocast(z.device.type, enabled=False), torch.enable_grad():
-        z_t = (a * q.mean + sd * e).requires_grad_()
+        z_t = (a * mean + sd * e).requires_grad_()
         weights = energy.weights()
         f_noisy, f_clean = logits_together(energy, [(z_t, t), (z, torch.zeros_like(t))], weights)
         F = energy.free(f_noisy) / self.cfg.temperature

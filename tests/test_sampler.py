@@ -376,6 +376,57 @@ def test_matched_scores_are_those_of_the_mixture():
         model(zero(4, 2), reference="flat").score_terms(q, gen(1))
 
 
+def test_matched_scores_of_a_draw_whose_coordinates_depend_on_each_other():
+    "Second coordinates around the first's draw: noise is added to the draw, not to the means that belong to it"
+    T, n = 3, 60_000
+    g = gen(0)
+    first, own = torch.randn(2, n, 1, generator=g, dtype=F64)
+    spread = 0.2  # of both posteriors
+    mean = torch.randn(n, 1, generator=g, dtype=F64) * math.sqrt(1 - spread**2)
+    top = mean + spread * first
+    q = DiagGaussian(torch.cat([mean, 0.8 * top], 1), torch.full((n, 2), 2 * math.log(spread), dtype=F64))
+    z = torch.cat([top, 0.8 * top + spread * own], 1)
+    schedule = consistent_schedule(T)
+    qe = QuadraticEnergy(torch.zeros(T, 2, 2, dtype=F64), torch.zeros(T, 2, dtype=F64))
+    prior = DiffusionEBM(schedule, qe)
+    optimizer = torch.optim.LBFGS([qe.A], lr=0.5, max_iter=40)
+
+    def error():
+        optimizer.zero_grad()
+        loss = prior.score_terms(q, gen(1), z=z)["score"].mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(error)
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 0.64 + spread**2]], dtype=F64)
+    for t in range(1, T):  # level 0 leaves out how the second posterior moves with the first draw
+        a, s = schedule.abar[t].to(F64), schedule.sbar[t].to(F64)
+        noisy = a**2 * covariance + s**2 * torch.eye(2, dtype=F64)
+        assert_close((qe.A[t] + qe.A[t].T) / 2, noisy.inverse() - torch.eye(2, dtype=F64), rtol=0, atol=0.03)
+
+
+def test_chains_that_start_at_the_data():
+    "Refused chains have no contrast; those of the right model have none on average; the rest of the terms is as before"
+    T, d, n = 3, 2, 4000
+    z = torch.randn(n, d, generator=gen(1), dtype=F64)
+    q = DiagGaussian(z, torch.zeros_like(z))
+    net = EnergyNet(d, 1, T, hidden=8, n_blocks=1, gen=gen(0)).double()
+    still = DiffusionEBM(consistent_schedule(T), net, PriorCfg(n_steps=0, start="data", encoder=False))
+    assert_close(still.terms(q, z, gen(2))["ebm"], torch.zeros(n, dtype=F64))
+    moving = DiffusionEBM(consistent_schedule(T), net, PriorCfg(n_steps=0, encoder=False))
+    assert moving.terms(q, z, gen(2))["ebm"].abs().mean() > 0.01
+    v = torch.tensor([0.25, 0.49], dtype=F64)
+    schedule = consistent_schedule(T)
+    noisy = schedule.abar[:T, None].to(F64) ** 2 * v + schedule.sbar[:T, None].to(F64) ** 2
+    right = QuadraticEnergy(torch.diag_embed(1 / noisy - 1), torch.zeros(T, d, dtype=F64))
+    for n_steps in (1, 4):
+        cfg = PriorCfg(n_steps=n_steps, rho=0.5, start="data", encoder=False, levels="all")
+        contrast = DiffusionEBM(schedule, right, cfg).terms(q, z * v.sqrt(), gen(3))["ebm"]
+        assert contrast.mean().abs() < 4 * contrast.std() / math.sqrt(n)
+    with pytest.raises(ValueError, match="start must be one of gaussian, data; got 'noise'"):
+        PriorCfg(start="noise")
+
+
 @pytest.mark.parametrize("reference", ["gaussian", "flat"])
 def test_no_energy_no_gradient_noise(reference):
     z = torch.randn(50, 2, generator=gen(0), dtype=F64).requires_grad_()
