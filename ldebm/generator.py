@@ -19,12 +19,15 @@ from ldebm.generator_parts import (
     Down,
     GeneratorCfg,
     Up,
+    blocks,
     draw,
     gaussian_nll,
     logistic_nll,
     logistic_parts,
+    make_cells,
     soft_bound,
 )
+from .layers import full
 from .posterior import DiagGaussian
 from .schedule import randn_like
 
@@ -49,10 +52,6 @@ class Generator(nn.Module):
     def forward(self, *args, **kwargs):
         raise NotImplementedError('train a GeneratorModel; call T, encode, decode or sample here')
 
-# %% ../nbs/30a_generator.ipynb #f148f278
-def _blocks(n, width, size):
-    return nn.Sequential(*[Block(width, size) for _ in range(n)])
-
 # %% ../nbs/30a_generator.ipynb #211173bb
 @patch
 def _add_tower(self: Generator):
@@ -64,7 +63,7 @@ def _add_tower(self: Generator):
     self.up = nn.ModuleList()  # To the size of the next layer
     for i, (size, width) in enumerate(zip(c.sizes, c.widths)):
         self.combine.append(Conv(c.channels[i], width, 1))
-        self.below.append(_blocks(c.blocks[i], width, size))
+        self.below.append(blocks(c.blocks[i], width, size))
         if i > 0:
             self.prior.append(Conv(width, 2 * c.channels[i], 1))
         if i < self.L - 1:
@@ -74,9 +73,10 @@ def _add_tower(self: Generator):
 # %% ../nbs/30a_generator.ipynb #5d369bb2
 @patch
 def _add_pixels(self: Generator):
-    "Between the bottom layer and the picture: the head, and the stem of the encoder"
+    "Between the bottom layer and the picture: cells and the head; and the stem of the encoder with its cells"
     C, side, _ = self.cfg.shape
-    width, low = self.cfg.widths[-1], self.cfg.sizes[-1]
+    self.cells, self.enc_cells = make_cells(self.cfg)
+    low, width = self.cfg.pixel_features
     per_pixel = C if self.cfg.likelihood == 'gaussian' else 3 * self.cfg.mixtures * C
     self.factor = side // low
     kernel = 1 if low == 1 else 3
@@ -98,7 +98,7 @@ def _add_encoder(self: Generator):
         self.post.append(Conv(2 * width, 2 * c.channels[i], 1))
         if i < self.L - 1:
             from_size = c.sizes[i + 1]
-            self.enc.append(_blocks(c.enc_blocks, width, size))
+            self.enc.append(blocks(c.enc_blocks, width, size))
             self.down.append(nn.Identity() if size == from_size else Down(c.widths[i + 1], from_size, width, size))
 
 # %% ../nbs/30a_generator.ipynb #e7346078
@@ -108,9 +108,10 @@ def _draw(self: Generator, gen):
     "Initial weights"
     draw(self, gen)
     self.start.normal_(0, 1, generator=gen)
+    n_blocks = sum(self.cfg.blocks) + sum(n for _, _, n in self.cfg.cells)
     for module in self.modules():
         if isinstance(module, Block):
-            module.b.weight.mul_(1 / math.sqrt(max(1, sum(self.cfg.blocks))))
+            module.b.weight.mul_(1 / math.sqrt(max(1, n_blocks)))
     for layer in self.prior:
         layer.weight.mul_(0.1)
     for layer, channels in zip(self.post, self.cfg.channels):
@@ -123,19 +124,20 @@ def walk(
     self: Generator,
     B: int,  # Pictures
     pick,  # `pick(i, h, mu, log_sigma) -> z_i`, with `mu = log_sigma = None` at the top
-) -> Tensor:  # Features above the pixels, shape `(B, w, s, s)`
+    features: bool = False,  # Go on below the bottom layer, where no latent is drawn any more
+) -> Tensor | None:  # Features above the pixels, shape `(B, w, s, s)`, where they are asked for
     "Top to bottom"
     h = self.start.expand(B, -1, -1, -1)
     for i in range(self.L):
         mu = log_sigma = None
         if i > 0:
-            mu, log_sigma = self.prior[i - 1](nnf.silu(h)).chunk(2, 1)
+            mu, log_sigma = full(self.prior[i - 1](nnf.silu(h))).chunk(2, 1)
             mu = soft_bound(mu, self.cfg.bound)
             log_sigma = soft_bound(log_sigma, self.cfg.bound_scale)
-        h = self.below[i](h + self.combine[i](pick(i, h, mu, log_sigma)))
+        h = h + self.combine[i](pick(i, h, mu, log_sigma))
         if i < self.L - 1:
-            h = self.up[i](h)
-    return h
+            h = self.up[i](self.below[i](h))
+    return self.below[-1](h) if features else None
 
 # %% ../nbs/30a_generator.ipynb #bd7942d9
 @patch
@@ -191,7 +193,7 @@ def T(
         hs.append(h)
         return zs[-1]
 
-    h = self.walk(len(u), pick)
+    h = self.walk(len(u), pick, features)
     more = ((h,) if features else ()) + ((hs,) if contexts else ())
     return (zs, *more) if more else zs
 
@@ -234,7 +236,7 @@ def log_det(
 @patch
 def _encoder_features(self: Generator, x: Tensor) -> list:  # `(B, w_i, s_i, s_i)` for each layer, top first
     "What the encoder sees of a picture at each layer"
-    f = self.stem(2 * x - 1)
+    f = self.enc_cells(self.stem(2 * x - 1))
     features = [f]
     for i in reversed(range(self.L - 1)):
         same_size = self.cfg.sizes[i] == self.cfg.sizes[i + 1]
@@ -246,7 +248,7 @@ def _encoder_features(self: Generator, x: Tensor) -> list:  # `(B, w_i, s_i, s_i
 @patch
 def _posterior(self: Generator, i, f, h):
     "Mean and log scale of `u_i` from the encoder's and the tower's features"
-    mean, log_scale = self.post[i](nnf.silu(torch.cat([f, h], 1))).chunk(2, 1)
+    mean, log_scale = full(self.post[i](nnf.silu(torch.cat([f, h], 1)))).chunk(2, 1)
     return soft_bound(mean, self.cfg.bound), soft_bound(log_scale, self.cfg.bound)
 
 # %% ../nbs/30a_generator.ipynb #bc1c0992
@@ -272,7 +274,7 @@ def encode(
         logvars.append(2 * log_scale)
         return us[-1] if mu is None else mu + log_sigma.exp() * us[-1]
 
-    h = self.walk(len(x), pick)
+    h = self.walk(len(x), pick, features)
     q = DiagGaussian(self.join_layers(means), self.join_layers(logvars))
     u = self.join_layers(us)
     return (q, u, h) if features else (q, u)
@@ -284,7 +286,7 @@ def pixels(
     h: Tensor,  # Features, shape `(B, w, s, s)`
 ) -> Tensor:  # Parameters of the pixel likelihood, shape `(B, channels, H, W)`
     "From features to the pixel likelihood"
-    out = self.head(nnf.silu(h))
+    out = full(self.head(nnf.silu(self.cells(h))))
     return nnf.pixel_shuffle(out, self.factor) if self.factor > 1 else out
 
 # %% ../nbs/30a_generator.ipynb #e41faa56

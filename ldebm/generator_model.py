@@ -74,12 +74,14 @@ def forward(
 @torch.no_grad()
 def multiply_adds(
     generator: Generator,
-) -> dict:  # `tower` (T alone) and `pixels` (the head), multiply-adds for one picture
+) -> dict:  # `tower` (T alone) and `pixels` (what lies below the bottom layer), multiply-adds for one picture
     "Count the arithmetic of a forward pass by running one"
     count = {'tower': 0, 'pixels': 0}
 
+    below = {generator.head, *generator.cells.modules(), *generator.below[-1].modules()}
+
     def add(layer, args, out):
-        part = 'pixels' if layer is generator.head else 'tower'
+        part = 'pixels' if layer in below else 'tower'
         count[part] += layer.weight[0].numel() * out[0].numel()
 
     hooks = [m.register_forward_hook(add) for m in generator.modules() if isinstance(m, nn.Conv2d)]

@@ -38,6 +38,15 @@ LADDERS = {
         likelihood="logistic",
         mixtures=2,
     ),
+    "cells": dict(
+        shape=(3, 16, 16),
+        sizes=(1, 2, 4),
+        channels=(4, 2, 2),
+        widths=(12, 10, 8),
+        blocks=(1, 0, 1),
+        cells=((8, 6, 1), (16, 4, 0)),
+        likelihood="logistic",
+    ),
     30: dict(
         shape=(1, 8, 8),
         sizes=(1,) * 10 + (4,) * 10 + (8,) * 10,
@@ -103,7 +112,7 @@ def scales(g, u):
     return seen
 
 
-@pytest.mark.parametrize("name", [2, "maps", 5])
+@pytest.mark.parametrize("name", [2, "maps", 5, "cells"])
 def test_log_det_and_triangular_jacobian(name):
     "Against autograd: the determinant; and `u_i` moves `z_i` by its own scale alone, nothing above, and what is below"
     g = ladder(name, 10.0, F64)
@@ -321,7 +330,7 @@ def test_wrong_shapes():
         (dict(sizes=(4, 6)), r"as large as the one above or a multiple of it, got sizes \(4, 6\)"),
         (dict(sizes=(4, 1)), "a multiple of it"),
         (dict(shape=(1, 8, 16)), "pictures must be square, got 8 x 16: crop them when loading"),
-        (dict(sizes=(1, 3)), "bottom layer of side 3 does not divide pictures of side 8"),
+        (dict(sizes=(1, 3)), "features of side 3 do not divide pictures of side 8"),
         (dict(widths=(16, 8)), r"layers of equal size share their features: widths 16 and 8 at side 1 must be equal"),
         (dict(likelihood="poisson"), "likelihood must be 'gaussian' or 'logistic', got 'poisson'"),
         (dict(sigma=0.0), "sigma must be positive"),
@@ -353,11 +362,55 @@ def test_up_and_down(a, b):
 
 def test_multiply_adds_by_hand():
     g = Generator(GeneratorCfg(shape=(1, 8, 8), sizes=(1, 4), channels=(4, 2), widths=(16, 8), blocks=(1, 1)), gen(0))
-    tower = (
-        4 * 16 + 2 * 16 * 16 + 16 * 8 * 16 + 8 * 4 * 16 + 2 * 8 * 16 + 2 * 8 * 8 * 9 * 16
-    )  # combine, block, up, prior head, combine, block
-    assert multiply_adds(g) == dict(tower=tower, pixels=8 * 9 * 4 * 16)
+    tower = 4 * 16 + 2 * 16 * 16 + 16 * 8 * 16 + 8 * 4 * 16 + 2 * 8 * 16  # combine, block, up, prior head, combine
+    block, head = 2 * 8 * 8 * 9 * 16, 8 * 9 * 4 * 16
+    assert multiply_adds(g) == dict(tower=tower, pixels=block + head)
     assert not any(m._forward_hooks for m in g.modules())
+
+
+def test_cells_hold_no_latents_and_cost_the_map_nothing():
+    with_cells, without = ladder("cells"), ladder("cells", cells=())
+    assert with_cells.d == without.d
+    tower, pixels = (multiply_adds(with_cells)[part] for part in ("tower", "pixels"))
+    assert tower == multiply_adds(without)["tower"]
+    up, block, narrow = 8 * 6 * 64, 2 * 6 * 6 * 9 * 64, 6 * 4 * 256  # 1x1 convolutions before the doubling
+    above = 2 * 8 * 8 * 9 * 16  # the block under the bottom layer
+    assert pixels == above + up // 4 + block + narrow // 4 + 4 * 9 * 9 * 256
+    weights = with_cells.state_dict()
+    without.load_state_dict(
+        {k: v if "stem" in k or "head" in k else weights[k] for k, v in without.state_dict().items()}
+    )
+    u = normal(3, with_cells.d, 1, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(with_cells.T(u), without.T(u)))
+    x = pictures(with_cells, 3)
+    q, draw = with_cells.encode(x, gen(0))
+    assert q.mean.shape == draw.shape == (3, with_cells.d) and with_cells.decode(draw).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "cells,says",
+    [
+        (((4, 6, 1),), r"sides of cells must be multiples of the side above them, got \[4, 4\]"),
+        (((8, 6, 1), (12, 6, 1)), "sides of cells must be multiples"),
+        (((8, 0, 1),), "cells need a positive width"),
+        (((8, 6, -1),), "no negative number of blocks"),
+        (((32, 6, 1),), "features of side 32 do not divide pictures of side 16"),
+    ],
+)
+def test_impossible_cells(cells, says):
+    with pytest.raises(ValueError, match=says):
+        GeneratorCfg(**{**LADDERS["cells"], "cells": cells})
+
+
+def test_in_half_precision_what_is_random_stays_in_full():
+    g, x = ladder("cells"), pictures(ladder("cells"), 4)
+    q, u = g.encode(x, gen(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, draw = g.encode(x, gen(0))
+        nll = g.nll(x, u)
+    assert half.mean.dtype == half.logvar.dtype == draw.dtype == nll.dtype == torch.float32
+    assert 0 < (half.mean - q.mean).abs().max() < 0.1
+    assert_close(nll, g.nll(x, u), rtol=0.01, atol=0)
 
 
 def test_weights_come_from_the_generator_given():
