@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import ldebm.data
 from ldebm import classifier as cl
 from ldebm.core import make_gen
+from ldebm.image_job import ImageJob, open_job
+from ldebm.image_sets import load_images
 from ldebm.images import ImageBatch, Images
 from ldebm.records import Run
 from ldebm.train import TrainCfg, fit
@@ -112,3 +115,35 @@ def test_augment():
     assert (hit.sum(0) == 1).all() and (hit.sum(1) > 0).sum() >= 7
     noisy = cl.augment(torch.zeros(200, 1, 8, 8), make_gen(1), noise=0.3)
     assert noisy.std() == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_frozen_classifier_is_the_one_that_came_with_the_repository(tmp_path, monkeypatch):
+    net = cl.frozen_classifier("cifar10")
+    assert net.heads == {"class": 10} and net.shape == (3, 32, 32) and not net.training
+    with pytest.raises(ValueError, match="no frozen classifier 'cifar100'; there is cifar10"):
+        cl.frozen_classifier("cifar100")
+    monkeypatch.setenv("LDEBM_DATA", str(tmp_path))
+    (tmp_path / "classifiers").mkdir()
+    cl.save_classifier(
+        tmp_path / "classifiers/cifar10.safetensors", cl.Classifier((3, 32, 32), {"class": 10}, "conv", 4)
+    )
+    with pytest.raises(ValueError, match="wrong checksum"):
+        cl.frozen_classifier("cifar10")
+    monkeypatch.setattr(ldebm.data, "data_root", lambda: [tmp_path / "none"])
+    with pytest.raises(FileNotFoundError, match="clf_preset=medium clf_steps=12000"):
+        cl.frozen_classifier("cifar10")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "shapes"])
+def test_a_frozen_classifier_refuses_other_pictures(dataset, tmp_path):
+    job = ImageJob(dataset, out=str(tmp_path / "run"), settings="clf_preset=cifar10")
+    with pytest.raises(ValueError, match="clf_preset=cifar10 measures pictures of .* these are of"):
+        open_job(job)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_a_frozen_classifier_reads_the_test_pictures(ldebm_data):
+    test = load_images("cifar10")["test"]
+    assert value(cl.accuracy(cl.frozen_classifier("cifar10"), test)["class"]) >= 0.85
