@@ -164,19 +164,26 @@ def plot_reconstructions(place: ImagePlace, ref: Reference, n: int = 12):
 def plot_samples(
     place: ImagePlace,
     done: dict,  # From `run_systems`
-    n: int = 12,  # Pictures of each
+    n: int = 36,  # Pictures of each
 ):
-    "Data, and samples of every system"
-    data = place.images['train'].subset(slice(0, n)).x()
-    return plot_rows([data, *(measured.pictures(n) for measured in done.values())], ['data', *done], n)
+    "Data, and samples of every system, side by side"
+    import matplotlib.pyplot as plt
+
+    panels = {'data': place.images['train'].subset(slice(0, n)).x()}
+    panels |= {system: measured.pictures(n) for system, measured in done.items()}
+    size = (2.6 * len(panels), 2.8)
+    _, axes = plt.subplots(1, len(panels), figsize=size, layout='constrained', squeeze=False)
+    for ax, (title, x) in zip(axes[0], panels.items()):
+        plot_grid(x, ax=ax, title=title)
+    return axes[0]
 
 # %% ../nbs/62d_image_figures.ipynb #a96d98fe
 def plot_levels_of(place: ImagePlace, prior: DiffusionEBM, ref: Reference, n: int = 12):
-    "The same samples at every diffusion level, decoded, from noise at the top to pictures at the bottom"
+    "The same samples at up to seven diffusion levels, decoded, from noise at the top to pictures at the bottom"
     device = ref.generator.start.device
     path = prior.sample(n, gen=make_gen(place.job.seed, 'levels', device=device), path=True)
-    rows = [decode_all(ref.generator, u) for u in path.flip(0)]
-    return plot_rows(rows, [f'level {t}' for t in range(prior.T, -1, -1)], n)
+    levels = [round(prior.T * (1 - i / most)) for most in [min(prior.T, 6)] for i in range(most + 1)]
+    return plot_rows([decode_all(ref.generator, path[t]) for t in levels], [f'level {t}' for t in levels], n)
 
 # %% ../nbs/62d_image_figures.ipynb #21731a05
 def plot_hierarchy(place: ImagePlace, prior: DiffusionEBM, ref: Reference, n: int = 12):

@@ -38,6 +38,7 @@ from ldebm.job import save_figure
 from ldebm.prior import DiffusionEBM
 from ldebm.records import RENAMED, check_result, metric
 from ldebm.settings import notebook_params
+from ldebm.top_down import TopDownEnergy
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
@@ -184,6 +185,47 @@ def test_priors_resume_bit_for_bit(system, whole, tmp_path, monkeypatch):
     assert log_of(log) == log_of(log0) and end.step == end0.step == 50
     a, b = (measure.sample_prior(p, o, 6)[0] for o in (prior, prior0))
     assert torch.equal(a, b) and a.isfinite().all()
+
+
+NETS = (
+    "layers='1x3x12x1 4x1x8x0' cells='8x6x1' energy_net=top-down start=data energy_match=.86 score_net=maps "
+    "mixed_precision=bf16"
+)
+
+
+@pytest.mark.parametrize("system", ["ldebm", "ldebm-coupled", "ddpm"])
+def test_networks_on_maps_resume_and_come_back(system, tmp_path, monkeypatch):
+    "Also where scores give way to the likelihood, after 43 steps, beyond the checkpoint"
+    p, q = (ij.open_job(job(tmp_path / name, NETS)) for name in ("run", "other"))
+    g = stages.train_generator(p)[0]
+    prior, _, log = interrupted(monkeypatch, lambda: stages.train_prior(p, system, g))
+    prior0, _, log0 = stages.train_prior(q, system, g)
+    assert_same(weights(prior), weights(prior0))
+    assert log_of(log) == log_of(log0)
+    g2, prior2 = stages.load_prior(stages.save_prior(p, system, g, prior))
+    assert g2.cfg == g.cfg and type(prior2) is type(prior)
+    a, b = (measure.sample_prior(p, o, 6)[0] for o in (prior, prior2))
+    assert torch.equal(a, b) and a.isfinite().all()
+    if system != "ddpm":
+        assert type(prior2.energy) is TopDownEnergy and prior2.energy.nets.half and prior2.cfg.start == "data"
+
+
+def test_scores_come_first(tmp_path, monkeypatch):
+    p = ij.open_job(job(tmp_path / "run", NETS))
+    g = stages.train_generator(p)[0]
+    seen, real = [], stages.PriorModel.forward
+
+    def forward(self, batch, gen=None, match=False):
+        seen.append((self.training, match))
+        return real(self, batch, gen, match)
+
+    monkeypatch.setattr(stages.PriorModel, "forward", forward)
+    stages.train_prior(p, "ldebm", g)
+    trained = [match for training, match in seen if training]
+    assert trained == [True] * 43 + [False] * 7
+    assert not any(match for training, match in seen if not training)
+    with pytest.raises(ValueError, match="energy_match wants objective 'consistent', not 'robust'"):
+        ij.resolve(ImageJob(objective="robust", systems="ldebm", settings="energy_match=.5"))
 
 
 @pytest.mark.slow
@@ -1166,12 +1208,15 @@ def test_small_preset_is_small():
     cfg = GeneratorCfg(
         shape=(3, 32, 32),
         **ij.parse_layers(s.layers),
+        cells=ij.parse_cells(s.cells),
         enc_blocks=s.enc_blocks,
         likelihood=s.likelihood,
         levels=256,
         mixtures=s.mixtures,
     )
-    assert len(set(cfg.sizes)) == 3 and s.limit == 5000 and (s.T, s.langevin_steps) == (3, 10)
-    assert sum(multiply_adds(Generator(cfg)).values()) <= 10_000_000
+    cost = multiply_adds(Generator(cfg))
+    assert len(set(cfg.sizes)) == 4 and s.limit == 0
+    assert cost["tower"] <= 10_000_000 and sum(cost.values()) <= 30_000_000
+    assert s.T * (s.langevin_steps + 1) <= 110  # a sample's evaluations, about those of its DDPM
     paper = ij.parse_layers(ij.resolve(ij.ImageJob(dataset="cifar10", preset="paper")).layers)
     assert len(paper["sizes"]) >= 9
