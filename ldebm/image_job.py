@@ -375,7 +375,7 @@ def prior_cfg(
             n_steps=settings.T * settings.langevin_steps if single else settings.langevin_steps,
             rho=settings.joint_rho if single else settings.rho,
             mala=settings.mala,
-            start=settings.start,
+            chain_start=settings.start,
             drift=settings.drift or math.inf,
             encoder=False,
         )
@@ -523,8 +523,8 @@ def resolve(
 # %% ../nbs/62_image_job.ipynb #d7e1a359
 def check_side(settings: ImageSettings, images: Images, dataset: str) -> None:
     "`ValueError` with sides and layers that work, unless the layers divide the pictures"
-    side = images.shape[-1]
-    last = parse_layers(settings.layers)['sizes'][-1]
+    side, cells = images.shape[-1], parse_cells(settings.cells)
+    last = cells[-1][0] if cells else parse_layers(settings.layers)['sizes'][-1]
     if last == 1 or side % last == 0:
         return
     remedies = []
@@ -532,8 +532,11 @@ def check_side(settings: ImageSettings, images: Images, dataset: str) -> None:
         size = math.ceil(side / last) * last
         remedies.append(f'settings="size={size}" resamples them to a side that it divides')
     fits = math.gcd(side, 2 ** side.bit_length())
-    remedies.append(f'give layers whose last side is {fits}' + (' or less' if fits > 1 else ''))
-    problem = f'{images.name}: the bottom layer of side {last} does not divide pictures of side {side}'
+    what, where = ('cells', 'last stage') if cells else ('layers', 'bottom layer')
+    remedies.append(f'give {what} whose last side is {fits}' + (' or less' if fits > 1 else ''))
+    if cells:
+        remedies.append('settings="cells=" does without them')
+    problem = f'{images.name}: the {where} of side {last} does not divide pictures of side {side}'
     raise ValueError(f'{problem}: {"; or ".join(remedies)}')
 
 # %% ../nbs/62_image_job.ipynb #959abd43

@@ -40,7 +40,7 @@ class PriorCfg:
     encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
     encoder_draws: int = 0  # `consistent`: points in the encoder's bound on log Z; 0: the contrast with chains
     energy_draws: int = 0  # `consistent`: points in the bound that the energies learn by; 0: the contrast with chains
-    start: str = 'gaussian'  # `consistent`: where training chains start, the level's `gaussian` or the `data`
+    chain_start: str = 'gaussian'  # `consistent`: where training chains start, the level's `gaussian` or the `data`
     levels: str = 'one'  # `consistent`: `one` stratified random level a sample, times T, or `all`
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ class PriorCfg:
 CHOICES = dict(
     objective=('consistent', 'published'),
     reference=('gaussian', 'flat'),
-    start=('gaussian', 'data'),
+    chain_start=('gaussian', 'data'),
     levels=('one', 'all'),
     free_over=('dimension', 'latent'),
     weighting=('drl', 'likelihood'),

@@ -207,7 +207,7 @@ def consistent_terms(
     if cfg.energy_draws:
         negatives = gaussian_draws(level, cfg.energy_draws - 1, gen).detach()
     else:
-        start = positive.detach() if cfg.start == 'data' else None
+        start = positive.detach() if cfg.chain_start == 'data' else None
         negatives, accept = level.sample(start=start, gen=gen)
     contrast, symbols = _contrast(prior, level, positive, negatives, z, weights, labels, label_weights)
     kl = prior.base_kl(q)

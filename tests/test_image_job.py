@@ -207,7 +207,7 @@ def test_networks_on_maps_resume_and_come_back(system, tmp_path, monkeypatch):
     a, b = (measure.sample_prior(p, o, 6)[0] for o in (prior, prior2))
     assert torch.equal(a, b) and a.isfinite().all()
     if system != "ddpm":
-        assert type(prior2.energy) is TopDownEnergy and prior2.energy.nets.half and prior2.cfg.start == "data"
+        assert type(prior2.energy) is TopDownEnergy and prior2.energy.nets.half and prior2.cfg.chain_start == "data"
 
 
 def test_scores_come_first(tmp_path, monkeypatch):
@@ -446,7 +446,10 @@ BAD = [
     (dict(settings="gen_lr=-1."), "setting gen_lr=-1.0 .* must be above 0"),
     (dict(settings="clip=-1."), "setting clip=-1.0 .*0 for any.* must be at least 0"),
     (dict(settings="score_levels=1"), "setting score_levels=1 .* must be at least 2"),
-    (dict(settings="clf_preset=huge"), "setting clf_preset='huge' .* must be one of 'digits', 'small', 'paper'"),
+    (
+        dict(settings="clf_preset=huge"),
+        "setting clf_preset='huge' .* must be one of 'digits', 'small', 'medium', 'cifar10', 'paper'",
+    ),
     (dict(settings="likelihood=poisson"), "setting likelihood='poisson' .* must be one of"),
     (dict(settings="sigma=0."), "setting sigma=0.0 .* must be above 0"),
     (dict(settings="langevin_steps=0"), "setting langevin_steps=0 .* must be at least 1"),
@@ -488,7 +491,7 @@ def test_parameters_cells_have_the_names_of_the_dataclass(name):
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_every_preset_resolves(objective):
     for dataset, preset in ij.PRESETS:
-        s = ij.resolve(ImageJob(dataset="cifar10" if dataset == "*" else dataset, preset=preset, objective=objective))
+        s = ij.resolve(ImageJob(dataset="celeba" if dataset == "*" else dataset, preset=preset, objective=objective))
         assert s == replace(
             ImageSettings(), **ij.PRESETS[dataset, preset] | ij.OBJECTIVES[objective] | dict(objective=objective)
         )
@@ -531,7 +534,7 @@ def pictures(path, n=120, classes=True, bad=None):
 
 SMALL = (
     TINY.replace("limit=300", "limit=0").replace("n_samples=60", "n_samples=100")
-    + " likelihood=gaussian gen_batch=16 batch=16"
+    + " likelihood=gaussian gen_batch=16 batch=16 cells='' layer_free_nats=''"
 )
 
 

@@ -411,7 +411,7 @@ def test_chains_that_start_at_the_data():
     z = torch.randn(n, d, generator=gen(1), dtype=F64)
     q = DiagGaussian(z, torch.zeros_like(z))
     net = EnergyNet(d, 1, T, hidden=8, n_blocks=1, gen=gen(0)).double()
-    still = DiffusionEBM(consistent_schedule(T), net, PriorCfg(n_steps=0, start="data", encoder=False))
+    still = DiffusionEBM(consistent_schedule(T), net, PriorCfg(n_steps=0, chain_start="data", encoder=False))
     assert_close(still.terms(q, z, gen(2))["ebm"], torch.zeros(n, dtype=F64))
     moving = DiffusionEBM(consistent_schedule(T), net, PriorCfg(n_steps=0, encoder=False))
     assert moving.terms(q, z, gen(2))["ebm"].abs().mean() > 0.01
@@ -420,11 +420,11 @@ def test_chains_that_start_at_the_data():
     noisy = schedule.abar[:T, None].to(F64) ** 2 * v + schedule.sbar[:T, None].to(F64) ** 2
     right = QuadraticEnergy(torch.diag_embed(1 / noisy - 1), torch.zeros(T, d, dtype=F64))
     for n_steps in (1, 4):
-        cfg = PriorCfg(n_steps=n_steps, rho=0.5, start="data", encoder=False, levels="all")
+        cfg = PriorCfg(n_steps=n_steps, rho=0.5, chain_start="data", encoder=False, levels="all")
         contrast = DiffusionEBM(schedule, right, cfg).terms(q, z * v.sqrt(), gen(3))["ebm"]
         assert contrast.mean().abs() < 4 * contrast.std() / math.sqrt(n)
-    with pytest.raises(ValueError, match="start must be one of gaussian, data; got 'noise'"):
-        PriorCfg(start="noise")
+    with pytest.raises(ValueError, match="chain_start must be one of gaussian, data; got 'noise'"):
+        PriorCfg(chain_start="noise")
 
 
 @pytest.mark.parametrize("reference", ["gaussian", "flat"])
