@@ -148,8 +148,7 @@ def split_layers(
     "Cut a flat latent into its layers"
     if u.ndim != 2 or u.shape[1] != self.d:
         raise ValueError(f'expected latents of shape (B, {self.d}), got {tuple(u.shape)}')
-    c = self.cfg
-    return [part.view(len(u), n, s, s) for part, n, s in zip(u.split(c.dims, 1), c.channels, c.sizes)]
+    return self.cfg.split(u)
 
 # %% ../nbs/30a_generator.ipynb #68a33299
 @patch

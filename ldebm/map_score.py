@@ -11,8 +11,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .generator_parts import Conv, GeneratorCfg, draw
-from .top_down import LevelBlock, LevelEmbedding, feature_widths, to_side
+from .generator_parts import Conv, GeneratorCfg, draw, to_side
+from .top_down import LevelBlock, LevelEmbedding, feature_widths
 
 # %% ../nbs/31e_map_score.ipynb #ed499720
 class MapScoreNet(nn.Module):
@@ -90,8 +90,7 @@ def forward(
     y: Tensor | None = None,  # Classes; there are none
 ) -> Tensor:  # Shape `(B, d)`
     "What the network makes of noisy latents"
-    us = [p.view(len(u), c, s, s) for p, c, s in zip(u.split(self.cfg.dims, 1), self.cfg.channels, self.cfg.sizes)]
-    e, h, outs = self.level(t), None, {}
+    us, e, h, outs = self.cfg.split(u), self.level(t), None, {}
     features = self._rise(us, e)
     for stage, side, seen in zip(reversed(self.stages), reversed(self.sides), reversed(features)):
         h = seen if h is None else seen + to_side(stage.down(h), side)

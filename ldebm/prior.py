@@ -258,15 +258,15 @@ def score_terms(
     "Denoising score matching at one random level a sample, each dimension in units of its noise (`consistent` only)"
     if self.published or self.cfg.reference != 'gaussian':
         raise ValueError("scores are matched against N(0, I): this needs objective 'consistent', reference 'gaussian'")
-    energy, noise = self.energy, randn_like(q.mean, gen)
-    t = stratified_levels(len(q.mean), self.T, gen, q.mean.device)
-    a, s = (self.schedule.coefficient(name, t, q.mean) for name in ('abar', 'sbar'))
-    if z is None:
-        z, mean, variance, e = q.rsample(gen), q.mean, q.logvar.exp(), noise
-    else:
-        clean, own = (t == 0)[:, None], (z - q.mean) * (-0.5 * q.logvar).exp()
-        mean, variance = torch.where(clean, q.mean, z), torch.where(clean, q.logvar.exp(), 0.0)
-        e = torch.where(clean, own, noise)
+    energy, mean, variance, given = self.energy, q.mean, q.logvar.exp(), z
+    z = q.rsample(gen) if given is None else given
+    t = stratified_levels(len(z), self.T, gen, z.device)
+    a, s = (self.schedule.coefficient(name, t, z) for name in ('abar', 'sbar'))
+    e = randn_like(z, gen)
+    if given is not None:
+        clean = (t == 0)[:, None]  # its own noise is all there is
+        e = torch.where(clean, (z - mean) / variance.sqrt(), e)
+        mean, variance = torch.where(clean, mean, z), torch.where(clean, variance, 0.0)
     sd = (a**2 * variance + s**2).sqrt()
     with torch.autocast(z.device.type, enabled=False), torch.enable_grad():
         z_t = (a * mean + sd * e).requires_grad_()
