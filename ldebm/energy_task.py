@@ -76,7 +76,9 @@ class EnergyTask:
         self.data = {split: task.encode(split) for split in ('train', 'valid')}
         self.model = EnergyModel(task.model.prior, self.settings.energy_draws)
         self.labels = None
-        if self.settings.n_symbols > 1 and self.settings.w_cls > 0:
+        if task.symbols is not None:
+            self.labels = task.symbols.of(task.corpus['train'].labels)
+        elif self.settings.n_symbols > 1 and self.settings.w_cls > 0:
             means = self.data['train'].mean
             self.labels = logits_of(task, means).argmax(-1)
             if self.settings.cluster_by == 'lifts':  # Those of the finished latents, under the numbers of before

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['corpus_name', 'record_name', 'job_name', 'job_folder', 'record_settings', 'keep_corpus', 'open_job', 'save_model',
-           'load_model', 'finish', 'not_valid', 'scores']
+           'load_model', 'load_symbols', 'finish', 'not_valid', 'scores']
 
 # %% ../nbs/61_text_job.ipynb #4768ad78
 import hashlib
@@ -18,6 +18,7 @@ import torch
 from .core import atomic_write, load_tensors, pick_device, save_tensors
 from .corpora import COPIED_MB, CORPORA, Corpus, keep_source, load_corpus
 from .job import Work, check_names, describe, job_device, record, use_machine
+from .label_symbols import LabelSymbols
 from .peers import count_processes
 from .records import OPERATIONAL, SCORING, RecordName, Run, own_name, renamed
 from .settings import check_params
@@ -34,7 +35,7 @@ from ldebm.text_settings import (
     scoring,
     unused,
 )
-from .text_task import TextTask, build_model
+from .text_task import TextTask, build_model, with_named_symbols
 from .text_vae import TextModel
 
 # %% ../nbs/61_text_job.ipynb #01a1642b
@@ -142,6 +143,7 @@ def open_job(
     device = job_device(job, settings.mixed_precision)
     count_processes(job.processes, device)
     corpus = _read_corpus(job, settings)
+    settings = with_named_symbols(settings, corpus)
     identity = record_settings(job, settings, corpus)
     check_names(job, [(record_name(job), identity)])
     use_machine(job)
@@ -165,6 +167,8 @@ def save_model(
         atomic_write(run.file('own.py'), own_file(module)[1])
     corpus = task.corpus
     about = dict(kind='text', corpus=corpus.name, settings=asdict(task.settings), vocab=corpus.vocab.itos)
+    if task.symbols is not None:
+        about |= dict(attributes=task.symbols.names, symbols=task.symbols.values.tolist())
     atomic_write(run.file('config.json'), json.dumps(about, indent=1))
     save_tensors(run.file('model.safetensors'), task.model.state_dict(), dict(kind='text'))
 
@@ -191,6 +195,17 @@ def load_model(
     model = build_model(_read_settings(about['settings']), vocab, 0)
     model.load_state_dict(load_tensors(folder / 'model.safetensors')[0])
     return model.to(device).eval(), vocab
+
+# %% ../nbs/61_text_job.ipynb #3ad3b5dd
+def load_symbols(
+    folder: str | Path,  # Run folder with `config.json`
+) -> LabelSymbols | None:
+    "What the symbols of a trained model stand for; `None` where no labels taught them"
+    about = json.loads((Path(folder) / 'config.json').read_text())
+    if 'symbols' not in about:
+        return None
+    names = {attribute: tuple(values) for attribute, values in about['attributes'].items()}
+    return LabelSymbols(names, torch.tensor(about['symbols']))
 
 # %% ../nbs/61_text_job.ipynb #5926abdc
 def _save_sentences(run: Run, artefacts: dict):

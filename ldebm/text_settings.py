@@ -99,7 +99,7 @@ class _Latent:
     d: int = setting(40, 'Latent dimension', group='latent', low=0, systems=('gaussian',))
     codes: int = _coded(20, 'Categorical variables', low=1)
     classes: int = _coded(5, 'Classes of each', low=1)
-    n_symbols: int = _latent(20, 'Symbols K', low=1)
+    n_symbols: int = setting(20, 'Symbols K', group='latent', low=1, systems=('unnamed',))
     free_nats: float = _latent(0.1, 'Free nats a dimension; `published`: threshold', low=0, systems=('free nats',))
     clamp: bool = _latent_later(
         True, '`free_nats` clamps the batch mean, else it masks dimensions', systems=('consistent',)
@@ -165,8 +165,21 @@ class _Learning:
         systems=('taught',),
     )
     w_mi: float = _ebm(0.05, 'Weight of the information bottleneck')
-    w_cls: float = _symbols(0.05, 'Weight of geometric clustering; 0 switches it off')
-    cls_start: float = _symbols(0.0, 'Share of training before clustering begins', low=0, high=1)
+    attributes: str = _later(
+        '',
+        'Labels that teach the symbols, one for each combination, as `act,emotion` or `all`; empty: clusters do',
+        group='energies and symbols',
+        systems=('clustered',),
+    )
+    w_cls: float = _symbols(0.05, 'Weight of clusters, or labels, in teaching the symbols; 0 switches it off')
+    cls_start: float = setting(
+        0.0,
+        'Share of training before clustering begins',
+        group='energies and symbols',
+        low=0,
+        high=1,
+        systems=('unlabelled',),
+    )
     w_sym: float = _symbols(0.05, 'Weight that teaches every level the symbols', systems=('taught',))
     cluster_by: str = _later(
         'whitened',
@@ -289,8 +302,10 @@ def system_kinds(
         'consistent': ebm and not published,
         'clustered': ebm and not settings.terms,
         'taught': ebm and not settings.terms and not published,
-        'grouped': ebm and not settings.terms and not published and settings.w_cls > 0,
-        'whitened': ebm and not settings.terms and settings.cluster_by == 'whitened',
+        'unnamed': _latent_kinds(settings)['latent'] and not settings.attributes,
+        'unlabelled': ebm and not settings.terms and not settings.attributes,
+        'grouped': ebm and not settings.terms and not settings.attributes and not published and settings.w_cls > 0,
+        'whitened': ebm and not settings.terms and not settings.attributes and settings.cluster_by == 'whitened',
     }
     return {kind for kind, is_so in holds.items() if is_so}
 
@@ -509,6 +524,8 @@ def _check_loss(settings: TextSettings):
     choose('cluster_by', settings.cluster_by, ('whitened', 'lifts'))
     if settings.cluster_by == 'lifts' and settings.w_bow == 0 and 'grouped' in system_kinds(settings):
         raise ValueError('cluster_by=lifts reads the bag-of-words layer: give w_bow a weight, or cluster_by=whitened')
+    if settings.attributes and settings.w_cls == 0:
+        raise ValueError(f'attributes={settings.attributes} teaches symbols by w_cls: give it a weight')
     if has_bound(settings) and not settings.noise:
         raise ValueError('a bound needs draws of the posterior: leave noise=True, or give the system no terms')
     if settings.encoder_draws and settings.enc_share:
