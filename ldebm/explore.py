@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['newest_run', 'real_sentences', 'lacking', 'Explorer', 'explore', 'Drawn', 'Reading']
 
-# %% ../nbs/61c_explore.ipynb #149f28f0
+# %% ../nbs/61c_explore.ipynb #db40448d
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .completion import complete as complete_text
 from .core import batch_sizes, make_gen
 from .corpora import CORPORA, split_sentences
 from .meaning import characteristic_words, symbol_table
-from .posterior import StandardNormal
+from .posterior import Posterior, StandardNormal
 from .prior import DiffusionEBM
 from .schedule import diffuse_path
 from .text import BOS, EOS, PAD, UNK, Vocab, batches, make_split
@@ -27,7 +27,7 @@ from .text_job import load_model
 from .text_show import latent_map, sentence_table
 from .text_vae import TextModel, decode_latents, sample_sentences
 
-# %% ../nbs/61c_explore.ipynb #13a5f3bc
+# %% ../nbs/61c_explore.ipynb #d700911b
 def newest_run(
     roots: tuple = ('runs', '../runs'),  # Folders to look in, at any depth
 ) -> Path:
@@ -42,7 +42,7 @@ def newest_run(
         raise FileNotFoundError(f'no finished text run under {looked}: `make train` makes one, or name its folder')
     return max(found)[1]
 
-# %% ../nbs/61c_explore.ipynb #3dbd53ea
+# %% ../nbs/61c_explore.ipynb #da015d2d
 def real_sentences(
     folder: str | Path,  # Run folder
     n: int = 2000,  # At most
@@ -57,7 +57,7 @@ def real_sentences(
     every = dict.fromkeys(tuple(words) for split in ('test', 'valid', 'train') for words in data[split])
     return [list(words) for words in every][:n]
 
-# %% ../nbs/61c_explore.ipynb #27fa0b75
+# %% ../nbs/61c_explore.ipynb #957bb9fe
 def lacking(
     model: TextModel,
 ) -> dict:  # `symbols`, `path`, `reading` or `completion` -> why there is none
@@ -76,7 +76,7 @@ def lacking(
         out['completion'] = f'gaps are filled under a diffusion EBM or N(0, I), not under {name}'
     return out
 
-# %% ../nbs/61c_explore.ipynb #4762c239
+# %% ../nbs/61c_explore.ipynb #447dfbd9
 class Explorer:
     "A text model, and sentences whose places in its latent space are known"
 
@@ -92,31 +92,33 @@ class Explorer:
     ):
         if not sentences:
             raise ValueError('there is no sentence to compare with: give one at least')
-        self.model, self.vocab, self.sentences = model.eval(), vocab, sentences
+        self.model, self.vocab = model.eval(), vocab
+        self.sentences = [words[: max_len - 2] for words in sentences]  # as they are read
         self.max_len, self.title, self.note = max_len, title, note
         self.device = model.decoder.embed.weight.device
         self.lacks = lacking(model)
-        self.means = self.logits = self.words = None
+        self.posterior = self.means = self.logits = self.words = None
         if 'reading' not in self.lacks:
-            self.means = self.encode(sentences)
+            self.posterior = self.encode(self.sentences)
+            self.means = self.posterior.mode
             self.places = latent_map(self.means)
         if 'symbols' not in self.lacks:
             self.logits = model.prior.symbol_logits(self.means.to(self.device)).detach().float().cpu()
-            self.words = characteristic_words(sentences, self.logits.argmax(-1), self.logits.shape[1])
+            self.words = characteristic_words(self.sentences, self.logits.argmax(-1), self.logits.shape[1])
 
-# %% ../nbs/61c_explore.ipynb #bd4499fa
+# %% ../nbs/61c_explore.ipynb #0cd67d73
 @patch
 @torch.no_grad()
 def encode(
     self: Explorer,
     sentences: list,  # Lists of words
-) -> Tensor:  # Posterior modes, shape `(n, d)`, on the CPU
+) -> Posterior:  # On the CPU
     "Where sentences lie"
     split = make_split(self.vocab, sentences, self.max_len)
     parts = []
     for batch in batches(split, batch_sizes(self.device)['sentences']):
-        parts.append(self.model.encode(batch.to(self.device)).mode.float().cpu())
-    return torch.cat(parts)
+        parts.append(self.model.encode(batch.to(self.device)).map(lambda x: x.float().cpu()))
+    return Posterior.cat(parts)
 
 
 @patch
@@ -137,7 +139,7 @@ def label(
     "A symbol with the words that its sentences stand out by"
     return ': '.join([str(symbol), ', '.join(self.words[symbol][:3])]).removesuffix(': ')
 
-# %% ../nbs/61c_explore.ipynb #0b87b8b7
+# %% ../nbs/61c_explore.ipynb #a2f377a5
 @patch
 def _repr_markdown_(self: Explorer) -> str:
     model, sentences = self.model, f'{len(self.sentences):,} {"sentences" if self.note else "real sentences"}'
@@ -151,7 +153,7 @@ def _repr_markdown_(self: Explorer) -> str:
         lines.append(symbol_table(self.logits, self.sentences, n=1))
     return '\n\n'.join(lines)
 
-# %% ../nbs/61c_explore.ipynb #1e1805e4
+# %% ../nbs/61c_explore.ipynb #8307e041
 def explore(
     folder: str | Path = '',  # Run folder; empty: `newest_run()`
     n: int = 2000,  # Sentences to compare with
@@ -172,7 +174,7 @@ def explore(
         note = f'The corpus is not at hand ({e}). Samples of the model stand in for real sentences.'
     return Explorer(model, vocab, sentences, max_len=max_len, title=folder.name, note=note)
 
-# %% ../nbs/61c_explore.ipynb #88764f03
+# %% ../nbs/61c_explore.ipynb #5ed3d6ea
 @dataclass(frozen=True)
 class Drawn:
     "Sentences from the prior"
@@ -187,7 +189,7 @@ class Drawn:
             return sentence_table([(text,) for text in texts], ('sample',))
         return sentence_table(list(zip(texts, self.symbols)), ('sample', 'read as symbol'))
 
-# %% ../nbs/61c_explore.ipynb #c23033fa
+# %% ../nbs/61c_explore.ipynb #ac75b3ea
 @patch
 @torch.no_grad()
 def symbol_probs(
@@ -202,11 +204,11 @@ def symbol_probs(
 
 @patch
 def _likeliest(self: Explorer, probs: Tensor, n: int = 1) -> list:  # Texts
-    "The likeliest symbols"
+    "The likeliest symbols, beyond the first those of at least one per cent"
     p, symbols = probs.topk(min(n, len(probs)))
-    return [f'{self.label(k)} ({q:.2f})' for q, k in zip(p.tolist(), symbols.tolist())]
+    return [f'{self.label(k)} ({q:.2f})' for q, k in zip(p.tolist(), symbols.tolist()) if q == p[0] or q >= 0.01]
 
-# %% ../nbs/61c_explore.ipynb #fe56d075
+# %% ../nbs/61c_explore.ipynb #f926a79e
 @patch
 def sample(
     self: Explorer,
@@ -232,7 +234,7 @@ def sample(
     probs = [] if 'symbols' in self.lacks else self.symbol_probs(path[0])
     return Drawn(drawn, path.float().cpu(), tuple(self._likeliest(p)[0] for p in probs))
 
-# %% ../nbs/61c_explore.ipynb #d23f695d
+# %% ../nbs/61c_explore.ipynb #8af75cdc
 @patch
 @torch.no_grad()
 def energies(
@@ -248,15 +250,23 @@ def energies(
     z = z.flatten(0, 1)
     return -prior.energy(prior.scale(t, z) * z, t).view(T, n).float().cpu()
 
-# %% ../nbs/61c_explore.ipynb #eac7699b
-_MARKS = ('o', 's', '^', 'D', 'v')
+# %% ../nbs/61c_explore.ipynb #dea9c3c8
+_MARKS = dict(o='○', s='□', D='◇', v='▽', h='⬡')  # Of the samples, and in text
 
 
 @patch
 def _draw_map(self: Explorer, ax):
-    "Sentences on the map, coloured by symbol"
-    colours = dict(c='0.75') if self.logits is None else dict(c=self.logits.argmax(-1), cmap='tab20', alpha=0.5)
-    ax.scatter(*self.places(self.means).T, s=4, linewidths=0, rasterized=True, **colours)
+    "Means of sentences on the map, coloured by symbol, the most frequent of which are named"
+    from matplotlib import colormaps
+
+    symbols, colour = torch.zeros(len(self.means), dtype=torch.long), colormaps['tab10']
+    if self.logits is not None:
+        symbols = self.logits.argmax(-1)
+        colour = colormaps['tab10' if self.logits.shape[1] <= 10 else 'tab20']
+        for k in symbols.bincount().argsort(descending=True)[:12].tolist():
+            ax.scatter([], [], s=12, color=colour(k % colour.N), label=self.label(k))
+        ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0)
+    ax.scatter(*self.places(self.means).T, s=4, c=colour(symbols.numpy() % colour.N), linewidths=0)
     ax.set(xticks=[], yticks=[], xlabel='PC 1', ylabel='PC 2')
 
 
@@ -273,17 +283,17 @@ def _draw_path(self: Explorer, ax, path: Tensor, mark: str):
 @patch
 def _draw_energies(self: Explorer, ax, path: Tensor, gen: torch.Generator):
     "Energies by level, the top first, over the middle 80 % of real sentences'"
-    real = self.energies(diffuse_path(self.model.prior.schedule, self.means, gen))
+    real = self.energies(diffuse_path(self.model.prior.schedule, self.posterior.rsample(gen), gen))
     levels = range(len(real))
     low, high = real.quantile(torch.tensor([0.1, 0.9]), dim=1)
-    ax.fill_between(levels, low, high, color='0.85', label='sentences, middle 80 %')
+    ax.fill_between(levels, low, high, color='0.85', label='real sentences, middle 80 %')
     for F, mark in zip(self.energies(path).T, _MARKS):
         ax.plot(levels, F, c='k', marker=mark, mfc='w', lw=1, ms=6)
     ax.set(xlabel='level', ylabel='energy −F (low is likely)', xticks=levels)
     ax.invert_xaxis()
     ax.legend(fontsize=7, frameon=False)
 
-# %% ../nbs/61c_explore.ipynb #4ee59ab1
+# %% ../nbs/61c_explore.ipynb #e8c89759
 @patch
 def plot_path(
     self: Explorer,
@@ -296,15 +306,16 @@ def plot_path(
 
     self.need('path')
     path = drawn.path[:, : min(most, len(_MARKS))]
-    axs = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(1.4, 1), layout='constrained')[1]
+    axs = plt.subplots(1, 2, figsize=(9.6, 3.4), width_ratios=(1.6, 1), layout='constrained')[1]
     self._draw_map(axs[0])
     for one, mark in zip(path.unbind(1), _MARKS):
         self._draw_path(axs[0], one, mark)
-    axs[0].set_title('from level to level', fontsize=9)
+    named = ', '.join(f'{shape} sample {i + 1}' for i, shape in zip(range(path.shape[1]), _MARKS.values()))
+    axs[0].set_title(f'{named}; numbers are levels', fontsize=9)
     self._draw_energies(axs[1], path, make_gen(seed, 'real'))
     return axs
 
-# %% ../nbs/61c_explore.ipynb #75129045
+# %% ../nbs/61c_explore.ipynb #94d90e61
 @dataclass(frozen=True)
 class Reading:
     "What a model makes of a sentence"
@@ -325,7 +336,7 @@ class Reading:
         rows += [(f'at distance {distance:.2f}', words) for words, distance in self.nearest]
         return sentence_table(rows, ('', 'sentence'))
 
-# %% ../nbs/61c_explore.ipynb #8f4d5655
+# %% ../nbs/61c_explore.ipynb #f3b89d4c
 @patch
 def _spelt(self: Explorer, text: str) -> list:
     "Words of a text, in lower case where only that is known"
@@ -350,7 +361,7 @@ def read(
         raise ValueError(f'write a sentence of 1 to {longest} words; this one has {len(words)}')
     unknown = [word for word in words if word not in self.vocab.stoi or word in (PAD, BOS, EOS)]
     words = [UNK if word in unknown else word for word in words]
-    z = self.encode([words])
+    z = self.encode([words]).mode
     distances, which = torch.cdist(z, self.means)[0].topk(min(n, len(self.means)), largest=False)
     nearest = [(self.sentences[i], distance) for i, distance in zip(which.tolist(), distances.tolist())]
     decoded = self.vocab.decode(decode_latents(self.model, z.to(self.device), max_len=self.max_len)[0])
@@ -358,7 +369,7 @@ def read(
     symbols = [] if probs is None else self._likeliest(probs, 3)
     return Reading(words, unknown, z[0], decoded, probs, symbols, nearest)
 
-# %% ../nbs/61c_explore.ipynb #6b1bd721
+# %% ../nbs/61c_explore.ipynb #f2dfbffd
 @patch
 def complete(
     self: Explorer,
@@ -369,7 +380,9 @@ def complete(
     seed: int = 0,  # Of the chains
 ) -> Completions:
     "A sentence with gaps, completed; `ValueError` without a gap, with an unknown word, or for another prior"
-    for what in ('completion', *(['symbols'] if symbol is not None else [])):
-        self.need(what)
+    self.need('completion')
+    if symbol is not None:
+        self.need('symbols')
+        self.model.prior.energy.allowed(symbol, n)  # an error names those that there are
     gen = make_gen(seed, 'complete', device=self.device)
     return complete_text(self.model, self.vocab, ' '.join(self._spelt(text)), n, y=symbol, gen=gen)

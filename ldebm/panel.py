@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Panel']
 
-# %% ../nbs/61d_panel.ipynb #84119f6f
+# %% ../nbs/61d_panel.ipynb #bf00dd05
 from io import BytesIO
 
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .completion import HIDDEN
 from .explore import Explorer
 
-# %% ../nbs/61d_panel.ipynb #f8762167
+# %% ../nbs/61d_panel.ipynb #7bc9775a
 def _show(area, made):
     "Put what `made()` yields into an output area, or the reason why it cannot"
     from IPython.display import Markdown
@@ -38,7 +38,7 @@ def _picture(axs):
     plt.close(figure)
     return Image(file.getvalue())
 
-# %% ../nbs/61d_panel.ipynb #12ed4729
+# %% ../nbs/61d_panel.ipynb #5adb5994
 class Panel:
     "Controls of an `Explorer`; `ImportError` saying what to install where ipywidgets is missing"
 
@@ -62,7 +62,7 @@ class Panel:
 
         display(self.box)
 
-# %% ../nbs/61d_panel.ipynb #f2064755
+# %% ../nbs/61d_panel.ipynb #345a895b
 @patch
 def _add_sampling(self: Panel):
     "Symbol, temperature, guidance, seed, and the button that draws"
@@ -111,7 +111,7 @@ def _layout(self: Panel):
         ]
     )
 
-# %% ../nbs/61d_panel.ipynb #2af25203
+# %% ../nbs/61d_panel.ipynb #9fd352f2
 @patch
 def on_sample(self: Panel, _=None):
     "Draw, and show where the first chains went"
