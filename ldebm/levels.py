@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .conditioning import GuidedEnergy
 from .energy import Energy, Frozen
 from .langevin import Conditional, preconditioned, unadjusted
 from .posterior import DiagGaussian
@@ -213,6 +214,15 @@ def conditional(
         metropolis=mala,
         start=start,
     )
+
+# %% ../nbs/12c_levels.ipynb #d4e44ac0
+@patch
+def guided(
+    self: Levels,
+    guidance: float,  # Weight of requests; 1 is exact conditioning
+) -> 'Levels':
+    "The same levels, whose requests for symbols count `guidance` times"
+    return type(self)(self.schedule, GuidedEnergy(self.energy, guidance, self.temperature), self.cfg)
 
 # %% ../nbs/12c_levels.ipynb #915167f3
 @patch

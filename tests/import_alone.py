@@ -20,6 +20,7 @@ HIDDEN = {
     "distributed",
     "PIL",
     "IPython",
+    "ipywidgets",
     "ipykernel",
     "nbdev",
     "execnb",

@@ -69,7 +69,7 @@ def train(job):
     return run, task, found, finish(run, task, job, metrics, found, end.seconds, end.samples / max(end.seconds, 1e-9))
 
 
-def papermill(*args, **env):
+def papermill(*args, notebook=NOTEBOOK, **env):
     env = {
         **os.environ,
         "IN_TEST": "1",
@@ -88,7 +88,7 @@ def papermill(*args, **env):
             "python3",
             "--no-progress-bar",
             "--log-output",
-            str(NOTEBOOK),
+            str(notebook),
             *map(str, args),
         ],
         capture_output=True,
