@@ -282,8 +282,11 @@ class MixturePrior(Prior):
 
     def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:  # Shape `(n, d)`
         no_symbols(y, 'a mixture prior')
+        return self.given(torch.randint(self.k, (n, self.M), generator=gen, device=self.loc.device), gen)
+
+    def given(self, c: Tensor, gen: torch.Generator | None = None) -> Tensor:  # Codes `(n, M)` -> shape `(n, d)`
+        "Draws of the components that codes name"
         m = torch.arange(self.M, device=self.loc.device)
-        c = torch.randint(self.k, (n, self.M), generator=gen, device=self.loc.device)
         mean = self.mean[m, c].detach()
         sd = (0.5 * self.logvar[m, c]).exp().detach()
         return (mean + sd * randn_like(mean, gen)).flatten(1)
