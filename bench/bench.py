@@ -35,7 +35,7 @@ from chains import counted_calls
 from plain import PlainEnergy, plain_paths
 from torch.nn import functional as nnf
 
-from ldebm import graphs, kernels, langevin, native, records, resident, whole_chains
+from ldebm import core, graphs, kernels, langevin, native, records, resident, whole_chains
 from ldebm.closed_form import ClosedForm
 from ldebm.core import atomic_write, check_writable, keep_memory, progress
 from ldebm.corpora import load_corpus
@@ -1263,7 +1263,7 @@ def parse(argv):
     if opt.run and not (Path(opt.run) / "config.json").exists():
         p.error(f"--run {opt.run} is not the folder of a finished text run: it has no config.json")
     opt.budget, opt.square, opt.loss_rows = (1e-4, (32, 32, 32), 64) if opt.tiny else (0.03, (1024, 1024, 1024), 2048)
-    opt.device, opt.precisions = "cpu", [q for q in DTYPES if q == "fp32" or opt.tiny or kernels.has_bf16()]
+    opt.device, opt.precisions = "cpu", [q for q in DTYPES if q == "fp32" or opt.tiny or core.has_bf16()]
     opt.rounds = lambda n: 2 if opt.tiny else max(2, round(n * opt.repeats))
     return opt
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .core import atomic_write, keep_memory, pick_device, set_threads
+from .core import atomic_write, fast_precision, keep_memory, pick_device, set_threads
 from .records import Run, provenance, result_path, write_result
 from .settings import describe as describe_settings
 
@@ -37,6 +37,8 @@ def job_device(
         raise ValueError(f'threads must be 0 or more, got {job.threads}')
     if mixed_precision == 'fp16' and device.type == 'cpu':
         raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
+    if fast_precision(mixed_precision, device) != mixed_precision:
+        print('bf16: this processor would emulate it, many times slower; computing in single precision', flush=True)
     return device
 
 # %% ../nbs/60_job.ipynb #28955cbd

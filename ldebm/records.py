@@ -31,7 +31,17 @@ import psutil
 import torch
 from fastcore.basics import patch
 
-from .core import _flock, _plain, atomic_write, load_tensors, pack_state, save_tensors, settings_hash, unpack_state
+from ldebm.core import (
+    _flock,
+    _plain,
+    atomic_write,
+    has_bf16,
+    load_tensors,
+    pack_state,
+    save_tensors,
+    settings_hash,
+    unpack_state,
+)
 
 # %% ../nbs/01_records.ipynb #e609fb83
 OPERATIONAL = frozenset('checkpoint_every log_every device threads out results resume variant'.split())
@@ -489,7 +499,7 @@ def _uses_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-def env_report() -> dict:  # Keys `commit`, `versions`, `device`, `threads`
+def env_report() -> dict:  # Keys `commit`, `versions`, `device`, `threads`, and `bf16`: is it computed, not emulated?
     "Code, versions and machine of this process"
     from ldebm import __version__
 
@@ -501,6 +511,7 @@ def env_report() -> dict:  # Keys `commit`, `versions`, `device`, `threads`
         'versions': versions,
         'device': torch.cuda.get_device_name() if _uses_cuda() else f'{_cpu_name()} ({os.cpu_count()} CPUs)',
         'threads': torch.get_num_threads(),
+        'bf16': _uses_cuda() or has_bf16(),
     }
 
 # %% ../nbs/01_records.ipynb #a62dbde3

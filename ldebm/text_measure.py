@@ -15,7 +15,7 @@ from torch import Tensor
 
 # %% ../nbs/60d_text_measure.ipynb #a863ec54
 from .codes import code_terms
-from .core import make_gen, progress
+from .core import fast_precision, make_gen, progress
 from .corpora import Corpus
 from .energy_task import logits_of
 from .grammar_corpus import load_grammar
@@ -228,7 +228,8 @@ def draw_samples(
     bar = partial(progress, desc='generating', unit='chunk')
     options = dict(n=settings.n_samples, max_len=settings.max_len, progress=bar, gen=gen)
     found = {}
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=settings.mixed_precision == 'bf16'):
+    half = fast_precision(settings.mixed_precision, task.device) == 'bf16'
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=half):
         z = sample_latents(task.model, settings.n_samples, gen=gen, progress=bar)
         for name, temperature in temperatures.items():
             ids = decode_latents(task.model, z, temperature=temperature, **options)

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from .core import fast_precision
 from .energy import level_table
 from .generator import Generator
 from .generator_parts import Conv, draw, to_side
@@ -122,7 +123,8 @@ def forward(
 ) -> Tensor:  # Shape `(L, B, K)`, top layer first
     "Logits of every layer"
     e, h, logits = self.level(t), None, []
-    with torch.autocast(t.device.type, torch.bfloat16, enabled=self.half):
+    half = self.half and fast_precision('bf16', t.device) == 'bf16'
+    with torch.autocast(t.device.type, torch.bfloat16, enabled=half):
         for i, u in enumerate(us):
             x = self.inp[i](u)
             h = x if h is None else x + to_side(self.up[i](h), self.sizes[i])

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from fastcore.basics import patch
 from torch import nn
 
-from .core import atomic_write, graceful_stop, make_gen, pick_device, progress, to_device
+from .core import atomic_write, fast_precision, graceful_stop, make_gen, pick_device, progress, to_device
 from .peers import PatientStop, Peers, SharedModel, count_processes, launched
 from .records import Run
 from .registry import deferred_checks
@@ -373,7 +373,7 @@ def _accelerator(cfg: TrainCfg, device: torch.device) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=False)
     acc = Accelerator(
         cpu=device.type == 'cpu',
-        mixed_precision=cfg.mixed_precision,
+        mixed_precision=fast_precision(cfg.mixed_precision, device),
         gradient_accumulation_steps=1,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

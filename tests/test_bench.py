@@ -167,10 +167,10 @@ def test_products_are_measured_beside_the_paths():
 @with_runners
 @pytest.mark.slow
 def test_half_precision_is_pending_where_it_is_emulated(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.kernels, "has_bf16", lambda: False)
+    monkeypatch.setattr(bench.core, "has_bf16", lambda: False)
     opt = bench.parse(["--threads", "1"])
     assert opt.precisions == ["fp32"]
-    monkeypatch.setattr(bench.kernels, "has_bf16", lambda: True)
+    monkeypatch.setattr(bench.core, "has_bf16", lambda: True)
     assert bench.parse(["--threads", "1"]).precisions == ["fp32", "bf16"]
     tiny = bench.parse(["--tiny", "--threads", "1", "--out", str(tmp_path)])
     tiny.precisions = ["fp32"]

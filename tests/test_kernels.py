@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from ldebm import graphs, kernels, native, text_kernels, whole_chains
+from ldebm import core, graphs, kernels, native, text_kernels, whole_chains
 from ldebm.closed_form import closed_form_grad
 from ldebm.corpora import load_corpus
 from ldebm.energy import EnergyNet, Frozen, energy_grad
@@ -171,8 +171,10 @@ def test_half_precision_by_what_the_processor_says(monkeypatch, tmp_path, info, 
     monkeypatch.setattr(
         "builtins.open", lambda f, *a, **k: real(tmp_path / "cpuinfo" if f == "/proc/cpuinfo" else f, *a, **k)
     )
-    monkeypatch.setattr(kernels, "cpu_info", kernels.cpu_info.__wrapped__)
-    assert kernels.has_bf16() == want
+    monkeypatch.setattr(core, "cpu_info", core.cpu_info.__wrapped__)
+    assert core.has_bf16() == want
+    assert core.fast_precision("bf16", "cpu") == ("bf16" if want else "no")
+    assert core.fast_precision("fp16", "cpu") == "fp16" and core.fast_precision("bf16", "cuda") == "bf16"
 
 
 # -- products
@@ -845,6 +847,7 @@ def test_generation_equals_plain_generation(backend):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not core.has_bf16(), reason="this processor does not multiply in bfloat16")
 def test_half_precision_trains_as_well(tmp_path):
     """The validation loss after a short training in bf16 lies within what seeds do to it in single precision
 
