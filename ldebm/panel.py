@@ -11,7 +11,7 @@ from io import BytesIO
 from fastcore.basics import patch
 
 from .completion import HIDDEN
-from .explore import Explorer
+from .explorer import Explorer
 
 # %% ../nbs/61d_panel.ipynb #7bc9775a
 def _show(area, made):

@@ -12,7 +12,7 @@ from test_jobs import papermill
 from tiny import tiny_corpus
 from torch.testing import assert_close
 
-from ldebm.explore import Explorer, explore, newest_run, real_sentences
+from ldebm.explorer import Explorer, explore, newest_run, real_sentences
 from ldebm.panel import Panel
 from ldebm.text_job import open_job, save_model
 from ldebm.text_settings import TextJob
@@ -205,7 +205,7 @@ def test_controls_show_what_is_wrong(folders, system):
 def test_without_ipywidgets_the_panel_says_what_to_install(tmp_path, folders):
     (tmp_path / "ipywidgets.py").write_text("raise ImportError('hidden')")
     code = (
-        "from ldebm.explore import explore; from ldebm.panel import Panel; import sys\n"
+        "from ldebm.explorer import explore; from ldebm.panel import Panel; import sys\n"
         "e = explore(sys.argv[1]); e.sample(1); e.read('a b'); e.complete('a ___')\n"
         "try: Panel(e)\nexcept ImportError as missing: print(missing)"
     )

@@ -163,6 +163,15 @@ def test_the_front_page_maps_every_page():
     assert set(links(front)) | {front} == set(NOTEBOOKS)
 
 
+def test_no_two_notebooks_are_one_page():
+    from ldebm.pages import page_name
+
+    pages = [page_name(p) for p in NOTEBOOKS]
+    assert len(set(pages)) == len(pages), (
+        f"one page of several notebooks: {sorted(p for p in pages if pages.count(p) > 1)}"
+    )
+
+
 @pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
 def test_prose_leads_to_pages_that_are_there(nb):
     prose = "\n".join(text(c["source"]) for c in cells(nb) if c["cell_type"] == "markdown")
