@@ -37,7 +37,13 @@ def requested(
     return out
 
 # %% ../nbs/64d_control_show.ipynb #eb3d46a1
-_COLUMNS = dict(accuracy='read as asked', ppl_forward='perplexity', self_bleu='self-BLEU', memorised='in training text')
+_COLUMNS = dict(  # Metric -> head and form
+    accuracy=('read as asked', '.1%'),
+    ppl_forward=('perplexity', '.1f'),
+    self_bleu=('self-BLEU', '.1f'),
+    distinct_2=('distinct pairs', '.3f'),
+    memorised=('in training text', '.1%'),
+)
 
 
 def _metric_name(metric: str, attribute: str, request: str, decoding: str) -> str:
@@ -45,25 +51,27 @@ def _metric_name(metric: str, attribute: str, request: str, decoding: str) -> st
     return f'{metric}_{attribute}{by}' + ('_drawn' if decoding == 'drawn' else '')
 
 
-def _number(metrics: dict, name: str, form: str) -> str:
-    value = metrics.get(name, {}).get('value')
-    return '–' if value is None else format(value, form)
+def _pair(metrics: dict, metric: str, attribute: str, request: str) -> str:
+    "A metric of greedy and of drawn words"
+    found = [metrics.get(_metric_name(metric, attribute, request, how), {}) for how in ('greedy', 'drawn')]
+    form = _COLUMNS[metric][1]
+    return ' / '.join('–' if m.get('value') is None else format(m['value'], form) for m in found)
 
-# %% ../nbs/64d_control_show.ipynb #15f247e9
+# %% ../nbs/64d_control_show.ipynb #66f59c38
 def control_table(
     metrics: dict,  # Of a record
 ) -> str:  # Markdown
     "A row for each request: obedience, fluency, variety, memory; last the samples that were asked for nothing"
-    forms = dict(accuracy='.1%', ppl_forward='.1f', self_bleu='.1f', memorised='.1%')
-    lines = ['| request | words | ' + ' | '.join(_COLUMNS.values()) + ' |', '|---|---|' + '---|' * len(_COLUMNS)]
-    for attribute, request, decoding in requested(metrics):
-        cells = [_number(metrics, _metric_name(k, attribute, request, decoding), f) for k, f in forms.items()]
-        best = _number(metrics, f'reader_{attribute}', '.1%')
-        cells[0] += f' (real: {best})'
-        lines.append(f'| {attribute}, {request} | {decoding} | ' + ' | '.join(cells) + ' |')
-    for suffix, decoding in {'': 'greedy', '_drawn': 'drawn'}.items():
-        cells = ['–', *(_number(metrics, f'{k}_free{suffix}', f) for k, f in list(forms.items())[1:])]
-        lines.append(f'| free | {decoding} | ' + ' | '.join(cells) + ' |')
+    heads = ['request', *(f'{head}, greedy / drawn' for head, _ in _COLUMNS.values())]
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+    for attribute, request in dict.fromkeys(entry[:2] for entry in requested(metrics)):
+        cells = [_pair(metrics, metric, attribute, request) for metric in _COLUMNS]
+        lines.append(f'| {attribute}, {request} | ' + ' | '.join(cells) + ' |')
+    for name, m in metrics.items():
+        if name.startswith('reader_'):
+            lines.append(f"| {name[7:]}, real | {format(m['value'], '.1%')} |" + ' – |' * (len(_COLUMNS) - 1))
+    cells = [_pair(metrics, metric, 'free', 'by example') for metric in list(_COLUMNS)[1:]]
+    lines.append('| free | – | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 # %% ../nbs/64d_control_show.ipynb #84d37fa6
