@@ -57,7 +57,7 @@ def _pair(metrics: dict, metric: str, attribute: str, request: str) -> str:
     form = _COLUMNS[metric][1]
     return ' / '.join('–' if m.get('value') is None else format(m['value'], form) for m in found)
 
-# %% ../nbs/64d_control_show.ipynb #66f59c38
+# %% ../nbs/64d_control_show.ipynb #c7d312f1
 def control_table(
     metrics: dict,  # Of a record
 ) -> str:  # Markdown
@@ -84,7 +84,8 @@ def plot_control(
     found = [entry for entry in requested(metrics) if entry[2] == 'drawn']
     attributes = list(dict.fromkeys(entry[0] for entry in found))
     size = (2.6 * len(attributes) + 0.6, 2.7)
-    axs = plt.subplots(1, len(attributes), figsize=size, squeeze=False, sharey=True, layout='constrained')[1][0]
+    shared = dict(sharex=True, sharey=True, squeeze=False, layout='constrained')
+    axs = plt.subplots(1, len(attributes), figsize=size, **shared)[1][0]
     for ax, attribute in zip(axs, attributes):
         points = {}
         for _, request, decoding in (entry for entry in found if entry[0] == attribute):
@@ -101,7 +102,7 @@ def plot_control(
         ax.axhline(metrics[f'reader_{attribute}']['value'], ls='--', lw=0.8, color='0.4')
         ax.set(title=attribute, xlabel='perplexity')
     axs[0].set_ylabel('read as asked')
-    axs[0].legend(fontsize=7)
+    axs[-1].legend(fontsize=7, loc='center right')
     return axs
 
 # %% ../nbs/64d_control_show.ipynb #3f96cda6
@@ -124,5 +125,5 @@ def plot_changes(
             ax.plot([value / scale for value in values], 'o-', ms=3, label=label)
         ax.axhline(accuracy[f'reader_{attribute}']['value'], ls='--', lw=0.8, color='0.4')
         ax.set(title=attribute, xlabel='level', ylim=(0, 1.02))
-    axs[0].legend(fontsize=7)
+    axs[-1].legend(fontsize=7, loc='center right')
     return axs
