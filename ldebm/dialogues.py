@@ -109,7 +109,7 @@ def make_pairs(
     _check_turns(dialogues, name)
     context, response = _positions(dialogues, n_turns)
     if not response:
-        raise ValueError(f'{name}: no dialogue has two turns, so nothing answers anything')
+        raise ValueError(f'{name}: none of {len(dialogues)} dialogues has two turns, so nothing answers anything')
     turns = [[OPENER], *(words for dialogue in dialogues for words in dialogue.turns)]
     labels = {}
     for attribute in dialogues[0].labels:
