@@ -43,7 +43,7 @@ def record_name(job: ResponseJob) -> dict:
     parts = {part: getattr(job, part) for part in ('corpus', 'preset', 'seed', 'variant')}
     return dict(system=f'response-{job.system}', objective='consistent', **parts)
 
-
+# %% ../nbs/64b_response_job.ipynb #b0e5bd54
 def record_settings(job: ResponseJob, settings: ResponseSettings, corpus: Dialogues) -> dict:
     "What identifies a run"
     aside = SCORING | OPERATIONAL
@@ -141,6 +141,13 @@ BOUND = dict(
 )
 
 
+def _kept(task: ResponseTask, split: str, index: Tensor) -> dict:
+    "On the grammar the topic and tense of what is answered, by which a response is drawn; nothing elsewhere"
+    labels = task.corpus[split].labels
+    names = ('topic', 'tense') if task.corpus.name == 'grammar' else ()
+    return {name: labels[name][index].tolist() for name in names}
+
+# %% ../nbs/64b_response_job.ipynb #e43e7d81
 def evaluate(
     task: ResponseTask,
     vectors: WordVectors,
@@ -150,15 +157,13 @@ def evaluate(
     "Metrics of a split; those of shuffled contexts end in `_shuffled`"
     pairs, n = task.corpus[split], task.settings.n_samples
     index = torch.arange(len(pairs)) if not n else torch.randperm(len(pairs), generator=make_gen(seed, 'asked'))[:n]
-    labels, refs = pairs.labels, [pairs.turns.tokens(i) for i in pairs.response[index].tolist()]
-    attributes = ('topic', 'tense') if task.corpus.name == 'grammar' else ()
-    kept = {name: labels[name][index].tolist() for name in attributes}
+    refs = [pairs.turns.tokens(i) for i in pairs.response[index].tolist()]
     others = index[shuffled(len(index), make_gen(seed, 'shuffled'))]
     found, metrics = dict(index=index), {}
     for name, asked, ending in (('answers', index, ''), ('shuffled', others, '_shuffled')):
         gen = make_gen(seed, 'answers', device=task.device)
         found[name] = [own[0] for own in respond(task, split, asked, gen)]
-        own = answer_metrics(found[name], refs, vectors, seed, kept)
+        own = answer_metrics(found[name], refs, vectors, seed, _kept(task, split, index))
         metrics |= {key + ending: value for key, value in own.items()}
     terms = task.likelihood_terms(split, make_gen(seed, 'bound', device=task.device), 64)
     for name, values in terms.items():

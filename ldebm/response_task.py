@@ -197,12 +197,12 @@ def response_cfg(settings: ResponseSettings) -> ResponseCfg:
     text = pick(TextCfg, settings, tied=False)
     return ResponseCfg(text, settings.embed, settings.context_hidden, settings.context, settings.shown)
 
-
+# %% ../nbs/64a_response_task.ipynb #7edd2a30
 def prior_cfg(settings: ResponseSettings) -> PriorCfg:
     "The diffusion-EBM prior's settings; draws of the bound come with the energies' own stage"
     return PriorCfg(n_steps=settings.langevin_steps, free_nats=settings.free_nats, encoder=False)
 
-
+# %% ../nbs/64a_response_task.ipynb #5cd1cc97
 def train_cfg(settings: ResponseSettings) -> TrainCfg:
     "The training loop's settings"
     changes = parse_changes(settings.changes, {name: name for name in CHANGEABLE})
@@ -252,7 +252,8 @@ class ResponseTask:
         if len(corpus['train']) < least:
             n = len(corpus['train'])
             raise ValueError(f'{corpus.name} has {n} training pairs, fewer than batch or n_symbols ({least}): lower it')
-        self.corpus, self.settings, self.seed = corpus, settings, seed
+        self.corpus, self.settings = corpus, settings
+        self.seed = seed
         self.model = build_model(settings, corpus.vocab, seed)
         self.symbols = settings.prior == 'ebm' and settings.n_symbols > 1
         self.rates = {name: name for name in ('lr', 'lr_ebm') if name not in unused(settings)}
@@ -298,7 +299,8 @@ def encode(
     split: str,
 ) -> Conditioned:  # On the CPU, in the order of the split
     "Posterior and context of every response of a split"
-    model, was_training, parts = self.model, self.model.training, []
+    model, parts = self.model, []
+    was_training = model.training
     model.eval()
     for batch in pair_batches(self.corpus[split], 256):
         batch = batch.to(self.device)
@@ -374,7 +376,8 @@ class ResponseEnergies(EnergyTask):
         task: ResponseTask,  # With the selected weights loaded
         checks: int = 4,  # Validations
     ):
-        self.settings, self.seed, self.checks = task.settings, task.seed, checks
+        self.settings, self.seed = task.settings, task.seed
+        self.checks = checks
         self.data = {split: task.encode(split) for split in ('train', 'valid')}
         self.labels = None
         if task.symbols and self.settings.w_cls > 0:
@@ -403,7 +406,7 @@ def symbols_of(
         parts.append(task.model.prior.symbol_logits(part.q.mean, context=part.context).cpu())
     return torch.cat(parts)
 
-
+# %% ../nbs/64a_response_task.ipynb #faaa913a
 def fit_energies(
     task: ResponseTask,  # With the selected weights loaded; its prior is trained in place
     run: Run,  # The job's
