@@ -137,7 +137,7 @@ def _read(texts: dict) -> dict:
 
 PRESETS = _read(
     dict(
-        quick='max_len=24 embed=64 hidden=128 context_hidden=64 context=64 shown=32 dropout=.1 d=12 free_nats=.4 '
+        quick='max_len=24 embed=64 hidden=128 context_hidden=64 context=64 shown=32 dropout=.1 d=12 free_nats=.2 '
         'T=3 n_symbols=8 energy_hidden=64 n_blocks=2 langevin_steps=8 energy_steps=600 energy_batch=128 '
         'batch=64 steps=600 lr=4e-3 lr_ebm=2e-3',
         small='embed=128 hidden=256 context_hidden=128 context=256 shown=128 n_symbols=20 T=4 energy_hidden=100 '
