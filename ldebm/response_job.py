@@ -26,7 +26,7 @@ from ldebm.response_task import (
     ResponseJob,
     ResponseSettings,
     ResponseTask,
-    build_model,
+    make_response_model,
     preset_settings,
     resolve,
     symbols_of,
@@ -246,6 +246,6 @@ def load_response(
     if about['kind'] != 'response':
         raise ValueError(f'{folder} holds a model of kind {about["kind"]!r}, not a response model')
     settings, vocab = check_params(ResponseSettings, about['settings']), Vocab(about['vocab'])
-    model = build_model(settings, vocab, 0)
+    model = make_response_model(settings, vocab, 0)
     model.load_state_dict(load_tensors(Path(folder) / 'model.safetensors')[0])
     return model.to(pick_device(device)).eval(), vocab, settings

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SYSTEMS', 'ResponseJob', 'ResponseSettings', 'unused', 'resolve', 'preset_settings', 'response_cfg',
-           'prior_cfg', 'train_cfg', 'build_model', 'Conditioned', 'ResponseTask', 'ConditionedEnergies',
-           'ResponseEnergies', 'symbols_of', 'fit_energies']
+           'prior_cfg', 'train_cfg', 'make_response_model', 'Conditioned', 'ResponseTask', 'ConditionedEnergies',
+           'ResponseEnergies', 'symbols_of', 'fit_response_energies']
 
 # %% ../nbs/64a_response_task.ipynb #24cc4c8b
 import math
@@ -141,7 +141,7 @@ PRESETS = _read(
         'T=3 n_symbols=8 energy_hidden=64 n_blocks=2 langevin_steps=8 energy_steps=600 energy_batch=128 '
         'batch=64 steps=600 lr=4e-3 lr_ebm=2e-3',
         small='embed=128 hidden=256 context_hidden=128 context=256 shown=128 n_symbols=20 T=4 energy_hidden=100 '
-        'n_blocks=4 langevin_steps=10 energy_steps=2000 batch=64 steps=4500 lr=2e-3 n_samples=2000',
+        'n_blocks=4 langevin_steps=10 energy_steps=2000 batch=64 steps=3500 lr=2e-3 n_samples=2000',
         paper='steps=20000 mixed_precision=bf16',
     )
 )
@@ -209,7 +209,7 @@ def train_cfg(settings: ResponseSettings) -> TrainCfg:
     return pick(TrainCfg, settings, changes=changes)
 
 # %% ../nbs/64a_response_task.ipynb #8cc94956
-def build_model(
+def make_response_model(
     settings: ResponseSettings,
     vocab,  # `ldebm.text.Vocab`
     seed: int,  # Of the initial weights
@@ -254,7 +254,7 @@ class ResponseTask:
             raise ValueError(f'{corpus.name} has {n} training pairs, fewer than batch or n_symbols ({least}): lower it')
         self.corpus, self.settings = corpus, settings
         self.seed = seed
-        self.model = build_model(settings, corpus.vocab, seed)
+        self.model = make_response_model(settings, corpus.vocab, seed)
         self.symbols = settings.prior == 'ebm' and settings.n_symbols > 1
         self.rates = {name: name for name in ('lr', 'lr_ebm') if name not in unused(settings)}
 
@@ -407,7 +407,7 @@ def symbols_of(
     return torch.cat(parts)
 
 # %% ../nbs/64a_response_task.ipynb #faaa913a
-def fit_energies(
+def fit_response_energies(
     task: ResponseTask,  # With the selected weights loaded; its prior is trained in place
     run: Run,  # The job's
     seed: int,

@@ -28,7 +28,7 @@ from ldebm.records import Run
 from ldebm.response import ContextEncoder, ResponseCfg, ResponseModel, answer
 from ldebm.response_job import evaluate, finish, load_response, open_job, word_vectors
 from ldebm.response_metrics import WordVectors, corpus_vectors, embedding_scores, read_word_vectors, word_scores
-from ldebm.response_task import ResponseJob, ResponseTask, fit_energies, resolve, train_cfg
+from ldebm.response_task import ResponseJob, ResponseTask, fit_response_energies, resolve, train_cfg
 from ldebm.schedule import consistent_schedule, published_schedule
 from ldebm.text import build_vocab
 from ldebm.text_nets import TextCfg
@@ -344,7 +344,7 @@ def values(metrics):
 def trained(a_job):
     run, task, vectors, device = open_job(a_job)
     fit(task, run, train_cfg(task.settings), a_job.seed, device)
-    fit_energies(task, run, a_job.seed, device)
+    fit_response_energies(task, run, a_job.seed, device)
     return run, task, vectors
 
 
@@ -355,7 +355,7 @@ def test_from_job_to_record(system, few, tmp_path):
     a_job = job(tmp_path, system=system, settings=own[system], results=str(tmp_path / "results"))
     run, task, vectors, device = open_job(a_job)
     end = fit(task, run, train_cfg(task.settings), 0, device)
-    fit_energies(task, run, 0, device)
+    fit_response_energies(task, run, 0, device)
     metrics, found = evaluate(task, vectors, 0)
     path = finish(run, task, a_job, metrics, found, end)
     assert path == tmp_path / f"results/runs/grammar/quick/response-{system}-consistent-s0.json"
@@ -390,7 +390,7 @@ def test_a_killed_run_goes_on_bit_for_bit(few, tmp_path):
     fit(task, run, train_cfg(task.settings), 0, device)
     stop_at(task.model.prior, run, 6)
     with pytest.raises(Interrupted):
-        fit_energies(task, run, 0, device)
+        fit_response_energies(task, run, 0, device)
     _, again, _ = trained(broken)
     for (name, x), y in zip(whole.model.state_dict().items(), again.model.state_dict().values()):
         assert torch.equal(x, y), name
