@@ -320,9 +320,9 @@ def recorded_chain(level, step, z: Tensor, n_steps: int, *, metropolis: bool = T
     return z, total / n_steps
 
 # %% ../nbs/84_graphs.ipynb #6a1212b9
-def has_recorded_terms(prior: DiffusionEBM, q, z: Tensor, *_) -> bool:
+def has_recorded_terms(prior: DiffusionEBM, q, z: Tensor, *_, context=None) -> bool:
     "Are these terms, in training, two launches on this GPU?"
-    if not recording(z) or not torch.is_grad_enabled() or isinstance(Pending.now, Gathered):
+    if not recording(z) or not torch.is_grad_enabled() or isinstance(Pending.now, Gathered) or context is not None:
         return False
     return type(prior.energy) is EnergyNet and any(p.requires_grad for p in prior.parameters())
 

@@ -248,9 +248,10 @@ def log_z(
     t: Tensor,  # Levels, shape `(B,)`
     n: int = 64,  # Draws from the Gaussian
     gen: torch.Generator | None = None,  # Source of noise
+    context: Tensor | None = None,  # Context vectors
 ) -> tuple[Tensor, Tensor]:  # `log Z` in nats, and the effective number of draws behind it (1..n), each `(B,)`
     "`log Z_t(z_{t+1})` by simple importance sampling from the level's own Gaussian"
-    level = self.conditional(z_next, t)
+    level = self.conditional(z_next, t, context=context)
     if self.published:  # its loss has `F` itself, whatever its chains divide it by
         level.temperature = torch.full_like(level.temperature, self.cfg.temperature)
     return gaussian_log_z(level, n, gen)
@@ -264,6 +265,7 @@ def kl(
     z: Tensor,  # A draw from it, shape `(B, d)`
     gen: torch.Generator | None = None,  # Source of noise
     n: int = 64,  # Draws for each `log Z`
+    context: Tensor | None = None,  # Context vectors
 ) -> tuple[Tensor, Tensor]:  # Nats, and the smallest effective number of draws over levels, each `(B,)`
     "One-path estimate of the latent part of the negative bound (`consistent` only)"
     if self.published:
@@ -272,8 +274,8 @@ def kl(
     frozen, least = self.frozen(metropolis=True), torch.full_like(kl, n)
     for lev in range(self.T):
         t = torch.full((len(z),), lev, device=z.device)
-        level = self.conditional(path[lev + 1], t, energy=frozen)
+        level = self.conditional(path[lev + 1], t, context=context, energy=frozen)
         log_z, draws = gaussian_log_z(level, n, gen)
-        kl = kl - level.tilt(frozen(level.scale * path[lev], t)) + log_z
+        kl = kl - level.tilt(frozen(level.scale * path[lev], t, context=context)) + log_z
         least = torch.minimum(least, draws)
     return kl, least

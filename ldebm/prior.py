@@ -14,18 +14,11 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .conditioning import KnownPart
-from .energy import Frozen
+from .energy import Frozen, tiled
 from .layers import full
 from .levels import Levels
 from .posterior import DiagGaussian, free_bits
-from ldebm.recovery import (
-    encoder_bound,
-    encoder_contrast,
-    frozen_free,
-    gaussian_draws,
-    logits_together,
-    symbol_terms,
-)
+from .recovery import encoder_bound, encoder_contrast, frozen_free, gaussian_draws, logits_together, symbol_terms
 from .registry import replaceable
 from .schedule import diffuse, diffuse_pair, diffuse_path, randn_like, stratified_levels
 from .stats import log_mean_exp
@@ -179,11 +172,6 @@ def symbol_logits(
         t = torch.full((len(z),), t, device=z.device)
     return self.energy.logits(self.scale(t, z) * self.schedule.coefficient('abar', t, z) * z, t, context)
 
-# %% ../nbs/13_prior.ipynb #2a161b30
-def _by_sample(x: Tensor, B: int) -> Tensor:  # Shape `(B,)`
-    "Sum over the levels of each sample"
-    return x.view(-1, B).sum(0)
-
 # %% ../nbs/13_prior.ipynb #ba5e68c3
 def consistent_terms(
     prior: DiffusionEBM,
@@ -192,6 +180,7 @@ def consistent_terms(
     gen: torch.Generator | None = None,
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> dict:  # Named terms, each `(B,)`
     "`kl, ebm, ebm_enc` and the symbols' terms; `kl_base`, `rate` and the chains' acceptance `accept` for the record"
     cfg, energy = prior.cfg, prior.energy
@@ -200,9 +189,10 @@ def consistent_terms(
         t, factor = torch.arange(T, device=z.device).repeat_interleave(B), 1
     else:
         t, factor = stratified_levels(B, T, gen, z.device), T
-    z_t, z_next = diffuse_pair(prior.schedule, z.repeat(len(t) // B, 1), t, gen)
-    weights = energy.weights()
-    level = prior.conditional(z_next, t, energy=prior.frozen(weights, metropolis=prior.metropolis))
+    context, weights = tiled(context, len(t) // B), energy.weights()
+    z_t, z_next = diffuse_pair(prior.schedule, tiled(z, len(t) // B), t, gen)
+    frozen = prior.frozen(weights, metropolis=prior.metropolis)
+    level = prior.conditional(z_next, t, context=context, energy=frozen)
     positive = level.scale * z_t
     if cfg.energy_draws:
         negatives = gaussian_draws(level, cfg.energy_draws - 1, gen).detach()
@@ -212,13 +202,14 @@ def consistent_terms(
     contrast, symbols = _contrast(prior, level, positive, negatives, z, weights, labels, label_weights)
     kl = prior.base_kl(q)
     out = dict(kl=free_bits(kl, cfg.free_nats, cfg.clamp, cfg.free_over), kl_base=kl.sum(-1).detach())
-    out['ebm'] = _by_sample(factor * contrast / cfg.temperature, B)
+    out['ebm'] = (factor * contrast / cfg.temperature).view(-1, B).sum(0)
     if cfg.encoder_draws and z.requires_grad:
         bound = encoder_bound(level, energy, positive, cfg.encoder_draws, gen, weights)
-        cost = kl.sum(-1) + factor * _by_sample(bound, B)
+        cost = kl.sum(-1) + factor * bound.view(-1, B).sum(0)
         out |= dict(kl=free_bits(cost[:, None], cfg.free_nats * prior.d, cfg.clamp), rate=cost.detach())
     elif cfg.encoder and not cfg.energy_draws:
-        out['ebm_enc'] = factor * _by_sample(encoder_contrast(level, energy, positive, negatives, weights), B)
+        felt = encoder_contrast(level, energy, positive, negatives, weights)
+        out['ebm_enc'] = factor * felt.view(-1, B).sum(0)
     if level.metropolis and cfg.n_steps and not cfg.energy_draws:
         out['accept'] = accept.view(-1, B).mean(0)
     return {**out, **symbols}
@@ -226,9 +217,10 @@ def consistent_terms(
 # %% ../nbs/13_prior.ipynb #40f93698
 def _contrast(prior, level, positive, negatives, clean, weights, labels, label_weights) -> tuple[Tensor, dict]:
     "What a level's data lack in `F`, latents held fixed, shape `(n B,)`; and the symbols' terms, if there are symbols"
-    energy, t = prior.energy, level.t
+    energy, t, context = prior.energy, level.t, level.context
     many = negatives.view(-1, *positive.shape)  # the end of one chain, or draws
-    groups = [(positive.detach(), t), (many.flatten(0, 1), t.repeat(len(many)))]
+    others = many.flatten(0, 1), t.repeat(len(many)), tiled(context, len(many))
+    groups = [(positive.detach(), t, context), others]
 
     def lacking(f_positive, f_negative):
         F, others = energy.free(f_positive), energy.free(f_negative)
@@ -242,7 +234,8 @@ def _contrast(prior, level, positive, negatives, clean, weights, labels, label_w
     zero = torch.zeros_like(t[: len(clean)])
     if not prior.published:
         clean = prior.scale(zero, clean) * clean
-    f_positive, f_negative, f_clean = logits_together(energy, [*groups, (clean, zero)], weights)
+    groups.append((clean, zero, None if context is None else context[: len(clean)]))
+    f_positive, f_negative, f_clean = logits_together(energy, groups, weights)
     symbols = symbol_terms(energy, f_clean, f_positive, labels, label_weights)
     return lacking(f_positive, f_negative), symbols
 
@@ -254,6 +247,7 @@ def score_terms(
     gen: torch.Generator | None = None,  # Source of noise
     labels: Tensor | None = None,  # As in `terms`
     z: Tensor | None = None,  # The draw that `q` belongs to, where later coordinates depend on earlier ones
+    context: Tensor | None = None,  # As in `terms`
 ) -> dict:  # `score`, and the symbols' terms, each `(B,)`
     "Denoising score matching at one random level a sample, each dimension in units of its noise (`consistent` only)"
     if self.published or self.cfg.reference != 'gaussian':
@@ -271,7 +265,7 @@ def score_terms(
     with torch.autocast(z.device.type, enabled=False), torch.enable_grad():
         z_t = (a * mean + sd * e).requires_grad_()
         weights = energy.weights()
-        f_noisy, f_clean = logits_together(energy, [(z_t, t), (z, torch.zeros_like(t))], weights)
+        f_noisy, f_clean = logits_together(energy, [(z_t, t, context), (z, torch.zeros_like(t), context)], weights)
         F = energy.free(f_noisy) / self.cfg.temperature
         slope = torch.autograd.grad(F.sum(), z_t, create_graph=True)[0]
         score = (sd * (slope - z_t) + e).square().sum(-1)
@@ -286,14 +280,15 @@ def published_terms(
     gen: torch.Generator | None = None,
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> dict:  # Named terms, each `(B,)`
     "`ebm, ebm_enc` and the symbols' terms; `entropy` and `gauss` with the `flat` reference"
     cfg, B = prior.cfg, len(z)
     schedule, energy = prior.schedule, prior.energy
     t = _published_levels(prior, B, gen, z.device)
-    z_t, z_next = diffuse_pair(schedule, z.repeat(len(t) // B, 1), t, gen)
-    weights = energy.weights()
-    level = prior.conditional(z_next, t, energy=prior.frozen(weights))
+    context, weights = tiled(context, len(t) // B), energy.weights()
+    z_t, z_next = diffuse_pair(schedule, tiled(z, len(t) // B), t, gen)
+    level = prior.conditional(z_next, t, context=context, energy=prior.frozen(weights))
     positive, (negative, _) = level.scale * z_t, level.sample(gen=gen)
     zero = torch.zeros_like(t[:B])
     clean = prior.scale(zero, z) * diffuse(schedule, z, zero, gen)
@@ -301,9 +296,10 @@ def published_terms(
     weight = 1 / level.temperature[:, 0]
     if cfg.weighting == 'drl':
         weight = (schedule.sigma[1].item() / schedule.coefficient('sigma', t + 1, z))[:, 0]
-    out = dict(ebm=_by_sample(weight * contrast, B), kl_base=q.kl_standard().sum(-1).detach())
+    out = dict(ebm=(weight * contrast).view(-1, B).sum(0), kl_base=q.kl_standard().sum(-1).detach())
     if cfg.encoder:
-        out['ebm_enc'] = _by_sample(-weight * frozen_free(energy, positive, t, weights), B)
+        felt = -weight * frozen_free(energy, positive, t, weights, context)
+        out['ebm_enc'] = felt.view(-1, B).sum(0)
     if cfg.reference == 'flat':
         out |= _flat_terms(q, cfg.free_nats, weight[-B:], z_t[-B:])
     return {**out, **symbols}
@@ -327,10 +323,10 @@ def _published_levels(prior: DiffusionEBM, B: int, gen, device) -> Tensor:  # Sh
 
 # %% ../nbs/13_prior.ipynb #5844c1f5
 @replaceable
-def training_terms(prior: DiffusionEBM, q: DiagGaussian, z: Tensor, gen, labels, label_weights) -> dict:
+def training_terms(prior: DiffusionEBM, q: DiagGaussian, z: Tensor, gen, labels, label_weights, context=None) -> dict:
     "Terms of the prior's objective"
     make = published_terms if prior.published else consistent_terms
-    return make(prior, q, z, gen, labels, label_weights)
+    return make(prior, q, z, gen, labels, label_weights, context)
 
 # %% ../nbs/13_prior.ipynb #2db573ad
 @patch
@@ -341,8 +337,10 @@ def terms(
     gen: torch.Generator | None = None,  # Source of noise
     labels: Tensor | None = None,  # Cluster or true labels for `cls`, shape `(B,)`
     label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`
+    context: Tensor | None = None,  # Context vectors, shape `(B, context_dim)`; their gradient is not for the energies
 ) -> dict:  # Named terms, each `(B,)`: to be minimised (`mi`: maximised) after weighting
     "Training terms of the chosen objective, in full precision also where the rest is trained in half"
     with torch.autocast(z.device.type, enabled=False):
         q = DiagGaussian(full(q.mean), full(q.logvar))
-        return training_terms(self, q, full(z), gen, labels, label_weights)
+        given = {} if context is None else dict(context=full(context.detach()))
+        return training_terms(self, q, full(z), gen, labels, label_weights, **given)

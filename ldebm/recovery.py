@@ -10,7 +10,7 @@ __all__ = ['ModuleCall', 'frozen_free', 'encoder_contrast', 'gaussian_draws', 'e
 import torch
 from torch import Tensor, nn
 
-from .energy import Energy, map_tensors
+from .energy import Energy, map_tensors, tiled
 from .langevin import Conditional
 from .stats import effective, log_mean_exp
 
@@ -31,10 +31,11 @@ def frozen_free(
     z: Tensor,  # Latents, shape `(B, d)`
     t: Tensor,  # Levels, shape `(B,)`
     weights=None,  # From `energy.weights()`
+    context: Tensor | None = None,  # Context vectors
 ) -> Tensor:  # `F`, shape `(B,)`
     "`F` whose gradient reaches latents alone: every parameter of the energy is held"
     weights = map_tensors(Tensor.detach, weights)
-    call = ModuleCall(energy, lambda e: e.free(e.logits(z, t, weights=weights)))
+    call = ModuleCall(energy, lambda e: e.free(e.logits(z, t, context, weights)))
     held = {}
     for prefix, module in call.named_modules():  # each place once, also of modules and parameters that are shared
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -51,7 +52,8 @@ def encoder_contrast(
 ) -> Tensor:  # Shape `(B,)`, nats: to be minimised by the encoder
     "`[F(m + sg(y' - m)) - F(y)]/temperature`, with weights held fixed"
     carried = level.mean + (negative - level.mean).detach()
-    both = frozen_free(energy, torch.cat([positive, carried]), torch.cat([level.t, level.t]), weights)
+    latents = torch.cat([positive, carried])
+    both = frozen_free(energy, latents, level.t.repeat(2), weights, tiled(level.context, 2))
     F_positive, F_negative = both.chunk(2)
     return level.tilt(F_negative - F_positive)
 
@@ -77,22 +79,22 @@ def encoder_bound(
     "`log Zhat - F(y)/temperature`, the energy's weights held fixed (Lawson et al. 2019)"
     B, d = positive.shape
     points = torch.cat([positive[None], gaussian_draws(level, n - 1, gen)])
-    F = frozen_free(energy, points.view(n * B, d), level.t.repeat(n), weights)
+    F = frozen_free(energy, points.view(n * B, d), level.t.repeat(n), weights, tiled(level.context, n))
     tilt = F.view(n, B) / level.temperature[:, 0]
     return log_mean_exp(tilt) - tilt[0]
 
 # %% ../nbs/12b_recovery.ipynb #42181690
 def logits_together(
     energy: Energy,
-    groups: list,  # Pairs of latents `(n, d)` and levels `(n,)`
+    groups: list,  # Tuples of latents `(n, d)`, levels `(n,)` and, where the energy takes them, context vectors
     weights=None,  # From `energy.weights()`
 ) -> list:  # Logits of each group, `(n, K)`
     "Logits of several groups of latents in one pass, or in two where latents with a gradient must go apart"
     if energy.separate and groups[-1][0].requires_grad:
         last = [energy.logits(*groups[-1], weights=weights)]
         return [*logits_together(energy, groups[:-1], weights), *last]
-    z, t = (torch.cat(parts) for parts in zip(*groups))
-    return list(energy.logits(z, t, weights=weights).split([len(levels) for _, levels in groups]))
+    together = (None if parts[0] is None else torch.cat(parts) for parts in zip(*groups))
+    return list(energy.logits(*together, weights=weights).split([len(latents) for latents, *_ in groups]))
 
 # %% ../nbs/12b_recovery.ipynb #ffa7dec2
 @torch.no_grad()
@@ -104,7 +106,7 @@ def gaussian_log_z(
     "`log Z` by simple importance sampling from the level's own Gaussian"
     B, d = level.mean.shape
     draws = gaussian_draws(level, n, gen)
-    F = level.energy(draws.view(n * B, d), level.t.repeat(n)).view(n, B)
+    F = level.energy(draws.view(n * B, d), level.t.repeat(n), context=tiled(level.context, n)).view(n, B)
     tilt = F / level.temperature[:, 0]
     return log_mean_exp(tilt), effective(tilt)
 

@@ -121,13 +121,13 @@ class Encoder(nn.Module):
 
 # %% ../nbs/20_text_nets.ipynb #fe740808
 @patch
-def forward(
+def summarise(
     self: Encoder,
     ids: Tensor,  # Sentences with `<s>` and `</s>`, padded with 0, shape `(B, L)`
     lengths: Tensor,  # Their lengths, shape `(B,)`; on the CPU, or a GPU waits
     gen: torch.Generator | None = None,  # Source of dropout masks, in training
-):  # Posterior of each sentence, such as a `DiagGaussian`, never in half precision
-    "Posterior of each sentence"
+) -> Tensor:  # Shape `(B, 2 H)`
+    "Summary of each sentence, which the head reads"
     if not self.packed:
         lengths = torch.full((len(ids),), ids.shape[1])
     order = packing(lengths, ids.device)
@@ -135,7 +135,18 @@ def forward(
     words = dropout(self.embed(ids[order.row, order.col]), share, gen)
     states, ends = gru_both(self.rnn, order.pack(words))
     summary = largest_states(order.pack(states)) if self.summary == 'largest' else nnf.leaky_relu(ends)
-    return self.head(summary[order.order.argsort()]).map(full)
+    return summary[order.order.argsort()]
+
+
+@patch
+def forward(
+    self: Encoder,
+    ids: Tensor,  # As in `summarise`
+    lengths: Tensor,
+    gen: torch.Generator | None = None,
+):  # Posterior of each sentence, such as a `DiagGaussian`, never in half precision
+    "Posterior of each sentence"
+    return self.head(self.summarise(ids, lengths, gen)).map(full)
 
 # %% ../nbs/20_text_nets.ipynb #f57fe9ae
 class Decoder(nn.Module):
