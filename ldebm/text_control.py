@@ -32,6 +32,7 @@ from .text_settings import text_cfg, train_cfg
 from .text_task import TextTask
 from .text_vae import decode_latents, sample_latents, strip
 from .train import fit
+from .zoo import has_codes
 
 # %% ../nbs/64c_text_control.ipynb #d2350956
 def requested_latents(
@@ -67,7 +68,7 @@ def latents_by_example(
 ) -> Tensor:  # Shape `(n, d)`
     "Latents like those of training sentences with a label; `ValueError` for a system that has none"
     prior = task.model.prior
-    if prior is None or not hasattr(task.model.encoder.head, 'mean'):
+    if prior is None or has_codes(task.settings):
         has = 'no latent' if prior is None else 'codes for its latent'
         raise ValueError(f'a system with {has} is not asked by example: choose ldebm, svebm-ib, vae or dgm-vae-i')
     q = task.encode('train')

@@ -275,6 +275,8 @@ def test_parameters_cell_is_the_job():
         ("train_ptb", "n_samples = 30"),
         ("train_zoo", "n_samples = 30"),
         ("train_dailydialog", "n_samples = 30"),
+        ("train_control", "n_samples = 30"),
+        ("train_response", "steps = 30"),
         ("train_toy2d", "density = 'pinwheel'"),
         ("train_digits", "systems = 'ldebm'"),
         ("train_images", "systems = 'ldebm'"),
