@@ -23,7 +23,7 @@ from .posterior import Posterior, StandardNormal
 from .prior import DiffusionEBM
 from .schedule import diffuse_path
 from .text import BOS, EOS, PAD, UNK, Vocab, batches, make_split
-from .text_job import load_model
+from .text_job import load_model, load_symbols
 from .text_show import latent_map, sentence_table
 from .text_vae import TextModel, decode_latents, sample_sentences
 
@@ -89,12 +89,13 @@ class Explorer:
         max_len: int = 40,  # Words of a sample at most; sentences are read up to two less
         title: str = 'model',  # What to call it
         note: str = '',  # What to know about the sentences
+        names: list | None = None,  # Of the symbols, where labels taught them
     ):
         if not sentences:
             raise ValueError('there is no sentence to compare with: give one at least')
         self.model, self.vocab = model.eval(), vocab
         self.sentences = [words[: max_len - 2] for words in sentences]  # as they are read
-        self.max_len, self.title, self.note = max_len, title, note
+        self.max_len, self.title, self.note, self.names = max_len, title, note, names
         self.device = model.decoder.embed.weight.device
         self.lacks = lacking(model)
         self.posterior = self.means = self.logits = self.words = None
@@ -136,7 +137,9 @@ def label(
     self: Explorer,
     symbol: int,
 ) -> str:
-    "A symbol with the words that its sentences stand out by"
+    "A symbol by the name that labels gave it, or with the words that its sentences stand out by"
+    if self.names:
+        return f'{symbol}: {self.names[symbol]}'
     return ': '.join([str(symbol), ', '.join(self.words[symbol][:3])]).removesuffix(': ')
 
 # %% ../nbs/61c_explorer.ipynb #a2f377a5
@@ -177,7 +180,9 @@ def explore(
         drawn = sample_sentences(model, min(n, 500), gen=gen, max_len=max_len, temperature=1.0)
         sentences = [words for words in map(vocab.decode, drawn) if words]
         note = f'The corpus is not at hand ({e}). Samples of the model stand in for real sentences.'
-    return Explorer(model, vocab, sentences, max_len=max_len, title=folder.name, note=note)
+    taught = load_symbols(folder)
+    names = None if taught is None else taught.titles
+    return Explorer(model, vocab, sentences, max_len=max_len, title=folder.name, note=note, names=names)
 
 # %% ../nbs/61c_explorer.ipynb #5ed3d6ea
 @dataclass(frozen=True, repr=False)

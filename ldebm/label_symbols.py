@@ -25,6 +25,12 @@ class LabelSymbols:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def titles(self) -> list[str]:
+        "Each symbol in words, such as `farm, question`"
+        values = self.names.values()
+        return [', '.join(value[i] for value, i in zip(values, row)) for row in self.values.tolist()]
+
 # %% ../nbs/10c_label_symbols.ipynb #20d66935
 def label_symbols(
     labels: dict[str, Tensor],  # Attribute -> value of each sentence, `(n,)`

@@ -12,6 +12,7 @@ from ldebm.control_show import check_control, control_table
 from ldebm.core import make_gen
 from ldebm.corpora import load_corpus
 from ldebm.exact import MixtureEnergy
+from ldebm.explorer import explore
 from ldebm.label_symbols import LabelSymbols, label_symbols
 from ldebm.levels import PriorCfg
 from ldebm.prior import DiffusionEBM
@@ -182,3 +183,11 @@ def test_control_job_shrunk(tmp_path):
     again = papermill(tmp_path / "b.ipynb", *args, notebook=notebook)
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == record["metrics"]
+
+
+def test_taught_symbols_have_names_in_the_explorer(tmp_path):
+    job = TextJob(steps=2, settings=TINY + "attributes=mood", out=str(tmp_path / "run"))
+    run, task, _ = open_job(job)
+    save_model(run, task)
+    explorer = explore(run.path, 50)
+    assert [explorer.label(k) for k in range(3)] == ["0: statement", "1: question", "2: command"]
