@@ -23,7 +23,7 @@ from .posterior import Posterior, StandardNormal
 from .prior import DiffusionEBM
 from .schedule import diffuse_path
 from .text import BOS, EOS, PAD, UNK, Vocab, batches, make_split
-from .text_job import load_model, load_symbols
+from .text_job import load_model, load_symbols, model_folder
 from .text_show import latent_map, sentence_table
 from .text_vae import TextModel, decode_latents, sample_sentences
 
@@ -39,7 +39,7 @@ def newest_run(
             found.append((model.stat().st_mtime, path.parent))
     if not found:
         looked = ' or '.join(map(str, roots))
-        raise FileNotFoundError(f'no finished text run under {looked}: `make train` makes one, or name its folder')
+        raise FileNotFoundError(f'no finished text run under {looked}: `make train` makes one; `grammar` came along')
     return max(found)[1]
 
 # %% ../nbs/61c_explorer.ipynb #da015d2d
@@ -158,19 +158,22 @@ def _repr_markdown_(self: Explorer) -> str:
         facts.insert(1, f'{model.prior.T} levels')
     lines = [f'**{self.title}**: {", ".join(facts)}', *filter(None, [self.note]), *self.lacks.values()]
     if self.logits is not None:
-        lines.append(symbol_table(self.logits, self.sentences, n=1))
+        table = symbol_table(self.logits, self.sentences, n=1).splitlines()
+        lines.append('\n'.join(table[:22]))
+        if len(table) > 22:
+            lines.append(f'and {len(table) - 22} symbols that fewer of these sentences have')
     return '\n\n'.join(lines)
 
 # %% ../nbs/61c_explorer.ipynb #8307e041
 def explore(
-    folder: str | Path = '',  # Run folder; empty: `newest_run()`
+    folder: str | Path = '',  # As in `load_model`; empty: `newest_run()`
     n: int = 2000,  # Sentences to compare with
     *,
     seed: int = 0,  # Of the samples that stand in where the corpus is gone
     device: str = 'cpu',  # Where the model goes
 ) -> Explorer:
     "Open a finished run; `FileNotFoundError` for a folder that is none"
-    folder = Path(folder) if folder else newest_run()
+    folder = model_folder(folder) if folder else newest_run()
     model, vocab = load_model(folder, device)
     max_len, note = json.loads((folder / 'config.json').read_text())['settings']['max_len'], ''
     try:
