@@ -18,6 +18,7 @@ from .documents import BagBatch
 from .layers import dropout, full
 from .posterior import DiagGaussian
 from .text_nets import GaussianHead
+from .text_vae import frozen_weights
 
 # %% ../nbs/23_bag_model.ipynb #2f142aa8
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class BagCfg:
     hidden: int = 2000  # Width of encoder and generator
     dropout: float = 0.5  # On both layers of the encoder
     word_dropout: float = 0.0  # Share of a document's words that the encoder does not see in training
-    fan_in: int = 0  # Words that a document is taken to have for the first weights; 0: the whole vocabulary
     momentum: float = 1e-3  # Of the running means and variances of the generator's logits
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class BagEncoder(nn.Module):
     ):
         super().__init__()
         self.dropout, self.word_dropout = cfg.dropout, cfg.word_dropout
-        bound = 1 / math.sqrt(cfg.fan_in or n_words)
+        bound = 1 / math.sqrt(n_words)
         self.words = nn.Parameter(torch.empty(n_words, cfg.hidden).uniform_(-bound, bound, generator=gen))
         self.bias = nn.Parameter(torch.empty(cfg.hidden).uniform_(-bound, bound, generator=gen))
         self.second = nn.Linear(cfg.hidden, cfg.hidden)
@@ -159,14 +159,10 @@ def log_probs(
 
 
 @patch
-@torch.no_grad()
 def classify(self: BagModel, batch: BagBatch) -> Tensor:  # Shape `(B, K)`
     "`log p(y | mean)`, read without dropout"
-    was_training = self.training
-    self.eval()
-    log_p = self.log_probs(self.encode(batch).mean)
-    self.train(was_training)
-    return log_p
+    with frozen_weights(self):
+        return self.log_probs(self.encode(batch).mean)
 
 # %% ../nbs/23_bag_model.ipynb #93585b76
 @patch
