@@ -613,7 +613,7 @@ class RecordName:
         return f'{self.full_name}-{self.corpus}-{self.preset}-{self.objective}-s{self.seed}'
 
 # %% ../nbs/01_records.ipynb #3dd26c52
-_TEXTS = ('grammar', 'ptb', 'dailydialog', 'movie-reviews')
+_TEXTS = ('grammar', 'ptb', 'dailydialog', 'movie-reviews', 'agnews')
 _PICTURES = ('digits', 'shapes', 'cifar10', 'cifar10-png', 'cifar10-jpeg', 'celeba', 'lsun_church')
 _DENSITIES = ('gaussians16', 'pinwheel')
 DATA_SETS = _TEXTS + _PICTURES + _DENSITIES  # Names that no user's data gets
