@@ -303,7 +303,7 @@ def test_kill_and_resume_bitwise(tmp_path, quiet, grammar):
     p.send_signal(signal.SIGKILL)
     p.wait()
     at = Run(tmp_path / "killed", {}).load()["progress"]["step"]
-    assert 40 <= at < 200, "killed in mid-run"
+    assert 0 < at < 200, "killed in mid-run"
     again = fl.LabelTask(grammar, settings, "ldebm", 2, 0)
     fit(again, Run(tmp_path / "killed", {}), cfg, 0)
     for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()):
