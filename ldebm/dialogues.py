@@ -317,7 +317,7 @@ def _kvret_turn(turn) -> list[str]:
     words = DD_WORD.findall(turn['data']['utterance'])
     return words and [SPEAKERS[turn['turn']], *words]
 
-
+# %% ../nbs/04d_dialogues.ipynb #83a30259
 def read_kvret(
     content: bytes,  # Of a file
     name: str,  # Its name, for errors

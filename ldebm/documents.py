@@ -177,7 +177,7 @@ def _json_story(line: str) -> tuple:
 def _table_story(cells: list[str]) -> tuple:
     return int(cells[0]), ' '.join(cells[1:])
 
-
+# %% ../nbs/04c_documents.ipynb #586ed442
 def parse_stories(
     content: bytes,  # Of the file
     name: str,  # Its name, which ends in `.jsonl` or `.csv`

@@ -131,7 +131,7 @@ def need(
     if what in self.lacks:
         raise ValueError(self.lacks[what])
 
-
+# %% ../nbs/61c_explorer.ipynb #8b7f7b9b
 @patch
 def label(
     self: Explorer,
@@ -295,7 +295,7 @@ def _draw_path(self: Explorer, ax, path: Tensor, mark: str):
     for t, place in enumerate(xy):
         ax.annotate(str(t), place, ha='center', va='center', fontsize=6)
 
-
+# %% ../nbs/61c_explorer.ipynb #b9023783
 @patch
 def _draw_energies(self: Explorer, ax, path: Tensor, gen: torch.Generator):
     "Energies by level, the top first, over the middle 80 % of real sentences'"
@@ -366,7 +366,7 @@ def _spelt(self: Explorer, text: str) -> list:
 
     return [spelt(word) for word in text.split()]
 
-
+# %% ../nbs/61c_explorer.ipynb #f35c87e0
 @patch
 def read(
     self: Explorer,

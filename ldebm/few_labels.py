@@ -183,7 +183,7 @@ class BagClassifier(nn.Module):
         logits = self.out(self.encoder(batch, gen))
         return dict(cls=nnf.cross_entropy(logits, batch.labels, reduction='none'))
 
-
+# %% ../nbs/23a_few_labels.ipynb #a0c7e983
 def _build_classifier(documents: Documents, settings: LabelSettings, seed: int) -> BagClassifier:
     sizes = len(documents.words), len(documents.classes)
     return BagClassifier(*sizes, pick(BagCfg, settings), make_gen(seed, 'bags'))

@@ -78,7 +78,7 @@ def _add_sampling(self: Panel):
     self.sample.on_click(self.on_sample)
     self.drawn = w.Output()
 
-
+# %% ../nbs/61d_panel.ipynb #f798c37f
 @patch
 def _line(self: Panel, name: str, text: str, on_click) -> tuple:
     "A line to write on, a button, and an area for what comes of it"
@@ -87,7 +87,7 @@ def _line(self: Panel, name: str, text: str, on_click) -> tuple:
     button.on_click(on_click)
     return w.Text(text, layout=w.Layout(width='680px')), button, w.Output()
 
-
+# %% ../nbs/61d_panel.ipynb #8612f84c
 @patch
 def _layout(self: Panel):
     "All of it, one above the other"

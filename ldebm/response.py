@@ -122,7 +122,7 @@ class ResponseModel(nn.Module):
     groups = TextModel.groups
     before_step = TextModel.before_step
 
-
+# %% ../nbs/24_response.ipynb #8319baf8
 def _head(n_in: int, text: TextCfg) -> nn.Module:
     "Posterior from what was read of a response, and the context"
     return nn.Sequential(nn.Linear(n_in, text.hidden), nn.ReLU(), GaussianHead(text.hidden, text.d))

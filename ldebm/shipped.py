@@ -19,10 +19,26 @@ from .sentences import read_sentences
 from .text import get_batch, make_split
 from .text_job import MODELS, load_model
 
-# %% ../nbs/61e_shipped.ipynb #2485b85c
+# %% ../nbs/61e_shipped.ipynb #cff43885
 SAID = ('recon_nll', 'kl', 'bleu', 'wkl', 'wkl_drawn', 'self_bleu', 'grammatical')  # Metrics on every card
 
 
+def _usage(name: str, request: str) -> str:
+    "Code that loads a model and asks it for sentences"
+    asks = [f"y = load_symbols('{name}').request({request})"] if request else []
+    lines = [
+        'import torch\n',
+        'from ldebm.text_job import load_model, load_symbols',
+        'from ldebm.text_vae import sample_sentences\n',
+        f"model, vocab = load_model('{name}')",
+        *asks,
+        'gen = torch.Generator().manual_seed(0)',
+        f"for ids in sample_sentences(model, 5{', y=y' if request else ''}, gen=gen):",
+        '    print(*vocab.decode(ids))',
+    ]
+    return '\n'.join(['```python', *lines, '```'])
+
+# %% ../nbs/61e_shipped.ipynb #2485b85c
 def model_card(
     record: dict,  # Of the run
     name: str,  # Of the model
@@ -32,24 +48,11 @@ def model_card(
     metrics, made = record['metrics'], record['provenance']
     shown = {k: m for k, m in metrics.items() if k in SAID or k.startswith('reader_') or k.endswith('_g4')}
     words = {k: f'{record[k]}' for k in ('system', 'corpus', 'preset', 'objective', 'seed')}
-    asks = [f"y = load_symbols('{name}').request({request})"] if request else []
-    given = ', y=y' if request else ''
     lines = [
         f'# {name}',
         f'A latent diffusion energy-based model of the text corpus `{words["corpus"]}`: system `{words["system"]}`, '
         f'preset `{words["preset"]}`, objective `{words["objective"]}`, seed {words["seed"]}.',
-        '```python\nimport torch\n\nfrom ldebm.text_job import load_model, load_symbols\n'
-        'from ldebm.text_vae import sample_sentences\n\n'
-        + '\n'.join(
-            [
-                f"model, vocab = load_model('{name}')",
-                *asks,
-                'gen = torch.Generator().manual_seed(0)',
-                f'for ids in sample_sentences(model, 5{given}, gen=gen):',
-                '    print(*vocab.decode(ids))',
-            ]
-        )
-        + '\n```',
+        _usage(name, request),
         f'Trained in {made["minutes"]:.0f} minutes, all metrics included, on {made["threads"]} thread(s) of '
         f'{made["device"]}; commit `{made["commit"][:12]}`. Weights are under the Apache-2.0 licence of the code.',
         metrics_table(shown),

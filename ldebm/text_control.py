@@ -151,6 +151,12 @@ def fit_told(
     told.model.eval()
     return told, end.seconds
 
+# %% ../nbs/64c_text_control.ipynb #96dd05bc
+def _words(task: TextTask, model, z: Tensor, temperature: float, gen) -> list[list[str]]:
+    "Sentences that a model decodes from latents"
+    ids = decode_latents(model, z, temperature=temperature, max_len=task.settings.max_len, gen=gen)
+    return [task.corpus.vocab.decode(sentence) for sentence in ids]
+
 # %% ../nbs/64c_text_control.ipynb #be097ad8
 @torch.no_grad()
 def requests(
@@ -162,13 +168,9 @@ def requests(
     seed: int = 0,  # Of requests, latents and words
 ) -> tuple[Tensor, dict]:  # Values asked for, `(n,)`; name -> `samples` (greedy), `drawn`
     "Sentences that were asked to have an attribute"
-    vocab, labels = task.corpus.vocab, task.corpus['train'].labels[attribute]
+    labels = task.corpus['train'].labels[attribute]
     asked = torch.randint(len(labels), (n,), generator=make_gen(seed, 'asked', attribute))
     values, gen = labels[asked], make_gen(seed, 'control', attribute, device=task.device)
-
-    def words(decoder_of, z, temperature):
-        ids = decode_latents(decoder_of, z, temperature=temperature, max_len=task.settings.max_len, gen=gen)
-        return [vocab.decode(sentence) for sentence in ids]
 
     if task.symbols is None:
         cpu = make_gen(seed, 'by example', attribute)
@@ -177,10 +179,10 @@ def requests(
         latents = {f'_g{g:g}': requested_latents(task, attribute, values, g, gen) for g in guidances}
     out = {}
     for name, z in latents.items():
-        out[name] = dict(samples=words(task.model, z, 0.0), drawn=words(task.model, z, 1.0))
+        out[name] = dict(samples=_words(task, task.model, z, 0.0, gen), drawn=_words(task, task.model, z, 1.0, gen))
     if told is not None:
         z = told.model.eval().told(told.labels['train'][asked].to(task.device))
-        out['_told'] = dict(drawn=words(told.model, z, 1.0))
+        out['_told'] = dict(drawn=_words(task, told.model, z, 1.0, gen))
     return values, out
 
 # %% ../nbs/64c_text_control.ipynb #e44e7757
