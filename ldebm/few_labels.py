@@ -124,7 +124,7 @@ class LabelSettings(_TrainingSettings, _ModelSettings):
     def _repr_markdown_(self):
         return settings_table(self)._repr_markdown_()
 
-
+# %% ../nbs/23a_few_labels.ipynb #5b9b81a9
 def of_system(
     settings: LabelSettings,
     system: str,  # One of `SYSTEMS`
