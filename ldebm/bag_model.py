@@ -194,6 +194,8 @@ def forward(
     q = self.encode(batch, gen)
     z = q.rsample(gen)
     terms = dict(nll=multinomial_nll(self.generator(z), batch), **self.prior.terms(q, z, gen, labels))
+    if 'entropy' in terms:
+        terms['entropy'] = -0.5 * (1 + q.logvar).sum(-1)
     if labelled is not None:
         terms |= self.class_terms(q, batch, labelled.to(z.device), gen)
     return terms

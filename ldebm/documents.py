@@ -95,7 +95,7 @@ def bag_batches(
         yield bags[index]
 
 # %% ../nbs/04c_documents.ipynb #7d343062
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Documents:
     "A vocabulary, classes, and the splits `train`, `valid`, `test`"
 
@@ -107,6 +107,9 @@ class Documents:
 
     def __getitem__(self, split: str) -> Bags:
         return self.splits[split]
+
+    def __repr__(self) -> str:
+        return f'{self.name}: {len(self.words):,} words, {len(self.classes)} classes'
 
     def tokens(self, split: str) -> list[list[str]]:
         "Different words of each document"
@@ -134,7 +137,7 @@ def fingerprint(self: Documents) -> str:
 # %% ../nbs/04c_documents.ipynb #17cf7e0e
 @patch
 def _repr_markdown_(self: Documents) -> str:
-    lines = [f'**{self.name}**: {len(self.words):,} words, {len(self.classes)} classes', '']
+    lines = [f'**{self.name}**' + repr(self).removeprefix(self.name), '']
     lines += [
         '| split | documents | words each | ' + ' | '.join(self.classes) + ' |',
         '|---' * (3 + len(self.classes)) + '|',
@@ -177,20 +180,24 @@ def _json_story(line: str) -> tuple:
 def _table_story(cells: list[str]) -> tuple:
     return int(cells[0]), ' '.join(cells[1:])
 
-# %% ../nbs/04c_documents.ipynb #586ed442
+
+def _lines(text: str, name: str) -> list:
+    "A line of JSON, or the cells of a table without its head, for each story"
+    if not name.endswith('.csv'):
+        return text.splitlines()
+    lines = list(csv.reader(io.StringIO(text)))
+    has_head = lines and not lines[0][0].strip().isdigit()
+    return lines[1:] if has_head else lines
+
+# %% ../nbs/04c_documents.ipynb #4159e451
 def parse_stories(
     content: bytes,  # Of the file
     name: str,  # Its name, which ends in `.jsonl` or `.csv`
 ) -> tuple[list[str], list[int]]:  # Text of each story; its class, from 0
     "Stories and classes. `ValueError` naming file and line where there is no story"
-    text = content.decode('utf-8-sig')
-    if name.endswith('.csv'):
-        lines, read = list(csv.reader(io.StringIO(text))), _table_story
-        lines = lines[1:] if lines and not lines[0][0].strip().isdigit() else lines  # a head
-    else:
-        lines, read = text.splitlines(), _json_story
+    read = _table_story if name.endswith('.csv') else _json_story
     texts, labels = [], []
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(_lines(content.decode('utf-8-sig'), name), 1):
         try:
             label, story = read(line)
         except (ValueError, KeyError, IndexError, TypeError) as e:

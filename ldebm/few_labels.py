@@ -124,7 +124,7 @@ class LabelSettings(_TrainingSettings, _ModelSettings):
     def _repr_markdown_(self):
         return settings_table(self)._repr_markdown_()
 
-# %% ../nbs/23a_few_labels.ipynb #5b9b81a9
+# %% ../nbs/23a_few_labels.ipynb #6756e664
 def of_system(
     settings: LabelSettings,
     system: str,  # One of `SYSTEMS`
@@ -149,8 +149,8 @@ def build_model(
     seed: int,  # Of the initial weights
 ) -> BagModel:
     "A model of the documents whose symbols are the classes"
-    K, T, free = len(documents.classes), settings.T, settings.objective == 'consistent'
-    sizes = settings.d, K, T, settings.energy_hidden, settings.n_blocks
+    T, free = settings.T, settings.objective == 'consistent'
+    sizes = settings.d, len(documents.classes), T, settings.energy_hidden, settings.n_blocks
     energy = EnergyNet(*sizes, free_head=free, gen=make_gen(seed, 'energy'))
     prior = DiffusionEBM(make_schedule(settings.objective, T), energy, _prior_cfg(settings))
     return BagModel(documents.background, pick(BagCfg, settings), prior, make_gen(seed, 'bags'))
@@ -183,7 +183,7 @@ class BagClassifier(nn.Module):
         logits = self.out(self.encoder(batch, gen))
         return dict(cls=nnf.cross_entropy(logits, batch.labels, reduction='none'))
 
-# %% ../nbs/23a_few_labels.ipynb #a0c7e983
+# %% ../nbs/23a_few_labels.ipynb #c21ded10
 def _build_classifier(documents: Documents, settings: LabelSettings, seed: int) -> BagClassifier:
     sizes = len(documents.words), len(documents.classes)
     return BagClassifier(*sizes, pick(BagCfg, settings), make_gen(seed, 'bags'))

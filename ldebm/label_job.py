@@ -252,7 +252,7 @@ def _means(model, documents: Documents) -> Tensor | None:
     device = next(model.parameters()).device
     return torch.cat([model.encode(batch.to(device)).mean.cpu() for batch in bag_batches(documents['test'])])
 
-# %% ../nbs/67_label_job.ipynb #eb0b0c68
+# %% ../nbs/67_label_job.ipynb #0cf1fa9a
 def run_stage(
     place: LabelPlace,
     n: int,  # Labels a class
