@@ -93,7 +93,7 @@ def test_what_cannot_be_asked(tmp_path, grammar):
         open_job(job)
     with pytest.raises(ValueError, match="unknown attribute 'moods'; did you mean 'mood'"):
         open_job(replace(job, corpus="grammar", settings=TINY + "attributes=moods"))
-    with pytest.raises(ValueError, match="add attributes=all to settings"):
+    with pytest.raises(ValueError, match="set attributes, as attributes=all in settings"):
         open_job(replace(job, corpus="grammar", settings=TINY), check_control)
     with pytest.raises(ValueError, match="has no latent to ask"):
         open_job(replace(job, corpus="grammar", system="rnn-lm", settings="embed=16 hidden=16"), check_control)
@@ -170,8 +170,9 @@ def test_no_energies_are_asked_by_example(grammar):
 @pytest.mark.slow
 def test_control_job_shrunk(tmp_path):
     "The notebook from end to end; run again, it trains nothing and keeps its figures"
-    settings = TINY + "attributes=mood lm=quick lm_seeds=1"
-    args = ("-p", "steps", 20, "-p", "n_samples", 100, "-r", "settings", settings, "-r", "out", tmp_path / "run")
+    settings = TINY + "lm=quick lm_seeds=1"
+    args = ("-p", "steps", 20, "-p", "n_samples", 100, "-r", "attributes", "mood", "-r", "settings", settings)
+    args = (*args, "-r", "out", tmp_path / "run")
     notebook = "nbs/train_control.ipynb"
     first = papermill(tmp_path / "a.ipynb", *args, notebook=notebook)
     assert first.returncode == 0, first.stderr[-3000:]

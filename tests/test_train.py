@@ -13,7 +13,7 @@ from same import assert_same_state, same_log
 from torch import nn
 
 from ldebm import train
-from ldebm.core import make_gen
+from ldebm.core import has_bf16, make_gen
 from ldebm.records import Run
 from ldebm.text_job import finish, open_job
 from ldebm.text_settings import TextJob, train_cfg
@@ -579,6 +579,7 @@ def test_impossible_settings_of_the_loop(values, wrong):
         TrainCfg(**values)
 
 
+@pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply in bfloat16")
 @pytest.mark.parametrize("objective", ["consistent", "published"])
 def test_bf16_trains_on_a_cpu(tmp_path, objective):
     settings = TINY + " cls_start=0"
