@@ -36,7 +36,7 @@ from ldebm.text_settings import (
     scoring,
     unused,
 )
-from .text_task import TextTask, build_model, with_named_symbols
+from .text_task import TextTask, build_model, named_symbols, with_named_symbols
 from .text_vae import TextModel
 
 # %% ../nbs/61_text_job.ipynb #01a1642b
@@ -144,7 +144,7 @@ def open_job(
     device = job_device(job, settings.mixed_precision)
     count_processes(job.processes, device)
     corpus = _read_corpus(job, settings)
-    settings = with_named_symbols(settings, corpus)
+    settings = with_named_symbols(settings, named_symbols(corpus, settings))
     identity = record_settings(job, settings, corpus)
     check_names(job, [(record_name(job), identity)])
     use_machine(job)

@@ -136,10 +136,9 @@ def named_symbols(
 # %% ../nbs/60b_text_task.ipynb #abd6d5ba
 def with_named_symbols(
     settings: TextSettings,
-    corpus: Corpus,  # Data
+    symbols: LabelSymbols | None,  # From `named_symbols`
 ) -> TextSettings:
     "Settings with as many symbols as the labels have"
-    symbols = named_symbols(corpus, settings)
     return settings if symbols is None else replace(settings, n_symbols=len(symbols))
 
 # %% ../nbs/60b_text_task.ipynb #f26ecb65
@@ -155,7 +154,7 @@ class TextTask:
     ):
         self.corpus = corpus
         self.symbols = named_symbols(corpus, settings)
-        self.settings = settings = with_named_symbols(settings, corpus)
+        self.settings = settings = with_named_symbols(settings, self.symbols)
         self.seed = seed
         self.processes = processes
         check_corpus(corpus, settings, processes)
