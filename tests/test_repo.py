@@ -239,6 +239,14 @@ def test_commands_name_targets(doc):
     assert used <= targets(), f"{doc} names targets that the Makefile does not have: {sorted(used - targets())}"
 
 
+def test_workflows_name_targets_and_files():
+    flows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    runs = [line.split("run: ", 1)[1] for f in flows for line in f.read_text().splitlines() if "run: " in line]
+    made = {m for r in runs for m in re.findall(r"\bmake ([a-z-]+)", r)}
+    assert {"venv", "test", "docs"} <= made <= targets()
+    assert [r for r in runs if not r.startswith("make ")] == [".ci/run"] and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
 # -- notebooks --------------------------------------------------------------------------------------------------------
 
 
