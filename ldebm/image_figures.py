@@ -99,7 +99,7 @@ def results_text(
     fresh = '' if real is None else f', fresh real pictures (test) {real:.2f}'
     ref = done['gaussian'].ref
     notes = [
-        f'Fréchet distances (FD) are in the features of the classifier, {len(ref.u)} pictures against as many; '
+        f'Fréchet distances (FD) are in features of the classifier, {len(ref.u_gaussian):,} against {len(ref.u):,}; '
         f'reconstructions score {ref.recon:.2f}{fresh}.',
         "Hole AUROC: how well a classifier tells latents of data from the prior's (0.5: not at all).",
         'Nearest: distance in u to the nearest training draw, relative to test pictures (well below 1: copying).',

@@ -200,7 +200,15 @@ MEASURING = tuple(f.name for f in fields(_MeasureSettings))
 # %% ../nbs/62_image_job.ipynb #919effda
 PRESETS = {}
 PRESETS['digits', 'quick'] = dict(
-    layers='1x4x96x2 1x2x96x1 1x2x96x0', w_kl=0.02, T=3, langevin_steps=20, rho=0.8, energy_hidden=96, steps=900
+    layers='1x4x96x2 1x2x96x1 1x2x96x0',
+    w_kl=0.02,
+    T=3,
+    langevin_steps=20,
+    rho=0.8,
+    energy_hidden=96,
+    w_cls=3.0,
+    steps=1800,
+    n_samples=10_000,
 )
 PRESETS['shapes', 'quick'] = dict(
     layers='1x8x128x3 1x4x128x2 1x4x128x1',

@@ -83,7 +83,7 @@ class Reference:
     labels: Tensor  # Of those training pictures, shape `(n, A)`
     u: Tensor  # One posterior draw of each, shape `(n, d)`
     u_test: Tensor  # And of each test picture
-    u_gaussian: Tensor  # As many draws from N(0, I)
+    u_gaussian: Tensor  # Draws from N(0, I), as many as samples of any prior
     recon: float  # Frechet distance of reconstructions
     gaussian: float  # And of pictures from the Gaussian prior
 
@@ -99,7 +99,7 @@ def make_reference(place: ImagePlace, generator: Generator, net: nn.Module) -> R
     test_features = features_of(net, test)
     u, _ = encode_all(generator, train, gen)
     u_test, _ = encode_all(generator, test, gen)
-    noise = torch.randn(n, generator.d, generator=gen, device=device).cpu()
+    noise = torch.randn(place.settings.n_samples, generator.d, generator=gen, device=device).cpu()
 
     def distance(latents):
         return frechet(features_of(net, decode_all(generator, latents)), features)
@@ -156,7 +156,7 @@ def _hole(ref: Reference, u: Tensor, gen: torch.Generator, with_test: bool) -> d
     "How well a classifier tells latents of data from the prior's, over all and in each layer"
     out = dict(
         prior_hole_auroc=two_sample_auroc(ref.u, u, gen),
-        prior_hole_gaussian=two_sample_auroc(ref.u, ref.u_gaussian, gen),
+        prior_hole_gaussian=two_sample_auroc(ref.u, ref.u_gaussian[: len(ref.u)], gen),
     )
     if with_test:
         out['prior_hole_test'] = two_sample_auroc(ref.u_test, u, gen)
@@ -168,7 +168,7 @@ def _hole(ref: Reference, u: Tensor, gen: torch.Generator, with_test: bool) -> d
 
 def _discrepancy(ref: Reference, u: Tensor) -> dict:
     "Maximum mean discrepancy in u, relative to the Gaussian prior's"
-    own, gaussian = latent_mmd(ref.u, u), latent_mmd(ref.u, ref.u_gaussian)
+    own, gaussian = latent_mmd(ref.u, u), latent_mmd(ref.u, ref.u_gaussian[: len(ref.u)])
     if gaussian['value'] > 0:
         estimator = 'mmd / mmd_gaussian, unbiased: may be negative'
         ratio = metric(own['value'] / gaussian['value'], n=len(u), estimator=estimator)
@@ -210,16 +210,17 @@ def score(
     ref: Reference,  # Of the same generator
     u: Tensor,  # Samples of a prior, shape `(n, d)`
 ) -> dict:  # Metrics
-    "How pictures and latents of a prior compare with data"
+    "How pictures and latents of a prior compare with data: distances by all samples, the rest by as many as data"
+    n = len(ref.u)
     gen = make_gen(place.job.seed, 'score')
     gaps = measurable(place.settings, place.images)
     x = decode_all(ref.generator, u)
     features = features_of(ref.net, x)
     gaussian = features_of(ref.net, decode_all(ref.generator, ref.u_gaussian))
-    out = _distances(ref, features, gen) | density_coverage(ref.features, features)
-    out |= {f'{k}_gaussian': v for k, v in density_coverage(ref.features, gaussian).items()}
-    out |= _hole(ref, u, gen, with_test='prior_hole_test' not in gaps)
-    out |= _discrepancy(ref, u) | _closeness(ref, u)
+    out = _distances(ref, features, gen) | density_coverage(ref.features, features[:n])
+    out |= {f'{k}_gaussian': v for k, v in density_coverage(ref.features, gaussian[:n]).items()}
+    out |= _hole(ref, u[:n], gen, with_test='prior_hole_test' not in gaps)
+    out |= _discrepancy(ref, u[:n]) | _closeness(ref, u)
     if 'frechet_test' not in gaps:
         out |= _test_distances(ref, features)
     if 'class_kl' not in gaps:
@@ -331,7 +332,7 @@ def pictures(self: Measured, n: int = 12) -> Tensor:  # Shape `(n, C, H, W)`
 # %% ../nbs/62b_image_measure.ipynb #88d6bc0a
 def measure(place: ImagePlace, system: str, ref: Reference, prior: nn.Module, end, log: list) -> Measured:
     "Sample a trained prior, measure it, save it, record it"
-    u, seconds = sample_prior(place, prior, len(ref.u))
+    u, seconds = sample_prior(place, prior, len(ref.u_gaussian))
     metrics = score(place, ref, u) | cost(place, system, end, seconds, len(u))
     if isinstance(prior, DiffusionEBM):
         metrics |= chain_health(place, ref, prior)
@@ -385,7 +386,7 @@ def tune_gaussian(
 # %% ../nbs/62b_image_measure.ipynb #e526d7bd
 def gaussian_metrics(place: ImagePlace, ref: Reference) -> dict:
     "Metrics of the Gaussian prior on a generator"
-    return score(place, ref, ref.u_gaussian) | cost(place, 'gaussian', None, 0.0, len(ref.u))
+    return score(place, ref, ref.u_gaussian) | cost(place, 'gaussian', None, 0.0, len(ref.u_gaussian))
 
 # %% ../nbs/62b_image_measure.ipynb #05316d2c
 def _run_gaussian(place: ImagePlace, ref: Reference) -> Measured:
