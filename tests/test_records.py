@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from ldebm import records
 from ldebm.core import make_gen
+from ldebm.few_labels import LabelSettings
 from ldebm.image_job import ImageSettings
 from ldebm.records import (
     DATA_SETS,
@@ -467,7 +468,8 @@ def test_every_record_of_this_repository_is_read_in_the_words_of_today(folder):
     "Each key is known, and what one run was called before and is called now is one run"
     more = {"corpus_sha256", "processes", "split", "module_sha256", "n_train", "shape", "data"}
     more |= {"density", "scale", "sample_steps"}
-    jobs = (TextSettings, TextJob, ImageSettings, ToySettings)
+    more |= {"n_labels"}
+    jobs = (TextSettings, TextJob, ImageSettings, ToySettings, LabelSettings)
     known = more | {f.name for job in jobs for f in dataclasses.fields(job)}
     found = load_results(ROOT / folder)
     assert found
