@@ -46,7 +46,7 @@ SECTIONS = {
 
 # %% ../nbs/91_pages.ipynb #9c5e5c48
 # Pages without a number that are no jobs
-READING = ('tour', 'results', 'benchmarks', 'calibration', 'own_prior', 'explore', 'norms')
+READING = ('tour', 'paper_to_code', 'results', 'benchmarks', 'calibration', 'own_prior', 'explore', 'norms')
 
 # %% ../nbs/91_pages.ipynb #7f18acf4
 def section_of(

@@ -13,6 +13,7 @@ from tiny import tiny_corpus
 from torch.testing import assert_close
 
 from ldebm.explorer import Explorer, explore, newest_run, real_sentences
+from ldebm.likelihood import NLLCfg
 from ldebm.panel import Panel
 from ldebm.text_job import open_job, save_model
 from ldebm.text_settings import TextJob
@@ -161,6 +162,45 @@ ASKS = dict(
     reading=lambda e: e.read("a b"),
     completion=lambda e: e.complete("a ___"),
 )
+
+
+# -- between sentences, to a symbol, and what sentences cost
+
+FEW = NLLCfg(refine=0, draws=8, chains=4, paths=1, fit=32, rich=2, top=32, most=8)
+
+
+def test_a_line_goes_from_one_sentence_to_the_other(one):
+    ends = [" ".join(words) for words in one.sentences[:2]]
+    line = one.between(*ends, n=4)
+    assert [line.sentences[i] for i in (0, -1)] == [one.read(text).decoded for text in ends]
+    assert_close(line.path[0, 1], (2 * one.read(ends[0]).z + one.read(ends[1]).z) / 3)
+    for level in range(one.model.prior.T):
+        marks = one.plot_line(line, level).lines[1].get_xdata()
+        z = one.model.prior.schedule.abar[level].float() * line.path[0]
+        t = torch.full((4,), level)
+        assert_close(torch.as_tensor(marks), -one.model.prior.energy(z, t).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_an_edit_starts_from_the_sentence_and_takes_requests(one):
+    text = " ".join(one.sentences[0])
+    edited = one.edit(text, 2, seed=3)
+    assert edited.sentences[0] == one.read(text).decoded and len(edited.sentences) == one.model.prior.T + 1
+    wanted = torch.zeros(5, dtype=torch.bool)
+    wanted[2] = True
+    assert one.edit(text, wanted, seed=3).sentences == edited.sentences
+    assert one.sample(wanted, seed=3).sentences == one.sample(2, seed=3).sentences
+    with pytest.raises(ValueError, match="9"):
+        one.edit(text, 9)
+
+
+@pytest.mark.parametrize("system", ("ldebm", "vae", "dgm-vae"))
+def test_a_bound_lies_in_its_interval(folders, system):
+    explorer = explore(folders[system])
+    texts = [" ".join(words) for words in explorer.sentences[:3]]
+    scores = explorer.score(texts, FEW)
+    assert (scores.low <= scores.nll).all() and (scores.nll <= scores.high).all() and (scores.nll > 0).all()
+    assert scores.nll.equal(explorer.score(texts, FEW).nll)
+    assert len(scores._repr_markdown_().splitlines()) == 5
 
 
 @pytest.mark.parametrize("system", ("vae", "dgm-vae", "rnn-lm"))
