@@ -57,9 +57,9 @@ UNLISTED := PAPERMILL THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
 .PHONY: help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve lab lint prepare clean distclean .environment
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
-CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 ifndef PYTHON
-PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
   if $$p -c '$(CHECK)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 endif
 
@@ -124,20 +124,21 @@ help: ## Show this list
 
 venv: $(READY) ## Make .venv from the lock file of this Python
 
-# `pip install -e .` writes into the checkout, and takes a dollar in its path for a variable: a .pth file and the metadata do the same
+# `pip install -e .` writes into the checkout, and takes a dollar in its path for a variable: a .pth file, the metadata and a script do the same
 POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("purelib"); open(lib + "/ldebm.pth", "w").write(os.getcwd()); \
   sys.exit(subprocess.call([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", lib]))
 .environment:
 	@env=$(call q,$(ENV)); log="$$env/install.log"; \
 	if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(CHECK)' 2>/dev/null; then \
-	  echo "No usable Python $(PYTHON): ldebm needs Python 3.10, 3.11 or 3.12 with venv. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	  echo "No usable Python $(PYTHON): ldebm needs Python 3.10, 3.11, 3.12 or 3.13 with venv. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
 	if [ ! -f $(LOCK) ]; then echo "$(LOCK) is missing: this checkout has no lock file for that Python" >&2; exit 1; fi; \
 	if [ -f "$$env/pyvenv.cfg" ] && ! "$$env/bin/python" -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$(TAG)')" 2>/dev/null; then \
 	  echo "$$env is of another Python version: making it anew"; rm -rf -- "$$env"; fi; \
 	echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $$env with $$($(PYTHON) --version): once, a few minutes"; \
 	$(PYTHON) -m venv -- "$$env" || { echo "$$env cannot be made: name another folder, make VENV=/path/to/folder ..., or with NO_VENV=1 use the environment that is active" >&2; exit 1; }; \
 	rm -f -- "$$env"/.installed-*; \
-	if { python -m pip install -q $(PIP_ARGS) -r $(LOCK) && python -c '$(POINT)' && python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
+	if { python -m pip install -q $(PIP_ARGS) -r $(LOCK) && python -c '$(POINT)' && printf '%s\n' '#!/bin/sh' 'exec "$${0%/*}/python" -m ldebm.command "$$@"' > "$$env/bin/ldebm" && chmod +x "$$env/bin/ldebm" && \
+	  python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
 	then touch -- $(call q,$(STAMP)); echo "Ready: $$env"; \
 	else tail -n 15 -- "$$log" >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
 

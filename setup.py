@@ -1,9 +1,11 @@
 "Packaging: everything is read from settings.ini, the one list of requirements"
 
+import json
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
@@ -12,9 +14,36 @@ cfg = parser["DEFAULT"]
 
 licenses = {"apache2": "Apache-2.0"}
 statuses = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
-pythons = ["3.10", "3.11", "3.12"]
+pythons = ["3.10", "3.11", "3.12", "3.13"]
 extras = {k[: -len("_requirements")]: v.split() for k, v in cfg.items() if k.endswith("_requirements")}
 readme = root / "README.md"
+came_along = ["nbs/train_*.ipynb", "models/*/*", "data/*/*"]  # `ldebm.data.came_along` finds them
+
+
+def without_outputs(notebook):
+    "A job's notebook as it is run: outputs of the default run are for readers of the repository"
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= dict(outputs=[], execution_count=None)
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+class Build(build_py):
+    "The package, with `share`: notebooks of the jobs, trained models, small data sets"
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # a checkout has them beside the package
+        for path in (path for pattern in came_along for path in sorted(root.glob(pattern))):
+            copy = Path(self.build_lib, cfg["lib_name"], "share", path.relative_to(root))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".ipynb":
+                copy.write_text(without_outputs(path), encoding="utf-8")
+            else:
+                copy.write_bytes(path.read_bytes())
+
 
 setup(
     name=cfg["lib_name"],
@@ -38,7 +67,11 @@ setup(
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    python_requires=f">={cfg['min_python']},<3.13",
-    entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    python_requires=f">={cfg['min_python']},<3.14",
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+    cmdclass={"build_py": Build},
     zip_safe=False,
 )

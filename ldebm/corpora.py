@@ -141,11 +141,20 @@ def load_grammar_corpus(
     return make_corpus('grammar', vocab, data, max_len, label_names=dict(GRAMMAR_ATTRIBUTES))
 
 # %% ../nbs/04b_corpora.ipynb #68824a67
+def _ptb_addresses() -> dict[str, str]:  # Name of the file -> address; empty without torchtext
+    "Where torchtext downloads the Penn Treebank from"
+    try:
+        from torchtext.datasets import PennTreebank
+    except ImportError:
+        return {}
+    return {url.rsplit('/', 1)[1]: url for url in PennTreebank.urls}
+
+
 def _ptb_sentences() -> dict[str, list[list[str]]]:
     "Penn Treebank as its files have it, by split"
-    from torchtext.datasets import PennTreebank
-
-    files = read_data('ptb', PTB_FILES, url={url.rsplit('/', 1)[1]: url for url in PennTreebank.urls})
+    addresses = _ptb_addresses()
+    hint = '' if addresses else 'With torchtext it can be downloaded: pip install torchtext==0.6.0'
+    files = read_data('ptb', PTB_FILES, url=addresses, hint=hint)
     return {split: parse_sentences(files[f'ptb.{split}.txt'], f'ptb.{split}.txt')[0] for split in _SPLITS}
 
 

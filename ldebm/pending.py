@@ -33,7 +33,7 @@ from .image_files import find_images
 from .records import OPERATIONAL, RecordName, env_report, identity, load_results, renamed, system_name
 from .report import markdown_table
 from .settings import parse_settings
-from .sweep import Outcomes, sweep, sweep_status
+from .sweep import Outcomes, job_notebooks, sweep, sweep_status
 from ldebm.table import (
     SETTINGS,
     Texts,
@@ -47,7 +47,6 @@ from ldebm.table import (
     table_jobs,
     where_to_run,
     work,
-    zoo_notebook,
 )
 from .text_score import TUNING
 from .text_settings import TextJob, TextSettings, resolve
@@ -487,7 +486,7 @@ def _last_step(folder: str) -> int:
 
 def _standing(job: TextJob) -> str:
     "What has become of a job so far, in a word or two"
-    state = sweep_status([sweep_job(job, zoo_notebook())])[0]['state']
+    state = sweep_status([sweep_job(job, job_notebooks()['zoo'])])[0]['state']
     return dict(
         failed='failed before, --retry runs it again', busy='running now', skipped='finished, its record is copied'
     ).get(state, '')

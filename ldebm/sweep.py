@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['STATES', 'GRACE_SECONDS', 'CONNECT', 'WORTH_SECONDS', 'SweepJob', 'read_json', 'finished', 'failure', 'outcome',
            'Outcomes', 'SweepStopped', 'claim', 'locked', 'kernel_manager', 'signal_kernels', 'unwanted', 'stoppable',
-           'explain', 'write_failure', 'kernel_environment', 'execute', 'run_one', 'papermill_command',
+           'explain', 'write_failure', 'kernel_environment', 'execute', 'run_one', 'papermill_command', 'job_notebooks',
            'notebook_parameters', 'check_jobs', 'Machine', 'visible_gpus', 'demands', 'check_cluster', 'dask_setup',
            'Local', 'Remote', 'probe', 'Budget', 'sweep_status', 'sweep', 'run_all']
 
 # %% ../nbs/51_sweep.ipynb #0a4daf5e
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -38,6 +37,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .core import atomic_write, graceful_stop, progress, settings_hash
+from .data import came_along
 from .settings import choose
 
 # %% ../nbs/51_sweep.ipynb #e542d6a3
@@ -318,6 +318,8 @@ def kernel_environment(
         env['CUDA_VISIBLE_DEVICES'] = devices
     if 0 < job.gpus < 1:
         env['LDEBM_SHARED_GPU'] = '1'
+    if not env.get('LDEBM_DATA') and Path('data').is_dir():
+        env['LDEBM_DATA'] = str(Path('data').absolute())  # the notebook runs in another folder
     return env
 
 # %% ../nbs/51_sweep.ipynb #937271c7
@@ -436,8 +438,7 @@ def papermill_command(
 
     run = _Interruptible()
     papermill_engines.register(None, run.engine())
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, run.ask)
+    before = {signum: signal.signal(signum, run.ask) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         papermill(arguments, prog_name='python -m ldebm.sweep')
     except SystemExit as end:
@@ -447,20 +448,28 @@ def papermill_command(
             raise
         print(explain(error)[0], file=sys.stderr)
         return 130
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 if __name__ == '__main__' and '__file__' in globals():
     sys.exit(papermill_command(sys.argv[1:]))
 
+# %% ../nbs/51_sweep.ipynb #6601266b
+def job_notebooks() -> dict[str, Path]:  # `ptb`, `digits`, ... -> `train_ptb.ipynb`, ...
+    "Notebooks of the package's jobs"
+    return {path.stem.removeprefix('train_'): path for path in sorted(came_along('nbs').glob('train_*.ipynb'))}
+
 # %% ../nbs/51_sweep.ipynb #a333e3f7
-def notebook_parameters(path: str) -> set:
-    "Names in the parameters cell of a notebook"
+def notebook_parameters(path: str) -> dict:  # Name -> papermill's `default`, `inferred_type_name` and `help`, texts
+    "The parameters cell of a notebook"
     import papermill
 
     if not Path(path).is_file():
         raise FileNotFoundError(f'no notebook at {path}')
     try:
-        return set(papermill.inspect_notebook(path))
+        return papermill.inspect_notebook(path)
     except Exception as error:
         raise ValueError(
             f'{path} cannot be read as a notebook with a Python kernel ({type(error).__name__}: {error}); '
@@ -481,7 +490,7 @@ def _is_plain(value) -> bool:
     return value is None or type(value) in (str, int, bool)
 
 
-def _check_job(job: SweepJob, known: set):
+def _check_job(job: SweepJob, known: dict):
     "`ValueError` for a job that cannot work; `known`: parameters of its notebook"
     for name, value in job.parameters.items():
         choose(f'parameter of {Path(job.notebook).name}', name, sorted(known))

@@ -81,6 +81,20 @@ def _keep_tags(words: list[str], specials: list[str]) -> list[str]:
     rarest = [word for word in words if word not in (*specials, UNK, BOS, EOS)][-len(absent) :]
     return [word for word in words if word not in rarest] + absent
 
+# %% ../nbs/04_text.ipynb #706a313f
+def _sorted_words(counts: Counter, size: int, specials: list[str]) -> list[str]:
+    "What torchtext makes of counts without ties"
+    return [*specials, *sorted(counts, key=counts.get, reverse=True)[:size]]
+
+
+def _most_frequent(counts: Counter, size: int, specials: list[str]) -> list[str]:
+    "The vocabulary of torchtext, where that is installed or not"
+    try:
+        from torchtext.vocab import Vocab as TorchtextVocab
+    except ImportError:
+        return _sorted_words(counts, size, specials)
+    return TorchtextVocab(counts, max_size=size, specials=specials).itos
+
 # %% ../nbs/04_text.ipynb #046179a7
 def build_vocab(
     sentences,  # Training sentences, each a list of words without tags
@@ -88,10 +102,6 @@ def build_vocab(
     specials: tuple[str, ...] = (PAD,),  # Entries put in front, on top of `size`
 ) -> Vocab:
     "The `size` most frequent words, earlier ones first among equals, after `specials`; `<unk>` and the tags always"
-    try:
-        from torchtext.vocab import Vocab as TorchtextVocab
-    except ImportError as e:
-        raise ImportError('vocabularies are built with torchtext: pip install torchtext==0.6.0') from e
     counts = Counter()
     for words in sentences:
         counts.update([BOS, *words, EOS])
@@ -101,8 +111,7 @@ def build_vocab(
         specials.append(UNK)
     for word in specials:
         del counts[word]
-    words = TorchtextVocab(counts, max_size=size, specials=specials).itos
-    return Vocab(_keep_tags(words, specials))
+    return Vocab(_keep_tags(_most_frequent(counts, size, specials), specials))
 
 # %% ../nbs/04_text.ipynb #2ceac91c
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-import ldebm
 from .core import atomic_write, load_tensors, pick_device, save_tensors
 from .corpora import COPIED_MB, CORPORA, Corpus, keep_source, load_corpus
+from .data import came_along
 from .job import Work, check_names, describe, job_device, record, use_machine
 from .label_symbols import LabelSymbols
 from .peers import count_processes
@@ -180,7 +180,7 @@ def _read_settings(stored: dict) -> TextSettings:
     return check_params(TextSettings, renamed({'objective': objective, **stored}))
 
 # %% ../nbs/61_text_job.ipynb #d373ac70
-MODELS = Path(ldebm.__file__).resolve().parents[1] / 'models'  # Those of a checkout, trained
+MODELS = came_along('models')  # Trained ones
 
 
 def model_folder(
@@ -201,11 +201,13 @@ def load_model(
     folder: str | Path,  # Run folder with `model.safetensors` and `config.json`, or the name of one of `MODELS`
     device='cpu',  # Where to put it
 ) -> tuple[TextModel, Vocab]:  # The model in evaluation mode
-    "A trained text model; `FileNotFoundError` naming the missing file"
+    "A trained text model; `FileNotFoundError` naming the missing file, `ValueError` for a model of another kind"
     device, folder = pick_device(device), model_folder(folder)
     if (folder / 'own.py').exists():
         load_own(str(folder / 'own.py'))
     about = json.loads((folder / 'config.json').read_text())
+    if about['kind'] != 'text':
+        raise ValueError(f'{folder} holds a model of kind {about["kind"]}, not of text')
     vocab = Vocab(about['vocab'])
     model = build_model(_read_settings(about['settings']), vocab, 0)
     model.load_state_dict(load_tensors(folder / 'model.safetensors')[0])

@@ -8,7 +8,9 @@ __all__ = ['bag_of_words', 'TextModel', 'objective', 'frozen_weights', 'reconstr
 
 # %% ../nbs/20a_text_vae.ipynb #e15605c2
 import contextlib
+import importlib
 import inspect
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
@@ -291,3 +293,38 @@ def toward_symbol(
         noisy = diffuse(prior.schedule, z, level, gen)
         latents.append(prior.sample(len(z), y=y, gen=gen, start=(noisy, t)))
     return model.decoder.generate(torch.cat(latents), max_len=max_len)
+
+# %% ../nbs/20a_text_vae.ipynb #f95d379e
+def _files():
+    "The page on files, which knows this one"
+    return importlib.import_module('ldebm.shipped')
+
+
+@patch(cls_method=True)
+def from_pretrained(
+    cls: TextModel,
+    name: str | Path,  # Folder of a run or model, name of one that came along, or `user/model` of the Hub
+    **how,  # To `ldebm.shipped.open_model`: `device`, `trust_remote_code`, `revision`, `token`, ...
+) -> TextModel:  # In evaluation mode, with `vocab` and `symbols`
+    "A trained model"
+    return _files().open_model(name, **how)
+
+
+@patch
+def save_pretrained(
+    self: TextModel,
+    folder: str | Path,  # Made where it is missing
+    **how,  # To `ldebm.shipped.store_model`: `name`, `request`
+) -> Path:  # The folder
+    "Weights, settings, record and card"
+    return _files().store_model(self, folder, **how)
+
+# %% ../nbs/20a_text_vae.ipynb #ac722549
+@patch
+def push_to_hub(
+    self: TextModel,
+    repo: str,  # `user/model` of the Hugging Face Hub; made where it is missing
+    **how,  # To `ldebm.shipped.push_model`: `private`, `token`, `revision`, ...
+) -> str:  # Address of the commit
+    "Upload what `save_pretrained` writes"
+    return _files().push_model(self, repo, **how)

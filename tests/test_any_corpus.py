@@ -333,7 +333,7 @@ def test_a_users_file_of_earlier_versions_is_read(tmp_path):
 def test_all_runs_of_a_table_read_one_copy(tmp_path, monkeypatch):
     path, seen = tmp_path / "mine.txt", []
     path.write_text(lines(120))
-    monkeypatch.setattr(table, "zoo_notebook", lambda: tmp_path / "nb.ipynb")
+    monkeypatch.setattr(table, "job_notebooks", lambda: dict(zoo=tmp_path / "nb.ipynb"))
 
     def sweep(todo, **how):
         path.write_text(lines(90, 1))

@@ -387,7 +387,7 @@ def test_citation():
 
 
 def test_locks_cover_pythons():
-    assert [p.name for p in LOCKS] == [f"lock-py{v}.txt" for v in (310, 311, 312)]
+    assert [p.name for p in LOCKS] == [f"lock-py{v}.txt" for v in (310, 311, 312, 313)]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=name)
@@ -439,7 +439,7 @@ def test_make_says_what_python_it_needs(tmp_path):
     res = subprocess.run(
         ["make", "venv", "PYTHON=python9.9", f"VENV={tmp_path}/v"], cwd=ROOT, env=ENV, capture_output=True, text=True
     )
-    assert res.returncode != 0 and "3.10, 3.11 or 3.12" in res.stderr and not (tmp_path / "v").exists()
+    assert res.returncode != 0 and "3.10, 3.11, 3.12 or 3.13" in res.stderr and not (tmp_path / "v").exists()
 
 
 def test_help_lists_targets():

@@ -1,15 +1,19 @@
-"Models in the repository: what they read, what they say, and their cards"
+"Models that are saved, opened, uploaded: in the repository, in folders, on a Hub"
 
 import json
+import shutil
+import sys
+from types import SimpleNamespace
 
+import hub
 import pytest
 import torch
 
-from ldebm.core import load_tensors, make_gen
+from ldebm.core import load_tensors, make_gen, weights_hash
 from ldebm.records import check_result
 from ldebm.shipped import latents_of, model_card
 from ldebm.text_job import MODELS, load_model, load_symbols
-from ldebm.text_vae import sample_sentences
+from ldebm.text_vae import TextModel, sample_sentences
 
 SHIPPED = sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
@@ -32,7 +36,7 @@ def test_the_card_is_what_the_record_says(name):
     record = check_result(json.loads((MODELS / name / "result.json").read_text()))
     assert not record["provenance"]["commit"].endswith("dirty")
     card = (MODELS / name / "README.md").read_text()
-    request = card.partition("').request(")[2].partition(")\n")[0]
+    request = card.partition("symbols.request(")[2].partition(")\n")[0]
     assert card == model_card(record, name, request)
 
 
@@ -51,3 +55,118 @@ def test_the_grammar_model_does_what_it_is_asked():
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nor a model that came along \\(.*grammar"):
         load_model(tmp_path / "nothing")
+
+
+# -- folders and the Hub ----------------------------------------------------------------------------------------------
+
+FORMAT = {"model.safetensors", "config.json", "result.json", "README.md"}
+
+
+def drawn(model):
+    return sample_sentences(model, 5, gen=make_gen(0, "same"))
+
+
+def same(model, other):
+    "Weights bit for bit, words, symbols and sentences"
+    assert weights_hash(model) == weights_hash(other) and model.vocab.itos == other.vocab.itos
+    assert model.symbols.titles == other.symbols.titles
+    return drawn(model) == drawn(other)
+
+
+@pytest.fixture(scope="module")
+def grammar():
+    return TextModel.from_pretrained("grammar")
+
+
+@pytest.fixture
+def repository(grammar, tmp_path):
+    "A Hub that has `someone/grammar`; arguments that download from it"
+    grammar.save_pretrained(tmp_path / "hub" / "someone" / "grammar")
+    with hub.serve(tmp_path / "hub") as address:
+        yield dict(endpoint=address, cache_dir=tmp_path / "cache")
+
+
+def test_a_saved_model_is_the_same_bits(grammar, tmp_path):
+    folder = grammar.save_pretrained(tmp_path / "copy", name="grammar", request="topic='farm', mood='question'")
+    assert {path.name for path in folder.iterdir()} == FORMAT
+    for name in FORMAT - {"model.safetensors"}:  # whose head has no fixed order
+        assert (folder / name).read_bytes() == (MODELS / "grammar" / name).read_bytes(), name
+    assert same(grammar, TextModel.from_pretrained(folder))
+    model, vocab = load_model(folder)
+    assert drawn(model) == drawn(grammar) and vocab.itos == grammar.vocab.itos
+
+
+def test_weights_that_changed_have_no_record(tmp_path):
+    model = TextModel.from_pretrained("grammar")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.decoder.embed.weight.mul_(1.01)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FORMAT - {"result.json"}
+    card = (tmp_path / "README.md").read_text()
+    assert "nothing about them has been measured" in card and "| metric |" not in card
+    assert weights_hash(TextModel.from_pretrained(tmp_path)) == weights_hash(model)
+
+
+def test_from_a_hub(grammar, repository):
+    model = TextModel.from_pretrained("someone/grammar", **repository)
+    assert same(model, grammar)
+    assert model.origin.files["result.json"] == grammar.origin.files["result.json"]
+    with pytest.raises(FileNotFoundError, match="(?s)someone/else is no folder here, and .* does not give it: 404"):
+        TextModel.from_pretrained("someone/else", **repository)
+
+
+def test_code_from_a_hub_is_asked_for(repository, tmp_path):
+    ran = tmp_path / "ran"
+    (tmp_path / "hub" / "someone" / "grammar" / "own.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        TextModel.from_pretrained("someone/grammar", **repository)
+    assert not ran.exists()
+    model = TextModel.from_pretrained("someone/grammar", trust_remote_code=True, **repository)
+    assert ran.exists() and (model.save_pretrained(tmp_path / "copy") / "own.py").exists()
+
+
+def test_to_a_hub(grammar, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    seen = {}
+
+    class Api:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, repo, **how):
+            seen["made"] = repo, how
+            return SimpleNamespace(repo_id=f"someone/{repo}")
+
+        def upload_folder(self, folder_path, repo_id, **how):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+            return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    address = grammar.push_to_hub("grammar", private=True, token="t")
+    assert address.endswith("someone/grammar/commit/1")
+    assert seen == dict(token="t", made=("grammar", dict(private=True, exist_ok=True)))
+    card = (tmp_path / "hub" / "someone" / "grammar" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "from_pretrained('someone/grammar')" in card
+    with hub.serve(tmp_path / "hub") as place:
+        assert same(grammar, TextModel.from_pretrained("someone/grammar", endpoint=place, cache_dir=tmp_path / "c"))
+
+
+def test_without_the_package_of_the_hub(grammar, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert same(grammar, TextModel.from_pretrained(grammar.save_pretrained(tmp_path / "here")))
+    for ask in (lambda: TextModel.from_pretrained("someone/grammar"), lambda: grammar.push_to_hub("someone/grammar")):
+        with pytest.raises(ImportError, match=r"pip install 'ldebm\[hub\]'"):
+            ask()
+
+
+def test_a_model_that_was_not_opened_has_nothing_to_save(tmp_path):
+    model = load_model("grammar")[0]
+    for save in (lambda: model.save_pretrained(tmp_path / "new"), lambda: model.push_to_hub("someone/new")):
+        with pytest.raises(ValueError, match="open that with TextModel.from_pretrained"):
+            save()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "config.json").write_text(json.dumps(dict(kind="response")))
+    with pytest.raises(ValueError, match="of kind response, not of text"):
+        TextModel.from_pretrained(tmp_path)

@@ -1,0 +1,266 @@
+"The command `ldebm`: what it passes on, what it prints, what it refuses"
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_corpus
+
+from ldebm import command, sweep
+from ldebm.core import save_tensors
+from ldebm.text import Vocab, get_batch, make_split
+from ldebm.text_job import MODELS, load_model, load_symbols
+from ldebm.text_settings import TextJob, resolve
+from ldebm.text_task import build_model
+from ldebm.text_vae import sample_sentences
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    "An empty folder to work in"
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(text):
+    return command.main(text.split())
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_subcommand_and_job(capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--help")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and all(
+        f"\n    {name} " in said for name in "train sample score runs table pending".split()
+    )
+    with pytest.raises(SystemExit):
+        run("train --help")
+    said = capsys.readouterr().out
+    assert all(re.search(rf"\b{job}\b", said) for job in sweep.job_notebooks())
+
+
+def test_parameters_are_those_of_the_notebook(capsys):
+    assert run("train toy2d --parameters") == 0
+    said = capsys.readouterr().out
+    assert "| density | \"both\" | `gaussians16`, `pinwheel` or `both` |" in said
+    assert len(said.splitlines()) == 2 + len(sweep.notebook_parameters(str(sweep.job_notebooks()["toy2d"])))
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments,complaint",
+    [
+        ("train prb", "unknown job 'prb'; did you mean 'ptb'?"),
+        ("train -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
+        ("train digits --corpus mine.txt", "unknown parameter of digits 'corpus'"),
+        ("sample gramar", "not the folder of a finished run, nor a model that came along (grammar)"),
+        ("sample --symbol 80", "grammar has symbols 0 to 79"),
+        ("sample --ask topic=frm", "unknown topic 'frm'; did you mean 'farm'?"),
+        ("sample --ask tpic=farm", "unknown attribute 'tpic'; did you mean 'topic'?"),
+        ("score grammar nowhere.txt", "nowhere.txt"),
+        ("runs", "no run under runs: `ldebm train` makes one"),
+        ("table --systems veo", "did you mean 'vae'"),
+        ("pending --budget soon", "BUDGET=soon is no length of time"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments, complaint, capsys, elsewhere):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert complaint in err and len(err.strip().splitlines()) == 1 and not out
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "trian", "train -p steps", "sample -n few", "sample --symbol 1 --ask topic=farm"]
+)
+def test_what_cannot_be_read(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(arguments)
+    assert end.value.code == 2 and "usage: ldebm" in capsys.readouterr().err
+
+
+def test_a_missing_corpus_in_a_process_of_its_own(elsewhere):
+    "The job itself says so, in one line after papermill's, and nothing is left"
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    cmd = [sys.executable, "-m", "ldebm.command", "train", "--corpus", "nowhere.txt"]
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    assert res.returncode == 2, res.stderr
+    assert "Traceback" not in res.stdout + res.stderr
+    assert re.match(r"FileNotFoundError: .*nowhere\.txt", res.stderr.strip().splitlines()[-1])
+    assert not [path for path in elsewhere.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("missing", ["papermill", "ipykernel", "matplotlib"])
+def test_a_missing_package_has_a_remedy(missing, monkeypatch, capsys):
+    found = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    assert run("train") == 2
+    assert f"pip install {missing}\n" in capsys.readouterr().err
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def papermill(monkeypatch):
+    "A stand-in: what it was called with, and what it does"
+    calls = []
+
+    def stand_in(arguments):
+        calls.append(arguments)
+        Path(arguments[1]).write_text("executed")
+        return stand_in.status(Path(arguments[1]).parent)
+
+    stand_in.calls, stand_in.status = calls, lambda folder: 0
+    monkeypatch.setattr(sweep, "papermill_command", stand_in)
+    return stand_in
+
+
+def finished(folder):
+    (folder / "result.json").write_text((MODELS / "grammar" / "result.json").read_text())
+    return 0
+
+
+def begun(folder):
+    (folder / "settings.json").write_text("{}")
+    return 130
+
+
+def test_parameters_reach_the_notebook(papermill, elsewhere, capsys):
+    papermill.status = finished
+    assert run("train --corpus 12 --preset small -p seed 3 -p variant 7 --out runs/mine") == 0
+    (arguments,) = papermill.calls
+    assert arguments[0] == str(ROOT / "nbs" / "train_ptb.ipynb")
+    given = [tuple(arguments[i : i + 3]) for i, a in enumerate(arguments) if a in ("-p", "-r")]
+    # a text that looks like a number stays one
+    assert set(given) == {
+        ("-r", "corpus", "12"),
+        ("-r", "preset", "small"),
+        ("-p", "seed", "3"),
+        ("-r", "variant", "7"),
+        ("-r", "out", "runs/mine"),
+    }
+    assert [p.name for p in Path("runs/mine").glob("*.ipynb")] == ["train_ptb.ipynb"]
+    assert "ldebm+control-grammar-quick-consistent-s0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments,folder",
+    [
+        ("train", "runs/ptb-grammar-quick-s0"),
+        ("train --corpus texts/mine.txt -p seed 2", "runs/ptb-mine-quick-s2"),
+        ("train toy2d", "runs/toy2d-small-s0"),
+        ("train images --dataset cifar10 --preset small", "runs/images-cifar10-small-s0"),
+    ],
+)
+def test_a_folder_of_its_own(arguments, folder, papermill):
+    papermill.status = finished
+    assert run(arguments) == 0 and Path(folder, "result.json").exists()
+
+
+def test_what_is_kept_of_a_run_that_did_not_finish(papermill, elsewhere, capsys):
+    papermill.status = lambda folder: 2
+    assert run("train --out new") == 2 and not Path("new").exists()
+    papermill.status = finished
+    assert run("train --out old") == 0
+    papermill.status = lambda folder: 2
+    assert run("train --out old") == 2
+    assert sorted(p.name for p in Path("old").iterdir()) == ["result.json", "train_ptb.ipynb"]
+    papermill.status = begun
+    Path("new").mkdir()
+    Path("new", f"train_ptb.running.{2**22 + 1}.ipynb").touch()  # of a process that was killed
+    assert run("train --out new") == 130
+    assert sorted(p.name for p in Path("new").iterdir()) == ["settings.json", "train_ptb.stopped.ipynb"]
+    assert "train_ptb.stopped.ipynb shows where" in capsys.readouterr().err
+    papermill.status = finished
+    assert run("train --out new") == 0 and not Path("new", "train_ptb.stopped.ipynb").exists()
+
+
+# -- sample, score, runs ----------------------------------------------------------------------------------------------
+
+
+def test_samples_are_those_of_the_card(capsys):
+    assert run("sample -n 4 --ask topic=farm mood=question") == 0
+    model, vocab = load_model("grammar")
+    y = load_symbols("grammar").request(topic="farm", mood="question")
+    want = sample_sentences(model, 4, y=y, gen=torch.Generator().manual_seed(0))
+    assert capsys.readouterr().out.splitlines() == [" ".join(vocab.decode(ids)) for ids in want]
+
+
+def test_seeds_symbols_and_temperature_matter(capsys):
+    said = []
+    for more in ("", "--seed 0", "--seed 1", "--symbol 3", "--symbol 3 --guidance 4", "--temperature 1"):
+        assert run(f"sample -n 6 {more}") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(set(said)) == 5
+
+
+def test_a_real_sentence_is_likelier_than_its_words_in_disorder(elsewhere, capsys):
+    words = json.loads((MODELS / "grammar" / "sentences.json").read_text())[0]
+    Path("two.txt").write_text("\n".join(" ".join(s) for s in (words, words[::-1], ["zyx", *words[1:]])))
+    assert run("score grammar two.txt --draws 16") == 0
+    out = capsys.readouterr().out
+    nats = [float(row.split("|")[2]) for row in out.splitlines()[2:5]]
+    assert nats[0] + 10 < nats[1]
+    mean = float(re.search(r"Mean ([\d.]+) nats", out)[1])
+    assert abs(mean - sum(nats) / 3) < 0.01
+    low, high = map(float, re.search(r"estimation (\d+\.\d+) to (\d+\.\d+)", out).groups())
+    assert low <= mean <= high and "Words outside the vocabulary: 1." in out
+
+
+def test_without_a_latent_likelihood_is_exact(elsewhere, capsys):
+    settings = resolve(TextJob(system="rnn-lm", settings="embed=8 hidden=8"))
+    vocab = Vocab(["<pad>", "<unk>", "<s>", "</s>", "a", "b"])
+    model = build_model(settings, vocab, 0)
+    about = dict(kind="text", corpus="few", settings=asdict(settings), vocab=vocab.itos)
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(about))
+    save_tensors("run/model.safetensors", model.state_dict())
+    Path("few.txt").write_text("a b a\nb b\n")
+    assert run("score run few.txt") == 0
+    out = capsys.readouterr().out
+    batch = get_batch(make_split(vocab, [["a", "b", "a"], ["b", "b"]]), torch.arange(2))
+    want = model.eval().decoder.nll(batch.ids, batch.host_lengths, None)
+    assert [row.split("|")[2].strip() for row in out.splitlines()[2:4]] == [f"{x:.2f}" for x in want.tolist()]
+    assert "bound" not in out
+    assert run("sample run --symbol 1 --temperature 1") == 2
+    assert "this model has no latent" in capsys.readouterr().err
+
+
+def test_runs_and_records_are_listed(elsewhere, capsys):
+    record = json.loads((MODELS / "grammar" / "result.json").read_text())
+    for place in ("runs/done", "runs/begun", "runs/begun/energies"):
+        Path(place).mkdir(parents=True)
+        Path(place, "settings.json").write_text("{}")
+    Path("runs/done/result.json").write_text(json.dumps(record))
+    assert run("runs") == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 2 and f"bleu {record['metrics']['bleu']['value']:.4g}" in rows[0]
+    assert rows[1].startswith("| runs/begun | not finished |")
+    assert run(f"runs {ROOT / 'results'}") == 0
+    assert len(capsys.readouterr().out.splitlines()) > 100
+
+
+@pytest.mark.slow
+def test_a_corpus_of_ones_own_from_a_file_to_sentences(elsewhere, capsys):
+    file = tiny_corpus(elsewhere)
+    tiny = "embed=16 hidden=16 d=4 batch=16 steps=6 energy_steps=5 max_len=12 n_samples=20 nll_draws=4 nll_sentences=4"
+    assert command.main(["train", "--corpus", str(file), "--out", "run", "-p", "settings", f"{tiny} lm=''"]) == 0
+    assert {"train_ptb.ipynb", "result.json", "model.safetensors"} <= {p.name for p in Path("run").iterdir()}
+    assert run("sample run -n 3 --temperature 1") == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 3
