@@ -599,7 +599,7 @@ def test_what_is_too_much_for_a_table_is_folded_below_it():
     assert not [line for line in table.splitlines() if line.startswith(" ")]
 
 
-@pytest.mark.parametrize("page", ["index", "results", "benchmarks", "calibration"])
+@pytest.mark.parametrize("page", ["map", "howto_text", "howto_check", "results", "benchmarks", "calibration"])
 def test_tables_in_view_are_narrow(page):
     "At most seven columns, what is folded aside"
     content = json.loads((PLACE / "nbs" / f"{page}.ipynb").read_text())
