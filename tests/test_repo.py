@@ -212,7 +212,7 @@ def test_readme_is_short():
     assert 300 < len(words) <= 900, f"README.md has {len(words)} words, 900 allowed"
 
 
-STATED = {"3.10", "3.12", "2022", "2024", "95"}  # Versions of Python, years of the papers, level of intervals
+STATED = {"3.10", "3.13", "2022", "2024", "95"}  # Versions of Python, years of the papers, level of intervals
 
 
 def test_figures_of_the_readme_come_from_cells():
