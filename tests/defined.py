@@ -16,8 +16,8 @@ def texts() -> dict[str, str]:
 
 
 def modules_of(name: str) -> list[str]:
-    "Modules that define a function, a class or a constant of this name"
-    definition = re.compile(rf"^(?:def|class) {name}\b|^{name}\s*(?::[^=\n]+)?=", flags=re.M)
+    "Modules that define a function, a class or a constant of this name; methods that join a class are none of them"
+    definition = re.compile(rf"^(?:def|class) {name}\b(?!\(\s*self\b)|^{name}\s*(?::[^=\n]+)?=", flags=re.M)
     return [module for module, text in texts().items() if definition.search(text)]
 
 
