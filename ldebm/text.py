@@ -67,12 +67,6 @@ def decode(
     return words
 
 # %% ../nbs/04_text.ipynb #ee1bf428
-def _break_ties(counts: Counter) -> Counter:
-    "Counts with a fraction below one, larger for words that came earlier"
-    n = len(counts)
-    return Counter({word: count + (n - i) / (n + 1) for i, (word, count) in enumerate(counts.items())})
-
-
 def _keep_tags(words: list[str], specials: list[str]) -> list[str]:
     "`<unk>` and the tags take the places of the rarest words if they have none"
     absent = [tag for tag in (UNK, BOS, EOS) if tag not in words]
@@ -80,20 +74,6 @@ def _keep_tags(words: list[str], specials: list[str]) -> list[str]:
         return words
     rarest = [word for word in words if word not in (*specials, UNK, BOS, EOS)][-len(absent) :]
     return [word for word in words if word not in rarest] + absent
-
-# %% ../nbs/04_text.ipynb #706a313f
-def _sorted_words(counts: Counter, size: int, specials: list[str]) -> list[str]:
-    "What torchtext makes of counts without ties"
-    return [*specials, *sorted(counts, key=counts.get, reverse=True)[:size]]
-
-
-def _most_frequent(counts: Counter, size: int, specials: list[str]) -> list[str]:
-    "The vocabulary of torchtext, where that is installed or not"
-    try:
-        from torchtext.vocab import Vocab as TorchtextVocab
-    except ImportError:
-        return _sorted_words(counts, size, specials)
-    return TorchtextVocab(counts, max_size=size, specials=specials).itos
 
 # %% ../nbs/04_text.ipynb #046179a7
 def build_vocab(
@@ -105,13 +85,13 @@ def build_vocab(
     counts = Counter()
     for words in sentences:
         counts.update([BOS, *words, EOS])
-    counts = _break_ties(counts)
     specials = list(specials)
     if UNK not in counts and UNK not in specials:
         specials.append(UNK)
     for word in specials:
         del counts[word]
-    return Vocab(_keep_tags(_most_frequent(counts, size, specials), specials))
+    words = [word for word, _ in counts.most_common(size)]
+    return Vocab(_keep_tags([*specials, *words], specials))
 
 # %% ../nbs/04_text.ipynb #2ceac91c
 @dataclass(frozen=True, eq=False)

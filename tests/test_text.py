@@ -1,6 +1,7 @@
 "Text: vocabulary, corpora, files that cannot be one, and batches"
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_vocabulary_ties_and_round_trip():
         Vocab(["<unk>", "<pad>", "<s>", "</s>"])
     with pytest.raises(ValueError, match="distinct"):
         Vocab([*v.itos, "a"])
+
+
+def test_vocabulary_is_that_of_torchtext():
+    "Sorted and cut as there, once a fraction of each count lets earlier words come first among equals"
+    theirs = pytest.importorskip("torchtext.vocab").Vocab
+    draw = random.Random(0)
+    sentences = [[f"w{int(draw.paretovariate(0.7))}" for _ in range(12)] for _ in range(300)]
+    counts = Counter(word for words in sentences for word in ["<s>", *words, "</s>"])
+    n = len(counts)
+    untied = Counter({word: count + (n - i) / (n + 1) for i, (word, count) in enumerate(counts.items())})
+    for size in (50, 150):
+        assert n > size and "<unk>" not in counts
+        assert build_vocab(sentences, size).itos == theirs(untied, max_size=size, specials=["<pad>", "<unk>"]).itos
 
 
 def test_truncation():
