@@ -170,10 +170,10 @@ def _read(model, file) -> _Reading:
 
     from ldebm.corpora import make_corpus
     from ldebm.sentences import read_sentences
-    from ldebm.text_job import _read_settings
+    from ldebm.text_job import read_settings
 
     sentences = read_sentences(file)
-    settings = _read_settings(json.loads(model.origin.files['config.json'])['settings'])
+    settings = read_settings(json.loads(model.origin.files['config.json'])['settings'])
     corpus = make_corpus(str(file), model.vocab, dict(test=sentences), 2 + max(map(len, sentences)))
     return _Reading(model, settings, corpus)
 

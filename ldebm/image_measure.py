@@ -332,7 +332,7 @@ def pictures(self: Measured, n: int = 12) -> Tensor:  # Shape `(n, C, H, W)`
 # %% ../nbs/62b_image_measure.ipynb #88d6bc0a
 def measure(place: ImagePlace, system: str, ref: Reference, prior: nn.Module, end, log: list) -> Measured:
     "Sample a trained prior, measure it, save it, record it"
-    u, seconds = sample_prior(place, prior, len(ref.u_gaussian))
+    u, seconds = sample_prior(place, prior, place.settings.n_samples)
     metrics = score(place, ref, u) | cost(place, system, end, seconds, len(u))
     if isinstance(prior, DiffusionEBM):
         metrics |= chain_health(place, ref, prior)

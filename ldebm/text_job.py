@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'corpus_name', 'record_name', 'job_name', 'job_folder', 'record_settings', 'keep_corpus', 'open_job',
-           'save_model', 'model_folder', 'load_model', 'load_symbols', 'finish', 'not_valid', 'scores']
+           'save_model', 'read_settings', 'model_folder', 'load_model', 'load_symbols', 'finish', 'not_valid', 'scores']
 
 # %% ../nbs/61_text_job.ipynb #4768ad78
 import hashlib
@@ -174,7 +174,9 @@ def save_model(
     save_tensors(run.file('model.safetensors'), task.model.state_dict(), dict(kind='text'))
 
 # %% ../nbs/61_text_job.ipynb #7b56fd9f
-def _read_settings(stored: dict) -> TextSettings:
+def read_settings(
+    stored: dict,  # `settings` of its `config.json`
+) -> TextSettings:
     "Settings of a stored model; older ones said by the schedule alone which objective was theirs"
     objective = 'published' if stored['schedule'] == 'published' else 'consistent'
     return check_params(TextSettings, renamed({'objective': objective, **stored}))
@@ -209,7 +211,7 @@ def load_model(
     if about['kind'] != 'text':
         raise ValueError(f'{folder} holds a model of kind {about["kind"]}, not of text')
     vocab = Vocab(about['vocab'])
-    model = build_model(_read_settings(about['settings']), vocab, 0)
+    model = build_model(read_settings(about['settings']), vocab, 0)
     model.load_state_dict(load_tensors(folder / 'model.safetensors')[0])
     return model.to(device).eval(), vocab
 
