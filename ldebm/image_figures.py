@@ -304,7 +304,7 @@ def plot_one_by_one(
     n: int = 12,  # Samples shown
 ):
     "A row each request: the same samples with one attribute more"
-    titles = ['samples'] + [f'+ {report["value"]}' for report in reports]
+    titles = ['samples'] + [f'+ {report["added"]}' for report in reports]
     return plot_rows([decode_all(ref.generator, u[:n]) for u in steps], titles, n)
 
 # %% ../nbs/62d_image_figures.ipynb #a6407804
@@ -315,12 +315,12 @@ def one_by_one_table(
     head = ['added', 'all requests so far met', 'attributes not asked for that stay', 'distance moved in u']
     rows = []
     for report in reports:
-        others = report['others_stay']
+        kept = report['kept']
         rows.append(
             [
-                f'{in_cell(report["added"])} = {in_cell(report["value"])}',
-                f'{report["all_met"]:.1%}',
-                '' if others is None else f'{others:.1%}',
+                in_cell(report['added']),
+                number_of(report['met'], 1, percent=True),
+                '' if kept is None else number_of(kept, 1, percent=True),
                 f'{report["moved"]:.2f}',
                 f'{report["between_samples"]:.2f}',
             ]

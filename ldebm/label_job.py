@@ -64,7 +64,7 @@ JOB_SETTINGS.append(LabelSettings)
 
 # %% ../nbs/67_label_job.ipynb #4b909fb9
 _QUICK = dict(d=8, hidden=64, T=3, energy_hidden=32, n_blocks=2, langevin_steps=4, dropout=0.2)
-_SMALL = dict(vocab_size=6000, d=32, hidden=128, energy_hidden=64, n_blocks=3, langevin_steps=8)
+_SMALL = dict(vocab_size=6000, d=32, hidden=128, T=3, energy_hidden=64, n_blocks=3, langevin_steps=8)
 PRESETS = dict(
     quick=dict(_QUICK, batch=100, labelled_batch=50, lr=5e-3, lr_ebm=3e-3, steps=400),
     small=dict(_SMALL, batch=100, labelled_batch=100, steps=1800),

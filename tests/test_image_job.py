@@ -788,11 +788,15 @@ def whole_job(p):
     if system == "ldebm-coupled":
         asked = uses.control_all(p, ref, done.prior, n=40)
         measure.add_metrics(p, system, done, uses.request_metrics(asked))
-        wanted = torch.tensor([len(v) - 1 for v in p.images["train"].attributes.values()])
+        measure.add_metrics(p, system, done, uses.reading_metrics(p, ref))
+        attributes = p.images["train"].attributes
+        steps, reports = uses.add_one_by_one(p, ref, done.prior, uses.in_turns(p, 20, *range(len(attributes))))
+        assert len(steps) == len(reports) + 1 == len(attributes) + 1
+        measure.add_metrics(p, system, done, uses.one_by_one_metrics(reports))
         said += (
             figures.control_table(asked)
             + figures.trade_off_table(uses.trade_off(p, ref, done.prior, (0.0, 2.0)))
-            + figures.one_by_one_table(uses.add_one_by_one(p, ref, done.prior, wanted, 20)[1])
+            + figures.one_by_one_table(reports)
         )
     said.encode()  # no name breaks a page
     return {r: check_result(json.loads((p.run.path / r / "result.json").read_text()))["metrics"] for r in results}
@@ -1184,9 +1188,9 @@ def test_same_seed_same_numbers(whole, reference):
 
 def test_control_and_outliers(whole, reference):
     p, prior = whole("place"), whole("ldebm-coupled")[0]
-    y = uses.wanted_labels(p, 25)
+    y = uses.in_turns(p, 25, 0)
     assert y.shape == (25, 1) and y[:, 0].tolist() == [i % 10 for i in range(25)]
-    m, x = uses.control(p, reference, prior, uses.wanted_labels(p, 40), 2.0)
+    m, x = uses.control(p, reference, prior, uses.in_turns(p, 40, 0), 2.0)
     assert x.shape == (40, 1, 8, 8) and 0 <= m["control_accuracy"]["value"] <= 1 and m["control_accuracy"]["n"] == 40
     curve = uses.trade_off(p, reference, prior, (0.0, 1.0), 40)
     assert list(curve) == [0.0, 1.0] and {"control_accuracy_g0", "coverage_g1"} <= set(uses.control_metrics(curve))
