@@ -122,11 +122,13 @@ def _parameters(symbol) -> dict:
         of = inspect.signature(symbol).parameters.values()
         return {p.name: AttrDict(anno=p.annotation, default=p.default, docment=comments.get(p.name)) for p in of}
     found = docments(symbol, full=True)
-    for name, comment in re.findall(r'^ +\*\*(\w+),  # (.+)$', inspect.getsource(symbol), flags=re.M):
-        if name in found:
-            found[name].docment = comment
     if dataclasses.is_dataclass(symbol):
         _of_fields(symbol, found)
+        return found
+    source = inspect.getsource(symbol.__init__ if inspect.isclass(symbol) else symbol)
+    for name, comment in re.findall(r'^ +\*\*(\w+),  # (.+)$', source, flags=re.M):
+        if name in found:
+            found[name].docment = comment
     return found
 
 
@@ -138,7 +140,7 @@ def _of_fields(symbol, found: dict):
         if field.name in found and not found[field.name].docment:
             found[field.name].docment = next(filter(None, said), None)
 
-
+# %% ../nbs/90_api.ipynb #2cc42943
 def _meaning_of_type(name: str, parameters: dict) -> str:
     "First line on the class of a parameter that is no other's"
     alone = [kind for kind in _classes(parameters[name]) if kind.__module__.startswith('ldebm.')]
