@@ -52,7 +52,7 @@ TAKES.test-slow  := PYTEST_ARGS
 TAKES.docs-serve := PORT
 ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
 # Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
-UNLISTED := PAPERMILL THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
+UNLISTED := LDEBM THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
 
 .PHONY: help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve lab lint prepare clean distclean .environment
 
@@ -113,7 +113,7 @@ THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null ||
 export OMP_NUM_THREADS ?= $(THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
-PAPERMILL = python -m ldebm.sweep --cwd . --kernel python3 --log-output --no-progress-bar
+LDEBM = python -m ldebm.command
 
 
 help: ## Show this list
@@ -151,40 +151,28 @@ ask    = $(if $(filter $(1),$(GIVEN)),$(2))
 folder = $(call path,$(or $(RUN),runs/$(or $(NAME),$(1))))
 seeds  = $(or $(call ask,SEEDS,$(SEEDS)),$(call ask,SEED,$(SEED)),$(1))
 
-# $(call execute,notebook,folder,parameters): the executed notebook appears once it is whole, so that a call that is refused leaves a finished one alone, and that of another process as well
+# $(call execute,job,folder,parameters)
 define execute
-@run=$(call q,$(2)); now="$$run/$(1).running.$$$$.ipynb"; \
-mkdir -p "$$run" && [ -w "$$run" ] || { echo "$$run cannot be written: name another folder with RUN" >&2; exit 1; }; \
-for old in "$$run/$(1)".running.*.ipynb; do pid=$${old##*running.}; kill -0 "$${pid%.ipynb}" 2>/dev/null || rm -f "$$old"; done; \
-if $(PAPERMILL) nbs/$(1).ipynb "$$now" -r out "$$run" $(3) $(ARGS); then mv "$$now" "$$run/$(1).ipynb"; rm -f "$$run/$(1).stopped.ipynb"; \
-else [ ! -f "$$now" ] || { mv "$$now" "$$run/$(1).stopped.ipynb"; echo "The run stopped; $$run/$(1).stopped.ipynb shows where." >&2; }; \
-  [ -z "$$(find "$$run" -name checkpoint.safetensors -print -quit)" ] || echo "What had been trained there is kept: the command that trained it goes on from its checkpoint." >&2; exit 1; fi
-endef
-define finish
-@echo; echo "Done. Everything is in" $(call q,$(1)):; ls $(call q,$(1))
+@run=$(call q,$(2)); mkdir -p "$$run" && [ -w "$$run" ] || { echo "$$run cannot be written: name another folder with RUN" >&2; exit 1; }; \
+$(LDEBM) train $(1) --out="$$run" $(3) $(ARGS)
 endef
 
 TRAIN := $(call folder,$(SYSTEM)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))
 train: $(READY) ## Train on text and write a run folder
-	$(call execute,train_ptb,$(TRAIN),-r corpus $(call q,$(call path,$(CORPUS))) -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) -r system $(call q,$(SYSTEM)) -r settings $(call q,$(SETTINGS)))
-	@echo; python -c 'import sys; from ldebm.text_job import scores; print(scores(sys.argv[1]))' $(call q,$(TRAIN))
-	$(call finish,$(TRAIN))
+	$(call execute,ptb,$(TRAIN),-p corpus $(call q,$(call path,$(CORPUS))) -p preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -p objective $(call q,$(OBJECTIVE)) -p system $(call q,$(SYSTEM)) -p settings $(call q,$(SETTINGS)))
 
 TOY := $(call folder,toy2d$(call ask,PRESET,-$(PRESET))-s$(SEED))
 toy2d: $(READY) ## Two-dimensional densities: the method beside its ancestors
-	$(call execute,train_toy2d,$(TOY),-p seed $(call q,$(SEED)) $(call ask,PRESET,-r preset $(call q,$(PRESET))))
-	$(call finish,$(TOY))
+	$(call execute,toy2d,$(TOY),-p seed $(call q,$(SEED)) $(call ask,PRESET,-p preset $(call q,$(PRESET))))
 
-PICTURES = -r preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -r objective $(call q,$(OBJECTIVE)) $(call ask,SYSTEM,-r systems $(call q,$(SYSTEM))) -r settings $(call q,$(SETTINGS))
+PICTURES = -p preset $(call q,$(PRESET)) -p seed $(call q,$(SEED)) -p objective $(call q,$(OBJECTIVE)) $(call ask,SYSTEM,-p systems $(call q,$(SYSTEM))) -p settings $(call q,$(SETTINGS))
 pictures = $(call folder,$(1)-$(PRESET)-$(OBJECTIVE)-s$(SEED))
 
 digits: $(READY) ## Hierarchical prior on 8x8 digits: generator, energies, samples, outliers, control
-	$(call execute,train_digits,$(call pictures,digits),$(PICTURES))
-	$(call finish,$(call pictures,digits))
+	$(call execute,digits,$(call pictures,digits),$(PICTURES))
 
 images: $(READY) ## The same on pictures: DATASET=shapes, cifar10, celeba, lsun_church or a folder or zip
-	$(call execute,train_images,$(call pictures,$(call stem,$(DATASET))),-r dataset $(call q,$(call path,$(DATASET))) $(PICTURES))
-	$(call finish,$(call pictures,$(call stem,$(DATASET))))
+	$(call execute,images,$(call pictures,$(call stem,$(DATASET))),-p dataset $(call q,$(call path,$(DATASET))) $(PICTURES))
 
 # Processes that share the tests, each of which takes about a gigabyte
 # Most tests wait for processes of their own: twice as many at once as there are processors, at most eight

@@ -46,7 +46,7 @@ def trusted(
 def resample(
     log_w: Tensor,  # Shape `(S, B)`
     n: int,  # Draws for each column
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
 ) -> Tensor:  # Rows, shape `(n, B)`
     "Systematic resampling within each column"
     cumulative = (log_w - log_w.logsumexp(0)).exp().cumsum(0)
@@ -78,7 +78,7 @@ def metropolis(
     level: Conditional,
     step: Step,  # From `preconditioned`
     here: Point,
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
 ) -> tuple[Point, Tensor]:  # Where chains are, and acceptance probabilities `(B,)`
     "One Metropolis-adjusted step; a point without density is never accepted"
     there = level.evaluate(step.move(here, randn_like(here.z, gen)))
@@ -127,7 +127,7 @@ def anneal(
     plan: Plan,
     cfg: AISCfg = AISCfg(),
     back: bool = False,  # From the tilt to the Gaussian
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
 ) -> tuple[Tensor, Point, Tensor]:  # Log-weights `(B,)`, of `Z` or going back of `1/Z`; ends; acceptance `(B,)`
     "Annealed importance sampling (Neal 2001)"
     log_w, accepted = torch.zeros_like(here.F), torch.zeros_like(here.F)
@@ -168,7 +168,7 @@ def plan_ais(
     level: Conditional,  # Of the pilot's chains
     cfg: AISCfg = AISCfg(),
     groups: int = 1,  # Chains are `(R/groups, groups)`: the spread of `D` is taken within each column
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     delta: float = 0.5,  # Standard deviations of `D` between the pilot's temperatures
 ) -> Plan:
     "Temperatures and step sizes from a pilot; `FloatingPointError` for a tilt not finite at draws of its Gaussian"
@@ -185,7 +185,7 @@ def plan_ais(
 def make_plan(
     level: Conditional,  # Of all conditions
     cfg: AISCfg,
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
 ) -> Plan:
     "A plan from some of the conditions, several chains each"
     n = len(level.mean)
@@ -235,7 +235,7 @@ def _there_and_back(level: Conditional, cfg: AISCfg, gen, plan: Plan) -> LogZ:
 def bracket(
     level: Conditional,  # Of `B` conditions
     cfg: AISCfg = AISCfg(),
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     plan: Plan | None = None,  # Made here if `None`
     rows: int = 16384,  # Chains at a time
 ) -> LogZ:
@@ -255,7 +255,7 @@ def bracket(
 def annealed_draws(
     level: Conditional,  # Of `B` conditions
     cfg: AISCfg = AISCfg(),
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     plan: Plan | None = None,  # Made here if `None`
     rows: int = 16384,  # Chains at a time
 ) -> Tensor:  # Unknowns, shape `(B, d)`
@@ -290,7 +290,7 @@ def log_z_bounds(
     z_next: Tensor,  # Conditions, shape `(B, d)`; at the last level, which has none, any one row
     t: int,  # Level, 0..T-1
     cfg: AISCfg = AISCfg(),
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     rows: int = 16384,  # Chains at a time
     as_sampled: bool = False,  # See `model_level`
 ) -> LogZ:

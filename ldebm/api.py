@@ -12,8 +12,9 @@ import inspect
 import re
 from importlib import import_module
 from textwrap import dedent
+from typing import get_args
 
-from fastcore.basics import patch
+from fastcore.basics import AttrDict, patch
 from fastcore.docments import ShowDocRenderer, docments
 
 # %% ../nbs/90_api.ipynb #f3147a24
@@ -21,7 +22,9 @@ def _type_cell(annotation) -> str:
     if annotation in (inspect.Parameter.empty, None, type(None), inspect.Parameter.VAR_KEYWORD):
         return ''
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    text = re.sub(r'\b(?:collections\.abc|torch(?:\._C)?|typing|pathlib|numpy)\.(?=[A-Z])|__main__\.', '', text)
+    text = re.sub(
+        r'\b(?:collections\.abc|torch(?:\._C)?|typing|pathlib|numpy|ldebm\.\w+)\.(?=[A-Z])|__main__\.', '', text
+    )
     return f"`{re.sub(r' *[|] *', ' | ', text)}`".replace('|', r'\|')
 
 
@@ -111,20 +114,57 @@ def _parameter_text(p: inspect.Parameter) -> str:
         return star + p.name
     return f'{star}{p.name}=' + _default_cell(p.default).strip('`').replace(r'\|', '|')
 
+# %% ../nbs/90_api.ipynb #d7a395ec
+def _parameters(symbol) -> dict:
+    "Name -> `anno`, `default` and `docment`, which is the comment beside it or the help of a setting"
+    if hasattr(symbol, '_field_defaults'):  # a named tuple, whose `__init__` takes anything
+        comments = dict(re.findall(r'^ +(\w+): .*?  # (.+)$', inspect.getsource(symbol), flags=re.M))
+        of = inspect.signature(symbol).parameters.values()
+        return {p.name: AttrDict(anno=p.annotation, default=p.default, docment=comments.get(p.name)) for p in of}
+    found = docments(symbol, full=True)
+    if dataclasses.is_dataclass(symbol):
+        _of_fields(symbol, found)
+        return found
+    source = inspect.getsource(symbol.__init__ if inspect.isclass(symbol) else symbol)
+    for name, comment in re.findall(r'^ +\*\*(\w+),  # (.+)$', source, flags=re.M):
+        if name in found:
+            found[name].docment = comment
+    return found
+
+
+def _of_fields(symbol, found: dict):
+    "Add what settings carry, and what stands beside a field where a base class defines it"
+    bases = [docments(base, full=True) for base in symbol.__mro__[1:] if dataclasses.is_dataclass(base)]
+    for field in dataclasses.fields(symbol):
+        said = [field.metadata.get('help'), *(base[field.name].docment for base in bases if field.name in base)]
+        if field.name in found and not found[field.name].docment:
+            found[field.name].docment = next(filter(None, said), None)
+
+# %% ../nbs/90_api.ipynb #2cc42943
+def _meaning_of_type(name: str, parameters: dict) -> str:
+    "First line on the class of a parameter that is no other's"
+    alone = [kind for kind in _classes(parameters[name]) if kind.__module__.startswith('ldebm.')]
+    others = {kind for other in parameters if other != name for kind in _classes(parameters[other])}
+    return ''.join(_own_doc(kind).partition('\n')[0] for kind in alone if kind not in others)
+
+
+def _classes(parameter) -> list:
+    return [kind for kind in get_args(parameter.anno) or [parameter.anno] if inspect.isclass(kind)]
+
 # %% ../nbs/90_api.ipynb #19c24f86
 @patch
 def rows(self: ApiTable) -> list:
-    "One `(name, type, default, meaning)` per documented parameter, and the result"
+    "One `(name, type, default, meaning)` per parameter, and the result; none where nothing is documented"
     try:
-        comments = docments(_exported(self.sym), full=True)
+        parameters = _parameters(_exported(self.sym))
     except (OSError, TypeError, IndexError, SyntaxError):
         return []
+    result = parameters.pop('return', None)
     rows = []
-    for name, o in comments.items():
-        if name not in ('self', 'return') and not name.startswith('_'):
-            meaning = str(o.docment or '').replace('|', r'\|')
-            rows.append((f'`{name}`', _type_cell(o.anno), _default_cell(o.default), meaning))
-    result = comments.get('return')
+    for name, o in parameters.items():
+        if name != 'self' and not name.startswith('_'):
+            meaning = o.docment or _meaning_of_type(name, parameters)
+            rows.append((f'`{name}`', _type_cell(o.anno), _default_cell(o.default), meaning.replace('|', r'\|')))
     if result and result.docment:
         rows.append(('*returns*', _type_cell(result.anno), '', result.docment.replace('|', r'\|')))
     return rows if any(row[3] for row in rows) else []

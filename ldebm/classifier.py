@@ -25,7 +25,12 @@ from .stats import share_metric
 class ResBlock(nn.Module):
     "Pre-activation residual block, after halving the picture if `stride` is 2"
 
-    def __init__(self, i: int, o: int, stride: int = 1):
+    def __init__(
+        self,
+        i: int,  # Channels of the input
+        o: int,  # Channels of the output
+        stride: int = 1,  # 1 or 2
+    ):
         super().__init__()
         self.n1 = nn.BatchNorm2d(i)
         self.n2 = nn.BatchNorm2d(o)
@@ -181,12 +186,20 @@ def apply_chunked(
         net.train(was_training)
 
 # %% ../nbs/41b_classifier.ipynb #60cb7877
-def features_of(net: Classifier, x: Tensor | Images, chunk: int = 1024) -> Tensor:  # Shape `(N, n_features)`
+def features_of(
+    net: Classifier,
+    x: Tensor | Images,  # Pictures, shape `(N, C, H, W)` if a tensor
+    chunk: int = 1024,  # Pictures at a time
+) -> Tensor:  # Shape `(N, n_features)`
     "Features of pictures"
     return apply_chunked(net.features, net, x, chunk)
 
 # %% ../nbs/41b_classifier.ipynb #57d076ea
-def predict(net: Classifier, x: Tensor | Images, chunk: int = 1024) -> Tensor:  # Long, shape `(N, A)`
+def predict(
+    net: Classifier,
+    x: Tensor | Images,  # Pictures, shape `(N, C, H, W)` if a tensor
+    chunk: int = 1024,  # Pictures at a time
+) -> Tensor:  # Long, shape `(N, A)`
     "Most likely value of each attribute"
 
     def most_likely(x):
@@ -233,12 +246,19 @@ def control_accuracy(
     return share_metric(int(obeyed.sum()), int(asked.sum()), 'all wanted values predicted, Wilson 95 %')
 
 # %% ../nbs/41b_classifier.ipynb #02a6ce19
-def save_classifier(path, net: Classifier, **meta):  # Path written
+def save_classifier(
+    path,  # Of the safetensors file
+    net: Classifier,
+    **meta,  # JSON values
+):  # Path written
     "Weights and configuration in one safetensors file; `meta` is kept beside them"
     return save_tensors(path, net.state_dict(), dict(classifier=net.config, **meta))
 
 # %% ../nbs/41b_classifier.ipynb #f6550559
-def load_classifier(path, device='cpu') -> Classifier:
+def load_classifier(
+    path,  # Of the safetensors file
+    device='cpu',  # Where to put it
+) -> Classifier:
     "Read what `save_classifier` wrote, in evaluation mode; `ValueError` when it is something else"
     device = pick_device(device)
     tensors, meta = load_tensors(path, device)
@@ -254,7 +274,7 @@ FROZEN_CLASSIFIERS = dict(cifar10='sha256:e9fcfc2350e109bb676f4564fa7339f9d7ba25
 
 def frozen_classifier(
     name: str,  # Key of `FROZEN_CLASSIFIERS`
-    device='cpu',
+    device='cpu',  # Where to put it
 ) -> Classifier:  # In evaluation mode
     "A classifier of the repository; `FileNotFoundError` if it is not at hand, `ValueError` if it was altered"
     if name not in FROZEN_CLASSIFIERS:
@@ -331,7 +351,7 @@ class ClassifierTask:
         self,
         images: dict[str, Images],  # `train` and `valid`
         net: Classifier,  # Classifier to train, one head for each attribute of the images
-        batch_size: int = 128,
+        batch_size: int = 128,  # Pictures of a batch
         select: str | None = None,  # Keep the network with the lowest `nll` or `error` in validation, not the last
         **aug,  # See `augment`. Not for attributes that it would change, such as a position
     ):

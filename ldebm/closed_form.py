@@ -36,7 +36,10 @@ def free_slope(
 
 # %% ../nbs/81a_closed_form.ipynb #206888d9
 def free_both(
-    logits: Tensor, y: Tensor | None = None, groups: tuple | None = None, temperature: float = 1.0
+    logits: Tensor,  # Shape `(B, K)`
+    y: Tensor | None = None,  # As for `free_energy`, and the next two
+    groups: tuple | None = None,  # Sizes of several attributes
+    temperature: float = 1.0,  # Of the symbols
 ) -> tuple[Tensor, Tensor]:  # Shapes `(B,)` and `(B, K)`
     "`free_energy` and `free_slope`, in one pass where nothing is asked for"
     if y is not None or groups is not None or temperature != 1:
@@ -152,18 +155,32 @@ def grad(
     return F, self.turn(self.down(slope, first))
 
 # %% ../nbs/81a_closed_form.ipynb #bea8faee
-def is_frozen_net(energy) -> bool:
+def is_frozen_net(
+    energy,  # Of any kind
+) -> bool:
     "Is it an `EnergyNet`, frozen?"
     return isinstance(energy, Frozen) and type(energy.energy) is EnergyNet
 
 # %% ../nbs/81a_closed_form.ipynb #2e799f16
-def has_closed_form(energy, z: Tensor, t: Tensor, y=None, context=None) -> bool:
+def has_closed_form(
+    energy,  # Of any kind
+    z: Tensor,  # Latents, shape `(B, d)`
+    t: Tensor,  # Levels, shape `(B,)`
+    y=None,  # Symbols, shape `(B,)`
+    context=None,  # Condition of the energy, shape `(B, c)`
+) -> bool:
     "Can `closed_form_grad` run here?"
     return is_frozen_net(energy) and unpack_dual(z).tangent is None
 
 # %% ../nbs/81a_closed_form.ipynb #46aa9eba
 @runner('energy_grad', accepts=has_closed_form)
-def closed_form_grad(energy: Frozen, z: Tensor, t: Tensor, y=None, context=None) -> tuple[Tensor, Tensor]:
+def closed_form_grad(
+    energy: Frozen,
+    z: Tensor,  # Latents, shape `(B, d)`
+    t: Tensor,  # Levels, shape `(B,)`
+    y=None,  # Symbols, shape `(B,)`
+    context=None,  # Condition of the energy, shape `(B, c)`
+) -> tuple[Tensor, Tensor]:
     "`energy_grad` of a frozen `EnergyNet`, without a graph"
     if 'closed_form' not in energy.cache:
         energy.cache['closed_form'] = ClosedForm(energy)

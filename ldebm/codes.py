@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_hot', 'Codes', 'Both', 'CodedGaussian', 'CodesHead', 'BothHead', 'CodedHead', 'code_terms', 'UniformCodes',
-           'BothPrior', 'natural', 'log_partition', 'gauss_kl', 'MixturePrior']
+           'BothPrior', 'natural', 'log_partition', 'MixturePrior']
 
 # %% ../nbs/20b_codes.ipynb #1e2b8bd5
 import math
@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .posterior import DiagGaussian, Posterior, Prior, no_symbols
+from .posterior import DiagGaussian, Posterior, Prior, gauss_kl, no_symbols
 from .schedule import randn_like
 from .text_nets import GaussianHead
 
@@ -137,7 +137,12 @@ def features(self: Both) -> Tensor:
 class CodedGaussian(DiagGaussian):
     "`q(z|x) q(c|x)` whose latent is `z` alone"
 
-    def __init__(self, mean: Tensor, logvar: Tensor, code: Codes):
+    def __init__(
+        self,
+        mean: Tensor,  # Of `z`, shape `(B, d)`
+        logvar: Tensor,  # Log-variances, shape `(B, d)`
+        code: Codes,
+    ):
         super().__init__(mean, logvar)
         self.code = code
 
@@ -145,7 +150,12 @@ class CodedGaussian(DiagGaussian):
 class CodesHead(nn.Module):
     "`Codes` from a summary"
 
-    def __init__(self, n_in: int, M: int, k: int):
+    def __init__(
+        self,
+        n_in: int,  # Width of the summary
+        M: int,  # Categorical variables
+        k: int,  # Classes of each
+    ):
         super().__init__()
         self.d, self.M = M * k, M
         self.logits = nn.Linear(n_in, M * k)
@@ -157,24 +167,31 @@ class CodesHead(nn.Module):
 class BothHead(nn.Module):
     "`Both` from a summary"
 
-    def __init__(self, n_in: int, d: int, M: int, k: int):
+    def __init__(
+        self,
+        n_in: int,  # Width of the summary
+        d: int,  # Latent dimension of `z`
+        M: int,  # Categorical variables
+        k: int,  # Classes of each
+    ):
         super().__init__()
         self.z = GaussianHead(n_in, d)
         self.c = CodesHead(n_in, M, k)
-        self.d = self.z.d + self.c.d
 
-    def forward(self, h: Tensor) -> Both:
+    @property
+    def d(self) -> int:
+        return self.z.d + self.c.d
+
+    def forward(self, h: Tensor) -> Posterior:  # A `Both`
         return Both(self.z(h), self.c(h))
 
 # %% ../nbs/20b_codes.ipynb #cd70b766
-class CodedHead(nn.Module):
+class CodedHead(BothHead):
     "`CodedGaussian` from a summary"
 
-    def __init__(self, n_in: int, d: int, M: int, k: int):
-        super().__init__()
-        self.d = d
-        self.z = GaussianHead(n_in, d)
-        self.c = CodesHead(n_in, M, k)
+    @property
+    def d(self) -> int:
+        return self.z.d
 
     def forward(self, h: Tensor) -> CodedGaussian:
         q = self.z(h)
@@ -197,7 +214,11 @@ def code_terms(
 class UniformCodes(Prior):
     "Independent uniform codes"
 
-    def __init__(self, M: int, k: int):
+    def __init__(
+        self,
+        M: int,  # Categorical variables
+        k: int,  # Classes of each
+    ):
         super().__init__(M * k)
         self.M, self.k = M, k
 
@@ -220,28 +241,29 @@ class UniformCodes(Prior):
 class BothPrior(Prior):
     "A prior of `z` and a prior of `c`, independent"
 
-    def __init__(self, z: Prior, c: Prior):
+    def __init__(
+        self,
+        z: Prior,  # Prior of the Gaussian part
+        c: Prior,  # Prior of the codes
+    ):
         super().__init__(z.d + c.d)
         self.z, self.c = z, c
-
-    def split(self, x: Tensor) -> list:  # `z` and `c`
-        return x.tensor_split([self.z.d], 1)
 
     def sample(self, n: int, *, y=None, gen: torch.Generator | None = None) -> Tensor:  # Shape `(n, d + M k)`
         no_symbols(y, 'this prior')
         return torch.cat([self.z.sample(n, gen=gen), self.c.sample(n, gen=gen)], 1)
 
     def log_weight(self, x: Tensor, gen=None) -> Tensor:  # Shape `(B,)`, nats
-        z, c = self.split(x)
+        z, c = x.tensor_split([self.z.d], 1)
         return self.z.log_weight(z) + self.c.log_weight(c)
 
     def kl(self, q: Both, x: Tensor, gen=None, n: int = 1) -> tuple[Tensor, Tensor]:
-        z, c = self.split(x)
+        z, c = q.split(x)
         kl, draws = self.z.kl(q.z, z, gen, n)
         return kl + self.c.kl(q.c, c, gen, n)[0], draws
 
     def terms(self, q: Both, x: Tensor, gen=None, labels=None, label_weights=None) -> dict:
-        z, c = self.split(x)
+        z, c = q.split(x)
         return {**self.z.terms(q.z, z, gen), **self.c.terms(q.c, c, gen)}
 
 # %% ../nbs/20b_codes.ipynb #a4e1ad20
@@ -254,28 +276,29 @@ def natural(
     return mean * precision, -0.5 * precision
 
 # %% ../nbs/20b_codes.ipynb #1d211b12
-def log_partition(eta1: Tensor, eta2: Tensor) -> Tensor:  # `A(eta)`, same shape
+def log_partition(
+    eta1: Tensor,  # First natural parameter, `mean / variance`
+    eta2: Tensor,  # Second, `-1 / (2 variance)`
+) -> Tensor:  # `A(eta)`, same shape
     "Log-partition function of Gaussians, without the constant"
     return -eta1.square() / (4 * eta2) - 0.5 * (-2 * eta2).log()
-
-# %% ../nbs/20b_codes.ipynb #d8214a2f
-def gauss_kl(mean: Tensor, logvar: Tensor, to_mean: Tensor, to_logvar: Tensor) -> Tensor:  # Nats, elementwise
-    "KL between Gaussians of one dimension"
-    return 0.5 * (to_logvar - logvar + ((mean - to_mean).square() + logvar.exp()) * (-to_logvar).exp() - 1)
 
 # %% ../nbs/20b_codes.ipynb #8292e8a6
 class MixturePrior(Prior):
     "For each of `M` variables of `d/M` dimensions a mixture of `k` learned Gaussians"
 
-    def __init__(self, d: int, M: int, k: int, gen: torch.Generator | None = None):
+    def __init__(
+        self,
+        d: int,  # Latent dimension of `z`
+        M: int,  # Categorical variables
+        k: int,  # Classes of each
+        gen: torch.Generator | None = None,  # Source of the initial weights
+    ):
         super().__init__(d)
         if d % M:
-            raise ValueError(
-                f'a mixture over {M} variables needs a latent dimension that is a multiple of {M}, got {d}'
-            )
+            raise ValueError(f'{M} variables need a latent dimension that is a multiple of {M}, got {d}')
         self.M, self.k = M, k
-        self.mean = nn.Parameter(torch.randn(M, k, d // M, generator=gen))
-        self.logvar = nn.Parameter(torch.randn(M, k, d // M, generator=gen))
+        self.mean, self.logvar = (nn.Parameter(torch.randn(M, k, d // M, generator=gen)) for _ in range(2))
 
     def each(self, z: Tensor) -> Tensor:  # Shape `(B, M, d/M)`
         return z.unflatten(1, (self.M, -1))

@@ -33,16 +33,16 @@ SHOWN = (*TABLE, 'vae-fb')  # The sixteen, and the control
 
 
 def comparable(
-    systems: tuple,
-    objective: str,
+    systems: tuple,  # Names of systems
+    objective: str,  # `consistent` or `published`
 ) -> tuple:
     "Those that have a variant of this objective: the control has no published one"
     return tuple(s for s in systems if objective != 'published' or s not in SYSTEMS or SYSTEMS[s].published is not None)
 
 # %% ../nbs/65a_comparison.ipynb #4dfd9456
 def system_rows(
-    systems: tuple,
-    objective: str,
+    systems: tuple,  # Names of systems
+    objective: str,  # `consistent` or `published`
 ) -> list:  # `(system, objective, title)` of each, for `ldebm.report.run_table`
     "Rows of systems; one of your own under its name, if the file that makes it was not loaded"
     return [(s, objective, SYSTEMS[s].title if s in SYSTEMS else s) for s in comparable(systems, objective)]
@@ -50,12 +50,12 @@ def system_rows(
 # %% ../nbs/65a_comparison.ipynb #3ae3633c
 def zoo_table(
     records: list,  # From `ldebm.records.load_results`
-    corpus: str,
-    preset: str,
+    corpus: str,  # Name of the corpus, such as `grammar`
+    preset: str,  # `quick`, `small` or `paper`
     objective: str,  # Shown
     metrics: dict,  # Metric -> digits, in view
     paper: dict | None = None,  # System -> its published figures, as from `quoted`
-    systems: tuple = SHOWN,
+    systems: tuple = SHOWN,  # Names of systems
     more: dict | None = None,  # Metric -> digits, folded below
 ) -> str:  # Markdown
     "Systems as rows"
@@ -77,10 +77,10 @@ def _members(family: str, run: set) -> str:
 
 # %% ../nbs/65a_comparison.ipynb #18188fd5
 def family_means(
-    records: list,
-    corpus: str,
-    preset: str,
-    objective: str,
+    records: list,  # As `ldebm.records.load_results` reads them
+    corpus: str,  # Name of the corpus, such as `grammar`
+    preset: str,  # `quick`, `small` or `paper`
+    objective: str,  # `consistent` or `published`
     metrics: dict,  # Metric -> digits
 ) -> str:  # Markdown
     "Mean over systems and seeds of each family; runs of other settings or data are left out and named below"

@@ -82,7 +82,9 @@ MODEL_FIELDS = (
 )
 
 
-def check_coverage(rec: dict) -> dict:  # The record
+def check_coverage(
+    rec: dict,  # As `write_coverage` makes it
+) -> dict:  # The record
     "`ValueError` for a record that lacks something or contradicts itself"
     missing = [k for k in ('calibration', 'n', 'cfg', 'models', 'provenance') if k not in rec]
     if missing:
@@ -99,7 +101,7 @@ def check_coverage(rec: dict) -> dict:  # The record
 # %% ../nbs/40e_coverage_study.ipynb #3329726e
 def write_coverage(
     file: str | Path,  # Such as `results/calibration/likelihood.json`
-    seeds=range(50),
+    seeds=range(50),  # One model each
     cfg: NLLCfg = NLLCfg(draws=128, chains=80, variance=0.3, paths=8),
     n: int = 40,  # How many x a model
     each: Callable | None = None,  # See `coverage_study`
@@ -113,7 +115,7 @@ def write_coverage(
 # %% ../nbs/40e_coverage_study.ipynb #36b66aff
 def plot_coverage(
     models: list,  # From `coverage_study`
-    ax=None,
+    ax=None,  # Axes to draw into; new ones if `None`
 ):
     "Estimate minus exact mean NLL with its interval, in order of the rate; open squares where the interval misses"
     import matplotlib.pyplot as plt

@@ -149,8 +149,8 @@ def energy_run(
 def fit_energies(
     task: TextTask,  # With the selected weights loaded; its prior is trained in place
     run: Run,  # The job's
-    seed: int,
-    device='cpu',
+    seed: int,  # Of the job
+    device='cpu',  # Where to train
     on_epoch=None,  # Called with each validation's log line
 ) -> float:  # Seconds it took, over all sittings; 0 where there is nothing to do
     "Train the energies alone, for `energy_steps` steps; continues from its checkpoint"

@@ -30,7 +30,7 @@ def _rhat_metrics(traces: Tensor) -> dict:  # `rhat_t` for each level t, and `rh
 # %% ../nbs/61b_evidence.ipynb #0aab2ba8
 def sampler_evidence(
     prior,  # `DiffusionEBM`
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     n: int = 1000,  # Samples compared
     longer: int = 10,  # Long chains take so many times the updates
     cpu_gen: torch.Generator | None = None,  # Source of the classifier's folds
@@ -110,7 +110,7 @@ def _dress(axs, short_run: int, limit: float):
 # %% ../nbs/61b_evidence.ipynb #ce0a4684
 def plot_evidence(
     prior,  # `DiffusionEBM`
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     n: int = 16,  # Conditions a level
     longer: int = 10,  # Long chains take so many times the updates
     limit: float = 1.05,  # R-hat under which chains count as agreed

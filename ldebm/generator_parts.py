@@ -155,7 +155,11 @@ def draw(
 class Block(nn.Module):
     "`h + conv(SiLU(conv(SiLU h)))` at one size"
 
-    def __init__(self, width: int, size: int):
+    def __init__(
+        self,
+        width: int,  # Channels
+        size: int,  # Side of the feature maps
+    ):
         super().__init__()
         side = 1 if size == 1 else 3
         self.a = Conv(width, width, side, padding=side // 2)
@@ -177,7 +181,13 @@ def to_side(
 class Up(nn.Module):
     "To another size and width: a linear map from a vector; else 1x1 convolution and nearest neighbours"
 
-    def __init__(self, width: int, size: int, to_width: int, to_size: int):
+    def __init__(
+        self,
+        width: int,  # Channels
+        size: int,  # Side
+        to_width: int,  # Channels of the result
+        to_size: int,  # Its side
+    ):
         super().__init__()
         self.target = (to_width, to_size, to_size)
         self.vector = size == 1 and to_size > 1
@@ -191,7 +201,13 @@ class Up(nn.Module):
 class Down(nn.Module):
     "The way back: a linear map to a vector; else strided averages and a 1x1 convolution"
 
-    def __init__(self, width: int, size: int, to_width: int, to_size: int):
+    def __init__(
+        self,
+        width: int,  # Channels
+        size: int,  # Side
+        to_width: int,  # Channels of the result
+        to_size: int,  # Its side
+    ):
         super().__init__()
         self.vector = to_size == 1 and size > 1
         self.factor = size // to_size
@@ -202,7 +218,11 @@ class Down(nn.Module):
         return self.map(nnf.avg_pool2d(h, self.factor) if averages else h)
 
 # %% ../nbs/30_generator_parts.ipynb #f600a55f
-def blocks(n: int, width: int, size: int) -> nn.Sequential:
+def blocks(
+    n: int,  # How many
+    width: int,  # Channels
+    size: int,  # Side of the feature maps
+) -> nn.Sequential:
     "`n` residual blocks"
     return nn.Sequential(*[Block(width, size) for _ in range(n)])
 

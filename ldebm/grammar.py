@@ -36,7 +36,9 @@ class Slot(NamedTuple):
     rule: object  # Rule
 
 # %% ../nbs/03a_grammar.ipynb #1b8f333f
-def seq(*parts) -> Seq:
+def seq(
+    *parts,  # Rules and words, in order
+) -> Seq:
     "One rule after the other"
     return Seq(parts)
 

@@ -78,7 +78,12 @@ GRAMMAR_ATTRIBUTES = {
 }
 
 # %% ../nbs/03b_grammar_corpus.ipynb #c98a8d9f
-def grammar_prior(topic: str, mood: str, tense: str, number: str) -> int:
+def grammar_prior(
+    topic: str,  # Such as `farm`
+    mood: str,  # `statement`, `question` or `command`
+    tense: str,  # `past`, `present` or `future`
+    number: str,  # `singular` or `plural`
+) -> int:
     "Weight of one combination of attributes"
     weight = {'statement': 6, 'question': 3, 'command': 3}[mood]
     if mood == 'command':
@@ -183,7 +188,12 @@ def _statement(phrases, tense):
     return seq(phrases.subject, verb, phrases.object, tail, '.')
 
 # %% ../nbs/03b_grammar_corpus.ipynb #351a30fc
-def grammar_rule(topic: str, mood: str, tense: str, number: str):
+def grammar_rule(
+    topic: str,  # Such as `farm`
+    mood: str,  # `statement`, `question` or `command`
+    tense: str,  # `past`, `present` or `future`
+    number: str,  # `singular` or `plural`
+):
     "Rule for a sentence with these attributes"
     phrases = _Phrases(topic, tense, number)
     if mood == 'command':

@@ -26,8 +26,8 @@ from .schedule import diffuse
 # %% ../nbs/62d_image_figures.ipynb #3dd712f6
 def number_of(
     value: dict,  # A metric
-    digits: int = 3,
-    percent: bool = False,
+    digits: int = 3,  # After the point
+    percent: bool = False,  # Whether to show a share as a percentage
 ) -> str:
     "The number of a metric, or the reason why it has none"
     if value['value'] is not None:
@@ -36,7 +36,9 @@ def number_of(
     return note if note.startswith('absent') else f"absent: {value['n']} cases"
 
 # %% ../nbs/62d_image_figures.ipynb #5200a028
-def in_cell(text: str) -> str:
+def in_cell(
+    text: str,  # As somebody wrote it
+) -> str:
     "A name that somebody gave, whatever signs are in it, for a cell of a Markdown table"
     return re.sub(r'([\\|`*_<>$\[\]])', r'\\\1', text)
 
@@ -120,7 +122,7 @@ def _line(ax, height: int, metrics: dict):
 
 def plot_triple(
     results: dict,  # System -> metrics
-    ax=None,
+    ax=None,  # Axes to draw into; new ones if `None`
 ):
     "Reconstructions, Gaussian prior and each prior: Frechet distances beside each other"
     import matplotlib.pyplot as plt
@@ -153,7 +155,11 @@ def plot_rows(
     return axs[:, 0]
 
 # %% ../nbs/62d_image_figures.ipynb #89ec116c
-def plot_reconstructions(place: ImagePlace, ref: Reference, n: int = 12):
+def plot_reconstructions(
+    place: ImagePlace,
+    ref: Reference,
+    n: int = 12,  # Pictures in a row
+):
     "Data, the same through the latents, and draws of the Gaussian prior"
     data = place.images['train'].subset(slice(0, n)).x()
     latents = (ref.u[:n], ref.u_gaussian[:n])
@@ -178,7 +184,12 @@ def plot_samples(
     return axes[0]
 
 # %% ../nbs/62d_image_figures.ipynb #a96d98fe
-def plot_levels_of(place: ImagePlace, prior: DiffusionEBM, ref: Reference, n: int = 12):
+def plot_levels_of(
+    place: ImagePlace,
+    prior: DiffusionEBM,
+    ref: Reference,
+    n: int = 12,  # Samples
+):
     "The same samples at up to seven diffusion levels, decoded, from noise at the top to pictures at the bottom"
     device = ref.generator.start.device
     path = prior.sample(n, gen=make_gen(place.job.seed, 'levels', device=device), path=True)
@@ -186,7 +197,12 @@ def plot_levels_of(place: ImagePlace, prior: DiffusionEBM, ref: Reference, n: in
     return plot_rows([decode_all(ref.generator, path[t]) for t in levels], [f'level {t}' for t in levels], n)
 
 # %% ../nbs/62d_image_figures.ipynb #21731a05
-def plot_hierarchy(place: ImagePlace, prior: DiffusionEBM, ref: Reference, n: int = 12):
+def plot_hierarchy(
+    place: ImagePlace,
+    prior: DiffusionEBM,
+    ref: Reference,
+    n: int = 12,  # Pictures in a row
+):
     "Top: what each layer adds. Bottom: top layers of one sample kept, those below drawn anew from the EBM"
     generator, seed = ref.generator, place.job.seed
     device, L = generator.start.device, generator.L
@@ -223,7 +239,12 @@ def _band(ax, values: Tensor, label: str, colour: str):
     ax.fill_between(range(len(values)), low, high, color=colour, alpha=0.15, lw=0)
 
 # %% ../nbs/62d_image_figures.ipynb #a902dd8f
-def plot_layer_energies(place: ImagePlace, prior: DiffusionEBM, ref: Reference, n: int = 256):
+def plot_layer_energies(
+    place: ImagePlace,
+    prior: DiffusionEBM,
+    ref: Reference,
+    n: int = 256,  # Of data, and as many samples
+):
     "Energy of each layer along the levels: data (diffused posterior) against samples"
     import matplotlib.pyplot as plt
 
@@ -263,7 +284,7 @@ def trade_off_table(
 # %% ../nbs/62d_image_figures.ipynb #fc4ac005
 def plot_trade_off(
     curve: dict,  # From `trade_off`
-    ax=None,
+    ax=None,  # Axes to draw into; new ones if `None`
 ):
     "Coverage against accuracy along the guidance factor"
     import matplotlib.pyplot as plt

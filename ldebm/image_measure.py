@@ -58,7 +58,7 @@ def decode_all(
 # %% ../nbs/62b_image_measure.ipynb #398538ab
 def sample_prior(
     place: ImagePlace,
-    prior: nn.Module,
+    prior: nn.Module,  # `DiffusionEBM` or `ScorePrior`
     n: int,  # Samples
     name: str = 'sample',  # Of the stream of random numbers
     **how,  # To the prior's `sample`
@@ -76,7 +76,7 @@ def sample_prior(
 class Reference:
     "What samples of a generator are compared with"
 
-    generator: Generator
+    generator: Generator  # Which decodes
     net: nn.Module  # Classifier
     features: Tensor  # Of the training pictures, shape `(n, f)`
     test_features: Tensor  # Of the test pictures
@@ -88,18 +88,19 @@ class Reference:
     gaussian: float  # And of pictures from the Gaussian prior
 
 # %% ../nbs/62b_image_measure.ipynb #c7e5c8ac
-def make_reference(place: ImagePlace, generator: Generator, net: nn.Module) -> Reference:
+def make_reference(
+    place: ImagePlace,
+    generator: Generator,
+    net: nn.Module,  # Classifier whose features are compared
+) -> Reference:
     "Encode, reconstruct and sample what priors on this generator are compared with"
-    device = generator.start.device
-    train, test = place.images['train'], place.images['test']
-    n = min(place.settings.n_samples, len(train))
-    train = train.subset(slice(0, n))
-    gen = make_gen(place.job.seed, 'reference', device=device)
+    n, test = place.settings.n_samples, place.images['test']
+    train = place.images['train'].subset(slice(0, n))
+    gen = make_gen(place.job.seed, 'reference', device=generator.start.device)
     features = features_of(net, train)
-    test_features = features_of(net, test)
     u, _ = encode_all(generator, train, gen)
     u_test, _ = encode_all(generator, test, gen)
-    noise = torch.randn(place.settings.n_samples, generator.d, generator=gen, device=device).cpu()
+    noise = torch.randn(n, generator.d, generator=gen, device=gen.device).cpu()
 
     def distance(latents):
         return frechet(features_of(net, decode_all(generator, latents)), features)
@@ -108,7 +109,7 @@ def make_reference(place: ImagePlace, generator: Generator, net: nn.Module) -> R
         generator=generator,
         net=net,
         features=features,
-        test_features=test_features,
+        test_features=features_of(net, test),
         labels=train.labels,
         u=u,
         u_test=u_test,
@@ -118,7 +119,10 @@ def make_reference(place: ImagePlace, generator: Generator, net: nn.Module) -> R
     )
 
 # %% ../nbs/62b_image_measure.ipynb #c301f459
-def absent(why: str, n: int | None = None) -> dict:
+def absent(
+    why: str,  # Such as `no labels`
+    n: int | None = None,  # Cases that there were
+) -> dict:
     "A measure that cannot be computed, and why"
     return metric(None, n=n, estimator=f'absent: {why}')
 
@@ -258,7 +262,10 @@ def chain_health(
     return out
 
 # %% ../nbs/62b_image_measure.ipynb #fb4650e7
-def evaluations(place: ImagePlace, system: str) -> int:
+def evaluations(
+    place: ImagePlace,
+    system: str,  # Name of the system
+) -> int:
     "Network evaluations for one sample, with their gradient for an EBM"
     settings = place.settings
     if system.startswith('gaussian'):
@@ -273,7 +280,7 @@ def evaluations(place: ImagePlace, system: str) -> int:
 # %% ../nbs/62b_image_measure.ipynb #e71becdb
 def cost(
     place: ImagePlace,
-    system: str,
+    system: str,  # Name of the system
     end,  # From `fit`; `None` for a prior that is not trained
     seconds: float,  # Spent on sampling
     n: int,  # Samples drawn in them
@@ -290,7 +297,7 @@ def cost(
 # %% ../nbs/62b_image_measure.ipynb #be0b2058
 def finish(
     place: ImagePlace,
-    system: str,
+    system: str,  # Name of the system
     metrics: dict,  # From `score` and others
     end,  # From `fit`; `None` for a prior that is not trained
     seconds: float,  # Spent on sampling
@@ -307,7 +314,7 @@ class Measured:
     ref: Reference  # Of the generator that its samples belong to
     prior: nn.Module | None  # `None`: the Gaussian
     u: Tensor  # Its samples, shape `(n, d)`
-    metrics: dict
+    metrics: dict  # Name -> metric, as recorded
     end: object = None  # From `fit`; `None` where nothing was trained
     seconds: float = 0.0  # Spent on sampling
     log: list = field(default_factory=list)  # Log lines of its training
@@ -330,7 +337,14 @@ def pictures(self: Measured, n: int = 12) -> Tensor:  # Shape `(n, C, H, W)`
     return decode_all(self.ref.generator, self.u[:n])
 
 # %% ../nbs/62b_image_measure.ipynb #88d6bc0a
-def measure(place: ImagePlace, system: str, ref: Reference, prior: nn.Module, end, log: list) -> Measured:
+def measure(
+    place: ImagePlace,
+    system: str,  # Name of the system
+    ref: Reference,
+    prior: nn.Module,  # `DiffusionEBM` or `ScorePrior`
+    end,  # Progress that its training ended with
+    log: list,  # Lines of its training
+) -> Measured:
     "Sample a trained prior, measure it, save it, record it"
     u, seconds = sample_prior(place, prior, place.settings.n_samples)
     metrics = score(place, ref, u) | cost(place, system, end, seconds, len(u))
@@ -424,7 +438,12 @@ def run_systems(
     return done
 
 # %% ../nbs/62b_image_measure.ipynb #7bd29bf9
-def add_metrics(place: ImagePlace, system: str, done: Measured, more: dict) -> Path:  # The record
+def add_metrics(
+    place: ImagePlace,
+    system: str,  # Name of the system
+    done: Measured,
+    more: dict,  # Name -> metric
+) -> Path:  # The record
     "Record further metrics of a system"
     done.metrics.update(more)
     return finish(place, system, done.metrics, done.end, done.seconds)

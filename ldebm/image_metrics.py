@@ -20,7 +20,9 @@ from .records import metric
 from .stats import share_metric
 
 # %% ../nbs/42_image_metrics.ipynb #2a4c5e5a
-def moments(f: Tensor) -> tuple[Tensor, Tensor]:  # Mean `(d,)` and unbiased covariance `(d, d)`, float64
+def moments(
+    f: Tensor,  # Shape `(n, d)`
+) -> tuple[Tensor, Tensor]:  # Mean `(d,)` and unbiased covariance `(d, d)`, float64
     "Moments of features `(n, d)`; `ValueError` for fewer than `d + 1` points"
     if f.ndim != 2:
         raise ValueError(f'features must have shape (n, d), got {tuple(f.shape)}')
@@ -32,13 +34,20 @@ def moments(f: Tensor) -> tuple[Tensor, Tensor]:  # Mean `(d,)` and unbiased cov
     return f.mean(0), centred.T @ centred / (n - 1)
 
 # %% ../nbs/42_image_metrics.ipynb #850b77b7
-def sym_sqrt(S: Tensor) -> Tensor:  # Shape `(d, d)`
+def sym_sqrt(
+    S: Tensor,  # Shape `(d, d)`
+) -> Tensor:  # Shape `(d, d)`
     "Symmetric root of a positive semi-definite matrix"
     values, V = torch.linalg.eigh(S)
     return (V * values.clamp(min=0).sqrt()) @ V.T
 
 # %% ../nbs/42_image_metrics.ipynb #94a9a166
-def frechet_moments(ma: Tensor, Sa: Tensor, mb: Tensor, Sb: Tensor) -> float:  # At least 0
+def frechet_moments(
+    ma: Tensor,  # Mean of the first
+    Sa: Tensor,  # Its covariance
+    mb: Tensor,  # Mean of the second
+    Sb: Tensor,  # Its covariance
+) -> float:  # At least 0
     "Fréchet distance between two Gaussians with means `(d,)` and covariances `(d, d)`"
     cross = torch.linalg.svdvals(sym_sqrt(Sb) @ sym_sqrt(Sa)).sum()
     return max(0.0, float(((ma - mb) ** 2).sum() + Sa.trace() + Sb.trace() - 2 * cross))

@@ -365,7 +365,11 @@ def layered_prior(
     return DiffusionEBM(schedule, LayeredEnergy(generator, nets, T, groups, symbol_temperature), cfg)
 
 # %% ../nbs/62a_image_stages.ipynb #7b374187
-def build_prior(place: ImagePlace, system: str, generator: Generator) -> PriorModel:
+def build_prior(
+    place: ImagePlace,
+    system: str,  # Name of the system
+    generator: Generator,
+) -> PriorModel:
     "A system's prior on a frozen generator"
     settings, seed = place.settings, place.job.seed
     if system == 'ddpm':
@@ -392,7 +396,7 @@ def hide_labels(place: ImagePlace) -> Callable | None:  # `None` if all labels a
 # %% ../nbs/62a_image_stages.ipynb #54ef712a
 def prior_weights(
     place: ImagePlace,
-    system: str,
+    system: str,  # Name of the system
     match: bool = False,  # Scores instead of the likelihood
 ) -> dict:
     "Weights of the terms of a system"
@@ -401,7 +405,11 @@ def prior_weights(
     return {'score' if match else 'ebm': 1.0} | (dict(cls_t=place.settings.w_cls) if system == 'ldebm-coupled' else {})
 
 # %% ../nbs/62a_image_stages.ipynb #02a512bc
-def prior_stage(place: ImagePlace, name: str, generator: Generator) -> Run:
+def prior_stage(
+    place: ImagePlace,
+    name: str,  # Of the stage and its folder
+    generator: Generator,
+) -> Run:
     "The run of a stage that trains a prior on one generator"
     depends = {k: v for k, v in asdict(place.settings).items() if k not in MEASURING}
     return _stage(place, name, generator=generator_hash(generator), **depends)
@@ -468,7 +476,12 @@ def fine_tune(
     return own.eval().requires_grad_(False), model.learned().eval(), end, run.log_lines()
 
 # %% ../nbs/62a_image_stages.ipynb #96f9f6c3
-def save_prior(place: ImagePlace, system: str, generator: Generator, prior) -> Path:  # The file
+def save_prior(
+    place: ImagePlace,
+    system: str,  # Name of the system
+    generator: Generator,
+    prior,  # `DiffusionEBM` or `ScorePrior`
+) -> Path:  # The file
     "Weights of generator and prior, with all that builds them again"
     net = prior.energy.nets if isinstance(prior, DiffusionEBM) else prior.sampler_net
     tensors = {f'generator.{k}': v for k, v in generator.state_dict().items()}
@@ -499,7 +512,7 @@ def _tuples(value):
 # %% ../nbs/62a_image_stages.ipynb #13900cad
 def load_prior(
     path,  # `model.safetensors` of a system
-    device='cpu',
+    device='cpu',  # Where to put it
 ) -> tuple:  # Generator and prior, in evaluation mode
     "Read what `save_prior` wrote; `ValueError` when it is something else"
     device = pick_device(device)

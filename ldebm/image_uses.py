@@ -158,7 +158,7 @@ def trade_off(
     place: ImagePlace,
     ref: Reference,
     prior: DiffusionEBM,  # Coupled
-    guidances=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
+    guidances=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),  # Factors on the request's share of the gradient
     n: int = 0,  # Pictures for each; 0: as many as the reference has
 ) -> dict:  # Guidance -> metrics
     "Accuracy against coverage over the guidance factor, for a balanced request"

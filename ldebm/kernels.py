@@ -75,7 +75,9 @@ def direct(
     return library == 'onednn' or (library == 'both' and len(w) >= wide_from())
 
 # %% ../nbs/81_kernels.ipynb #b22fed1a
-def whole(x: Tensor) -> Tensor:  # Shape `(n, m)`
+def whole(
+    x: Tensor,  # A matrix
+) -> Tensor:  # Shape `(n, m)`
     "A matrix that fills its memory: on a part of a larger one oneDNN is a hundred times slower"
     n, m = x.shape
     return x if x.stride() in ((m, 1), (1, n)) else x.contiguous()
@@ -127,6 +129,10 @@ class _Linear(torch.autograd.Function):
 
 
 @runner('linear', accepts=lambda x, w, b=None: x.ndim == 2 and direct(x, w))
-def fast_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:  # Shape `(n, o)`
+def fast_linear(
+    x: Tensor,  # Shape `(n, i)`
+    w: Tensor,  # Shape `(o, i)`
+    b: Tensor | None = None,  # Shape `(o,)`
+) -> Tensor:  # Shape `(n, o)`
     "`x w' + b`, with first derivatives"
     return _Linear.apply(x, w, b)

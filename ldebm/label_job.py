@@ -156,7 +156,7 @@ class LabelPlace:
     job: LabelJob  # Parameters
     settings: LabelSettings  # Every number
     device: torch.device  # Where it runs
-    documents: Documents
+    documents: Documents  # With their labels
 
     @property
     def stages(self) -> list:  # `(n, seed, system)`
@@ -175,14 +175,23 @@ class LabelPlace:
         return settings_table(self.settings, usual)._repr_markdown_()
 
 # %% ../nbs/67_label_job.ipynb #1156d98c
-def record_name(job: LabelJob, n: int, seed: int, system: str) -> dict:
+def record_name(
+    job: LabelJob,
+    n: int,  # Labels a class
+    seed: int,  # Of the choice of labels and of the training
+    system: str,  # Name of the system
+) -> dict:
     "What identifies a record: the number of labels is part of the variant"
     variant = '-'.join(part for part in (f'n{n}', job.variant) if part)
     about = dict(corpus=job.corpus, preset=job.preset, objective=job.objective)
     return dict(system=system, seed=seed, variant=variant, **about)
 
 # %% ../nbs/67_label_job.ipynb #1c643ab3
-def record_settings(place: LabelPlace, n: int, system: str) -> dict:
+def record_settings(
+    place: LabelPlace,
+    n: int,  # Labels a class
+    system: str,  # Name of the system
+) -> dict:
     "Settings of a record"
     documents = place.documents
     own = dict(system=system, n_labels=n, n_train=len(documents['train']), **asdict(of_system(place.settings, system)))
@@ -216,9 +225,9 @@ class Outcome:
     "What one system made of one choice of labels"
 
     n: int  # Labels a class
-    seed: int
-    system: str
-    metrics: dict
+    seed: int  # Of the choice of labels and of the training
+    system: str  # Name of the system
+    metrics: dict  # Name -> metric, as recorded
     log_p: Tensor  # `log p(y | x)` of the test documents, shape `(N, K)`
     lines: list  # Of the log; empty for a baseline
     means: Tensor | None = None  # Posterior means of the test documents, shape `(N, d)`
@@ -256,7 +265,7 @@ def _means(model, documents: Documents) -> Tensor | None:
 def run_stage(
     place: LabelPlace,
     n: int,  # Labels a class
-    seed: int,
+    seed: int,  # Of the choice of labels and of the training
     system: str,  # One of `SYSTEMS`
     on_epoch=None,  # Called with each validation's log line
 ) -> Outcome:

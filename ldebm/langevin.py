@@ -87,9 +87,9 @@ class Step:
 
     mean: Tensor  # Of the Gaussian, shape `(B, d)`
     keep: Tensor  # Shape `(B, 1)`, as the three that follow
-    toward: Tensor
-    pull: Tensor
-    sd: Tensor
+    toward: Tensor  # Share of the mean
+    pull: Tensor  # Factor on the gradient of F
+    sd: Tensor  # Standard deviation of the noise
     longest: float = math.inf  # Longest drift `pull grad F`, in units of the noise's length
 
     def centre(self, point: Point) -> Tensor:  # Shape `(B, d)`
@@ -158,8 +158,8 @@ def preconditioned(
 def log_accept(
     level: Conditional,
     step: Step,
-    old: Point,
-    new: Point,
+    old: Point,  # Where the chains are
+    new: Point,  # Where they would go
 ) -> Tensor:  # Shape `(B,)`
     "Log of the Metropolis ratio; a proposal is accepted with probability `min(1, exp)` of it"
     forward = level.log_density(old.z, old.F) + step.log_density(new, given=old)
@@ -184,9 +184,9 @@ def first_bad(
 @replaceable
 def raise_if_bad(
     first: Tensor,  # From `first_bad`
-    n_steps: int,
+    n_steps: int,  # Updates that the chains made
     t: Tensor,  # Levels of the chains
-    gen: torch.Generator | None,
+    gen: torch.Generator | None,  # Source of their noise, whose seed is named
 ):
     "`FloatingPointError` naming step, levels and seed, if a chain was lost"
     if int(first) > n_steps:
@@ -203,7 +203,7 @@ def updates(
     level: Conditional,
     step: Step,
     z: Tensor,  # Starting states, shape `(B, d)`
-    n_steps: int,
+    n_steps: int,  # Updates
     noise: Callable,  # `noise(i) -> (B, d)`, standard normal
     uniform: Callable | None = None,  # `uniform(i) -> (B,)`, for a Metropolis test; `None`: without
     on_step: Callable | None = None,  # See `chain`
@@ -230,8 +230,8 @@ def updates(
 # %% ../nbs/12_langevin.ipynb #e758f829
 def choose_point(
     take: Tensor,  # Shape `(B,)`, bool
-    new: Point,
-    old: Point,
+    new: Point,  # Proposals
+    old: Point,  # States before
 ) -> Point:
     "The new state of each chain where it is taken, else the old one"
     rows = take[:, None]
@@ -285,12 +285,12 @@ def sample(
 
 # %% ../nbs/12_langevin.ipynb #ccf118f0
 def linear_chain_moments(
-    alpha: float,
-    beta: float,
+    alpha: float,  # Factor on the state
+    beta: float,  # Constant
     sd: float,  # The step `z <- alpha z + beta + sd eps`
-    mean: float,
+    mean: float,  # Mean of the start
     variance: float,  # Moments of the start
-    n_steps: int,
+    n_steps: int,  # Updates
 ) -> tuple[float, float]:  # Mean and variance after `n_steps`
     "Exact moments of a linear Gaussian recursion"
     power = alpha**n_steps
@@ -303,7 +303,7 @@ def linear_chain_moments(
 def plot_traces(
     traces: list,  # Each `(n_steps, n_chains)`
     labels: list,  # Name of each
-    ax=None,
+    ax=None,  # Axes to draw into; new ones if `None`
 ):
     "States of single chains along their updates"
     import matplotlib.pyplot as plt

@@ -50,7 +50,7 @@ class Fork:
         self,
         f: Callable,  # Called in each, without arguments
         n: int,  # How many
-        device: torch.device,
+        device: torch.device,  # Where the processes will work
     ):
         if device.type == 'cuda' and torch.cuda.is_initialized():
             raise ValueError(
@@ -178,7 +178,7 @@ def raise_errors(
 def start_processes(
     f: Callable,  # Called in each, without arguments
     n: int,  # How many
-    device: torch.device,
+    device: torch.device,  # Where the processes will work
     run: Run,  # Named when they are interrupted
 ):
     "Call `f` in `n` forked processes: an error in any is raised here, a signal to this one becomes `Interrupted`"
@@ -217,8 +217,8 @@ def first_trains(
     task: Task,
     run: Run,
     cfg: TrainCfg,
-    seed: int,
-    device: torch.device,
+    seed: int,  # Of weights, order and noise, as for `fit`
+    device: torch.device,  # Of the first process
     on_epoch=None,  # As for `fit`
 ) -> Progress:  # In every process
     "`fit` in the first of the processes that a launcher started"
@@ -243,7 +243,7 @@ def launch(
     task: Task,
     run: Run,
     cfg: TrainCfg,
-    seed: int,
+    seed: int,  # Of weights, order and noise, as for `fit`
     device: torch.device | str = 'cpu',  # As for `fit`
     on_epoch=None,  # Called in the main process of those that train: it may print, and changes nothing here
     processes: int = 1,  # How many train

@@ -145,7 +145,11 @@ def gru_both(
 class WordReader:
     "A GRU that reads one word of each sentence per call, without a graph"
 
-    def __init__(self, rnn: nn.GRU, table: Tensor):
+    def __init__(
+        self,
+        rnn: nn.GRU,  # Of one layer
+        table: Tensor,  # Word vectors, shape `(V, E)`
+    ):
         self.table = table
         self.weights = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
 

@@ -63,7 +63,11 @@ class NLLCfg:
         check_settings(self)
 
 # %% ../nbs/40c_likelihood.ipynb #d9ae6d08
-def top_log_z(prior: DiffusionEBM, cfg: NLLCfg, gen=None) -> LogZ:  # Each `(1,)`
+def top_log_z(
+    prior: DiffusionEBM,
+    cfg: NLLCfg,
+    gen=None,  # Source of noise; the global one if `None`
+) -> LogZ:  # Each `(1,)`
     "`log Z` of the last level, from many chains"
     p = next(prior.energy.parameters(), torch.zeros(()))
     z = torch.zeros(1, prior.d, device=p.device, dtype=p.dtype)
@@ -80,7 +84,7 @@ class SentenceBounds:
         q: DiagGaussian,  # Posterior of each sentence, shapes `(B, d)`
         log_lik: Callable,  # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, `(R,)`, differentiable in `z`
         cfg: NLLCfg = NLLCfg(),
-        gen: torch.Generator | None = None,
+        gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
         top: LogZ | None = None,  # From `top_log_z`; made here if `None`
         plans: dict | None = None,  # Plans and proposals, filled here and shared between sets of sentences
     ):
@@ -310,9 +314,9 @@ def estimate(self: SentenceBounds) -> dict:  # As `nll_bounds`
 def own_posteriors(
     prior,  # This and the others as `SentenceBounds`
     q: DiagGaussian,
-    log_lik: Callable,
+    log_lik: Callable,  # As for `SentenceBounds`
     cfg: NLLCfg = NLLCfg(),
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     like: Tensor | None = None,  # Draws of the prior, shape `(n, d)`; made here if `None`
 ) -> DiagGaussian:
     "What the encoder says of each sentence, moved up that sentence's own bound; see `refine`"
@@ -325,11 +329,11 @@ def own_posteriors(
 def nll_bounds(
     prior,  # This and the others as `SentenceBounds`
     q: DiagGaussian,
-    log_lik: Callable,
+    log_lik: Callable,  # As for `SentenceBounds`
     cfg: NLLCfg = NLLCfg(),
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     top: LogZ | None = None,
-    plans: dict | None = None,
+    plans: dict | None = None,  # As for `SentenceBounds`
 ) -> dict:  # Name -> `(B,)`: `nll`, `gap`, `variance`, `ess`, `is_ess`, `annealed`, `gap_t` for each level t
     "Negative log-likelihood of each sentence, nats, an upper bound in expectation, with the parts of its uncertainty"
     q = own_posteriors(prior, q, log_lik, cfg, gen)
@@ -344,9 +348,9 @@ def nll_importance(
     prior,  # Any prior with an exact `log_weight(z)`
     q,  # Posterior of `B` sentences, with `rsample`, `log_prob`, rows `q[i]`, and `wider` where it has codes
     log_lik: Callable,  # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
-    draws: int = 500,
+    draws: int = 500,  # From the posterior, for each sentence
     rows: int = 2048,  # Rows at a time
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     wide: float = 0.02,  # Share of each code's probability that the proposal spreads over all classes
 ) -> dict:  # Name -> `(B,)`: as `nll_bounds`
     "`-log mean_s p(x|z_s) p(z_s)/q(z_s|x)` (Burda et al. 2016, eq. 8): an upper bound in expectation"

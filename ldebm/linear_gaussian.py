@@ -59,7 +59,7 @@ class LinearGaussian:
         scale: float = 0.1,  # Standard deviation of the entries of W: sets the rate
         strength: float = 0.5,  # Largest curvature of the energies; 0: the prior is its reference
         reference: str = 'gaussian',  # See `ldebm.levels.PriorCfg`
-        seed: int = 0,
+        seed: int = 0,  # Of the energies and of W
     ):
         self.gen = torch.Generator().manual_seed(seed)
         self.prior = _random_prior(T, d, strength, reference, self.gen)

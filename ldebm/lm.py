@@ -195,9 +195,9 @@ def parts_nll(
 # %% ../nbs/43_lm.ipynb #7389369c
 def mask(
     like: Tensor,  # Says device and type
-    shape: tuple,
+    shape: tuple,  # Of the mask
     p: float,  # Probability of a zero
-    gen: torch.Generator,
+    gen: torch.Generator,  # Source of the zeros
 ) -> Tensor:
     "0 with probability `p`, otherwise `1/(1-p)`"
     return torch.empty(shape, device=like.device, dtype=like.dtype).bernoulli_(1 - p, generator=gen).div_(1 - p)
@@ -206,16 +206,16 @@ def mask(
 def locked(
     x: Tensor,  # Shape `(T, B, d)`
     p: float,  # Probability of a zero
-    gen: torch.Generator | None,
+    gen: torch.Generator | None,  # Source of the mask
 ) -> Tensor:
     "Dropout with one mask along the first dimension; the identity without a generator"
     return x if gen is None or p == 0 else x * mask(x, (1, *x.shape[1:]), p, gen)
 
 # %% ../nbs/43_lm.ipynb #cd604e71
 def drop_weights(
-    w: Tensor,
+    w: Tensor,  # Any shape
     p: float,  # Probability of a zero
-    gen: torch.Generator | None,
+    gen: torch.Generator | None,  # Source of the mask
 ) -> Tensor:
     "Dropout of single weights; the identity without a generator"
     return w if gen is None or p == 0 else w * mask(w, w.shape, p, gen)

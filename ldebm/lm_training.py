@@ -70,7 +70,10 @@ def stalled(
     return len(losses) > nonmono and now > min(losses[:-nonmono])
 
 # %% ../nbs/43a_lm_training.ipynb #5d32acb4
-def make_lm_optimizer(lm: LM, averaging: bool):  # Adam, SGD, or averaged SGD
+def make_lm_optimizer(
+    lm: LM,
+    averaging: bool,  # Whether SGD averages its weights
+):  # Adam, SGD, or averaged SGD
     "Optimiser of a language model"
     cfg = lm.cfg
     weights = lm.parameters()
@@ -85,7 +88,11 @@ def make_lm_optimizer(lm: LM, averaging: bool):  # Adam, SGD, or averaged SGD
 class averaged:
     "Within it a model has the weights that ASGD has averaged; the plain ones are back on leaving"
 
-    def __init__(self, lm: LM, opt):
+    def __init__(
+        self,
+        lm: LM,
+        opt,  # From `make_lm_optimizer`
+    ):
         self.lm = lm
         self.opt = opt
 
@@ -122,7 +129,10 @@ def _read_lm(path, device='cpu') -> tuple[LM, dict | None]:
     return lm.to(device).eval(), stored['training']
 
 
-def load_lm(path, device='cpu') -> LM:
+def load_lm(
+    path,  # Of the safetensors file
+    device='cpu',  # Where to put it
+) -> LM:
     "Read what `save_lm` wrote; `ValueError` for a training that has not ended"
     lm, state = _read_lm(path, device)
     if state is not None:
@@ -133,10 +143,10 @@ def load_lm(path, device='cpu') -> LM:
 # %% ../nbs/43a_lm_training.ipynb #85695292
 def lm_key(
     words: list[str],  # Dictionary
-    train: list[list[str]],
-    valid: list[list[str]],
+    train: list[list[str]],  # Training sentences
+    valid: list[list[str]],  # Validation sentences
     cfg: LMCfg,
-    seed: int,
+    seed: int,  # Of weights, order and dropout
     device,  # Kinds of device differ in their last bits
 ) -> str:  # 16 hexadecimal digits
     "Fingerprint of everything that shapes a language model"

@@ -65,7 +65,7 @@ class Paths:
         log_lik: Callable,  # `log_lik(z (R, d), index (R,)) -> log p(x_index | z)`, shape `(R,)`, nats
         n_z: int = 32,  # Fixed draws behind each `log Z` of the fast estimate
         as_sampled: bool = False,  # See `model_level`
-        gen: torch.Generator | None = None,
+        gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
     ):
         self.prior = prior
         self.q = q
@@ -220,7 +220,7 @@ def refine(
     draws: int = 2,  # Antithetic pairs of draws a step
     lr: float = 0.05,  # Adam's rate, which falls linearly to zero
     rows: int = 512,  # Rows at a time through the decoder
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
 ) -> DiagGaussian:  # Without gradient
     "Mean and variances of each sentence, moved up its own bound (semi-amortised inference, Kim et al. 2018)"
     if steps == 0:

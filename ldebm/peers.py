@@ -85,7 +85,7 @@ def share_of_threads(
 
 # %% ../nbs/07_peers.ipynb #c92263df
 def portable_error(
-    error: Exception | None,
+    error: Exception | None,  # As it was raised; `None` where there was none
     rank: int,  # Of the process that met it
 ) -> Exception | None:  # The same kind of error where that is a plain one
     "An error that can be sent to another process"
@@ -166,7 +166,10 @@ def first(
 class SharedModel(nn.Module):
     "A model whose gradients are averaged over processes"
 
-    def __init__(self, model: nn.Module):
+    def __init__(
+        self,
+        model: nn.Module,  # The same in every process
+    ):
         super().__init__()
         self.model = model
         self.idle = nn.Parameter(torch.zeros(()))  # Never has a gradient

@@ -74,14 +74,8 @@ def _one_level(self: DiffusionEBM, z_next, t, request: _Request, given, gen, sta
     "Latents of level `t` given those above; `given`: clean or noisy values of the known coordinates"
     every_level = not self.published or self.cfg.reference == 'gaussian'
     levels = torch.full((len(z_next),), t, device=z_next.device)
-    level = self.conditional(
-        z_next,
-        levels,
-        y=request.y if t == 0 or every_level else None,
-        context=request.context,
-        energy=request.frozen,
-        **request.chains,
-    )
+    y = request.y if t == 0 or every_level else None
+    level = self.conditional(z_next, levels, y=y, context=request.context, energy=request.frozen, **request.chains)
     if given is not None:
         level.energy = KnownPart(request.frozen, request.known.mask, level.scale * given)
     if start is not None:
@@ -177,10 +171,10 @@ def consistent_terms(
     prior: DiffusionEBM,
     q: DiagGaussian,  # Posterior, shapes `(B, d)`
     z: Tensor,  # A reparameterised draw from it, shape `(B, d)`
-    gen: torch.Generator | None = None,
-    labels: Tensor | None = None,
-    label_weights: Tensor | None = None,
-    context: Tensor | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
+    labels: Tensor | None = None,  # Shape `(B,)`, or `(B, A)` with a column each attribute; -1 is unknown
+    label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`
+    context: Tensor | None = None,  # Condition of the energy, shape `(B, c)`
 ) -> dict:  # Named terms, each `(B,)`
     "`kl, ebm, ebm_enc` and the symbols' terms; `kl_base`, `rate` and the chains' acceptance `accept` for the record"
     cfg, energy = prior.cfg, prior.energy
@@ -277,10 +271,10 @@ def published_terms(
     prior: DiffusionEBM,
     q: DiagGaussian,  # Posterior, shapes `(B, d)`
     z: Tensor,  # A reparameterised draw from it, shape `(B, d)`
-    gen: torch.Generator | None = None,
-    labels: Tensor | None = None,
-    label_weights: Tensor | None = None,
-    context: Tensor | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
+    labels: Tensor | None = None,  # Shape `(B,)`, or `(B, A)` with a column each attribute; -1 is unknown
+    label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`
+    context: Tensor | None = None,  # Condition of the energy, shape `(B, c)`
 ) -> dict:  # Named terms, each `(B,)`
     "`ebm, ebm_enc` and the symbols' terms; `entropy` and `gauss` with the `flat` reference"
     cfg, B = prior.cfg, len(z)
@@ -323,7 +317,15 @@ def _published_levels(prior: DiffusionEBM, B: int, gen, device) -> Tensor:  # Sh
 
 # %% ../nbs/13_prior.ipynb #5844c1f5
 @replaceable
-def training_terms(prior: DiffusionEBM, q: DiagGaussian, z: Tensor, gen, labels, label_weights, context=None) -> dict:
+def training_terms(
+    prior: DiffusionEBM,
+    q: DiagGaussian,
+    z: Tensor,  # A reparameterised draw from `q`, shape `(B, d)`
+    gen,  # Source of noise; the global one if `None`
+    labels,  # Shape `(B,)`, or `(B, A)` with a column each attribute; -1 is unknown
+    label_weights,  # Weight of each label in `cls`, shape `(K,)`
+    context=None,  # Condition of the energy, shape `(B, c)`
+) -> dict:
     "Terms of the prior's objective"
     make = published_terms if prior.published else consistent_terms
     return make(prior, q, z, gen, labels, label_weights, context)

@@ -71,9 +71,9 @@ def nll_ldebm(
     prior: DiffusionEBM,  # With a schedule whose `a_0 < 1`, as published
     q: DiagGaussian,  # Posterior of each sentence, shapes `(B, d)`
     log_lik: Callable,  # See `nll_bounds`
-    draws: int = 500,
+    draws: int = 500,  # From the posterior, for each sentence
     chunk: int = 100,  # Draws that share a `log Z`
-    gen: torch.Generator | None = None,
+    gen: torch.Generator | None = None,  # Source of noise; the global one if `None`
 ) -> Tensor:  # Shape `(B,)`, nats; **not** a likelihood
     "The estimate of the released LDEBM code; `ValueError` for `a_0 = 1`, whose first density has no width"
     if prior.schedule.a[0] == 1:

@@ -17,7 +17,7 @@ from .zoo import SYSTEMS
 class Point(NamedTuple):
     "A run in the plane"
 
-    system: str
+    system: str  # With its variant
     rate: float  # Nats a sentence
     distortion: float  # Nats a sentence
     colour: float  # Value of the metric that colours it
@@ -25,8 +25,8 @@ class Point(NamedTuple):
 # %% ../nbs/65b_rates.ipynb #85127394
 def rate_points(
     records: list,  # From `ldebm.records.load_results`
-    corpus: str,
-    preset: str,
+    corpus: str,  # Name of the corpus, such as `grammar`
+    preset: str,  # `quick`, `small` or `paper`
     objective: str = 'consistent',  # Shown
     systems: tuple | None = None,  # All if `None`
     colour: str = 'rppl',  # Metric of the colour
@@ -124,13 +124,13 @@ def _colour_bar(ax, dots, label: str):
 
 # %% ../nbs/65b_rates.ipynb #ca29ee8b
 def plot_rates(
-    records: list,
-    corpus: str,
-    preset: str,
+    records: list,  # As `ldebm.records.load_results` reads them
+    corpus: str,  # Name of the corpus, such as `grammar`
+    preset: str,  # `quick`, `small` or `paper`
     objective: str = 'consistent',  # Shown
     systems: tuple | None = None,  # All if `None`
     colour: str = 'rppl',  # Metric of the colour
-    ax=None,
+    ax=None,  # Axes to draw into; new ones if `None`
 ):
     "Rate against distortion, every run a dot coloured by a metric; lines of equal bound"
     import matplotlib.pyplot as plt

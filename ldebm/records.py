@@ -574,7 +574,9 @@ def metric(
     }
 
 # %% ../nbs/01_records.ipynb #8774881a
-def system_name(r: dict) -> str:  # Of a record, or of what it is about
+def system_name(
+    r: dict,  # A record, or what one is about
+) -> str:  # Of a record, or of what it is about
     "`system` or `system+variant`"
     return '+'.join(o for o in (r['system'], r['variant']) if o)
 

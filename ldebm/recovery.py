@@ -18,7 +18,11 @@ from .stats import effective, log_mean_exp
 class ModuleCall(nn.Module):
     "A function of a module as a module, whose parameters can be replaced for a call"
 
-    def __init__(self, module: nn.Module, f):
+    def __init__(
+        self,
+        module: nn.Module,  # Its parameters can be replaced
+        f,  # Called as `f(module, *args)`
+    ):
         super().__init__()
         self.module, self.f = module, f
 

@@ -102,7 +102,7 @@ def shuffled(
 # %% ../nbs/64b_response_job.ipynb #ef85019a
 def respond(
     task: ResponseTask,
-    split: str,
+    split: str,  # Sentences: `train`, `valid` or `test`
     index: Tensor,  # Pairs whose contexts are answered, shape `(n,)`
     gen: torch.Generator,  # Source of latents
     n: int = 1,  # Answers to each
@@ -151,8 +151,8 @@ def _kept(task: ResponseTask, split: str, index: Tensor) -> dict:
 def evaluate(
     task: ResponseTask,
     vectors: WordVectors,
-    seed: int,
-    split: str = 'test',
+    seed: int,  # Of samples and folds
+    split: str = 'test',  # Sentences: `train`, `valid` or `test`
 ) -> tuple[dict, dict]:  # Metrics; `answers`, `shuffled` and `index` of the contexts that were answered
     "Metrics of a split; those of shuffled contexts end in `_shuffled`"
     pairs, n = task.corpus[split], task.settings.n_samples
@@ -192,7 +192,7 @@ def context_table(
 # %% ../nbs/64b_response_job.ipynb #fef6f449
 def answer_table(
     task: ResponseTask,
-    split: str,
+    split: str,  # Sentences: `train`, `valid` or `test`
     n: int,  # Contexts
     gen: torch.Generator,  # Source of the choice, on the CPU, and of latents
     answers: int = 3,  # Answers to each: of the symbols used most, or of the prior where there are none

@@ -177,7 +177,7 @@ def _keeps(grammar: Grammar, words: list[str], attribute: str, value: int) -> bo
 
 
 def kept_share(
-    answers: list[list[str]],
+    answers: list[list[str]],  # Words of each
     values: Iterable[int],  # What each should keep
     attribute: str,  # Such as `topic`
     grammar: Grammar,

@@ -131,7 +131,10 @@ def make_schedule(
     return SCHEDULES[name](T)
 
 # %% ../nbs/10_schedule.ipynb #5e7c777d
-def plot_schedules(schedules: list, ax=None):
+def plot_schedules(
+    schedules: list,  # At most four
+    ax=None,  # Axes to draw into; new ones if `None`
+):
     "Amplitude of the clean latent left at each level, for several schedules"
     import matplotlib.pyplot as plt
 
@@ -185,7 +188,12 @@ def diffuse_path(
     return torch.stack(zs)
 
 # %% ../nbs/10_schedule.ipynb #6107cbe9
-def plot_levels(sched: Schedule, z: Tensor, gen=None, levels=None):
+def plot_levels(
+    sched: Schedule,
+    z: Tensor,  # Clean latents, shape `(B, 2)`
+    gen=None,  # Source of noise; the global one if `None`
+    levels=None,  # Which to show; all if `None`
+):
     "Scatter of two-dimensional latents at several levels"
     import matplotlib.pyplot as plt
 
@@ -203,7 +211,7 @@ def stratified_levels(
     B: int,  # How many
     T: int,  # Number of levels
     gen: torch.Generator | None = None,  # Source of randomness
-    device='cpu',
+    device='cpu',  # Where the levels lie
 ) -> Tensor:  # Shape `(B,)`, long, 0..T-1
     "Random levels, each uniform, spread evenly over the batch"
     u = torch.rand((), generator=gen, device=device)

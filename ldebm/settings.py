@@ -71,7 +71,9 @@ def _described(cls) -> list:
     return [f for f in dataclasses.fields(cls) if 'help' in f.metadata]
 
 
-def check_settings(cfg):  # `cfg`, a settings dataclass
+def check_settings(
+    cfg,  # A settings dataclass
+):  # `cfg`, a settings dataclass
     "`ValueError` for values out of the range of their fields, with name, value, range and remedy"
     wrong = []
     for f in _described(cfg):
@@ -139,7 +141,11 @@ def describe(
 class SettingsTable:
     "Settings as Markdown for a page, and as a few lines for a terminal"
 
-    def __init__(self, markdown: str, plain: str):
+    def __init__(
+        self,
+        markdown: str,  # Table for a page
+        plain: str,  # Lines for a terminal
+    ):
         self.markdown = markdown
         self.plain = plain
 

@@ -19,7 +19,12 @@ from .registry import replaceable
 class SpectralLinear(nn.Linear):
     "Linear layer whose weight is used divided by its spectral norm, estimated by power iteration"
 
-    def __init__(self, n_in: int, n_out: int, norm: bool = True):
+    def __init__(
+        self,
+        n_in: int,  # Inputs
+        n_out: int,  # Outputs
+        norm: bool = True,  # Whether the weight is normalised at all
+    ):
         super().__init__(n_in, n_out)
         self.norm = norm
         self.register_buffer('u', torch.zeros(n_out))

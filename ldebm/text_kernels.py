@@ -23,7 +23,10 @@ from .layers import linear
 from .registry import runner
 
 # %% ../nbs/81c_text_kernels.ipynb #52165e23
-def as_autocast(kind: str, *xs) -> tuple:
+def as_autocast(
+    kind: str,  # `cpu` or `cuda`
+    *xs,  # Tensors; `None` stays
+) -> tuple:
     "Tensors in the precision that autocast asks for on this kind of device; as they are outside of it"
     if not torch.is_autocast_enabled(kind):
         return xs
@@ -34,7 +37,11 @@ def as_autocast(kind: str, *xs) -> tuple:
 _memory = {}  # Device and type -> memory for one batch's exponentials
 
 
-def borrowed(n: int, m: int, like: Tensor) -> Tensor:  # Shape `(n, m)`, undefined
+def borrowed(
+    n: int,  # Rows
+    m: int,  # Columns
+    like: Tensor,  # Has the type and the device wanted
+) -> Tensor:  # Shape `(n, m)`, undefined
     "Memory of the batch before, if it is large enough: new memory is zeroed page by page first"
     x = _memory.pop((like.device, like.dtype), None)
     if x is None or len(x) < n * m:
@@ -42,7 +49,9 @@ def borrowed(n: int, m: int, like: Tensor) -> Tensor:  # Shape `(n, m)`, undefin
     return x[: n * m].view(n, m)
 
 # %% ../nbs/81c_text_kernels.ipynb #4346b55e
-def give_back(x: Tensor):
+def give_back(
+    x: Tensor,  # From `borrowed`
+):
     "Keep this memory for the next batch, the larger of two"
     x = x._base if x._base is not None else x.flatten()
     key = (x.device, x.dtype)
@@ -208,7 +217,10 @@ def _word_backward(d, rs, m, hn, before, g, k) -> Tensor:  # The share of `d` th
     return passed
 
 # %% ../nbs/81c_text_kernels.ipynb #80a6c297
-def gru_weights(rnn: nn.GRU, reverse: bool = False) -> list:
+def gru_weights(
+    rnn: nn.GRU,  # Of one layer, in one or two directions
+    reverse: bool = False,  # The direction that reads from the end
+) -> list:
     "Weights of one direction: of input `(3H, i)` and state `(3H, H)`, and their biases `(3H,)`"
     end = '_reverse' if reverse else ''
     return [getattr(rnn, f'{name}_l0{end}') for name in ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh')]
@@ -253,7 +265,12 @@ def at_every_word(
     return _EveryWord.apply(x, to_device(x.device, places)[0], len(sizes))
 
 # %% ../nbs/81c_text_kernels.ipynb #56ca69a6
-def packed_gru(rnn: nn.GRU, x: PackedSequence, h0: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def packed_gru(
+    rnn: nn.GRU,  # Of one layer
+    x: PackedSequence,  # Inputs of each word
+    h0: Tensor,  # First states, shape `(B, H)`
+    extra: Tensor | None = None,  # What every word of a sentence sees besides, shape `(B, e)`
+) -> tuple[Tensor, Tensor]:
     "As `one_direction`, by PyTorch's own kernels, under autocast in its precision"
     kind = h0.device.type
     data = x.data if extra is None else torch.cat([x.data, at_every_word(extra, x.batch_sizes)], 1)
@@ -265,13 +282,20 @@ def packed_gru(rnn: nn.GRU, x: PackedSequence, h0: Tensor, extra: Tensor | None 
 
 # %% ../nbs/81c_text_kernels.ipynb #c7016a82
 @runner('gru', accepts=lambda rnn, *_, **__: rnn.num_layers == 1)
-def fast_gru(rnn: nn.GRU, x: PackedSequence, h0: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fast_gru(
+    rnn: nn.GRU,  # Of one layer
+    x: PackedSequence,  # Inputs of each word
+    h0: Tensor,  # First states, shape `(B, H)`
+    extra: Tensor | None = None,  # What every word of a sentence sees besides, shape `(B, e)`
+) -> tuple[Tensor, Tensor]:
     "`gru`, on a CPU with the gradient of its weights as one product"
     run = one_direction if h0.device.type == 'cpu' else packed_gru
     return run(rnn, x, h0, extra)
 
 # %% ../nbs/81c_text_kernels.ipynb #16e49869
-def backwards(sizes: Tensor) -> Tensor:  # Shape `(N,)`
+def backwards(
+    sizes: Tensor,  # Sentences at each place
+) -> Tensor:  # Shape `(N,)`
     "Places of packed words when each sentence is read from its end"
     starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
     row = torch.cat([torch.arange(n) for n in sizes.tolist()])
@@ -281,7 +305,10 @@ def backwards(sizes: Tensor) -> Tensor:  # Shape `(N,)`
 
 # %% ../nbs/81c_text_kernels.ipynb #9d6f6824
 @runner('gru_both', accepts=lambda rnn, x: rnn.num_layers == 1 and rnn.bidirectional)
-def fast_gru_both(rnn: nn.GRU, x: PackedSequence) -> tuple[Tensor, Tensor]:
+def fast_gru_both(
+    rnn: nn.GRU,  # Of one layer, in two directions
+    x: PackedSequence,  # Inputs of each word
+) -> tuple[Tensor, Tensor]:
     "`gru_both`: on a CPU one direction after the other"
     kind, B = x.data.device.type, int(x.batch_sizes[0])
     if kind == 'cpu':
@@ -301,7 +328,12 @@ def fast_gru_both(rnn: nn.GRU, x: PackedSequence) -> tuple[Tensor, Tensor]:
 class FastReader:
     "`WordReader` with weights laid out; under autocast states and products are in its precision"
 
-    def __init__(self, rnn: nn.GRU, table: Tensor, n: int):
+    def __init__(
+        self,
+        rnn: nn.GRU,  # Of one layer
+        table: Tensor,  # Word vectors, shape `(V, E)`
+        n: int,  # Sentences of a call
+    ):
         kind = table.device.type
         self.table, wi, wh, self.input_bias, self.state_bias = as_autocast(kind, table, *gru_weights(rnn))
         i, rows = table.shape[1], min(n, 256)
@@ -322,13 +354,21 @@ class FastReader:
 
 # %% ../nbs/81c_text_kernels.ipynb #8f0b62ca
 @runner('word_reader', accepts=lambda rnn, table, n: rnn.num_layers == 1)
-def fast_word_reader(rnn: nn.GRU, table: Tensor, n: int) -> FastReader:
+def fast_word_reader(
+    rnn: nn.GRU,  # Of one layer
+    table: Tensor,  # Word vectors, shape `(V, E)`
+    n: int,  # Sentences of a call
+) -> FastReader:
     "`word_reader`, laid out for many words"
     return FastReader(rnn, table, n)
 
 # %% ../nbs/81c_text_kernels.ipynb #26326a38
 @runner('output_layer', accepts=lambda w, b, n: True)
-def fast_output_layer(w: Tensor, b: Tensor | None, n: int):  # Function from states `(n, H)` to logits `(n, V)`
+def fast_output_layer(
+    w: Tensor,  # Shape `(V, H)`
+    b: Tensor | None,  # Shape `(V,)`
+    n: int,  # Sentences of a call
+):  # Function from states `(n, H)` to logits `(n, V)`
     "`output_layer`, laid out for many calls"
     w, b = as_autocast(w.device.type, w, b)
     w = laid_out(w, min(n, 256))

@@ -125,7 +125,7 @@ def likelihood_metrics(
     task: TextTask,
     gen: torch.Generator,  # Source of noise
     posterior: Posterior | None,  # Of the split's sentences; `None` without a latent
-    split: str = 'test',
+    split: str = 'test',  # Sentences: `train`, `valid` or `test`
 ) -> dict:
     "Means of the likelihood's terms, and the perplexity that they amount to"
     terms = task.likelihood_terms(split, gen, n_z=256, posterior=posterior)
@@ -143,7 +143,7 @@ def likelihood_metrics(
 def reconstructions(
     task: TextTask,
     posterior: Posterior,  # Of the split's sentences
-    split: str = 'test',
+    split: str = 'test',  # Sentences: `train`, `valid` or `test`
 ) -> list:  # Words of each sentence, in the order of the split
     "Greedy decodings of the posterior's mode"
     vocab, out = task.corpus.vocab, [None] * len(task.corpus[split])
@@ -189,8 +189,8 @@ def latent_metrics(
     task: TextTask,
     posterior: Posterior,  # Of the split's sentences
     gen: torch.Generator,  # Source of resamples, on the CPU
-    seed: int,
-    split: str = 'test',
+    seed: int,  # Of clusterings and folds
+    split: str = 'test',  # Sentences: `train`, `valid` or `test`
 ) -> dict:
     "How much the latents hold, and of what"
     means = posterior.features

@@ -192,7 +192,7 @@ def joined(self: _Chunks) -> dict:
 # %% ../nbs/61a_text_nll.ipynb #1224119b
 def text_nll(
     task: TextTask,  # With the selected weights loaded
-    split: str = 'test',
+    split: str = 'test',  # Sentences: `train`, `valid` or `test`
     n: int = 0,  # Sentences, drawn at random; 0 takes all
     cfg: NLLCfg = NLLCfg(),
     seed: int = 0,  # Of the choice of sentences and of every draw

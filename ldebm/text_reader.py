@@ -44,7 +44,10 @@ def _best_classifier(train: tuple, valid: tuple, strengths: tuple, bar) -> Pipel
 class LabelReader:
     "Reads attributes of sentences"
 
-    def __init__(self, judges: dict[str, Pipeline]):  # Attribute -> trained classifier
+    def __init__(
+        self,
+        judges: dict[str, Pipeline],  # Attribute -> trained classifier
+    ):  # Attribute -> trained classifier
         self.judges = judges
 
     def read(
@@ -74,7 +77,7 @@ def train_reader(
 def reader_accuracy(
     reader: LabelReader,
     corpus: Corpus,  # With labels
-    split: str = 'test',
+    split: str = 'test',  # Sentences: `train`, `valid` or `test`
 ) -> dict:  # Metric `reader_<attribute>` for each
     "How often a judge is right about real sentences"
     read, labels = reader.read(corpus[split].sentences()), corpus[split].labels

@@ -225,9 +225,7 @@ def score(
     job: TextJob,  # Its parameters
     samples: list,  # Generated sentences, from `ldebm.text_measure.evaluate`
     folder: str | Path | None = None,  # The run's folder: stages are kept under `score/`
-    lms: str
-    | Path
-    | None = None,  # Language models of real text, which serve all runs; `lm` beside the run's if `None`
+    lms: str | Path | None = None,  # Folder of language models for all runs; `lm` beside the run's if `None`
     split: str | None = None,  # Scored split; the job's if `None`
     drawn: list | None = None,  # The same with their words drawn, where there is a latent
 ) -> dict:  # Metrics
@@ -322,10 +320,10 @@ def _joined(separator: str, *parts: str) -> str:
 
 
 def tuning_jobs(
-    corpus: str,
-    preset: str,
-    system: str = 'ldebm',
-    seed: int = 0,
+    corpus: str,  # Name of the corpus, such as `grammar`
+    preset: str,  # `quick`, `small` or `paper`
+    system: str = 'ldebm',  # Name of the system
+    seed: int = 0,  # Of every run
     settings: str = '',  # Added to every configuration's own
     **more,  # Other fields of `TextJob`
 ) -> list:  # `TextJob`s that score validation sentences

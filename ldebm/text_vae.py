@@ -158,7 +158,7 @@ def before_step(self: TextModel):
 # %% ../nbs/20a_text_vae.ipynb #7ed17144
 @contextlib.contextmanager
 def frozen_weights(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # Restored on leaving
 ):
     "No gradient reaches the parameters inside, and the model evaluates"
     was_training = model.training

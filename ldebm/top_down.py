@@ -22,7 +22,12 @@ from .layers import full
 class LevelBlock(nn.Module):
     "`h + conv(SiLU(conv(SiLU h) + e))`, with a share `e` of the level"
 
-    def __init__(self, width: int, side: int, embedding: int):
+    def __init__(
+        self,
+        width: int,  # Channels
+        side: int,  # Of the feature maps
+        embedding: int,  # Width of the level's vector
+    ):
         super().__init__()
         kernel = 1 if side == 1 else 3
         self.a = Conv(width, width, kernel, padding=kernel // 2)
@@ -37,7 +42,11 @@ class LevelBlock(nn.Module):
 class LevelEmbedding(nn.Module):
     "Levels as vectors: sinusoids and a linear layer"
 
-    def __init__(self, n_levels: int, width: int):
+    def __init__(
+        self,
+        n_levels: int,  # Diffusion levels
+        width: int,  # Of the vectors
+    ):
         super().__init__()
         self.register_buffer('table', level_table(n_levels, width), persistent=False)
         self.linear = nn.Linear(width, width)

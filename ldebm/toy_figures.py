@@ -68,7 +68,10 @@ def _shade(ax, density: Tensor, lim: float, top: float):
     ax.imshow(density.T, extent=extent, origin='lower', cmap=shades, vmin=0, vmax=top, interpolation='nearest')
 
 
-def plot_data(names: list, lim: float = 5.0):
+def plot_data(
+    names: list,  # Of `ldebm.toys.TOYS`
+    lim: float = 5.0,  # Half the side of each picture
+):
     "Exact densities and some points of each"
     import matplotlib.pyplot as plt
 

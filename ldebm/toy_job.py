@@ -152,7 +152,11 @@ def build_prior(
 class ToyModel(nn.Module):
     "A prior and the running average of its energy"
 
-    def __init__(self, settings: ToySettings, seed: int):
+    def __init__(
+        self,
+        settings: ToySettings,
+        seed: int,  # Of the initial weights
+    ):
         super().__init__()
         self.prior = build_prior(settings, seed)
         self.average = Average(self.prior.energy, settings.ema)
@@ -239,12 +243,20 @@ class ToyPlace:
     device: torch.device  # Where to train
 
 # %% ../nbs/63_toy_job.ipynb #d27ad72e
-def record_name(job: ToyJob, density: str, system: str) -> dict:
+def record_name(
+    job: ToyJob,
+    density: str,  # One of `ldebm.toys.TOYS`
+    system: str,  # Name of the system
+) -> dict:
     "What identifies a record"
     return dict(system=system, corpus=density, preset=job.preset, objective='consistent', seed=job.seed)
 
 # %% ../nbs/63_toy_job.ipynb #07140412
-def record_settings(settings: ToySettings, density: str, system: str) -> dict:
+def record_settings(
+    settings: ToySettings,
+    density: str,  # One of `ldebm.toys.TOYS`
+    system: str,  # Name of the system
+) -> dict:
     "Settings of a record"
     own = settings_for(settings, density, system == 'toy-diffusion-ebm')
     length = settings.long if system == 'toy-ebm-long' else 1

@@ -63,7 +63,11 @@ def modes(
     return (angle * ARMS / (2 * math.pi)).round().long() % ARMS, ARMS
 
 # %% ../nbs/63a_toy_measure.ipynb #8131f053
-def mean_metric(values: list, n: int, estimator: str) -> dict:
+def mean_metric(
+    values: list,  # One number each repetition
+    n: int,  # Points of each
+    estimator: str,  # What was measured, and how
+) -> dict:
     "Mean over repetitions, with a normal 95 % interval when there are several"
     values = torch.tensor(values, dtype=torch.float64)
     mean = values.mean().item()
@@ -75,9 +79,9 @@ def mean_metric(values: list, n: int, estimator: str) -> dict:
 # %% ../nbs/63a_toy_measure.ipynb #b60e6183
 @lru_cache(4)
 def reference(
-    density: str,
+    density: str,  # One of `ldebm.toys.TOYS`
     n: int,  # Points of each sample
-    seed: int,
+    seed: int,  # Of the points
     repeats: int,  # Samples
 ) -> tuple[list, list]:  # True samples `(n, 2)`, and the distances of fresh ones to them
     "What samples are compared with"

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'TrainCfg', 'parse_changes', 'Task', 'linear_warmup', 'logistic', 'cyclical', 'rate_at',
-           'make_optimizer', 'Progress', 'CheckpointBudget', 'Interrupted', 'Loop', 'batch_means', 'check_finite_terms',
-           'load_best', 'is_over', 'check_saved', 'trim_log', 'way_out', 'advised', 'fit', 'plot_curves']
+           'make_optimizer', 'Progress', 'CheckpointBudget', 'Interrupted', 'Loop', 'tracker_names', 'batch_means',
+           'check_finite_terms', 'load_best', 'is_over', 'check_saved', 'trim_log', 'way_out', 'advised', 'fit',
+           'plot_curves']
 
 # %% ../nbs/50_train.ipynb #b026d833
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from fastcore.basics import patch
 from torch import nn
 
@@ -206,7 +210,7 @@ def cyclical(
 # %% ../nbs/50_train.ipynb #d1304ae0
 def rate_at(
     cfg: TrainCfg,
-    step: int,
+    step: int,  # Optimiser steps made before
 ) -> float:  # Between 0 and 1
     "Factor on the learning rates at a step"
     rise = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
@@ -298,7 +302,7 @@ class Loop:
         self.seed = seed
         self.on_epoch = on_epoch
         self.progress = Progress()
-        self.acc = _accelerator(cfg, pick_device(device))
+        self.acc = _accelerator(cfg, pick_device(device), folder)
         self.peers = Peers(self.acc, alone)
         self.prepare(alone)
 
@@ -308,7 +312,7 @@ def run(self: Loop) -> Progress:
     "Train to the last step, from where the folder's checkpoint stands; the best weights are in `task.model`"
     self.resume()
     bar = progress(total=self.cfg.total, desc='training', unit='step', initial=self.progress.step)
-    with closing(bar), self.stopping, advised(self.task, self.folder, self.cfg):
+    with closing(bar), self.stopping, self.tracked(), advised(self.task, self.folder, self.cfg):
         while self.unfinished:
             self.epoch(bar)
     load_best(self.plain, self.progress, self.peers.first(lambda: self.best))
@@ -363,8 +367,19 @@ def step(
     self.optimizer.zero_grad()
     self.advance(means, sizes)
 
+# %% ../nbs/50_train.ipynb #093eb06e
+def tracker_names() -> list:  # For Accelerate's `log_with`
+    "What `LDEBM_TRACK` names; `ValueError` for an unknown tracker, `ImportError` for one that is not installed"
+    names = os.environ.get('LDEBM_TRACK', '').replace(',', ' ').split()
+    installed = {str(name) for name in get_available_trackers()}
+    for name in names:
+        choose('tracker in LDEBM_TRACK', name, LOGGER_TYPE_TO_CLASS)
+        if name in LoggerType.list() and name not in installed:
+            raise ImportError(f'LDEBM_TRACK={name} needs a package that is not installed: pip install {name}')
+    return names
+
 # %% ../nbs/50_train.ipynb #0e00d0cb
-def _accelerator(cfg: TrainCfg, device: torch.device) -> Accelerator:
+def _accelerator(cfg: TrainCfg, device: torch.device, folder: Run) -> Accelerator:
     "Accelerate on this device; `ValueError` where it runs already in another way"
     if launched() > 1:
         count_processes(launched(), device)
@@ -375,6 +390,8 @@ def _accelerator(cfg: TrainCfg, device: torch.device) -> Accelerator:
         cpu=device.type == 'cpu',
         mixed_precision=fast_precision(cfg.mixed_precision, device),
         gradient_accumulation_steps=1,
+        log_with=tracker_names() or None,
+        project_dir=folder.path / 'trackers',
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if acc.device.type != device.type:
@@ -585,7 +602,12 @@ def clip_gradients(self: Loop) -> dict:  # `norm_main`, `norm_ebm`: norms before
     return norms
 
 # %% ../nbs/50_train.ipynb #6626d392
-def check_finite_terms(terms: dict, step: int, epoch: int, seed: int):
+def check_finite_terms(
+    terms: dict,  # Name -> mean, a float
+    step: int,  # Named in the error, as the next two
+    epoch: int,  # Counted from 0
+    seed: int,  # Of the run
+):
     "`FloatingPointError` naming the term, step, epoch and seed if a term's mean is not finite"
     for name, value in terms.items():
         if not math.isfinite(value):
@@ -624,6 +646,32 @@ def advance(
     if self.peers.n == 1:
         self.halt = self.stopping.stop
 
+# %% ../nbs/50_train.ipynb #8088171d
+@patch
+def record(
+    self: Loop,
+    line: dict,  # Numbers, with `step`, `epoch` and `kind`
+):
+    "Write a line to the log and to the trackers"
+    self.folder.log(line)
+    values = {f'{line["kind"]}/{name}': value for name, value in line.items() if name not in ('kind', 'step')}
+    self.acc.log(values, step=line['step'])
+
+# %% ../nbs/50_train.ipynb #f21b71fd
+@patch
+@contextmanager
+def tracked(self: Loop):
+    "Trackers are open within, in the main process; they know the settings and the name of the run"
+    if self.acc.log_with and self.peers.main and self.unfinished:
+        config = {name: value for name, value in self.folder.settings.items() if isinstance(value, (int, float, str))}
+        name = dict(name=self.folder.path.name)
+        self.acc.init_trackers('ldebm', config, dict(wandb=name, trackio=name))
+    try:
+        yield
+    finally:
+        for tracker in self.acc.trackers:
+            tracker.finish()
+
 # %% ../nbs/50_train.ipynb #30851590
 @patch
 def log(self: Loop) -> dict:  # The line
@@ -632,7 +680,7 @@ def log(self: Loop) -> dict:  # The line
     means = {name: total / progress.count[name] for name, total in progress.sums.items()}
     check_finite_terms(means, progress.step, progress.epoch, self.seed)
     if self.peers.main:
-        self.folder.log(dict(step=progress.step, epoch=progress.epoch, kind='train', **means))
+        self.record(dict(step=progress.step, epoch=progress.epoch, kind='train', **means))
     progress.sums = progress.count = None
     return means
 
@@ -672,7 +720,7 @@ def select(self: Loop, metrics: dict):
 @patch
 def tell(self: Loop, line: dict):
     "Log the epoch, and show it to the caller"
-    self.folder.log(line)
+    self.record(line)
     if self.on_epoch:
         self.on_epoch(line)
 
@@ -686,7 +734,7 @@ def tick(self: Loop):
 
 # %% ../nbs/50_train.ipynb #d65d8523
 def load_best(
-    model: nn.Module,
+    model: nn.Module,  # Put into evaluation mode
     progress: Progress,
     best: dict | None,  # Weights; `None` where no epoch qualified: the last model stands
 ):

@@ -1,5 +1,6 @@
 "The command `ldebm`: what it passes on, what it prints, what it refuses"
 
+import io
 import json
 import os
 import re
@@ -191,6 +192,86 @@ def test_what_is_kept_of_a_run_that_did_not_finish(papermill, elsewhere, capsys)
     assert run("train --out new") == 0 and not Path("new", "train_ptb.stopped.ipynb").exists()
 
 
+# -- what the terminal shows ------------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    def __init__(self, live):
+        super().__init__()
+        self.live = live
+
+    def isatty(self):
+        return self.live
+
+
+def log(folder, *lines, torn=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(dict(steps=40, energy_steps=10)))
+    with open(folder / "log.jsonl", "a") as f:
+        f.write("".join(json.dumps(line) + "\n" for line in lines) + torn)
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    "A clock of one's own"
+    clock = [100.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def watched(screen, seconds, run):
+    "A training of two stages and a measurement, half a minute a step of ten"
+    log(run / "old", dict(kind="train", step=9, loss=7.0))  # of an earlier call
+    watch = command._Watch(run, command._Line(screen))
+    for step in (10, 20, 30, 40):
+        log(run, dict(kind="train", step=step, nll=50.0 - step, loss=9.0), torn="{" if step == 30 else "")
+        if step == 30:
+            (run / "log.jsonl").write_text((run / "log.jsonl").read_text()[:-1])
+        seconds[0] += 31
+        watch.look()
+    log(run / "energies", dict(kind="train", step=5, kl=3.0), dict(kind="valid", step=5, kl=2.5), torn='{"kind": "va')
+    watch.look()
+    (run / "score").mkdir()
+    for name in ("sampler", "likelihood-test"):
+        (run / "score" / f"{name}.json").write_text("{}")
+        watch.look()
+    watch.line.end()
+    return screen.getvalue()
+
+
+def test_elsewhere_than_in_a_terminal_lines_are_plain(tmp_path, seconds):
+    said = watched(Screen(False), seconds, tmp_path / "run")
+    assert "\r" not in said and "\x1b" not in said
+    assert said.splitlines() == [
+        "train      step 10/40   nll 40   loss 9",
+        "train      step 20/40   nll 30   loss 9   62 s left",
+        "train      step 30/40   nll 20   loss 9   31 s left",
+        "train      step 40/40   nll 10   loss 9",
+        "energies   step 5/10   kl 2.5",
+        "score      sampler",
+        "score      sampler, likelihood-test",
+    ]
+
+
+def test_a_terminal_has_one_live_line_a_stage(tmp_path, seconds):
+    said = watched(Screen(True), seconds, tmp_path / "run")
+    left = [line.split("\r")[-1].removeprefix("\x1b[2K") for line in said.split("\n")[:-1]]
+    assert [line.split()[0] for line in left] == ["train", "energies", "score"] and "step 40/40" in left[0]
+    assert said.count("\r") == 7
+
+
+def test_a_stage_that_is_quick_has_its_last_line_alone(tmp_path, seconds):
+    "Lines within half a minute of each other are not all told"
+    screen = Screen(False)
+    watch = command._Watch(tmp_path, command._Line(screen))
+    for step in range(1, 30):
+        log(tmp_path, dict(kind="train", step=step, loss=1.0))
+        seconds[0] += 1
+        watch.look()
+    watch.line.end()
+    assert [line.split()[2] for line in screen.getvalue().splitlines()] == ["1/40", "29/40"]
+
+
 # -- sample, score, runs ----------------------------------------------------------------------------------------------
 
 
@@ -262,5 +343,9 @@ def test_a_corpus_of_ones_own_from_a_file_to_sentences(elsewhere, capsys):
     tiny = "embed=16 hidden=16 d=4 batch=16 steps=6 energy_steps=5 max_len=12 n_samples=20 nll_draws=4 nll_sentences=4"
     assert command.main(["train", "--corpus", str(file), "--out", "run", "-p", "settings", f"{tiny} lm=''"]) == 0
     assert {"train_ptb.ipynb", "result.json", "model.safetensors"} <= {p.name for p in Path("run").iterdir()}
+    said = capsys.readouterr().out
+    stages = [line.split()[0] for line in said.partition("Samples:")[0].splitlines() if line]
+    assert list(dict.fromkeys(stages)) == ["train", "energies", "score"], said
+    assert "Everything is in run:" in said and "epoch 1," not in said
     assert run("sample run -n 3 --temperature 1") == 0
     assert len(capsys.readouterr().out.splitlines()) >= 3

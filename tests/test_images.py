@@ -1016,7 +1016,7 @@ def test_archive_is_never_unpacked(tmp_path):
 def test_cifar_download_is_checked(tmp_path, monkeypatch):
     archive = fake_archive(tmp_path / "served.tar.gz", fake_files())
     monkeypatch.setenv("LDEBM_DATA", str(tmp_path / "none"))
-    monkeypatch.setattr(cifar, "CIFAR10_URL", archive.as_uri())
+    monkeypatch.setattr(cifar, "_CIFAR10_URL", archive.as_uri())
     with pytest.raises(FileNotFoundError, match="set LDEBM_DOWNLOAD=1"):
         load_images("cifar10")
     with pytest.raises(ValueError, match="wrong checksum"):

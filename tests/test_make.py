@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from stand_in import write_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = {"PRESET", "SEED", "NAME", "RUN", "ARGS"}
@@ -79,14 +80,13 @@ def written(values):
 @pytest.fixture
 def stand_in(tmp_path):
     "In place of papermill: keeps its arguments, and leaves a notebook"
-    path = tmp_path / "stand-in"
-    path.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\n"
-        f"json.dump(sys.argv[1:], open({str(tmp_path / 'args.json')!r}, 'w'))\n"
-        "open(sys.argv[2], 'w').write('whole')\n"
+    kept = str(tmp_path / "args.json")
+    return write_stand_in(
+        tmp_path,
+        f"json.dump(arguments, open({kept!r}, 'w'))",
+        "Path(arguments[1]).write_text('whole')",
+        "return 0",
     )
-    path.chmod(0o755)
-    return f"PAPERMILL={path}"
 
 
 # -- what a target takes
@@ -217,9 +217,6 @@ def test_odd_values_arrive_whole(tmp_path, stand_in, target, notebook, how):
     for k in ("CORPUS", "DATASET"):
         if k in values:
             values[k] = source
-    if target == "train":
-        (run).mkdir(parents=True)
-        (run / "result.json").write_text(json.dumps(dict(metrics=dict(bleu=dict(value=1.0, interval=None)))))
     res = make(
         "NO_VENV=1",
         target,
@@ -235,7 +232,7 @@ def test_odd_values_arrive_whole(tmp_path, stand_in, target, notebook, how):
         out=str(run), corpus="./" + source, dataset="./" + source, settings=ODD, system=ODD, systems=ODD, preset=ODD
     )
     assert (
-        got[0] == f"nbs/{notebook}.ipynb"
+        got[0] == str(ROOT / "nbs" / f"{notebook}.ipynb")
         and Path(got[1]).parent == run
         and (run / f"{notebook}.ipynb").read_text() == "whole"
     )
@@ -385,13 +382,16 @@ def test_table_and_bench_name_the_option_for_their_folders(tmp_path):
 
 def test_a_second_run_that_is_refused_leaves_the_first_its_notebook(tmp_path):
     run, go = tmp_path / "run", tmp_path / "go"
-    (tmp_path / "stand-in").write_text(
-        '#!/bin/bash\necho "$PASS" > "$2"; [ "$PASS" != refused ] || exit 1; '
-        f'while [ ! -f "{go}" ]; do sleep .05; done\n'
+    stand_in = write_stand_in(
+        tmp_path,
+        "Path(arguments[1]).write_text(os.environ['PASS'])",
+        "if os.environ['PASS'] == 'refused': return 1",
+        f"while not os.path.exists({str(go)!r}): time.sleep(0.05)",
+        "return 0",
     )
-    (tmp_path / "stand-in").chmod(0o755)
-    args = ["make", "toy2d", "NO_VENV=1", f"PAPERMILL={tmp_path}/stand-in", f"RUN={run}"]
+    args = ["make", "toy2d", "NO_VENV=1", stand_in, f"RUN={run}"]
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
+    env["PYTHONPATH"] = str(ROOT)
     first = subprocess.Popen(
         args, cwd=ROOT, env={**env, "PASS": "first"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -406,7 +406,7 @@ def test_a_second_run_that_is_refused_leaves_the_first_its_notebook(tmp_path):
     )
     go.touch()
     assert first.wait(timeout=30) == 0, first.stderr.read()
-    assert {p.name: p.read_text() for p in run.iterdir()} == {"train_toy2d.ipynb": "first\n"}
+    assert {p.name: p.read_text() for p in run.iterdir()} == {"train_toy2d.ipynb": "first", "settings.json": "{}"}
 
 
 CELL = """

@@ -447,7 +447,7 @@ def test_a_long_chain_goes_in_stretches(most, monkeypatch):
         return run(sizes, arrays, *a, **kw)
 
     want = two_chains(level, z, 7)
-    monkeypatch.setattr(whole_chains, "MOST_NOISE", most)
+    monkeypatch.setattr(whole_chains, "_MOST_NOISE", most)
     monkeypatch.setattr(whole_chains, "run_chains", counting)
     got = two_chains(level, z, 7)
     assert calls == 2 * {1: 7 * [1], 10**9: [7]}.get(most, [3, 3, 1])

@@ -44,8 +44,8 @@ def test_protocol():
 
 
 def test_which_sentences_do_what(monkeypatch):
-    monkeypatch.setattr(reverse, "N_TRAIN", 200)
-    monkeypatch.setattr(reverse, "N_VALID", 30)
+    monkeypatch.setattr(reverse, "_N_TRAIN", 200)
+    monkeypatch.setattr(reverse, "_N_VALID", 30)
     cfg = dataclasses.replace(TINY, batch=8, bptt=16, epochs=2)
     calls, forward = [], []
     real, real_f = lm_training.train_lm, reverse.forward_ppl

@@ -133,7 +133,7 @@ def test_what_cannot_work_is_said_before_any_work(make, tmp_path, monkeypatch, c
 
 
 def test_wrong_files_settings_and_addresses(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CONNECT", 1.0)
+    monkeypatch.setattr(module, "_CONNECT", 1.0)
     text = tmp_path / "text.ipynb"
     text.write_text("not a notebook")
     with pytest.raises(ValueError, match="cannot be read as a notebook"):

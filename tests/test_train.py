@@ -639,3 +639,64 @@ def test_checkpoints_take_their_share_of_the_time():
     assert written[0] == pytest.approx(0.51) and len(written) == 1, "the next one comes after nineteen times as long"
     now[0] = written[0] + 9.5 + 1e-9
     assert rare.due()
+
+
+# -- trackers
+
+
+def test_a_tracker_gets_the_lines_of_the_log(tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    told = []
+
+    class Memory(tracking.GeneralTracker):
+        name, requires_logging_directory = "memory", True
+
+        def __init__(self, project, folder, **more):
+            super().__init__()
+            told.append((project, str(folder)))
+
+        tracker = property(lambda self: told)
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step=None, **more):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("end")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "memory", Memory)
+    monkeypatch.setenv("LDEBM_TRACK", "memory")
+    run, _, _ = train_text(text_job(tmp_path / "run", "consistent"))
+    place, config, *lines, end = told
+    assert place == ("ldebm", str(tmp_path / "run" / "trackers")) and end == "end"
+    assert config["seed"] == 0 and config["batch"] == 256
+    want = [
+        (line["step"], {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("step", "kind")})
+        for line in run.log_lines()
+    ]
+    assert lines == want and any("valid/neg_elbo" in values for _, values in lines)
+    told.clear()
+    train_text(text_job(tmp_path / "run", "consistent"))
+    assert told == [], "nothing is left to train"
+    monkeypatch.delenv("LDEBM_TRACK")
+    plain, _, _ = train_text(text_job(tmp_path / "plain", "consistent"))
+    assert same_log(plain) == same_log(run) and not (plain.path / "trackers").exists()
+
+
+@pytest.mark.parametrize(
+    "name,error,remedy",
+    [("wandbb", ValueError, "did you mean 'wandb'"), ("wandb", ImportError, "pip install wandb")],
+)
+def test_a_tracker_that_is_not_there(tmp_path, monkeypatch, name, error, remedy):
+    from accelerate import tracking
+
+    monkeypatch.setattr(train, "get_available_trackers", lambda: [])
+    monkeypatch.setenv("LDEBM_TRACK", f"{name}")
+    run, task, device = open_job(text_job(tmp_path / "run", "consistent"))
+    with pytest.raises(error, match=remedy):
+        fit(task, run, train_cfg(task.settings), 0, device)
+    assert not run.log_lines() and not run.file("checkpoint.safetensors").exists()
+    assert name == "wandbb" or name in tracking.LOGGER_TYPE_TO_CLASS
