@@ -441,7 +441,7 @@ def metadata(self: _Page, source: str, opts: dict, outputs: list) -> dict:
     elif opts.get('code-fold') == 'true':
         meta['tags'] = ['hide-input']
     kinds = set().union(*(o.get('data', {}) for o in outputs))
-    if kinds & {'image/png', 'image/svg+xml'}:
+    if kinds & {'image/png', 'image/jpeg', 'image/svg+xml'}:
         meta['mystnb'] = dict(image=dict(alt=_image_text(source, opts, self.section)))
     return meta
 
