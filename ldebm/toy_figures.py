@@ -38,7 +38,7 @@ def _score_lines(scores: dict, shown: tuple) -> str:
             lines.append('| ' + ' | '.join([density, SYSTEMS[system], *cells]) + ' |')
     return '\n'.join(lines)
 
-
+# %% ../nbs/63b_toy_figures.ipynb #be3dbbfc
 def score_table(
     scores: dict,  # Density -> system -> metrics
 ) -> str:  # Markdown
