@@ -24,6 +24,8 @@ SHELL := /bin/bash
 #: NBDEV_ARGS   options of nbdev_test, such as "--path nbs/00_core.ipynb"
 #: PYTEST_ARGS  options of pytest, such as "tests/test_data.py" (test, test-slow)
 #: PORT         port of the site, 8000
+#: AXE          axe.min.js, of the wheel axe-playwright-python (look)
+#: LOOK_ARGS    options of tests/look_at_site.py, such as "--shots folder index results"
 #: VENV         folder of the environment, .venv
 #: NO_VENV      1: the environment that is active instead
 #: PYTHON       the Python that makes the environment
@@ -50,11 +52,12 @@ TAKES.bench      := BENCH_ARGS
 TAKES.test       := NBDEV_ARGS PYTEST_ARGS
 TAKES.test-slow  := PYTEST_ARGS
 TAKES.docs-serve := PORT
+TAKES.look       := AXE LOOK_ARGS
 ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
 # Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
 UNLISTED := LDEBM THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
 
-.PHONY: help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve lab lint prepare clean distclean .environment
+.PHONY: help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve look lab lint prepare clean distclean .environment
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
@@ -66,7 +69,7 @@ endif
 # -- What was given, and whether it is of use
 RUNS   := train toy2d digits images table tune pending bench
 JOB    := $(sort $(foreach t,$(RUNS),$(TAKES.$(t))))
-LISTED := $(JOB) $(TAKES.test) $(TAKES.docs-serve) $(ALL_TAKE)
+LISTED := $(JOB) $(TAKES.test) $(TAKES.docs-serve) $(TAKES.look) $(ALL_TAKE)
 from    = $(filter $(1),$(firstword $(origin $(2))))
 TYPED  := $(foreach v,$(.VARIABLES),$(if $(call from,command,$(v)),$(v)))
 GIVEN  := $(foreach v,$(JOB) VENV,$(if $(call from,command environment,$(v)),$(if $(value $(v)),$(v))))
@@ -82,7 +85,7 @@ ifeq ($(MAKELEVEL),0)
 $(foreach v,$(OLD),$(error there is no variable $(v): $(v) is now $(RENAMED.$(v))))
 $(foreach v,$(filter-out $(LISTED) $(UNLISTED),$(TYPED)),$(error there is no variable $(v): $(shell $(or $(PYTHON),python3) -c '$(NEAR)' $(call q,$(v)) $(LISTED))))
 endif
-USERS   = $(strip $(foreach t,$(RUNS) test test-slow docs-serve,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
+USERS   = $(strip $(foreach t,$(RUNS) test test-slow docs-serve look,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
 $(if $(LOST),$(error `make $(GOALS)` cannot use$(foreach v,$(sort $(LOST)), $(v) (which is for $(call USERS,$(v))))$(if $(TAKES.$(firstword $(GOALS))),; it takes $(TAKES.$(firstword $(GOALS))))))
 $(foreach p,NAME-RUN SEED-SEEDS,$(if $(filter 2,$(words $(filter $(subst -, ,$(p)),$(GIVEN)))),$(error give one of $(subst -, and ,$(p)), not both)))
 
@@ -117,7 +120,7 @@ LDEBM = python -m ldebm.command
 
 
 help: ## Show this list
-	@takes() { $(foreach t,$(RUNS) test test-slow docs-serve,[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
+	@takes() { $(foreach t,$(RUNS) test test-slow docs-serve look,[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
 	grep -hE '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do \
 	  printf '  make %-11s %s\n' "$$t" "$$d"; [ -z "$$(takes $$t)" ] || printf '       %-11s   %s\n' '' "$$(takes $$t)"; done
 	@echo; sed -n 's/^#:/ /p' $(firstword $(MAKEFILE_LIST))
@@ -208,6 +211,9 @@ docs: $(READY) ## Build the documentation site into docs/_build/html
 docs-serve: docs ## Build the site and serve it on this machine
 	@echo "http://127.0.0.1:$(PORT)  (Ctrl-C ends)"
 	@python -m http.server $(PORT) --bind 127.0.0.1 --directory docs/_build/html
+
+look: $(READY) ## Look at the built site in a headless Chromium: widths, colours, links; AXE=axe.min.js for accessibility
+	@python tests/look_at_site.py $(if $(AXE),--axe $(call q,$(AXE))) $(LOOK_ARGS)
 
 lab: $(READY) ## Open the notebooks in JupyterLab
 	@$(call TOOL,jupyter) lab --notebook-dir=nbs

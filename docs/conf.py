@@ -1,6 +1,8 @@
 "Sphinx settings of the site; pages come from `ldebm.docs.build`, which also runs Sphinx"
 
+import re
 from configparser import ConfigParser
+from html import escape
 from pathlib import Path
 
 from ldebm.docs import mathml
@@ -23,11 +25,12 @@ myst_heading_slug_func = "ldebm.docs.slug"
 myst_dmath_double_inline = True
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
-pygments_style, pygments_dark_style = "friendly", "monokai"
+pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_math_renderer = "mathml"
 
 
@@ -51,7 +54,25 @@ def _visit_block(self, node):
         self.body.append("</div>")
 
 
+def _described(app, pagename, templatename, context, doctree):
+    "A line for search engines, pictures that open by themselves, and levels that headings of the sidebar lack"
+    import docutils.nodes
+
+    first = next(iter(doctree.findall(docutils.nodes.paragraph)), None) if doctree else None
+    if first is not None:
+        context["metatags"] = (
+            context.get("metatags", "") + f'<meta name="description" content="{escape(first.astext())}">'
+        )
+    picture = r'(?<!">)<img alt="[^"]*" src="(_images/[^"]*)"[^>]*>'
+    if "body" in context:
+        body = re.sub(picture, r'<a class="zoom" href="\1">\g<0></a>', context["body"])
+        context["body"] = re.sub(r"<td><p>([^<]*)</p></td>", r"<td>\1</td>", body)  # Lighter
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app):
+    app.connect("html-page-context", _described, priority=900)  # after the theme
     app.add_html_math_renderer(
         "mathml", inline_renderers=(lambda s, n: _visit(s, n, False), None), block_renderers=(_visit_block, None)
     )

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import re
+from functools import cache
 from importlib import import_module
 from textwrap import dedent
 from typing import get_args
@@ -170,6 +171,12 @@ def rows(self: ApiTable) -> list:
     return rows if any(row[3] for row in rows) else []
 
 # %% ../nbs/90_api.ipynb #ab94aa07
+@cache
+def _top_level(code: str) -> list:
+    "Statements of a module, which is parsed once however many symbols are looked up in it"
+    return ast.parse(code).body
+
+
 def _is_patch_of(node: ast.AST, cls: str) -> bool:
     "Is it a function whose first argument is annotated with this class?"
     if not isinstance(node, ast.FunctionDef) or not node.args.args:
@@ -184,8 +191,7 @@ def find_definition(
 ) -> ast.AST | None:
     "Where a symbol is defined in a module"
     cls, _, last = name.rpartition('.')
-    nodes = ast.parse(code).body
-    candidates = nodes
+    candidates = nodes = _top_level(code)
     if cls:
         candidates = []
         for node in nodes:

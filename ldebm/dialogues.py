@@ -202,18 +202,17 @@ class Dialogues:
 # %% ../nbs/04d_dialogues.ipynb #87e61730
 @patch
 def _repr_markdown_(self: Dialogues):
-    lines = [
-        f'**{self.name}**: {len(self.vocab):,} vocabulary entries',
-        '',
-        '| split | dialogues | pairs | turns a context | tokens a response | turns cut | unknown words |',
-        '|---|---|---|---|---|---|---|',
-    ]
+    columns = {}
     for name, pairs in self.splits.items():
         tokens = (pairs.turns.lengths[pairs.response] - 1).double().mean()
         turns = (pairs.context > 0).sum(1).double().mean()
         unknown = pairs.turns.flat.eq(self.vocab.unk).double().mean()
-        sizes = f'{pairs.dialogues:,} | {len(pairs):,} | {turns:.2f} | {tokens:.2f}'
-        lines.append(f'| {name} | {sizes} | {pairs.cut.double().mean():.2%} | {unknown:.2%} |')
+        sizes = [f'{pairs.dialogues:,}', f'{len(pairs):,}', f'{turns:.2f}', f'{tokens:.2f}']
+        columns[name] = [*sizes, f'{pairs.cut.double().mean():.2%}', f'{unknown:.2%}']
+    measures = 'dialogues', 'pairs', 'turns a context', 'tokens a response', 'turns cut', 'unknown words'
+    rows = [['split', *columns], ['---'] * (1 + len(columns)), *zip(measures, *columns.values())]
+    lines = [f'**{self.name}**: {len(self.vocab):,} vocabulary entries', '']
+    lines += ['| ' + ' | '.join(row) + ' |' for row in rows]
     return '\n'.join([*lines, *(f'\n{note}' for note in self.notes)])
 
 # %% ../nbs/04d_dialogues.ipynb #2df13ab1

@@ -138,14 +138,12 @@ def fingerprint(self: Documents) -> str:
 @patch
 def _repr_markdown_(self: Documents) -> str:
     lines = [f'**{self.name}**' + repr(self).removeprefix(self.name), '']
-    lines += [
-        '| split | documents | words each | ' + ' | '.join(self.classes) + ' |',
-        '|---' * (3 + len(self.classes)) + '|',
-    ]
+    lines += ['| split | documents | words each | of each class |', '|---|---|---|---|']
     for split, bags in self.splits.items():
-        counts = [f'{n:,}' for n in bags.labels.bincount(minlength=len(self.classes)).tolist()]
+        counts = bags.labels.bincount(minlength=len(self.classes)).tolist()
+        each = ', '.join(f'{n:,} {name}' for name, n in zip(self.classes, counts))
         mean = float(bags.counts.sum()) / len(bags)
-        lines.append(f'| {split} | {len(bags):,} | {mean:.1f} | ' + ' | '.join(counts) + ' |')
+        lines.append(f'| {split} | {len(bags):,} | {mean:.1f} | {each} |')
     return '\n'.join([*lines, '', *(f'- {note}' for note in self.notes)])
 
 # %% ../nbs/04c_documents.ipynb #7222ecca

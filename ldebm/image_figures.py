@@ -92,6 +92,9 @@ def systems_table(
     return _table(['prior', *(head for head, _ in shown.values())], rows)
 
 # %% ../nbs/62d_image_figures.ipynb #19301b73
+_IN_VIEW = ('frechet', 'frechet_test', 'gap_closed', 'coverage', 'prior_hole_auroc')
+
+
 def results_text(
     done: dict,  # From `run_systems`
 ) -> str:  # Markdown
@@ -107,7 +110,12 @@ def results_text(
         'Nearest: distance in u to the nearest training draw, relative to test pictures (well below 1: copying).',
         'Evaluations: network evaluations for one sample.',
     ]
-    return systems_table({k: v.metrics for k, v in done.items()}) + '\n\n' + ' '.join(notes)
+    results = {k: v.metrics for k, v in done.items()}
+    shown = {k: v for k, v in SHOWN.items() if any(k in found for found in results.values())}
+    view = {k: v for k, v in shown.items() if k in _IN_VIEW}
+    rest = systems_table(results, {k: v for k, v in shown.items() if k not in view})
+    more = f'<details><summary>More: density, chains, copies and cost</summary>\n\n{rest}\n\n</details>'
+    return '\n\n'.join([systems_table(results, view), more, ' '.join(notes)])
 
 # %% ../nbs/62d_image_figures.ipynb #4f992457
 def _line(ax, height: int, metrics: dict):

@@ -409,6 +409,7 @@ def code(self: _Page, source: str, opts: dict, outputs: list):
     "Add a cell of code with its outputs, as its options have it"
     if opts.get('output') == 'false':
         outputs = []
+    outputs = [o for o in outputs if o['output_type'] != 'stream' or joined(o['text']).strip()]
     if opts.get('warning') == 'false':
         outputs = [o for o in outputs if o.get('name') != 'stderr']
     if opts.get('output') == 'asis' and all('text/markdown' in o.get('data', {}) for o in outputs):
@@ -441,7 +442,7 @@ def metadata(self: _Page, source: str, opts: dict, outputs: list) -> dict:
     elif opts.get('code-fold') == 'true':
         meta['tags'] = ['hide-input']
     kinds = set().union(*(o.get('data', {}) for o in outputs))
-    if kinds & {'image/png', 'image/svg+xml'}:
+    if kinds & {'image/png', 'image/jpeg', 'image/svg+xml'}:
         meta['mystnb'] = dict(image=dict(alt=_image_text(source, opts, self.section)))
     return meta
 

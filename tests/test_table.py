@@ -17,9 +17,10 @@ from ldebm import image_job, toy_job
 from ldebm import table as T
 from ldebm.comparison import family_means, quoted, zoo_table
 from ldebm.corpora import CORPORA
+from ldebm.pages import page_name
 from ldebm.rates import plot_rates
 from ldebm.records import data_of, group_records, load_results, metric
-from ldebm.report import run_table, runs_of, scored
+from ldebm.report import DEFINED, dot_panels, run_panels, run_table, runs_of, scored
 from ldebm.text_job import corpus_name, job_name, record_settings
 from ldebm.text_score import TUNING
 from ldebm.text_settings import TextJob, TextSettings, resolve
@@ -602,14 +603,58 @@ def test_what_is_too_much_for_a_table_is_folded_below_it():
     assert not [line for line in table.splitlines() if line.startswith(" ")]
 
 
-@pytest.mark.parametrize("page", ["map", "howto_text", "howto_check", "results", "benchmarks", "calibration"])
+def tables_in_view(page):
+    "Heads of the tables of a notebook, what is folded or shown as code aside"
+    content = json.loads((PLACE / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        outputs = [o.get("data", {}) for o in cell.get("outputs", [])]
+        texts = ["".join(o.get("text/markdown", "")) for o in outputs]
+        for text in [*texts, "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""]:
+            lines = re.sub(r"<details.*?</details>|```.*?```", "", text, flags=re.S).splitlines()
+            yield from (head for head, rule in zip(lines, lines[1:]) if re.fullmatch(r"\|[\s:|-]+\|", rule))
+
+
+@pytest.mark.parametrize("page", sorted(p.stem for p in (PLACE / "nbs").glob("*.ipynb")))
 def test_tables_in_view_are_narrow(page):
-    "At most seven columns, what is folded aside"
-    content = json.loads((PLACE / "nbs" / f"{page}.ipynb").read_text())
-    outputs = [o.get("data", {}) for c in content["cells"] for o in c.get("outputs", [])]
-    texts = ["".join(o.get("text/markdown", "")) for o in outputs]
-    assert any("|---|" in text.replace(" ", "") for text in texts)
-    for text in texts:
-        in_view = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
-        for line in in_view.splitlines():
-            assert line.count(" | ") <= 6, line
+    "At most six columns, what is folded aside"
+    wide = [head for head in tables_in_view(page) if len(re.findall(r"(?<!\\)\|", head)) - 1 > 6]
+    assert not wide, f"more than six columns: {wide}"
+
+
+def test_pages_of_results_have_tables_in_view():
+    for page in ("map", "howto_text", "howto_check", "results", "benchmarks", "calibration"):
+        assert list(tables_in_view(page)), page
+
+
+def test_heads_of_the_results_lead_to_definitions():
+    "Every metric that has one; each link names a symbol that its page exports"
+    heads = " ".join(tables_in_view("results"))
+    linked = dict(re.findall(r"\[(\w+)\]\((\w+\.ipynb#\w+)\)", heads))
+    assert {"rppl", "bleu", "wkl", "nll_valid", "exact_gap", "prior_hole_auroc", "frechet", "mmd"} <= set(linked)
+    for name, target in DEFINED.items():
+        page, symbol = target.format(name).split("#")
+        module = (PLACE / "ldebm" / f"{page_name(page)}.py").read_text(encoding="utf-8")
+        assert re.search(rf"^def {symbol}\(", module, flags=re.M), target
+
+
+def marks(panel):
+    return {row: [(dot.value, dot.look) for dot in dots] for row, dots in panel.rows.items()}
+
+
+def test_a_figure_shows_what_the_table_compares():
+    "Means of the runs that compete, the paper's figures beside them, and nothing for what has not been run"
+    flawed = metric(4.0, estimator="NOT valid")
+    rs = [made(seed, metrics=dict(bleu=metric(1.0 + seed), nll_valid=flawed)) for seed in (0, 2)]
+    rs += [made(7, metrics=dict(bleu=metric(90.0)), d=4)]
+    rs += [made(0, "ldebm", metrics=dict(bleu=metric(5.0, interval=(4.0, 7.0))))]
+    rows = [(system, "consistent") for system in ("vae", "ldebm", "dvae")]
+    bleu, nll = run_panels(rs, "mine", "small", rows, ("bleu", "nll_valid"), dict(vae=dict(bleu=9.0)))
+    assert marks(bleu) == {
+        "vae": [(2.0, "without energies"), (9.0, "the paper")],
+        "ldebm": [(5.0, "with energies")],
+    }
+    assert (bleu.rows["ldebm"][0].low, bleu.rows["ldebm"][0].high) == (4.0, 7.0)
+    assert marks(nll) == {"vae": [(4.0, "likelihood not valid")], "ldebm": []} and nll.better == "low"
+    axs = dot_panels([bleu, nll])
+    assert [t.get_text() for t in axs[0].get_yticklabels()] == ["vae", "ldebm"]
+    assert [ax.get_title() for ax in axs] == ["bleu\nbetter →", "nll_valid, nats\n← better"]
