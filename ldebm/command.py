@@ -342,8 +342,9 @@ def _bounded(reading: _Reading, draws: int, seed: int) -> dict:
     from ldebm.text_nll import text_nll
     from ldebm.text_score import nll_cfg
 
-    cfg = nll_cfg(reading)
-    parts = text_nll(reading, cfg=replace(cfg, draws=draws) if draws else cfg, seed=seed)
+    draws = draws or reading.settings.nll_draws or type(reading.settings).nll_draws
+    scored = replace(reading, settings=replace(reading.settings, nll_draws=draws))
+    parts = text_nll(scored, cfg=nll_cfg(scored), seed=seed)
     back = parts['index'].argsort()
     return {name: values[back] for name, values in parts.items()}
 
@@ -351,7 +352,7 @@ def _bounded(reading: _Reading, draws: int, seed: int) -> dict:
 def score_sentences(
     name: str | Path,  # Model, as for `TextModel.from_pretrained`
     file: str | Path,  # A sentence a line
-    draws: int = 0,  # Posterior draws a sentence; 0: as its run was scored
+    draws: int = 0,  # Posterior draws a sentence; 0: as its run was scored, or the default
     seed: int = 0,  # Of the draws
 ) -> str:  # Markdown
     "Nats of each sentence of a file and their mean; `ValueError` for a model that has no likelihood"

@@ -35,7 +35,7 @@ class Corpus:
     splits: dict[str, Split]  # Split by name
     label_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # Attribute -> names of its values
     uncut: dict[str, Split] = field(default_factory=dict)  # Splits that `max_len` cut, as they were before
-    source: bytes = b''  # Content of a user's file, as it was read
+    source: bytes = field(default=b'', repr=False)  # Content of a user's file, as it was read
     notes: tuple[str, ...] = ()  # What reading a user's file dropped, and what it took for a special word
 
     def __getitem__(self, split: str) -> Split:

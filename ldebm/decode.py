@@ -152,7 +152,7 @@ def _check_size(path, file, shape, first, first_shape):
 
 # %% ../nbs/05c_decode.ipynb #4c7cc305
 def _corrupt(path, name, why) -> BadImage:
-    remedy = "replace or remove it, or pass on_bad='skip' to leave such pictures out"
+    remedy = "replace or remove it, or leave such pictures out by on_bad='skip' (a job: -p on_bad skip)"
     return BadImage(f'{path}: corrupt picture {shown(name)} ({shown(why)}); {remedy}')
 
 

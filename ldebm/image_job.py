@@ -769,9 +769,8 @@ def _check_training(job: ImageJob, settings: ImageSettings, train: Images):
             raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {name}={size}: lower it')
     labels = train.attributes and (train.labels >= 0).any()
     if 'ldebm-coupled' in job.systems.split() and not labels:
-        raise ValueError(
-            f'{train.name} has no labels to couple to: leave out the system ldebm-coupled, or give attributes'
-        )
+        remedy = 'leave out the system ldebm-coupled (make: SYSTEM=ldebm), or give attributes'
+        raise ValueError(f'{train.name} has no labels to couple to: {remedy}')
 
 
 def _warn_of_gaps(settings: ImageSettings, images: dict):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -302,6 +303,15 @@ def test_a_real_sentence_is_likelier_than_its_words_in_disorder(elsewhere, capsy
     assert abs(mean - sum(nats) / 3) < 0.01
     low, high = map(float, re.search(r"estimation (\d+\.\d+) to (\d+\.\d+)", out).groups())
     assert low <= mean <= high and "Words outside the vocabulary: 1." in out
+
+
+def test_a_run_without_likelihood_is_scored_by_the_default(elsewhere, capsys):
+    shutil.copytree(MODELS / "grammar", "plain")
+    about = json.loads(Path("plain/config.json").read_text())
+    about["settings"]["nll_draws"] = 0
+    Path("plain/config.json").write_text(json.dumps(about))
+    Path("one.txt").write_text(" ".join(json.loads((MODELS / "grammar" / "sentences.json").read_text())[0]))
+    assert run("score plain one.txt") == 0 and "Mean" in capsys.readouterr().out
 
 
 def test_without_a_latent_likelihood_is_exact(elsewhere, capsys):
