@@ -197,7 +197,7 @@ def answer(
     *,
     chunk: int = 256,  # Contexts at a time
     progress: Callable | None = None,  # Wraps the iterator over chunks, e.g. `ldebm.core.progress`
-    **decoding,  # `max_len`, `temperature` and `top_p` of `Decoder.generate`; greedy unless told otherwise
+    **decoding,  # `max_len`, `temperature` and `top_p` of a decoder's `generate`; greedy unless told otherwise
 ) -> list:  # For each context `n` lists of word ids, without the end mark
     "Answers to contexts: latents of the prior given each, decoded"
     answers = []

@@ -231,7 +231,7 @@ def decode_latents(
     gen: torch.Generator | None = None,  # Source of words
     chunk: int = 2048,  # Sentences decoded at a time
     progress=None,  # Wraps the iterator over chunks
-    **decoding,  # `temperature`, `top_p` and `max_len` of `Decoder.generate`
+    **decoding,  # `temperature`, `top_p` and `max_len` of a decoder's `generate`
 ) -> list:  # `n` lists of word ids, without the end mark
     "A sentence for each latent"
     n = n if z is None else len(z)
