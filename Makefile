@@ -68,8 +68,9 @@ endif
 
 # -- What was given, and whether it is of use
 RUNS   := train toy2d digits images table tune pending bench
+TAKERS := $(RUNS) test test-slow docs-serve look
 JOB    := $(sort $(foreach t,$(RUNS),$(TAKES.$(t))))
-LISTED := $(JOB) $(TAKES.test) $(TAKES.docs-serve) $(TAKES.look) $(ALL_TAKE)
+LISTED := $(sort $(foreach t,$(TAKERS),$(TAKES.$(t)))) $(ALL_TAKE)
 from    = $(filter $(1),$(firstword $(origin $(2))))
 TYPED  := $(foreach v,$(.VARIABLES),$(if $(call from,command,$(v)),$(v)))
 GIVEN  := $(foreach v,$(JOB) VENV,$(if $(call from,command environment,$(v)),$(if $(value $(v)),$(v))))
@@ -85,7 +86,7 @@ ifeq ($(MAKELEVEL),0)
 $(foreach v,$(OLD),$(error there is no variable $(v): $(v) is now $(RENAMED.$(v))))
 $(foreach v,$(filter-out $(LISTED) $(UNLISTED),$(TYPED)),$(error there is no variable $(v): $(shell $(or $(PYTHON),python3) -c '$(NEAR)' $(call q,$(v)) $(LISTED))))
 endif
-USERS   = $(strip $(foreach t,$(RUNS) test test-slow docs-serve look,$(if $(filter $(1),$(TAKES.$(t))),$(t))))
+USERS   = $(strip $(foreach t,$(TAKERS),$(if $(filter $(1),$(TAKES.$(t))),$(t))))
 $(if $(LOST),$(error `make $(GOALS)` cannot use$(foreach v,$(sort $(LOST)), $(v) (which is for $(call USERS,$(v))))$(if $(TAKES.$(firstword $(GOALS))),; it takes $(TAKES.$(firstword $(GOALS))))))
 $(foreach p,NAME-RUN SEED-SEEDS,$(if $(filter 2,$(words $(filter $(subst -, ,$(p)),$(GIVEN)))),$(error give one of $(subst -, and ,$(p)), not both)))
 
@@ -120,7 +121,7 @@ LDEBM = python -m ldebm.command
 
 
 help: ## Show this list
-	@takes() { $(foreach t,$(RUNS) test test-slow docs-serve look,[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
+	@takes() { $(foreach t,$(TAKERS),[ $$1 != $(t) ] || echo "$(TAKES.$(t))";) }; \
 	grep -hE '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | while IFS='|' read -r t d; do \
 	  printf '  make %-11s %s\n' "$$t" "$$d"; [ -z "$$(takes $$t)" ] || printf '       %-11s   %s\n' '' "$$(takes $$t)"; done
 	@echo; sed -n 's/^#:/ /p' $(firstword $(MAKEFILE_LIST))

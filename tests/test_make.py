@@ -27,6 +27,7 @@ TAKES = dict(
     bench={"BENCH_ARGS"},
     test={"NBDEV_ARGS", "PYTEST_ARGS"},
     **{"docs-serve": {"PORT"}},
+    look={"AXE", "LOOK_ARGS"},
     docs=set(),
     lint=set(),
     clean=set(),
@@ -51,9 +52,11 @@ VALUES = dict(
     NBDEV_ARGS="--path x.ipynb",
     PYTEST_ARGS="-k y",
     PORT="81",
+    AXE="my axe.js",
+    LOOK_ARGS="--shots x",
 )
 ODD = "my $runs  'é\"#~;*(x)&, <b>"  # what a shell, make or a first line of a script could stumble over
-MANY = {"SEEDS", "ARGS", "TABLE_ARGS", "PENDING_ARGS", "BENCH_ARGS", "NBDEV_ARGS", "PYTEST_ARGS"}  # several words
+MANY = {"SEEDS", "ARGS", *(k for k in VALUES if k.endswith("_ARGS"))}  # several words
 
 
 def make(*args, cwd=ROOT, check=None, **env):
@@ -109,7 +112,7 @@ def test_what_is_of_no_use_is_an_error(target, how):
         pytest.skip("what an environment holds for other targets does no harm here")
     foreign = set(VALUES) - TAKES[target]
     if how == "environment":
-        foreign -= {"NAME", "PORT", "NBDEV_ARGS", "PYTEST_ARGS"}
+        foreign -= {"NAME", "PORT", "NBDEV_ARGS", "PYTEST_ARGS", *TAKES["look"]}
     for given in (*({k} for k in sorted(foreign)), foreign):
         values = {k: VALUES[k] for k in given}
         res = make(
