@@ -86,6 +86,11 @@ def notebook_links(
     links = ' · '.join(f'<a href="{url}">{place}</a>' for place, url in places.items())
     return f'<p class="notebook">This page is a notebook: {links}</p>'
 
+# %% ../nbs/93_docs.ipynb #841d86ad
+def _written_pages(nbs: Path) -> dict:
+    "Name of a page -> its notebook"
+    return {page_name(p): p for p in sorted(Path(nbs).glob('*.ipynb')) if not p.name.startswith(('_', '.'))}
+
 # %% ../nbs/93_docs.ipynb #31ab7184
 def write_pages(
     proc: Path,  # Folder of processed notebooks
@@ -100,7 +105,7 @@ def write_pages(
     "Flatten all notebooks of a folder and write the front page's table of contents"
     shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir(parents=True)
-    files = {page_name(p): p for p in sorted(nbs.glob('*.ipynb')) if not p.name.startswith(('_', '.'))}
+    files = _written_pages(nbs)
     processed = {page: _read(proc / p.name) for page, p in files.items()}
     anchors = {page: symbol_anchors(nb) for page, nb in processed.items()}
     contents = toctree(sections([p.name for p in files.values()]))
@@ -143,7 +148,7 @@ def llms_text(
     host: str,  # Address of the site on the web
 ) -> str:
     "Title, one line, and all pages with their descriptions"
-    files = {page_name(p): p for p in sorted(Path(nbs).glob('*.ipynb')) if not p.name.startswith(('_', '.'))}
+    files = _written_pages(nbs)
     about = {page: title_and_line(_read(path)) for page, path in files.items()}
     title, line = about.pop('index')
     parts = [f'# {title}', f'> {line}']

@@ -143,15 +143,13 @@ def reading_metrics(
     ref: Reference,
 ) -> dict:  # Metrics `read_<attribute>`, and `read_all` where there are several attributes
     "Share of reconstructed training pictures in which a classifier reads what the picture shows"
-    train = place.images['train']
-    n = len(ref.u)
-    right = predict(ref.net, decode_all(ref.generator, ref.u)) == train.labels[:n]
-    hits = dict(zip(train.attributes, right.T))
+    right = predict(ref.net, decode_all(ref.generator, ref.u)) == ref.labels
+    hits = dict(zip(place.images['train'].attributes, right.T))
     if len(hits) > 1:
         hits['all'] = right.all(1)
     note = 'a classifier reads the right value in a reconstruction, Wilson 95 %'
     names = (f'read_{name}' for name in _metric_names(hits))
-    return {name: share_metric(int(hit.sum()), n, note) for name, hit in zip(names, hits.values())}
+    return {name: share_metric(int(hit.sum()), len(hit), note) for name, hit in zip(names, hits.values())}
 
 # %% ../nbs/62c_image_uses.ipynb #d6e2a633
 def trade_off(
@@ -178,6 +176,12 @@ def control_metrics(
             out[f'{name}_g{guidance:g}'] = dict(metrics[name], estimator=note)
     return out
 
+# %% ../nbs/62c_image_uses.ipynb #aa4a7fb7
+def _changed(prior: DiffusionEBM, u: Tensor, y: Tensor, guidance: float, level: int, gen, hold: bool = False) -> Tensor:
+    "Latents `(n, d)` after a request, by chains as long as those of `control`, on the CPU"
+    how = dict(hold=hold, n_steps=STRETCH * prior.cfg.n_steps, gen=gen)
+    return edit(prior.guided(guidance), u.to(gen.device), y, min(level, prior.T), **how).cpu()
+
 # %% ../nbs/62c_image_uses.ipynb #c7fb824d
 def edits(
     place: ImagePlace,
@@ -191,11 +195,10 @@ def edits(
     values = n_values(place.images['train'])
     wanted = torch.full((n * values[0], len(values)), -1)
     wanted[:, 0] = torch.arange(values[0]).repeat(n)
-    start = ref.u[:n].repeat_interleave(values[0], 0).to(place.device)
+    start = ref.u[:n].repeat_interleave(values[0], 0)
     y = wanted if len(values) > 1 else wanted[:, 0]
     gen = make_gen(place.job.seed, 'edit', device=place.device)
-    how = dict(level=min(level, prior.T), n_steps=STRETCH * prior.cfg.n_steps, gen=gen)
-    u = edit(prior.guided(guidance), start, y, **how).cpu()
+    u = _changed(prior, start, y, guidance, level, gen)
     return torch.cat([ref.u[:n, None], u.view(n, values[0], -1)], 1)
 
 # %% ../nbs/62c_image_uses.ipynb #aaf37c89
@@ -234,8 +237,7 @@ def add_one_by_one(
     for a in range(wanted.shape[1]):
         asked[:, a] = wanted[:, a]
         gen = make_gen(place.job.seed, 'edit', a, device=device)
-        how = dict(level=min(level, prior.T), hold=True, n_steps=STRETCH * prior.cfg.n_steps, gen=gen)
-        u = edit(prior.guided(guidance), steps[-1].to(device), asked, **how).cpu()
+        u = _changed(prior, steps[-1], asked, guidance, level, gen, hold=True)
         reports.append(_step_report(place, ref, wanted, a, steps[-1], u))
         steps.append(u)
     return steps, reports
