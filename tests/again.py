@@ -15,9 +15,9 @@ from pathlib import Path
 
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from measure import names
 
 shell = InteractiveShell.instance()
-SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def run(source):
@@ -32,19 +32,6 @@ def run_all(*cells):
     for source in cells:
         error = run(source)
         assert not error, (source, error)
-
-
-def names(source):
-    "What a cell names, at its own level"
-    found = set()
-    todo = [ast.parse(source)]
-    while todo:
-        for node in ast.iter_child_nodes(todo.pop()):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.add(node.id)
-            if not isinstance(node, SCOPES):
-                todo.append(node)
-    return found
 
 
 def pretend(page):
@@ -78,8 +65,6 @@ def main(path, changed, misspelt):
     assert "notebook_params(" in setup
     first, second = values(), values(changed)
     run_all(*source[:start], parameters, first, setup)
-    overwritten = names(parameters) & set().union(*map(names, page))
-    assert not overwritten, f"cells of the page overwrite parameters: {overwritten}"
     pretend(page)
     run_all(setup)
     run_all(parameters, first, setup)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_COLUMNS, MOST_LINES, MOST_CELL, MOST_MODULE, MOST_WORDS = 120, 40, 30, 350, 40
 METHOD = range(10, 32)  # pages of the method and the models: no backend, short modules
 MACHINE_ROOM = range(80, 90)
+SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 ASSERTS = re.compile(r"^(test_|assert_|expect_|is_close$|equals$|ExceptionExpected$|raises$)")
 
 
@@ -30,6 +31,19 @@ class Offence(NamedTuple):
 
 
 # -- notebooks
+
+
+def names(source):
+    "What a cell sets, at its own level"
+    found = set()
+    todo = [ast.parse(source)]
+    while todo:
+        for node in ast.iter_child_nodes(todo.pop()):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            if not isinstance(node, SCOPES):
+                todo.append(node)
+    return found
 
 
 class Cell(NamedTuple):

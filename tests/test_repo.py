@@ -352,6 +352,15 @@ def test_job_parameters(nb):
 
 
 @pytest.mark.parametrize("nb", JOBS, ids=name)
+def test_job_keeps_its_parameters(nb):
+    "A cell that set one would change the job for whoever runs the set-up once more"
+    code = [c for c in cells(nb) if c["cell_type"] == "code"]
+    parameters = [measure.names(text(c["source"])) for c in code if "parameters" in c["metadata"].get("tags", [])]
+    others = [measure.names(text(c["source"])) for c in code if "parameters" not in c["metadata"].get("tags", [])]
+    assert parameters[0] and not parameters[0] & set().union(*others)
+
+
+@pytest.mark.parametrize("nb", JOBS, ids=name)
 def test_job_defines_nothing(nb):
     src = [text(c["source"]) for c in cells(nb) if c["cell_type"] == "code"]
     assert not any(re.search(r"^#\|\s*(?:default_exp|exports?)\b", s, flags=re.M) for s in src), "a job exports nothing"
