@@ -163,7 +163,7 @@ def requests(
     task: TextTask,  # With trained weights
     attribute: str,  # Of its corpus
     n: int,  # Samples
-    guidances: tuple = (1.0, 2.0, 4.0),  # Weights of the request, for energies
+    guidances: tuple = (1.0, 2.0, 4.0, 6.0),  # Weights of the request, for energies
     told: LabelledTask | None = None,  # A language model that is told the label
     seed: int = 0,  # Of requests, latents and words
 ) -> tuple[Tensor, dict]:  # Values asked for, `(n,)`; name -> `samples` (greedy), `drawn`
@@ -228,7 +228,7 @@ def control_metrics(
     reader: LabelReader,
     n: int = 1000,  # Samples of each request
     told: LabelledTask | None = None,  # A language model that is told the label
-    guidances: tuple = (1.0, 2.0, 4.0),  # Weights of the request, for energies
+    guidances: tuple = (1.0, 2.0, 4.0, 6.0),  # Weights of the request, for energies
     lms=None,  # Folder of language models of real text; they are trained anew if `None`
     seed: int = 0,  # Of requests, latents and words
 ) -> dict:  # `<metric>_<attribute>[_g<guidance>|_told][_drawn]`, and `<metric>_free[_drawn]`

@@ -193,7 +193,7 @@ def _completion_stage(scoring: _Scoring) -> dict:
     has_chains = settings.prior in ('ebm', 'normal') and has_bound(settings)
     if not (scoring.knows_truth() and has_chains and settings.nll_draws):
         return {}
-    n = min(settings.nll_sentences or 100, 100, len(scoring.task.corpus[scoring.split]))
+    n = min(settings.nll_sentences or 100, 100, settings.n_samples, len(scoring.task.corpus[scoring.split]))
     return scoring.kept('completion', lambda: _hidden_words(scoring, n), n=n)
 
 # %% ../nbs/64_text_score.ipynb #721109d9

@@ -78,21 +78,23 @@ def build_model(
     return TextModel(len(vocab), text_cfg(settings), prior, bos=vocab.bos, eos=vocab.eos, gen=gen, head=head)
 
 # %% ../nbs/60b_text_task.ipynb #5d44b70b
-def _too_small(corpus: Corpus, settings: TextSettings, processes: int) -> str:
-    "What a corpus lacks in training sentences; empty if nothing"
-    n = len(corpus['train'])
-    n_batches = n // settings.batch
-    if n < settings.batch:
+def _lacks(corpus: Corpus, settings: TextSettings, processes: int) -> list[str]:
+    "What a corpus has too little of, and the remedies"
+    n, batch, found = len(corpus['train']), settings.batch, []
+    for split in ('valid', 'test'):
+        if (few := len(corpus[split])) < 2:
+            found.append(f'{few} {split} sentence(s), at least 2 are needed: give 40 sentences or more')
+    if n < batch:
         lower = f'lower batch (settings="batch={max(2, n // 4)}")'
-        return f'{n} training sentences, fewer than a batch of {settings.batch}: {lower}'
-    if n_batches < settings.accumulate * processes:
+        found.append(f'{n} training sentences, fewer than a batch of {batch}: {lower}')
+    elif n // batch < settings.accumulate * processes:
         times = f' times processes={processes}' if processes > 1 else ''
         fewer = f'fewer than accumulate={settings.accumulate}{times}: lower one of them'
-        return f'{n_batches} batches of {settings.batch} an epoch, {fewer}'
+        found.append(f'{n // batch} batches of {batch} an epoch, {fewer}')
     if settings.prior == 'ebm' and settings.w_cls > 0 and n < settings.n_symbols:
         clusters = f'the {settings.n_symbols} symbols to cluster them into: lower n_symbols'
-        return f'{n} training sentences, fewer than {clusters}'
-    return ''
+        found.append(f'{n} training sentences, fewer than {clusters}')
+    return found
 
 # %% ../nbs/60b_text_task.ipynb #f26be2e6
 def check_corpus(
@@ -100,15 +102,9 @@ def check_corpus(
     settings: TextSettings,
     processes: int = 1,  # How many share the batches
 ):
-    "`ValueError` for a corpus that does not go with the settings"
-    for split in ('valid', 'test'):
-        n = len(corpus[split])
-        if n < 2:
-            raise ValueError(
-                f'corpus {corpus.name} has {n} {split} sentence(s), at least 2 are needed: give 40 sentences or more'
-            )
-    if lack := _too_small(corpus, settings, processes):
-        raise ValueError(f'corpus {corpus.name} has {lack}')
+    "`ValueError` for a corpus that does not go with the settings, with all that it lacks"
+    if found := _lacks(corpus, settings, processes):
+        raise ValueError(f'corpus {corpus.name} has ' + '; and '.join(found))
     if STOP in corpus.vocab.stoi:
         raise ValueError(
             f'corpus {corpus.name} has the word {STOP!r}, which ends sentences in a language model: '

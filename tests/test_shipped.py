@@ -112,8 +112,15 @@ def test_from_a_hub(grammar, repository):
     model = TextModel.from_pretrained("someone/grammar", **repository)
     assert same(model, grammar)
     assert model.origin.files["result.json"] == grammar.origin.files["result.json"]
-    with pytest.raises(FileNotFoundError, match="(?s)someone/else is no folder here, and .* does not give it: 404"):
+    with pytest.raises(FileNotFoundError, match="(?s)someone/else is no model here, and .* does not give it: 404"):
         TextModel.from_pretrained("someone/else", **repository)
+
+
+def test_a_misspelt_run_is_told_its_neighbours(grammar, repository, tmp_path, monkeypatch):
+    grammar.save_pretrained(tmp_path / "runs" / "good")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"runs/god is no model here \(runs has good\), and .*: 404"):
+        TextModel.from_pretrained("runs/god", **repository)
 
 
 def test_code_from_a_hub_is_asked_for(repository, tmp_path):
