@@ -118,7 +118,7 @@ def model_card(
 ) -> str:  # Markdown, below a head that the Hub reads
     "What a model is, how to use it, what was measured, and where it came from"
     metrics, made = record['metrics'], record['provenance']
-    shown = {k: m for k, m in metrics.items() if k in _SAID or k.startswith('reader_') or k.endswith('_g4')}
+    shown = {k: m for k, m in metrics.items() if k in _SAID or re.fullmatch('reader_.+|accuracy_.+_g4', k)}
     words = {k: f'{record[k]}' for k in ('system', 'corpus', 'preset', 'objective', 'seed')}
     lines = [
         f'{_HEAD}\n# {name}',
