@@ -398,6 +398,7 @@ RECIPES = {  # (preset, objective) -> what the two together change
 }
 TAUGHT = {  # (preset, objective) -> what `attributes` changes: symbols that labels teach are many
     ('quick', 'consistent'): parse_settings(TextSettings, 'energy_hidden=256'),
+    ('small', 'consistent'): parse_settings(TextSettings, 'w_cls=50'),
 }
 
 # %% ../nbs/60a_text_settings.ipynb #d15b2e07
