@@ -66,7 +66,8 @@ def _described(app, pagename, templatename, context, doctree):
     picture = r'(?<!">)<img alt="[^"]*" src="(_images/[^"]*)"[^>]*>'
     if "body" in context:
         body = re.sub(picture, r'<a class="zoom" href="\1">\g<0></a>', context["body"])
-        context["body"] = re.sub(r"<td><p>([^<]*)</p></td>", r"<td>\1</td>", body)  # Lighter
+        body = re.sub(r"<td><p>([^<]*)</p></td>", r"<td>\1</td>", body)  # Lighter, and so is the next
+        context["body"] = re.sub(r'<span class="w">(\s*)</span>', r"\1", body)
     tree = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 

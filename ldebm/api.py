@@ -44,10 +44,8 @@ def _exported(symbol):
     "The exported twin of a class of a notebook, where there is one"
     if not inspect.isclass(symbol) or symbol.__module__ != '__main__':
         return symbol
-    try:
-        from ldebm.generator_parts import d
-    except ImportError:
-        return symbol
+    from ldebm._modidx import d
+
     name = symbol.__qualname__
     modules = [module for module, symbols in d['syms'].items() if f'{module}.{name}' in symbols]
     return getattr(import_module(modules[0]), name, symbol) if len(modules) == 1 else symbol

@@ -9,7 +9,8 @@ from pathlib import Path
 import measure
 import pytest
 
-from ldebm.api import ApiTable, _own_doc
+from ldebm.api import ApiTable, _exported, _own_doc
+from ldebm.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {p.module: p for p in measure.pages(ROOT) if p.module}
@@ -80,3 +81,11 @@ def test_every_name_has_an_example(module):
 def test_what_is_on_no_page_is_used(name, file):
     module, _, function = name.partition(".")
     assert f"from ldebm.{module} import {function}" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_a_class_of_a_page_is_known_by_its_exported_twin():
+    "The pages of the site describe classes that they define themselves"
+    of_a_page = type("Schedule", (), dict(__module__="__main__"))
+    assert _exported(of_a_page) is Schedule
+    of_no_module = type("Nowhere", (), dict(__module__="__main__"))
+    assert _exported(of_no_module) is of_no_module
