@@ -204,7 +204,7 @@ PRESETS['digits', 'quick'] = dict(
     langevin_steps=20,
     rho=0.8,
     energy_hidden=96,
-    w_cls=3.0,
+    w_cls=10.0,
     steps=1800,
     n_samples=10_000,
 )

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import Average, load_tensors, make_gen, pick_device, save_tensors, weights_hash
+from .data import came_along
 from .generator import Generator
 from .generator_model import GeneratorModel
 from .generator_parts import GeneratorCfg
@@ -503,6 +504,14 @@ def _part(tensors: dict, name: str) -> dict:
     return {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}
 
 
+def _weights(path) -> Path:
+    "File of weights: as named, in a folder, or in that of a model that came along"
+    for folder in (Path(path), came_along('models') / path):
+        if (folder / 'model.safetensors').exists():
+            return folder / 'model.safetensors'
+    return Path(path)
+
+
 def _tuples(value):
     "JSON has lists where settings have tuples"
     if isinstance(value, dict):
@@ -511,11 +520,11 @@ def _tuples(value):
 
 # %% ../nbs/62a_image_stages.ipynb #13900cad
 def load_prior(
-    path,  # `model.safetensors` of a system
+    path,  # `model.safetensors` of a system, its folder, or `digits` or `shapes`, which come along
     device='cpu',  # Where to put it
 ) -> tuple:  # Generator and prior, in evaluation mode
-    "Read what `save_prior` wrote; `ValueError` when it is something else"
-    device = pick_device(device)
+    "Read what `save_prior` wrote; `FileNotFoundError` when nothing is there, `ValueError` when it is something else"
+    device, path = pick_device(device), _weights(path)
     tensors, about = load_tensors(path, device)
     about = renamed(about)
     if 'system' not in about or 'generator' not in about:

@@ -10,16 +10,20 @@ import pytest
 import torch
 
 from ldebm.core import load_tensors, make_gen, weights_hash
+from ldebm.image_measure import decode_all
+from ldebm.image_shipped import prior_card
+from ldebm.image_stages import load_prior
 from ldebm.records import check_result
 from ldebm.shipped import latents_of, model_card
 from ldebm.text_job import MODELS, load_model, load_symbols
 from ldebm.text_vae import TextModel, sample_sentences
 
 SHIPPED = sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+PICTURES = sorted({path.parent.name for path in MODELS.glob("*/result.json")} - set(SHIPPED))
 
 
 def test_models_come_along_and_are_small():
-    assert "grammar" in SHIPPED
+    assert "grammar" in SHIPPED and PICTURES == ["digits", "shapes"]
     assert sum(p.stat().st_size for p in MODELS.rglob("*")) < 8 * 2**20
 
 
@@ -38,6 +42,38 @@ def test_the_card_is_what_the_record_says(name):
     card = (MODELS / name / "README.md").read_text()
     request = card.partition("symbols.request(")[2].partition(")\n")[0]
     assert card == model_card(record, name, request)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_card_of_an_image_prior_is_what_the_record_says(name):
+    record = check_result(json.loads((MODELS / name / "result.json").read_text()))
+    assert record["corpus"] == name and not record["provenance"]["commit"].endswith("dirty")
+    assert (MODELS / name / "README.md").read_text() == prior_card(record, name)
+
+
+def test_shapes_have_the_colour_that_they_are_asked_for():
+    generator, prior = load_prior("shapes")
+    asked = torch.arange(4).repeat(16)
+    wanted = torch.full((64, 4), -1)
+    wanted[:, 1] = asked
+    x = decode_all(generator, prior.guided(3).sample(64, y=wanted, n_steps=40, gen=make_gen(0, "colours")))
+    pixels = x.flatten(2).transpose(1, 2)  # (64, 256, 3)
+    brightest = pixels[torch.arange(64), (pixels.amax(2) - pixels.amin(2)).argmax(1)]
+    pure = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]])
+    read = torch.nn.functional.normalize(brightest) @ torch.nn.functional.normalize(pure).T
+    assert (read.argmax(1) == asked).double().mean() > 0.9
+
+
+def test_digits_look_like_the_class_that_they_are_asked_for():
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import KNeighborsClassifier
+
+    generator, prior = load_prior("digits")
+    asked = torch.arange(10).repeat(10)
+    x = decode_all(generator, prior.guided(2).sample(100, y=asked, n_steps=40, gen=make_gen(0, "digits")))
+    images, labels = load_digits(return_X_y=True)
+    read = KNeighborsClassifier(1).fit(images / 16, labels).predict(x.flatten(1).numpy())
+    assert (read == asked.numpy()).mean() > 0.9
 
 
 def test_the_grammar_model_does_what_it_is_asked():
