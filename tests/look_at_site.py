@@ -6,27 +6,21 @@ python tests/look_at_site.py --axe axe.min.js --shots /tmp/shots index results  
 `pip download --no-deps axe-playwright-python` brings axe.min.js, which a wheel (a zip file) holds."""
 
 import argparse
-import base64
 import contextlib
 import functools
 import http.server
 import json
 import re
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
-import urllib.request
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from click_explore import CHROMIUM, ROOT, until
-from websocket import WebSocketTimeoutException, create_connection
+from browser import ROOT, chromium
+from websocket import WebSocketTimeoutException
 
 MOST_BYTES = 400_000  # of a page: its HTML and its images
 VIEWS = [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")]  # Width, and colour scheme
@@ -55,7 +49,6 @@ RULES = {  # Tags of axe where the page is seen first; then the rules that depen
     (1400, "dark"): ["color-contrast"],
     (390, "light"): ["scrollable-region-focusable", "target-size"],
 }
-READY = "document.readyState == 'complete' && [...document.images].every(i => i.complete)"
 
 
 class Finding(NamedTuple):
@@ -108,60 +101,6 @@ def on_disk(site, pages, name):
         yield "weight", f"{size / 1000:.0f} kB, {MOST_BYTES / 1000:.0f} kB allowed"
 
 
-class Browser:
-    "A page of Chromium, through its DevTools"
-
-    def __init__(self, tools):
-        found = until(lambda: json.load(urllib.request.urlopen(tools)), "chromium")
-        url = next(page for page in found if page["type"] == "page")["webSocketDebuggerUrl"]
-        self.socket = create_connection(url, suppress_origin=True, timeout=120)
-        self.events, self.calls = [], 0
-        for domain in ("Page", "Runtime", "Log"):
-            self.send(f"{domain}.enable")
-
-    def send(self, method, **params):
-        self.calls += 1
-        self.socket.send(json.dumps(dict(id=self.calls, method=method, params=params)))
-        while True:
-            reply = json.loads(self.socket.recv())
-            if reply.get("id") == self.calls:
-                return reply["result"] if "result" in reply else sys.exit(f"chromium: {reply['error']}")
-            self.events.append(reply)
-
-    def run(self, js):
-        made = self.send("Runtime.evaluate", expression=js, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in made:
-            raise RuntimeError(made["exceptionDetails"]["exception"]["description"])
-        return made["result"].get("value")
-
-    def view(self, width, scheme):
-        size = dict(width=width, height=1000, deviceScaleFactor=1, mobile=False)
-        self.send("Emulation.setDeviceMetricsOverride", **size)
-        self.send("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
-
-    def open(self, url):
-        self.events.clear()
-        self.send("Page.navigate", url=url)
-        until(lambda: self.run("location.href") == url and self.run(READY), url, seconds=60)
-
-    def complaints(self):
-        "Errors on the console since the page was opened"
-        for event in self.events:
-            params = event.get("params", {})
-            if event["method"] == "Runtime.exceptionThrown":
-                yield params["exceptionDetails"]["text"]
-            if event["method"] == "Log.entryAdded" and params["entry"]["level"] == "error":
-                yield f"{params['entry']['text']} {params['entry'].get('url', '')}"
-            if event["method"] == "Runtime.consoleAPICalled" and params["type"] == "error":
-                yield str([arg.get("value") for arg in params["args"]])
-
-    def picture(self, path, tallest=5000):
-        height = min(self.run("document.documentElement.scrollHeight"), tallest)
-        clip = dict(x=0, y=0, width=self.run("innerWidth"), height=height, scale=1)
-        shot = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-
 def in_browser(browser, url, axe, shots):
     "Findings of one page: at every width and colour scheme"
     stem = url.rpartition("/")[2].removesuffix(".html")
@@ -198,23 +137,6 @@ def served(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@contextlib.contextmanager
-def chromium():
-    "Browser of its own profile while this lasts"
-    if shutil.which(CHROMIUM[0]) is None:
-        sys.exit(f"{CHROMIUM[0]} is not on the PATH: install it")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [*CHROMIUM, f"--user-data-dir={profile}", f"--remote-debugging-port={port}"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            yield Browser(f"http://127.0.0.1:{port}/json")
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 def look(site, names, axe, shots):

@@ -6,22 +6,13 @@ python tests/run_in_lab.py                      # all but the jobs that train
 Copies run, so that nothing here changes."""
 
 import argparse
-import contextlib
 import json
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from pathlib import Path
 
-from click_explore import KERNEL, LAB, ROOT, until
-from look_at_site import chromium
+from browser import ROOT, chromium, jupyter, open_in_lab, until
 
-BESIDE = ("results", "data", "models", "docs", "bench", "tests", "requirements", "settings.ini", "README.md")
 PAGE = "[...jupyterapp.shell.widgets('main')][0]"
 START = "window.ran = null; void jupyterapp.commands.execute('notebook:run-all-cells').finally(() => window.ran = true)"
 ERRORS = f"""[...{PAGE}.content.widgets].filter(c => c.model.type == 'code').flatMap(
@@ -34,31 +25,9 @@ def request(url, method="GET"):
         return json.loads(reply.read() or "null")
 
 
-@contextlib.contextmanager
-def jupyter():
-    "Address of JupyterLab over copies of the notebooks, beside what they read, while this lasts"
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for name in ("nbs", "ldebm"):  # pages end with an export
-            left_out = shutil.ignore_patterns("runs", ".ipynb_checkpoints", "__pycache__")
-            shutil.copytree(ROOT / name, Path(folder, name), ignore=left_out)
-        for name in BESIDE:
-            Path(folder, name).symlink_to(ROOT / name)
-        serve = [sys.executable, "-m", "jupyter", *LAB, f"--port={port}", f"--ServerApp.root_dir={folder}"]
-        env = {**os.environ, "PYTHONPATH": folder}
-        process = subprocess.Popen(serve, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            until(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=t"), "jupyter")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
 def run_page(browser, host, name, seconds):
     "Errors of a notebook, each with its cell"
-    browser.send("Page.navigate", url=f"{host}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?token=t&reset")
-    until(lambda: browser.run(KERNEL), f"a kernel of {name}")
+    open_in_lab(browser, host, name)
     browser.run(START)
     until(lambda: browser.run("window.ran"), f"the end of {name}", seconds)
     found = browser.run(ERRORS)
@@ -74,7 +43,7 @@ def main():
     args = parser.parse_args()
     names = args.pages or [p.stem for p in sorted((ROOT / "nbs").glob("*.ipynb")) if not p.stem.startswith("train_")]
     wrong = 0
-    with jupyter() as host, chromium() as browser:
+    with jupyter() as (host, _), chromium() as browser:
         for name in names:
             began = time.monotonic()
             try:

@@ -13,6 +13,7 @@ from ldebm.core import load_tensors, make_gen, weights_hash
 from ldebm.image_measure import decode_all
 from ldebm.image_shipped import prior_card
 from ldebm.image_stages import load_prior
+from ldebm.image_uses import UPDATES
 from ldebm.records import check_result
 from ldebm.shipped import latents_of, model_card
 from ldebm.text_job import MODELS, load_model, load_symbols
@@ -56,7 +57,7 @@ def test_shapes_have_the_colour_that_they_are_asked_for():
     asked = torch.arange(4).repeat(16)
     wanted = torch.full((64, 4), -1)
     wanted[:, 1] = asked
-    x = decode_all(generator, prior.guided(3).sample(64, y=wanted, n_steps=40, gen=make_gen(0, "colours")))
+    x = decode_all(generator, prior.guided(3).sample(64, y=wanted, n_steps=UPDATES, gen=make_gen(0, "colours")))
     pixels = x.flatten(2).transpose(1, 2)  # (64, 256, 3)
     brightest = pixels[torch.arange(64), (pixels.amax(2) - pixels.amin(2)).argmax(1)]
     pure = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]])
@@ -70,7 +71,7 @@ def test_digits_look_like_the_class_that_they_are_asked_for():
 
     generator, prior = load_prior("digits")
     asked = torch.arange(10).repeat(10)
-    x = decode_all(generator, prior.guided(2).sample(100, y=asked, n_steps=40, gen=make_gen(0, "digits")))
+    x = decode_all(generator, prior.guided(2).sample(100, y=asked, n_steps=UPDATES, gen=make_gen(0, "digits")))
     images, labels = load_digits(return_X_y=True)
     read = KNeighborsClassifier(1).fit(images / 16, labels).predict(x.flatten(1).numpy())
     assert (read == asked.numpy()).mean() > 0.9
