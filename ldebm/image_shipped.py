@@ -11,7 +11,7 @@ from pathlib import Path
 from .core import atomic_write
 from .data import came_along
 from .image_stages import load_prior
-from .job import metrics_table
+from .job import metrics_table, trained_line
 from .records import read_record
 
 # %% ../nbs/62e_image_shipped.ipynb #7e1d0018
@@ -34,15 +34,14 @@ def prior_card(
     name: str,  # Of the model
 ) -> str:  # Markdown
     "What an image prior is, how to use it, and what was measured"
-    metrics, made = record['metrics'], record['provenance']
+    metrics = record['metrics']
     shown = {k: m for k, m in metrics.items() if k in _SAID or k.startswith('control_') and 'coverage' not in k}
     of = ', '.join(f'{k} `{record[k]}`' for k in ('system', 'preset', 'objective', 'seed'))
     lines = [
         f'# {name}',
         f'Generator and latent prior of the pictures `{record["corpus"]}`: {of}.',
         _USAGE.format(name=name),
-        f'Trained and measured in {made["minutes"]:.0f} minutes on {made["threads"]} thread(s) of {made["device"]}; '
-        f'commit `{made["commit"][:12]}`. Weights are under the Apache-2.0 licence of the code.',
+        trained_line(record['provenance']),
         metrics_table(shown),
     ]
     return '\n\n'.join(lines) + '\n'

@@ -69,6 +69,10 @@ def requests(
 # %% ../nbs/62c_image_uses.ipynb #ae977a10
 UPDATES = 40  # At each level of a request, unless training had more
 
+
+def _updates(prior: DiffusionEBM) -> int:
+    return max(UPDATES, prior.cfg.n_steps)
+
 # %% ../nbs/62c_image_uses.ipynb #555ae22f
 def _accuracy(place: ImagePlace, ref: Reference, x: Tensor, wanted: Tensor, guidance: float) -> dict:
     "Share of pictures in which a classifier reads what was asked for"
@@ -88,11 +92,10 @@ def control(
     prior: DiffusionEBM,  # Coupled
     wanted: Tensor,  # Values asked for, shape `(n, A)`, -1 for free; or allowed values, `(n, K)`, bool
     guidance: float = 1.0,  # Weight of the request
-    updates: int = UPDATES,  # At each level, at least as many as in training
 ) -> tuple[dict, Tensor]:  # Metrics of the pictures, and the pictures
     "Ask for symbols and see what a classifier reads; distances as for samples without a request"
     y = wanted if wanted.shape[1] > 1 else wanted[:, 0]
-    how = dict(y=y, n_steps=max(updates, prior.cfg.n_steps))
+    how = dict(y=y, n_steps=_updates(prior))
     u, _ = sample_prior(place, prior.guided(guidance), len(wanted), 'control', **how)
     x = decode_all(ref.generator, u)
     features = features_of(ref.net, x)
@@ -179,7 +182,7 @@ def control_metrics(
 # %% ../nbs/62c_image_uses.ipynb #aa4a7fb7
 def _changed(prior: DiffusionEBM, u: Tensor, y: Tensor, guidance: float, level: int, gen, hold: bool = False) -> Tensor:
     "Latents `(n, d)` after a request, by chains as long as those of `control`, on the CPU"
-    how = dict(hold=hold, n_steps=max(UPDATES, prior.cfg.n_steps), gen=gen)
+    how = dict(hold=hold, n_steps=_updates(prior), gen=gen)
     return edit(prior.guided(guidance), u.to(gen.device), y, min(level, prior.T), **how).cpu()
 
 # %% ../nbs/62c_image_uses.ipynb #c7fb824d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['job_device', 'check_names', 'with_folder', 'use_machine', 'describe', 'open_stage', 'kept_metrics', 'Work', 'work_of',
-           'record', 'metrics_table', 'save_figure', 'run_files']
+           'record', 'metrics_table', 'trained_line', 'save_figure', 'run_files']
 
 # %% ../nbs/60_job.ipynb #d9fcb508
 import importlib
@@ -170,6 +170,16 @@ def metrics_table(
         if name in metrics:
             lines.append(' | '.join(['| ' + name, *_metric_cells(metrics[name])]) + ' |')
     return '\n'.join(lines)
+
+# %% ../nbs/60_job.ipynb #3ca11e97
+def trained_line(
+    provenance: dict,  # Of a record
+) -> str:
+    "How a model was trained, for its card"
+    cost = f'{provenance["minutes"]:.0f} minutes, all metrics included'
+    device = f'{provenance["threads"]} thread(s) of {provenance["device"]}'
+    licence = 'Weights are under the Apache-2.0 licence of the code.'
+    return f'Trained in {cost}, on {device}; commit `{provenance["commit"][:12]}`. {licence}'
 
 # %% ../nbs/60_job.ipynb #3cc51041
 def save_figure(

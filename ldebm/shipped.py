@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .core import atomic_write, save_tensors, weights_hash
-from .job import metrics_table
+from .job import metrics_table, trained_line
 from .records import read_record
 from .sentences import read_sentences
 from .text import get_batch, make_split
@@ -117,7 +117,7 @@ def model_card(
     request: str = '',  # Arguments of a request for its symbols, such as `topic='farm'`
 ) -> str:  # Markdown, below a head that the Hub reads
     "What a model is, how to use it, what was measured, and where it came from"
-    metrics, made = record['metrics'], record['provenance']
+    metrics = record['metrics']
     shown = {k: m for k, m in metrics.items() if k in _SAID or re.fullmatch('reader_.+|accuracy_.+_g4', k)}
     words = {k: f'{record[k]}' for k in ('system', 'corpus', 'preset', 'objective', 'seed')}
     lines = [
@@ -125,8 +125,7 @@ def model_card(
         f'A latent diffusion energy-based model of the text corpus `{words["corpus"]}`: system `{words["system"]}`, '
         f'preset `{words["preset"]}`, objective `{words["objective"]}`, seed {words["seed"]}.',
         _usage(name, request),
-        f'Trained in {made["minutes"]:.0f} minutes, all metrics included, on {made["threads"]} thread(s) of '
-        f'{made["device"]}; commit `{made["commit"][:12]}`. Weights are under the Apache-2.0 licence of the code.',
+        trained_line(record['provenance']),
         metrics_table(shown),
     ]
     return '\n\n'.join(lines) + '\n'
