@@ -54,6 +54,14 @@ def _visit_block(self, node):
         self.body.append("</div>")
 
 
+_UNSTYLED = {  # What no style sheet reads, and weighs
+    r"<t([dh])([^>]*)><p>((?:(?!</?p>).)*)</p></t\1>": r"<t\1\2>\3</t\1>",
+    r'<tr class="row-(?:odd|even)">': "<tr>",
+    r'<span class="std std-(?:ref|doc)">([^<]*)</span>': r"\1",
+    r'<span class="w">(\s*)</span>': r"\1",
+}
+
+
 def _described(app, pagename, templatename, context, doctree):
     "A line for search engines, pictures that open by themselves, and levels that headings of the sidebar lack"
     import docutils.nodes
@@ -66,8 +74,9 @@ def _described(app, pagename, templatename, context, doctree):
     picture = r'(?<!">)<img alt="[^"]*" src="(_images/[^"]*)"[^>]*>'
     if "body" in context:
         body = re.sub(picture, r'<a class="zoom" href="\1">\g<0></a>', context["body"])
-        body = re.sub(r"<td><p>([^<]*)</p></td>", r"<td>\1</td>", body)  # Lighter, and so is the next
-        context["body"] = re.sub(r'<span class="w">(\s*)</span>', r"\1", body)
+        for marked, plain in _UNSTYLED.items():
+            body = re.sub(marked, plain, body)
+        context["body"] = body
     tree = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 

@@ -25,7 +25,8 @@ LOCKS = sorted((ROOT / "requirements").glob("lock-py*.txt"))
 
 
 # A make that runs these tests must not pass its own settings to the makes they run
-ENV = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
+ITS_OWN = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "NO_VENV")
+ENV = {k: v for k, v in os.environ.items() if k not in ITS_OWN}
 
 
 def name(p):
