@@ -1,11 +1,15 @@
 "Sphinx settings of the site; pages come from `ldebm.docs.build`, which also runs Sphinx"
 
 import re
+import sys
 from configparser import ConfigParser
+from functools import cache
 from html import escape
 from pathlib import Path
 
 from ldebm.docs import mathml
+
+sys.modules.setdefault("rfc3987_syntax", None)  # Takes five seconds to load, and would check addresses in notebooks
 
 _cfg = ConfigParser(delimiters=["="], interpolation=None)
 _cfg.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
@@ -19,7 +23,7 @@ extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_number_source_lines = False
-myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image", "smartquotes"]
 myst_heading_anchors = 5
 myst_heading_slug_func = "ldebm.docs.slug"
 myst_dmath_double_inline = True
@@ -32,6 +36,7 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_math_renderer = "mathml"
+smartquotes = False  # That of MyST is faster
 
 
 def _visit(self, node, display):
@@ -62,6 +67,23 @@ _UNSTYLED = {  # What no style sheet reads, and weighs
 }
 
 
+@cache
+def _contents(builder):
+    return builder._get_local_toctree("index", collapse=False, titles_only=True, maxdepth=-1, includehidden=True)
+
+
+def _same_contents(app, pagename, templatename, context, doctree):
+    "One table of contents for all pages, since none is in a folder of its own; Sphinx would make it anew for each"
+    context["toctree"] = lambda **settings: _contents(app.builder)
+
+
+def _marked(contents, pagename):
+    "A table of contents that says which page one is on"
+    item = f'<li class="toctree-l1"><a class="reference internal" href="{pagename}.html">'
+    here = '<li class="toctree-l1 current current-page"><a class="current reference internal" href="#">'
+    return contents.replace(item, here)
+
+
 def _described(app, pagename, templatename, context, doctree):
     "A line for search engines, pictures that open by themselves, and levels that headings of the sidebar lack"
     import docutils.nodes
@@ -77,12 +99,13 @@ def _described(app, pagename, templatename, context, doctree):
         for marked, plain in _UNSTYLED.items():
             body = re.sub(marked, plain, body)
         context["body"] = body
-    tree = context.get("furo_navigation_tree", "")
+    tree = _marked(context.get("furo_navigation_tree", ""), pagename)
     context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 
 
 def setup(app):
-    app.connect("html-page-context", _described, priority=900)  # after the theme
+    app.connect("html-page-context", _same_contents, priority=400)  # before the theme
+    app.connect("html-page-context", _described, priority=900)  # after it
     app.add_html_math_renderer(
         "mathml", inline_renderers=(lambda s, n: _visit(s, n, False), None), block_renderers=(_visit_block, None)
     )

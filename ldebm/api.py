@@ -10,13 +10,13 @@ import ast
 import dataclasses
 import inspect
 import re
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from textwrap import dedent
 from typing import get_args
 
 from fastcore.basics import AttrDict, patch
-from fastcore.docments import ShowDocRenderer, docments
+from fastcore.docments import docments, qual_name
 
 # %% ../nbs/90_api.ipynb #f3147a24
 def _type_cell(annotation) -> str:
@@ -64,15 +64,32 @@ def _own_doc(symbol) -> str:
     return inspect.cleandoc(own).strip()
 
 # %% ../nbs/90_api.ipynb #a065b127
-class ApiTable(ShowDocRenderer):
+class ApiTable:
     "What `show_doc` shows of a symbol"
+
+    def __init__(
+        self,
+        sym,  # Function, class, method or property
+        name: str | None = None,  # In the heading; its own if `None`
+        title_level: int = 3,  # Of the heading
+    ):
+        if not hasattr(sym, '__signature__'):
+            sym = getattr(sym, '__wrapped__', sym)
+        self.sym, self.title_level = getattr(sym, 'fget', None) or sym, title_level
+        self.nm = name or qual_name(self.sym)
+        try:
+            self.sig = inspect.signature(self.sym, eval_str=True)
+        except (ValueError, TypeError):
+            self.sig = None
 
     def __repr__(self):
         return f'{type(self).__name__}({self.nm})'
 
-    __str__ = __repr__
-
     def _repr_markdown_(self):
+        return self.markdown
+
+    @cached_property
+    def markdown(self) -> str:  # Asked for twice by nbdev
         rows = self.rows()
         lines = ['| | type | default | |', '|---|---|---|---|']
         for row in rows:
@@ -123,11 +140,11 @@ def _parameters(symbol) -> dict:
     found = docments(symbol, full=True)
     if dataclasses.is_dataclass(symbol):
         _of_fields(symbol, found)
-        return found
-    source = inspect.getsource(symbol.__init__ if inspect.isclass(symbol) else symbol)
-    for name, comment in re.findall(r'^ +\*\*(\w+),  # (.+)$', source, flags=re.M):
-        if name in found:
-            found[name].docment = comment
+    elif any(o.anno is inspect.Parameter.VAR_KEYWORD for o in found.values()):
+        source = inspect.getsource(symbol.__init__ if inspect.isclass(symbol) else symbol)
+        for name, comment in re.findall(r'^ +\*\*(\w+),  # (.+)$', source, flags=re.M):
+            if name in found:
+                found[name].docment = comment
     return found
 
 
