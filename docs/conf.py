@@ -22,6 +22,7 @@ html_title = f"{project} {version}"
 extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
+nb_mime_priority_overrides = [("html", "image/gif", 5)]  # One that moves, rather than the strip of the README
 nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image", "smartquotes"]
 myst_heading_anchors = 5
