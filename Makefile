@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 #: CORPUS       text: grammar (which is here), ptb, dailydialog, movie-reviews, or a file, one sentence a line
-#: DATASET      pictures: shapes (which need no data), cifar10, celeba, lsun_church, or a folder or zip; all but shapes with PRESET=small or paper
+#: DATASET      pictures: shapes (which need no data), cifar10, celeba, lsun_church, or a folder or zip
 #: PRESET       quick, small or paper; toy2d: small or quick
 #: OBJECTIVE    consistent or published; digits, images: robust as well
 #: SYSTEM       the system, such as vae; digits, images, table: several, such as "ldebm ddpm"
@@ -26,6 +26,7 @@ SHELL := /bin/bash
 #: PORT         port of the site, 8000
 #: AXE          axe.min.js, of the wheel axe-playwright-python (look)
 #: LOOK_ARGS    options of tests/look_at_site.py, such as "--shots folder index results"
+#: LAB_ARGS     options of JupyterLab, such as "--no-browser --port 8889", or --allow-root in a container
 #: VENV         folder of the environment, .venv
 #: NO_VENV      1: the environment that is active instead
 #: PYTHON       the Python that makes the environment
@@ -53,6 +54,7 @@ TAKES.test       := NBDEV_ARGS PYTEST_ARGS
 TAKES.test-slow  := PYTEST_ARGS
 TAKES.docs-serve := PORT
 TAKES.look       := AXE LOOK_ARGS
+TAKES.lab        := LAB_ARGS
 ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
 # Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
 UNLISTED := LDEBM THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
@@ -68,7 +70,7 @@ endif
 
 # -- What was given, and whether it is of use
 RUNS   := train toy2d digits images table tune pending bench
-TAKERS := $(RUNS) test test-slow docs-serve look
+TAKERS := $(RUNS) test test-slow docs-serve look lab
 JOB    := $(sort $(foreach t,$(RUNS),$(TAKES.$(t))))
 LISTED := $(sort $(foreach t,$(TAKERS),$(TAKES.$(t)))) $(ALL_TAKE)
 from    = $(filter $(1),$(firstword $(origin $(2))))
@@ -207,6 +209,7 @@ bench: $(READY) ## Measure chains, training steps, samples and memory into resul
 	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(READY) ## Build the documentation site into docs/_build/html
+	@echo 'A minute or two, in silence where nothing is wrong ...'
 	@python -c 'from ldebm.docs import build; print("Site:", build())'
 
 docs-serve: docs ## Build the site and serve it on this machine
@@ -217,7 +220,7 @@ look: $(READY) ## Look at the built site in a headless Chromium: widths, colours
 	@python tests/look_at_site.py $(if $(AXE),--axe $(call q,$(AXE))) $(LOOK_ARGS)
 
 lab: $(READY) ## Open the notebooks in JupyterLab
-	@$(call TOOL,jupyter) lab --notebook-dir=nbs
+	@$(call TOOL,jupyter) lab --notebook-dir=nbs $(LAB_ARGS)
 
 # The package is written by nbdev: the notebooks are formatted
 lint: $(READY) ## Check style, format and, on the pages of the method and the models, types

@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 # %% ../nbs/68_command.ipynb #1b3b8f37
@@ -127,7 +127,7 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     parts += [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
     first, since = watch.began.setdefault(stage, (step, time.monotonic()))
     if total and first < step < total:
-        parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left')
+        parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')
     return stage, '   '.join(parts)
 
 # %% ../nbs/68_command.ipynb #7a44d986
@@ -339,12 +339,10 @@ def _bounded(reading: _Reading, draws: int, seed: int) -> dict:
     "As `text_nll`, in the order of the file"
     from dataclasses import replace
 
+    from ldebm.explorer import A_FEW
     from ldebm.text_nll import text_nll
-    from ldebm.text_score import nll_cfg
 
-    draws = draws or reading.settings.nll_draws or type(reading.settings).nll_draws
-    scored = replace(reading, settings=replace(reading.settings, nll_draws=draws))
-    parts = text_nll(scored, cfg=nll_cfg(scored), seed=seed)
+    parts = text_nll(reading, cfg=replace(A_FEW, draws=draws or A_FEW.draws), seed=seed)
     back = parts['index'].argsort()
     return {name: values[back] for name, values in parts.items()}
 
@@ -352,7 +350,7 @@ def _bounded(reading: _Reading, draws: int, seed: int) -> dict:
 def score_sentences(
     name: str | Path,  # Model, as for `TextModel.from_pretrained`
     file: str | Path,  # A sentence a line
-    draws: int = 0,  # Posterior draws a sentence; 0: as its run was scored, or the default
+    draws: int = 0,  # Posterior draws a sentence; 0 takes 64
     seed: int = 0,  # Of the draws
 ) -> str:  # Markdown
     "Nats of each sentence of a file and their mean; `ValueError` for a model that has no likelihood"
@@ -380,6 +378,8 @@ def _request(model, options):  # A symbol, several of them, or `None`
     "What is asked of the prior"
     from ldebm.explorer import lacking
 
+    if bare := [part for part in options.ask if '=' not in part]:
+        raise ValueError(f'--ask {bare[0]}: write what it is as well, such as topic={bare[0]}')
     wanted = dict(part.partition('=')[::2] for part in options.ask)
     if (options.symbol is not None or wanted) and (why := lacking(model).get('symbols')):
         raise ValueError(why)
@@ -398,6 +398,8 @@ def _sample(options) -> int:
 
     from ldebm.text_vae import TextModel, sample_sentences
 
+    if options.number < 1:
+        raise ValueError(f'-n {options.number}: at least one sentence')
     model = TextModel.from_pretrained(options.model)
     y = _request(model, options)
     if y is not None and options.guidance != 1:
@@ -419,6 +421,10 @@ def _train(options) -> int:
 
 
 def _score(options) -> int:
+    from ldebm.sentences import read_sentences
+
+    n = len(read_sentences(options.file))
+    print(f'{n} to score: about a minute for the first few, seconds for each other', file=sys.stderr, flush=True)
     print(score_sentences(options.model, options.file, options.draws, options.seed))
     return 0
 
@@ -431,7 +437,7 @@ def _runs(options) -> int:
 def parameters_table(
     job: str,  # One of `ldebm.sweep.job_notebooks`
 ) -> str:  # Markdown
-    "Parameters of a job, with defaults and meaning"
+    "Parameters of a job, with defaults and meaning, and the settings that it takes"
     from ldebm.report import markdown_table
     from ldebm.settings import choose
     from ldebm.sweep import job_notebooks, notebook_parameters
@@ -440,7 +446,24 @@ def parameters_table(
     choose('job', job, job_notebooks())
     known = notebook_parameters(str(job_notebooks()[job]))
     rows = [(name, about['default'], about['help']) for name, about in known.items()]
-    return markdown_table(dict(zip(('parameter', 'default', 'meaning'), zip(*rows))))
+    module, settings = _SETTINGS.get(job, ('text_settings', 'TextSettings'))
+    each = fields(getattr(importlib.import_module(f'ldebm.{module}'), settings))
+    return '\n\n'.join(
+        [
+            markdown_table(dict(zip(('parameter', 'default', 'meaning'), zip(*rows)))),
+            'Settings, of which `-p settings "name=value name=value"` takes any; presets differ in them:',
+            markdown_table(dict(setting=[f.name for f in each], meaning=[f.metadata.get('help', '') for f in each])),
+        ]
+    )
+
+
+_SETTINGS = {  # Module and class of what a job takes in `settings`, where it is not a text model's
+    'toy2d': ('toy_job', 'ToySettings'),
+    'digits': ('image_job', 'ImageSettings'),
+    'images': ('image_job', 'ImageSettings'),
+    'semisup': ('few_labels', 'LabelSettings'),
+    'response': ('response_task', 'ResponseSettings'),
+}
 
 # %% ../nbs/68_command.ipynb #92138d8c
 def _add_train(parser):
@@ -463,9 +486,9 @@ def _add_train(parser):
         action='append',
         default=[],
         metavar=('NAME', 'VALUE'),
-        help='any parameter of the notebook',
+        help='any parameter of the notebook, as --parameters lists them; both mean the same',
     )
-    add('--parameters', action='store_true', help='list the parameters, and train nothing')
+    add('--parameters', action='store_true', help='list parameters and settings, and train nothing')
     parser.set_defaults(run=_train)
 
 # %% ../nbs/68_command.ipynb #0a9ca51e
@@ -495,7 +518,7 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser('score', help='likelihood of the sentences of a file')
     score.add_argument('model', help='as for sample')
     score.add_argument('file', help='one sentence a line')
-    score.add_argument('--draws', type=int, default=0, help='posterior draws a sentence; as its run was scored')
+    score.add_argument('--draws', type=int, default=64, help='posterior draws a sentence (64)')
     score.add_argument('--seed', type=int, default=0)
     score.set_defaults(run=_score)
     runs = commands.add_parser('runs', help='list runs with their main figures')

@@ -11,6 +11,7 @@ __all__ = ['DD_SPLITS', 'DD_WORD', 'DD_LABELS', 'CORPORA', 'COPIED_MB', 'Corpus'
 import difflib
 import hashlib
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -289,7 +290,7 @@ def _split_sentences(sentences: list[list[str]], path, seed: int) -> dict[str, l
     "Sentences of a file by split. `ValueError` for fewer than 20, or for single words"
     if len(sentences) < 20:
         has = f'{path} has {len(sentences)} sentence{"s" * (len(sentences) > 1)}'
-        raise ValueError(f'{has}; at least 20 are needed, to leave some for validation and test')
+        raise ValueError(f'{has}; at least 20 are needed to hold some out, and some eighty to train')
     if max(map(len, sentences)) < 2:
         why = f'{path}: every line is a single word, too short for sentences'
         raise ValueError(f'{why}; a corpus has one sentence a line')
@@ -318,7 +319,22 @@ def load_file_corpus(
     data = _split_sentences(sentences, path, seed)
     vocab = build_vocab(data['train'], vocab_size)
     name = own_name(path) if path.name in DATA_SETS else path.name  # no file is taken for a corpus of ours
-    return make_corpus(name, vocab, data, max_len, source=raw, notes=notes)
+    corpus = make_corpus(name, vocab, data, max_len, source=raw, notes=notes)
+    for warning in _warnings(corpus, max_len):
+        warnings.warn(f'{path}: {warning}', stacklevel=2)
+    return corpus
+
+
+def _warnings(corpus: Corpus, max_len: int) -> list[str]:
+    "What makes the measures of a user's file mean less than they seem to"
+    found = []
+    whole = torch.cat([corpus._uncut(split).lengths for split in corpus.splits])
+    if cut := int((whole > max_len).sum()):
+        found.append(f'{cut:,} of {len(whole):,} sentences are cut at {max_len - 2} words, max_len={max_len}')
+    known = torch.cat([corpus.in_train(split) for split in ('valid', 'test')])
+    if known.double().mean() > 0.1:
+        found.append(f'{known.sum():,} of {len(known):,} held-out sentences stand in training too, word for word')
+    return found
 
 # %% ../nbs/04b_corpora.ipynb #db989642
 CORPORA = {

@@ -174,7 +174,7 @@ def _order_splits(path, splits, classes: Tensor | None, seed, held) -> dict[str,
         train = order['train']
         if held < 1 or len(train) <= held:
             few = f'{len(train)} training pictures are too few to set some aside for {split}'
-            remedy = 'add pictures (20 are enough), or put them into folders train, valid and test'
+            remedy = 'add pictures (a job wants 75), or put them into folders train, valid and test'
             raise ValueError(f'{path}: {few}; {remedy}')
         order[split], order['train'] = train[-held:], train[:-held]
     return order

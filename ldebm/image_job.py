@@ -226,6 +226,8 @@ PRESETS['shapes', 'quick'] = dict(
 )
 
 # %% ../nbs/62_image_job.ipynb #9c3f36f8
+PRESETS['*', 'quick'] = dict(PRESETS['shapes', 'quick'], size=16, gen_steps=1500, gen_batch=64, steps=900, batch=64)
+PRESETS['*', 'quick'].update(n_samples=1000)
 PRESETS['*', 'small'] = dict(
     layers='1x16x128x1 2x16x128x1 4x16x96x1 8x4x64x1',
     layer_free_nats='8 30 120 0',
@@ -258,6 +260,7 @@ PRESETS['*', 'small'] = dict(
     ddpm_share=1,
     mixed_precision='bf16',
 )
+PRESETS['cifar10', 'quick'] = PRESETS['*', 'quick']
 PRESETS['cifar10', 'small'] = dict(PRESETS['*', 'small'], clf_preset='cifar10')
 
 # %% ../nbs/62_image_job.ipynb #ce26af35
@@ -738,13 +741,14 @@ def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
     numbers_of = {'n_samples': settings.n_samples, 'training pictures': len(images['train'])}
     if 'gaussian-tuned' in job.systems.split():
         numbers_of['validation pictures'] = len(images['valid'])
-    for what, n in numbers_of.items():
-        if n < need:
-            small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features'])
-            fewer = CLASSIFIERS[small]['n_features'] + 1
-            distance = f'a Frechet distance in {need - 1} features needs {need}'
-            hint = f'; or settings="clf_preset={small}", which needs {fewer}' if n >= fewer else ''
-            raise ValueError(f'{images["train"].name}: {n} {what}, and {distance}: more pictures, or n_samples{hint}')
+    few = {what: n for what, n in numbers_of.items() if n < need}
+    if few:
+        small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features'])
+        fewer = CLASSIFIERS[small]['n_features'] + 1
+        distance = f'a Frechet distance in {need - 1} features needs {need}'
+        hint = f'; or settings="clf_preset={small}", which needs {fewer}' if min(few.values()) >= fewer else ''
+        what = ' and '.join(f'{n} {what}' for what, n in few.items())
+        raise ValueError(f'{images["train"].name}: {what}, and {distance}: more pictures, or n_samples{hint}')
 
 # %% ../nbs/62_image_job.ipynb #c15fc259
 def _check_classifier(settings: ImageSettings, train: Images):
@@ -776,9 +780,9 @@ def _check_training(job: ImageJob, settings: ImageSettings, train: Images):
 def _warn_of_gaps(settings: ImageSettings, images: dict):
     "Say which measures the pictures do not allow, and why"
     gaps = measurable(settings, images)
-    for why in dict.fromkeys(gaps.values()):
-        names = ', '.join(k for k, v in gaps.items() if v == why)
-        warnings.warn(f'{images["train"].name}: not computed, for want of data: {names} ({why})')
+    lines = [f'{", ".join(k for k, v in gaps.items() if v == why)} ({why})' for why in dict.fromkeys(gaps.values())]
+    if lines:
+        warnings.warn(f'{images["train"].name}: not computed, for want of data: {"; ".join(lines)}')
 
 # %% ../nbs/62_image_job.ipynb #dc684f1c
 def _open_run(place: ImagePlace) -> Run:

@@ -599,10 +599,10 @@ def work_off(
 # %% ../nbs/66a_pending.ipynb #badb4247
 def _parse(argv: list | None) -> argparse.Namespace:
     about = 'List what the results page shows as pending, or work it off within a budget'
-    parser = argparse.ArgumentParser(prog='python -m ldebm.pending', description=about)
+    parser = argparse.ArgumentParser(prog='ldebm pending', description=about)
     add = parser.add_argument
     add('--budget', default='', help='time to work, such as 90s, 25m or 2h; without it the list')
-    add('--results', default='results', help='folder of the records')
+    add('--results', default='', help='folder of the records; without it results, which a checkout has')
     add('--runs', default='runs', help='folder of the runs of the table and of tuning')
     add('--device', default='auto', choices=['auto', 'cpu', 'cuda'])
     add('--workers', type=int, default=0, help='runs at once on this machine; 0: as many as fit')
@@ -614,6 +614,9 @@ def _parse(argv: list | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace, started: float) -> int:
     "List or work; an exit status"
     seconds = parse_budget(options.budget) if options.budget else None
+    if not (options.results or Path('results').is_dir()):
+        raise FileNotFoundError('no folder results here: run this in a checkout, or name a folder with --results')
+    options.results = options.results or 'results'
     device = where_to_run(options.device)
     absolute_folders()
     found = plan(options.results, options.runs, device)

@@ -298,7 +298,7 @@ def _new_options(unknown: list, options: argparse.Namespace) -> list:
 
 def _parse(argv: list | None) -> argparse.Namespace:
     about = 'Run systems x seeds of the table, or the configurations of --tune'
-    parser = argparse.ArgumentParser(prog='python -m ldebm.table', description=about)
+    parser = argparse.ArgumentParser(prog='ldebm table', description=about)
     _add_what(parser)
     _add_how(parser)
     options, unknown = parser.parse_known_args(argv)

@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'corpus_name', 'record_name', 'job_name', 'job_folder', 're
            'save_model', 'read_settings', 'model_folder', 'load_model', 'load_symbols', 'finish', 'not_valid', 'scores']
 
 # %% ../nbs/61_text_job.ipynb #4768ad78
+import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -192,11 +193,14 @@ def model_folder(
     for place in (Path(folder), MODELS / folder):
         if (place / 'config.json').exists():
             return place
-    there = ', '.join(sorted(path.parent.name for path in MODELS.glob('*/config.json'))) or 'none'
+    if (MODELS / folder).exists():
+        raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({str(folder)!r})` opens it')
+    there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
+    near = difflib.get_close_matches(str(folder), there, n=1)
+    meant = f'; did you mean {near[0]!r}?' if near else ''
+    came = f'nor a model that came along ({", ".join(there) or "none"}){meant}'
     missing = Path(folder) / 'config.json'
-    raise FileNotFoundError(
-        f'{missing} does not exist: {folder} is not the folder of a finished run, nor a model that came along ({there})'
-    )
+    raise FileNotFoundError(f'{missing} does not exist: {folder} is not the folder of a finished run, {came}')
 
 # %% ../nbs/61_text_job.ipynb #65b9fccd
 def load_model(

@@ -511,6 +511,8 @@ def _check_latent(settings: TextSettings):
         raise ValueError("a model without latent has d=0 and prior='none', and no other has")
     for name in ('start', 'step'):
         part = getattr(settings, name)
+        if part.isdigit():
+            raise ValueError(f'{name}={part}: {name} names a part of the latent; did you mean steps={part}?')
         choose(f'value of {name}', part, ('all', 'z', 'codes', 'none'))
         begin, end = latent_parts(settings)[part]
         if settings.prior != 'none' and part != 'none' and begin == end:

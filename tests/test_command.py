@@ -58,7 +58,12 @@ def test_parameters_are_those_of_the_notebook(capsys):
     assert run("train toy2d --parameters") == 0
     said = capsys.readouterr().out
     assert "| density | \"both\" | `gaussians16`, `pinwheel` or `both` |" in said
-    assert len(said.splitlines()) == 2 + len(sweep.notebook_parameters(str(sweep.job_notebooks()["toy2d"])))
+    parameters, _, settings = said.partition("\n\n")
+    assert len(parameters.splitlines()) == 2 + len(sweep.notebook_parameters(str(sweep.job_notebooks()["toy2d"])))
+    assert "| rho_single | " in settings
+    names = dict(ptb="n_symbols", control="w_cls", images="w_kl", semisup="w_agree", response="n_turns")
+    for job, name in names.items():
+        assert f"\n| {name} | " in command.parameters_table(job).partition("\n\n")[2], job
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
@@ -70,7 +75,11 @@ def test_parameters_are_those_of_the_notebook(capsys):
         ("train prb", "unknown job 'prb'; did you mean 'ptb'?"),
         ("train -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
         ("train digits --corpus mine.txt", "unknown parameter of digits 'corpus'"),
-        ("sample gramar", "not the folder of a finished run, nor a model that came along (grammar)"),
+        ("sample gramar", "nor a model that came along (grammar); did you mean 'grammar'?"),
+        ("sample digits", "digits draws pictures: `ldebm.image_shipped.load_prior('digits')` opens it"),
+        ("sample -n 0", "-n 0: at least one sentence"),
+        ("sample --ask farm", "--ask farm: write what it is as well, such as topic=farm"),
+        ("pending", "no folder results here: run this in a checkout, or name a folder with --results"),
         ("sample --symbol 80", "grammar has symbols 0 to 79"),
         ("sample --ask topic=frm", "unknown topic 'frm'; did you mean 'farm'?"),
         ("sample --ask tpic=farm", "unknown attribute 'tpic'; did you mean 'topic'?"),
@@ -245,8 +254,8 @@ def test_elsewhere_than_in_a_terminal_lines_are_plain(tmp_path, seconds):
     assert "\r" not in said and "\x1b" not in said
     assert said.splitlines() == [
         "train      step 10/40   nll 40   loss 9",
-        "train      step 20/40   nll 30   loss 9   62 s left",
-        "train      step 30/40   nll 20   loss 9   31 s left",
+        "train      step 20/40   nll 30   loss 9   62 s left of this stage",
+        "train      step 30/40   nll 20   loss 9   31 s left of this stage",
         "train      step 40/40   nll 10   loss 9",
         "energies   step 5/10   kl 2.5",
         "score      sampler",

@@ -31,7 +31,7 @@ TAKES = dict(
     docs=set(),
     lint=set(),
     clean=set(),
-    lab=set(),
+    lab={"LAB_ARGS"},
 )
 VALUES = dict(
     CORPUS="my corpus.txt",
@@ -54,6 +54,7 @@ VALUES = dict(
     PORT="81",
     AXE="my axe.js",
     LOOK_ARGS="--shots x",
+    LAB_ARGS="--no-browser",
 )
 ODD = "my $runs  'é\"#~;*(x)&, <b>"  # what a shell, make or a first line of a script could stumble over
 MANY = {"SEEDS", "ARGS", *(k for k in VALUES if k.endswith("_ARGS"))}  # several words
@@ -112,7 +113,7 @@ def test_what_is_of_no_use_is_an_error(target, how):
         pytest.skip("what an environment holds for other targets does no harm here")
     foreign = set(VALUES) - TAKES[target]
     if how == "environment":
-        foreign -= {"NAME", "PORT", "NBDEV_ARGS", "PYTEST_ARGS", *TAKES["look"]}
+        foreign -= {"NAME", "PORT", "NBDEV_ARGS", "PYTEST_ARGS", "LAB_ARGS", *TAKES["look"]}
     for given in (*({k} for k in sorted(foreign)), foreign):
         values = {k: VALUES[k] for k in given}
         res = make(
