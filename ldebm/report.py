@@ -356,7 +356,7 @@ def run_panels(
 ) -> list:  # A `DotPanel` for each metric
     "Marks of the runs that `run_table` lets compete; rows without a run are left out"
     found = runs_of(records, corpus, preset, [row[:2] for row in rows])
-    names = [row[2] if len(row) > 2 else row[0] for row in rows]
+    names = [(row[2] if len(row) > 2 else row[0]).replace('`', '') for row in rows]
     panels = []
     for name in metrics:
         unit, better = _measure(name)
