@@ -191,8 +191,9 @@ def _keep(copy: Path, notebook: Path, status: int):
             print('What had been trained is kept: the same command goes on from its checkpoint.', file=sys.stderr)
     else:
         copy.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for place in (folder, folder.parent)[: 1 + (folder.parent == Path('runs'))]:
+            if not any(place.iterdir()):
+                place.rmdir()
 
 
 def _begin(folder: Path, notebook: Path) -> Path:

@@ -17,6 +17,7 @@ import os
 import shlex
 import types
 import typing
+import warnings
 
 from .records import RENAMED
 
@@ -365,6 +366,7 @@ def notebook_params(
     namespace: dict,  # `globals()` of the notebook
 ):  # Instance of `cls`
     "Settings from a notebook's parameters, a `~` in front written out; `ValueError` for unknown names and for holes"
+    warnings.formatwarning = lambda message, category, *where, **more: f'{category.__name__}: {message}\n'
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     names = _parameter_names(set(fields), namespace.get('In') or [])
     if names:

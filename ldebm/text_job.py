@@ -282,4 +282,6 @@ def scores(
     "Its main metrics, a line each"
     metrics = json.loads((Path(folder) / 'result.json').read_text())['metrics']
     shown = [name for name in _BRIEF if metrics.get(name, {}).get('value') is not None]
-    return '\n'.join(_score_line(name, metrics[name], not_valid(metrics)) for name in shown)
+    lines = [_score_line(name, metrics[name], not_valid(metrics)) for name in shown]
+    lacking = [name for name in _BRIEF if name in metrics and name not in shown]
+    return '\n'.join([*lines, *(f'{name}: {metrics[name]["estimator"]}' for name in lacking)])
