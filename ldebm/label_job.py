@@ -308,7 +308,7 @@ def accuracy_table(
     metric_name: str = 'accuracy',  # Or `accuracy_valid`
 ) -> str:  # Markdown
     "Per cent right by system and number of labels: Wilson's interval for one seed, mean and deviation for several"
-    counts = list(dict.fromkeys(outcome.n for outcome in outcomes))
+    counts = sorted({outcome.n for outcome in outcomes})
     systems = list(dict.fromkeys(outcome.system for outcome in outcomes))
     columns = dict(system=[f'{SYSTEMS[system]} (`{system}`)' for system in systems])
     for n in counts:
@@ -318,8 +318,8 @@ def accuracy_table(
 
 
 def _accuracy_cell(metrics: list) -> str:
-    cell = spread([100 * m['value'] for m in metrics], 1)
-    if len(metrics) > 1:
+    cell = spread([100 * m['value'] for m in metrics], 1)  # `pending` without any
+    if len(metrics) != 1:
         return cell
     low, high = metrics[0]['interval']
     return f'{cell} ({100 * low:.1f} to {100 * high:.1f})'

@@ -317,3 +317,13 @@ def test_parameters_cell_is_the_dataclass():
     ns = {}
     exec("".join(cell["source"]), ns)
     assert notebook_params(lj.LabelJob, {k: v for k, v in ns.items() if not k.startswith("__")}) == lj.LabelJob()
+
+
+def test_a_table_of_systems_that_did_not_all_run_with_as_many_labels():
+    def outcome(n, system, value):
+        return lj.Outcome(n, 0, system, dict(accuracy=dict(value=value, interval=[0.1, 0.9])), None, [])
+
+    table = lj.accuracy_table([outcome(125, "ldebm", 0.8), outcome(50, "ldebm", 0.7), outcome(50, "svebm", 0.6)])
+    head, _, *rows = table.splitlines()
+    assert head.index("50 a class") < head.index("125 a class")
+    assert "70.0 (10.0 to 90.0) | 80.0" in rows[0] and rows[1].endswith("| pending |")
