@@ -90,17 +90,21 @@ class ApiTable:
 
     @cached_property
     def markdown(self) -> str:  # Asked for twice by nbdev
-        rows = self.rows()
-        lines = ['| | type | default | |', '|---|---|---|---|']
-        for row in rows:
-            lines.append('| ' + ' | '.join(' '.join(cell.split()) for cell in row) + ' |')
-        parts = [
-            '#' * self.title_level + ' ' + self.nm,
-            f'```python\n{self.signature()}\n```',
-            _own_doc(self.sym),
-            '\n'.join(lines) if rows else '',
-        ]
-        return '\n\n'.join(part for part in parts if part) + '\n'
+        return _markdown(self)
+
+# %% ../nbs/90_api.ipynb #a63fdc42
+def _markdown(table: ApiTable) -> str:
+    rows = table.rows()
+    lines = ['| | type | default | |', '|---|---|---|---|']
+    for row in rows:
+        lines.append('| ' + ' | '.join(' '.join(cell.split()) for cell in row) + ' |')
+    parts = [
+        '#' * table.title_level + ' ' + table.nm,
+        f'```python\n{table.signature()}\n```',
+        _own_doc(table.sym),
+        '\n'.join(lines) if rows else '',
+    ]
+    return '\n\n'.join(part for part in parts if part) + '\n'
 
 # %% ../nbs/90_api.ipynb #48b28f79
 @patch

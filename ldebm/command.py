@@ -434,6 +434,15 @@ def _runs(options) -> int:
     print(runs_table(options.folder))
     return 0
 
+# %% ../nbs/68_command.ipynb #d54a11cc
+_SETTINGS = {  # Module and class of what a job takes in `settings`, where it is not a text model's
+    'toy2d': ('toy_job', 'ToySettings'),
+    'digits': ('image_job', 'ImageSettings'),
+    'images': ('image_job', 'ImageSettings'),
+    'semisup': ('few_labels', 'LabelSettings'),
+    'response': ('response_task', 'ResponseSettings'),
+}
+
 # %% ../nbs/68_command.ipynb #b00a8196
 def parameters_table(
     job: str,  # One of `ldebm.sweep.job_notebooks`
@@ -456,15 +465,6 @@ def parameters_table(
             markdown_table(dict(setting=[f.name for f in each], meaning=[f.metadata.get('help', '') for f in each])),
         ]
     )
-
-
-_SETTINGS = {  # Module and class of what a job takes in `settings`, where it is not a text model's
-    'toy2d': ('toy_job', 'ToySettings'),
-    'digits': ('image_job', 'ImageSettings'),
-    'images': ('image_job', 'ImageSettings'),
-    'semisup': ('few_labels', 'LabelSettings'),
-    'response': ('response_task', 'ResponseSettings'),
-}
 
 # %% ../nbs/68_command.ipynb #92138d8c
 def _add_train(parser):

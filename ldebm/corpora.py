@@ -302,6 +302,18 @@ def _split_sentences(sentences: list[list[str]], path, seed: int) -> dict[str, l
         data[split] = [sentences[i] for i in sorted(positions)]
     return data
 
+# %% ../nbs/04b_corpora.ipynb #1c986e2b
+def _warnings(corpus: Corpus, max_len: int) -> list[str]:
+    "What makes the measures of a user's file mean less than they seem to"
+    found = []
+    whole = torch.cat([corpus._uncut(split).lengths for split in corpus.splits])
+    if cut := int((whole > max_len).sum()):
+        found.append(f'{cut:,} of {len(whole):,} sentences are cut at {max_len - 2} words, max_len={max_len}')
+    known = torch.cat([corpus.in_train(split) for split in ('valid', 'test')])
+    if known.double().mean() > 0.1:
+        found.append(f'{known.sum():,} of {len(known):,} held-out sentences stand in training too, word for word')
+    return found
+
 # %% ../nbs/04b_corpora.ipynb #0fba8a1f
 def load_file_corpus(
     path,  # Text file with one sentence a line
@@ -323,18 +335,6 @@ def load_file_corpus(
     for warning in _warnings(corpus, max_len):
         warnings.warn(f'{path}: {warning}', stacklevel=2)
     return corpus
-
-
-def _warnings(corpus: Corpus, max_len: int) -> list[str]:
-    "What makes the measures of a user's file mean less than they seem to"
-    found = []
-    whole = torch.cat([corpus._uncut(split).lengths for split in corpus.splits])
-    if cut := int((whole > max_len).sum()):
-        found.append(f'{cut:,} of {len(whole):,} sentences are cut at {max_len - 2} words, max_len={max_len}')
-    known = torch.cat([corpus.in_train(split) for split in ('valid', 'test')])
-    if known.double().mean() > 0.1:
-        found.append(f'{known.sum():,} of {len(known):,} held-out sentences stand in training too, word for word')
-    return found
 
 # %% ../nbs/04b_corpora.ipynb #db989642
 CORPORA = {

@@ -193,7 +193,7 @@ def model_folder(
     for place in (Path(folder), MODELS / folder):
         if (place / 'config.json').exists():
             return place
-    if (MODELS / folder).exists():
+    if str(folder) in {path.parent.name for path in MODELS.glob('*/model.safetensors')}:
         raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({str(folder)!r})` opens it')
     there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
     near = difflib.get_close_matches(str(folder), there, n=1)

@@ -623,8 +623,10 @@ def test_a_terminal_says_when_a_likelihood_is_not_valid(tmp_path):
     assert show("upper bound; valid: largest mean gap of a level 0.02 nats") == [
         "nll_valid 161.1 (125 to 197.1)",
         "bleu 5",
+        "rppl: too few",
     ]
     assert show("upper bound; NOT valid: largest mean gap of a level 0.2 nats") == [
         "nll_valid 161.1 (125 to 197.1) not valid, see nll_gap in result.json",
         "bleu 5",
+        "rppl: too few",
     ]
