@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import inspect
 import re
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from textwrap import dedent
 from typing import get_args
@@ -86,13 +86,10 @@ class ApiTable:
         return f'{type(self).__name__}({self.nm})'
 
     def _repr_markdown_(self):
-        return self.markdown
-
-    @cached_property
-    def markdown(self) -> str:  # Asked for twice by nbdev
         return _markdown(self)
 
 # %% ../nbs/90_api.ipynb #a63fdc42
+@cache  # nbdev asks twice
 def _markdown(table: ApiTable) -> str:
     rows = table.rows()
     lines = ['| | type | default | |', '|---|---|---|---|']

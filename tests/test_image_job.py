@@ -397,6 +397,7 @@ BAD = [
     (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"),
     (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
     (dict(dataset="digit", preset="small"), "unknown images 'digit'; did you mean 'digits'"),
+    (dict(dataset="digit"), "unknown images 'digit'; did you mean 'digits'"),
     (dict(settings="langevin_stps=3"), "unknown setting 'langevin_stps'; did you mean 'langevin_steps'"),
     (dict(settings="T"), "settings 'T': write name=value"),
     (dict(settings="T=three"), "setting T='three' must be int"),
