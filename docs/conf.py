@@ -7,9 +7,12 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
+from sphinx.search.en import SearchEnglish
+
 from ldebm.docs import mathml
 
 sys.modules.setdefault("rfc3987_syntax", None)  # Takes five seconds to load, and would check addresses in notebooks
+SearchEnglish.stem = cache(SearchEnglish.stem)  # Sphinx forgets the words of a page on the next
 
 _cfg = ConfigParser(delimiters=["="], interpolation=None)
 _cfg.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -181,20 +182,27 @@ def remote_parts(
     return found
 
 # %% ../nbs/93_docs.ipynb #211b3019
+def _process(path: Path, dest: Path):
+    from nbdev.processors import FilterDefaults
+    from nbdev.serve_drv import exec_nb
+
+    sys.modules.setdefault('rfc3987_syntax', None)  # As in docs/conf.py
+    os.environ['IN_TEST'] = '1'
+    exec_nb(path, dest, FilterDefaults)
+
+
 def _processed(root: Path, n_workers: int) -> Path:
     "Folder of processed notebooks, those of the last build where nothing that they rest on is newer"
-    from nbdev.serve import proc_nbs
-
     proc, stamp = root / '_proc', root / '_proc' / 'rests_on'
     rests_on = [root / 'settings.ini', *(root / 'ldebm' / name for name in ('_modidx.py', 'api.py'))]
     digest = hashlib.sha256(b''.join(path.read_bytes() for path in rests_on)).hexdigest()
     if not stamp.exists() or stamp.read_text() != digest:
         shutil.rmtree(proc, ignore_errors=True)
-    for path in (root / 'nbs').glob('*.ipynb'):
-        made = proc / path.name
-        if made.exists() and made.stat().st_mtime <= path.stat().st_mtime:
-            made.unlink()
-    proc_nbs('nbs', n_workers=n_workers)
+    proc.mkdir(exist_ok=True)
+    pairs = [(path, proc / path.name) for path in _written_pages(root / 'nbs').values()]
+    stale = [(path, made) for path, made in pairs if not made.exists() or made.stat().st_mtime <= path.stat().st_mtime]
+    with get_context('fork' if sys.platform == 'linux' else None).Pool(n_workers) as pool:
+        pool.starmap(_process, stale, chunksize=1)
     stamp.write_text(digest)
     return proc
 
@@ -214,7 +222,8 @@ def build(
     about = dict(host=_host(), link=NbdevLookup().linkify, repository=_repository())
     write_pages(proc, root / 'nbs', out / 'pages', root, **about)
     folders = ['-c', 'docs', '-d', str(out / 'doctrees'), str(out / 'pages'), str(out / 'html')]
-    sphinx = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', str(n_workers)]
+    shares = 2 * n_workers  # Smaller shares of the pages end together
+    sphinx = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', str(shares)]
     if subprocess.run([*sphinx, *folders], cwd=root).returncode:
         raise RuntimeError('the site has warnings (above), and each counts as an error')
     (out / 'html' / 'llms.txt').write_text(llms_text(root / 'nbs', _host()), encoding='utf-8')
