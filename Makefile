@@ -130,6 +130,8 @@ help: ## Show this list
 
 venv: $(READY) ## Make .venv from the lock file of this Python
 
+# pip compiles one file after another, tests as well; some packages hold files that no Python compiles
+COMPILE := python -m compileall -q -j 0 -x '/tests?/'
 # `pip install -e .` writes into the checkout, and takes a dollar in its path for a variable: a .pth file, the metadata and a script do the same
 POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("purelib"); open(lib + "/ldebm.pth", "w").write(os.getcwd()); \
   sys.exit(subprocess.call([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", lib]))
@@ -143,7 +145,8 @@ POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("pureli
 	echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $$env with $$($(PYTHON) --version): once, a few minutes"; \
 	$(PYTHON) -m venv -- "$$env" || { echo "$$env cannot be made: name another folder, make VENV=/path/to/folder ..., or with NO_VENV=1 use the environment that is active" >&2; exit 1; }; \
 	rm -f -- "$$env"/.installed-*; \
-	if { python -m pip install -q $(PIP_ARGS) -r $(LOCK) && python -c '$(POINT)' && printf '%s\n' '#!/bin/sh' 'exec "$${0%/*}/python" -m ldebm.command "$$@"' > "$$env/bin/ldebm" && chmod +x "$$env/bin/ldebm" && \
+	if { python -m pip install -q --no-compile $(PIP_ARGS) -r $(LOCK) && \
+	  { $(COMPILE) -- "$$env/lib" || true; } && python -c '$(POINT)' && printf '%s\n' '#!/bin/sh' 'exec "$${0%/*}/python" -m ldebm.command "$$@"' > "$$env/bin/ldebm" && chmod +x "$$env/bin/ldebm" && \
 	  python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
 	then touch -- $(call q,$(STAMP)); echo "Ready: $$env"; \
 	else tail -n 15 -- "$$log" >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
@@ -160,7 +163,7 @@ seeds  = $(or $(call ask,SEEDS,$(SEEDS)),$(call ask,SEED,$(SEED)),$(1))
 # $(call execute,job,folder,parameters)
 define execute
 @run=$(call q,$(2)); mkdir -p "$$run" && [ -w "$$run" ] || { echo "$$run cannot be written: name another folder with RUN" >&2; exit 1; }; \
-$(LDEBM) train $(1) --out="$$run" $(3) $(ARGS)
+LDEBM_MAKE=1 $(LDEBM) train $(1) --out="$$run" $(3) $(ARGS)
 endef
 
 TRAIN := $(call folder,$(SYSTEM)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))
@@ -195,7 +198,7 @@ test: $(READY) ## Run every notebook, then the tests but the slow ones
 test-slow: $(READY) ## Run the slow tests
 	@$(PYTEST) -m slow $(or $(PYTEST_ARGS),-n $(WORKERS) --dist worksteal)
 
-TABLE = python -m ldebm.table --corpus=$(call q,$(call path,$(CORPUS))) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
+TABLE = LDEBM_MAKE=1 python -m ldebm.table --corpus=$(call q,$(call path,$(CORPUS))) --preset=$(call q,$(PRESET)) --settings=$(call q,$(SETTINGS)) $(if $(RUN)$(NAME),--out=$(call q,$(folder)))
 table: $(READY) ## All sixteen systems on CORPUS, SEEDS="0 1 2", as many at once as fit, into results
 	@$(TABLE) --objective=$(call q,$(OBJECTIVE)) --seeds $(call each,$(call seeds,0 1 2)) $(call ask,SYSTEM,--systems $(call each,$(SYSTEM))) $(TABLE_ARGS)
 
@@ -203,7 +206,7 @@ tune: $(READY) ## Every configuration of both objectives on validation sentences
 	@$(TABLE) --tune --seeds $(call each,$(call seeds,0)) $(TABLE_ARGS)
 
 pending: $(READY) ## What the results page shows as pending; with BUDGET=25m, work on it for that long
-	@python -m ldebm.pending $(call ask,BUDGET,--budget=$(call q,$(BUDGET))) $(PENDING_ARGS)
+	@LDEBM_MAKE=1 python -m ldebm.pending $(call ask,BUDGET,--budget=$(call q,$(BUDGET))) $(PENDING_ARGS)
 
 bench: $(READY) ## Measure chains, training steps, samples and memory into results/bench (with a GPU, that as well)
 	@python bench/bench.py $(BENCH_ARGS)

@@ -163,7 +163,7 @@ def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
     "Run a notebook in this folder; its exit status, 2 where the job refused"
     from papermill.exceptions import PapermillExecutionError
 
-    from ldebm.sweep import papermill_command
+    from ldebm.sweep import as_typed, papermill_command
 
     options = ['--cwd', '.', '--kernel', 'python3', '--no-progress-bar', '--log-output', '--log-level', 'WARNING']
     for name, value in given.items():
@@ -174,7 +174,7 @@ def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
         with _watching(copy.parent):
             return papermill_command([str(notebook), str(copy), *options])
     except PapermillExecutionError as error:
-        print(f'{error.ename}: {error.evalue}', file=sys.stderr)
+        print(as_typed(f'{error.ename}: {error.evalue}'), file=sys.stderr)
         return 2 if error.ename in _REFUSALS else 1
 
 # %% ../nbs/68_command.ipynb #dbbd7d44
@@ -541,7 +541,7 @@ def main(
     if argv and argv[0] in _ELSEWHERE:
         return importlib.import_module(f'ldebm.{argv[0]}').main(argv[1:])
     options = _parser().parse_args(argv)
-    from ldebm.table import exit_status
+    from ldebm.sweep import exit_status
 
     return exit_status(lambda: options.run(options))
 

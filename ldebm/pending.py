@@ -33,7 +33,7 @@ from .image_files import find_images
 from .records import OPERATIONAL, RecordName, env_report, identity, load_results, renamed, system_name
 from .report import markdown_table
 from .settings import parse_settings
-from .sweep import Outcomes, job_notebooks, sweep, sweep_status
+from .sweep import Outcomes, exit_status, job_notebooks, sweep, sweep_status
 from ldebm.table import (
     SETTINGS,
     Texts,
@@ -41,7 +41,6 @@ from ldebm.table import (
     check_job,
     checked_jobs,
     copy_skipped,
-    exit_status,
     settings_for,
     sweep_job,
     table_jobs,

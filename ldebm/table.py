@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'SETTINGS', 'work', 'absolute_folders', 'sweep_job', 'settings_for', 'table_jobs', 'tune_jobs', 'Texts',
-           'check_job', 'where_to_run', 'checked_jobs', 'copy_skipped', 'run_jobs', 'outcome', 'exit_status', 'main']
+           'check_job', 'where_to_run', 'checked_jobs', 'copy_skipped', 'run_jobs', 'outcome', 'main']
 
 # %% ../nbs/66_table.ipynb #6973d833
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .corpora import CORPORA, Corpus, keep_source, load_corpus
 from .records import RENAMED, data_of, load_results, result_path, system_name
 from .report import run_table
 from .settings import choose, parse_settings
-from .sweep import Outcomes, SweepJob, SweepStopped, job_notebooks, sweep
+from .sweep import Outcomes, SweepJob, exit_status, job_notebooks, sweep
 from .text_job import job_folder, job_name, record_name, record_settings
 from .text_score import copy_record, tuning_jobs
 from .text_settings import OBJECTIVES, PRESETS, TextJob, TextSettings, load_own, resolve, scoring, unused
@@ -332,20 +331,6 @@ def _run(options: argparse.Namespace) -> tuple[list, Outcomes]:
     names = ('scheduler', 'workers', 'threads', 'memory_gb', 'gpus', 'retry')
     how = {name: getattr(options, name) for name in names}
     return jobs, run_jobs(jobs, options.device, options.gpu_share, **how)
-
-# %% ../nbs/66_table.ipynb #697b5373
-def exit_status(
-    run: Callable,  # The command, which gives its own status
-) -> int:  # That status; 130 where it was stopped, 2 where it was refused
-    "What a command answers; an error is one line"
-    try:
-        return run()
-    except SweepStopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 2
 
 # %% ../nbs/66_table.ipynb #f208b200
 def main(

@@ -348,6 +348,13 @@ def test_a_folder_that_cannot_be_made_names_its_variable(stand_in, target, given
     assert res.returncode != 0 and named in res.stderr and "The run stopped" not in res.stderr
 
 
+def test_a_job_that_refuses_names_settings_as_make_does(tmp_path):
+    refusal = """PapermillExecutionError(1, 1, '', 'ValueError', 'give settings="size=16"', [])"""
+    stand_in = write_stand_in(tmp_path, "from papermill.exceptions import PapermillExecutionError", f"raise {refusal}")
+    res = make("NO_VENV=1", "toy2d", f"RUN={tmp_path / 'run'}", stand_in)
+    assert res.returncode != 0 and 'ValueError: give SETTINGS="size=16"' in res.stderr
+
+
 def test_an_environment_that_cannot_be_made_names_its_variable():
     res = make("venv", "VENV=/proc/none/v")
     assert res.returncode != 0 and "VENV=" in res.stderr and "NO_VENV=1" in res.stderr and "proxy" not in res.stderr
