@@ -8,7 +8,6 @@ __all__ = ['DD_SPLITS', 'DD_WORD', 'DD_LABELS', 'CORPORA', 'COPIED_MB', 'Corpus'
            'load_corpus', 'split_sentences', 'keep_source', 'plot_lengths']
 
 # %% ../nbs/04b_corpora.ipynb #fff91155
-import difflib
 import hashlib
 import re
 import warnings
@@ -24,6 +23,7 @@ from .data import PTB_FILES, read_data
 from .grammar_corpus import GRAMMAR_ATTRIBUTES, load_grammar_files
 from .records import DATA_SETS, own_name
 from .sentences import parse_sentences, read_file, read_sentences
+from .settings import did_you_mean
 from .text import PAD, UNK, Split, Vocab, build_vocab, make_split
 
 # %% ../nbs/04b_corpora.ipynb #13d21ab1
@@ -353,10 +353,9 @@ def corpus_file(
     path = Path(name).expanduser()
     if path.exists() or path.suffix or len(path.parts) > 1:
         return path
-    near = difflib.get_close_matches(str(name).lower(), CORPORA, n=1, cutoff=0.5)
-    meant = f'did you mean {near[0]!r}? ' if near else ''
     known = f'Known: {", ".join(CORPORA)}, or the path of a text file'
-    raise ValueError(f'unknown corpus {str(name)!r}; {meant}{known}')
+    hint = ' '.join(filter(None, [did_you_mean(name, CORPORA), known]))
+    raise ValueError(f'unknown corpus {str(name)!r}; {hint}')
 
 # %% ../nbs/04b_corpora.ipynb #2a1bf845
 def load_corpus(

@@ -6,7 +6,6 @@
 __all__ = ['DIGITS_SPLITS', 'SHAPES_SPLITS', 'IMAGE_SETS', 'digits', 'load_images']
 
 # %% ../nbs/05g_image_sets.ipynb #739c5e81
-import difflib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from .decode import Decoding
 from .image_files import find_images
 from .image_folders import LAYOUTS, images_from_files
 from .images import Images, fair_order
+from .settings import did_you_mean
 from .shapes import shapes
 
 # %% ../nbs/05g_image_sets.ipynb #d1746e92
@@ -163,10 +163,9 @@ def _load(self: _Request) -> dict[str, Images]:
         return cifar10(self.limit, source=path, seed=self.seed)
     if path.exists() or path.suffix or len(path.parts) > 1:
         return self._files(path, size=self.size, attributes_csv=self.attributes_csv)
-    near = difflib.get_close_matches(self.key, IMAGE_SETS, n=1, cutoff=0.5)
-    meant = f'did you mean {near[0]!r}? ' if near else ''
     known = f'Known: {", ".join(IMAGE_SETS)}, or the path of a folder or zip'
-    raise ValueError(f'unknown images {str(self.name)!r}; {meant}{known}')
+    hint = ' '.join(filter(None, [did_you_mean(self.key, IMAGE_SETS), known]))
+    raise ValueError(f'unknown images {str(self.name)!r}; {hint}')
 
 # %% ../nbs/05g_image_sets.ipynb #a1c84278
 def load_images(

@@ -601,7 +601,7 @@ def _parse(argv: list | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='ldebm pending', description=about)
     add = parser.add_argument
     add('--budget', default='', help='time to work, such as 90s, 25m or 2h; without it the list')
-    add('--results', default='', help='folder of the records; without it results, which a checkout has')
+    add('--results', default='results', help='folder of the records; without it results, which a checkout has')
     add('--runs', default='runs', help='folder of the runs of the table and of tuning')
     add('--device', default='auto', choices=['auto', 'cpu', 'cuda'])
     add('--workers', type=int, default=0, help='runs at once on this machine; 0: as many as fit')
@@ -613,9 +613,8 @@ def _parse(argv: list | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace, started: float) -> int:
     "List or work; an exit status"
     seconds = parse_budget(options.budget) if options.budget else None
-    if not (options.results or Path('results').is_dir()):
+    if options.results == 'results' and not Path('results').is_dir():
         raise FileNotFoundError('no folder results here: run this in a checkout, or name a folder with --results')
-    options.results = options.results or 'results'
     device = where_to_run(options.device)
     absolute_folders()
     found = plan(options.results, options.runs, device)

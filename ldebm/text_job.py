@@ -7,7 +7,6 @@ __all__ = ['MODELS', 'corpus_name', 'record_name', 'job_name', 'job_folder', 're
            'save_model', 'read_settings', 'model_folder', 'load_model', 'load_symbols', 'finish', 'not_valid', 'scores']
 
 # %% ../nbs/61_text_job.ipynb #4768ad78
-import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from .job import Work, check_names, describe, job_device, record, use_machine
 from .label_symbols import LabelSymbols
 from .peers import count_processes
 from .records import OPERATIONAL, SCORING, RecordName, Run, own_name, renamed
-from .settings import check_params
+from .settings import check_params, did_you_mean
 from .text import Vocab
 from .text_measure import lacking
 from ldebm.text_settings import (
@@ -196,9 +195,7 @@ def model_folder(
     if str(folder) in {path.parent.name for path in MODELS.glob('*/model.safetensors')}:
         raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({str(folder)!r})` opens it')
     there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
-    near = difflib.get_close_matches(str(folder), there, n=1)
-    meant = f'; did you mean {near[0]!r}?' if near else ''
-    came = f'nor a model that came along ({", ".join(there) or "none"}){meant}'
+    came = f'nor a model that came along ({", ".join(there) or "none"}); {did_you_mean(folder, there)}'.rstrip('; ')
     missing = Path(folder) / 'config.json'
     raise FileNotFoundError(f'{missing} does not exist: {folder} is not the folder of a finished run, {came}')
 
