@@ -8,6 +8,7 @@ __all__ = ['train_job', 'runs_table', 'score_sentences', 'parameters_table', 'ma
 # %% ../nbs/68_command.ipynb #b4e651f5
 import argparse
 import contextlib
+import html
 import importlib
 import importlib.util
 import json
@@ -122,9 +123,11 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     folder = log.parent
     stage = 'train' if folder == watch.run else folder.relative_to(watch.run).as_posix()
     step, total = max(line['step'] for line in lines.values()), _steps_of(folder, stage)
-    metrics = lines.get('valid') or lines['train']
+    kind = 'valid' if 'valid' in lines else 'train'
+    metrics = lines[kind]
     parts = [f'step {step}/{total}' if total else f'step {step}']
-    parts += [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
+    shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
+    parts += [' '.join(['validation:'] * (kind == 'valid') + shown[:1]), *shown[1:]]
     first, since = watch.began.setdefault(stage, (step, time.monotonic()))
     if total and first < step < total:
         parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')
@@ -156,7 +159,15 @@ def _watching(run: Path):
         line.end()
 
 # %% ../nbs/68_command.ipynb #c8a5ca68
-_REFUSALS = ('ValueError', 'FileNotFoundError', 'ImportError', 'ModuleNotFoundError', 'FolderInUse', 'PermissionError')
+_REFUSALS = (
+    'ValueError',
+    'BadImage',
+    'FileNotFoundError',
+    'ImportError',
+    'ModuleNotFoundError',
+    'FolderInUse',
+    'PermissionError',
+)
 
 
 def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
@@ -178,13 +189,14 @@ def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
         return 2 if error.ename in _REFUSALS else 1
 
 # %% ../nbs/68_command.ipynb #dbbd7d44
-def _keep(copy: Path, notebook: Path, status: int):
-    "Put the executed notebook in its place"
+def _keep(copy: Path, notebook: Path, status: int, began: float):
+    "Put the executed notebook in its place; a job that refused before it wrote anything leaves none"
     folder = copy.parent
+    worked = any(path.stat().st_mtime >= began for path in folder.rglob('*.json*'))
     if status == 0:
         copy.replace(folder / notebook.name)
         (folder / f'{notebook.stem}.stopped.ipynb').unlink(missing_ok=True)
-    elif (folder / 'settings.json').exists() and copy.exists():
+    elif (status != 2 or worked) and (folder / 'settings.json').exists() and copy.exists():
         stopped = copy.replace(folder / f'{notebook.stem}.stopped.ipynb')
         print(f'The run stopped; {stopped} shows where.', file=sys.stderr)
         if any(folder.rglob('checkpoint.safetensors')):
@@ -224,9 +236,9 @@ def train_job(
         choose(f'parameter of {job}', name, known)
     folder = Path(given.get('out') or _run_folder(job, known, given)).expanduser()
     check_writable(folder, 'name another folder with --out')
-    copy = _begin(folder, notebook)
+    copy, began = _begin(folder, notebook), time.time()
     status = _execute(notebook, copy, given | dict(out=str(folder)), known)
-    _keep(copy, notebook, status)
+    _keep(copy, notebook, status, began)
     if status == 0:
         print(_outcome(folder))
     return status
@@ -302,6 +314,7 @@ class _Reading:
     model: object  # `TextModel`
     settings: object  # Its `TextSettings`
     corpus: object  # `Corpus` whose split `test` is the sentences
+    sentences: list  # As they were given, lists of words
 
     @property
     def device(self):
@@ -319,7 +332,7 @@ def _read(model, file) -> _Reading:
     sentences = read_sentences(file)
     settings = read_settings(json.loads(model.origin.files['config.json'])['settings'])
     corpus = make_corpus(str(file), model.vocab, dict(test=sentences), 2 + max(map(len, sentences)))
-    return _Reading(model, settings, corpus)
+    return _Reading(model, settings, corpus, sentences)
 
 # %% ../nbs/68_command.ipynb #5e55092e
 def _exact(reading: _Reading):  # Shape `(n,)`, nats
@@ -367,7 +380,7 @@ def score_sentences(
     parts = dict(nll=_exact(reading)) if known.prior == 'none' else _bounded(reading, draws, seed)
     nll = parts['nll']
     numbers = [[f'{x:.2f}' for x in column.tolist()] for column in (nll, nll / (split.lengths - 1))]
-    table = sentence_table(list(zip(split.sentences(), *numbers)), ('sentence', 'nats', 'nats a token'))
+    table = sentence_table(list(zip(reading.sentences, *numbers)), ('sentence', 'nats', 'nats a token'))
     mean = f'Mean {nll.mean():.2f} nats a sentence'
     if len(parts) > 1:
         low, _, high = estimation_interval(parts)
@@ -426,7 +439,7 @@ def _score(options) -> int:
 
     n = len(read_sentences(options.file))
     print(f'{n} to score: about a minute for the first few, seconds for each other', file=sys.stderr, flush=True)
-    print(score_sentences(options.model, options.file, options.draws, options.seed))
+    print(html.unescape(score_sentences(options.model, options.file, options.draws, options.seed)))
     return 0
 
 

@@ -97,7 +97,8 @@ def decode_image(
     except BadImage:
         raise
     except (*_DECODER_ERRORS, *bombs) as e:
-        raise BadImage(f'{type(e).__name__}: {e}') from e
+        why = re.sub(r' <_io[^>]*>', '', str(e))
+        raise BadImage(f'{type(e).__name__}: {why}') from e
     pixels = np.asarray(picture, dtype=np.uint8)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -152,7 +153,8 @@ def _check_size(path, file, shape, first, first_shape):
 
 # %% ../nbs/05c_decode.ipynb #4c7cc305
 def _corrupt(path, name, why) -> BadImage:
-    remedy = "replace or remove it, or leave such pictures out by on_bad='skip' (a job: -p on_bad skip)"
+    skip = "on_bad='skip' (a job: -p on_bad skip, in make ARGS='-p on_bad skip')"
+    remedy = f'replace or remove it, or leave such pictures out by {skip}'
     return BadImage(f'{path}: corrupt picture {shown(name)} ({shown(why)}); {remedy}')
 
 

@@ -555,7 +555,7 @@ def check_side(
     fits = math.gcd(side, 2 ** side.bit_length())
     what, where = ('cells', 'last stage') if cells else ('layers', 'bottom layer')
     remedies.append(f'give {what} whose last side is {fits}' + (' or less' if fits > 1 else ''))
-    if cells:
+    if cells and side % parse_layers(settings.layers)['sizes'][-1] == 0:
         remedies.append('settings="cells=" does without them')
     problem = f'{images.name}: the {where} of side {last} does not divide pictures of side {side}'
     raise ValueError(f'{problem}: {"; or ".join(remedies)}')
@@ -748,7 +748,8 @@ def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
         distance = f'a Frechet distance in {need - 1} features needs {need}'
         hint = f'; or settings="clf_preset={small}", which needs {fewer}' if min(few.values()) >= fewer else ''
         what = ' and '.join(f'{n} {what}' for what, n in few.items())
-        raise ValueError(f'{images["train"].name}: {what}, and {distance}: more pictures, or n_samples{hint}')
+        more = ' and '.join('n_samples' if what == 'n_samples' else f'more {what}' for what in few)
+        raise ValueError(f'{images["train"].name}: {what}, and {distance}: give {more}{hint}')
 
 # %% ../nbs/62_image_job.ipynb #c15fc259
 def _check_classifier(settings: ImageSettings, train: Images):

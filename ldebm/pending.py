@@ -381,7 +381,7 @@ def _source(like: list, here: str, scales: dict) -> str:
     first, device = like[0], like[0]['provenance']['device']
     seeds = ', '.join(str(r['seed']) for r in like)
     words = [f'{system_name(first)} {first["corpus"]} {first["preset"]} {first["objective"]} s{seeds}']
-    words.append('here' if device == here else f'on {device}')
+    words.append('on such a machine' if device == here else f'on {device}')
     scaled = [f'× {factor:.2g} by {what}' for what, factor in scales.items() if not 0.95 < factor < 1.05]
     return ', '.join([f'from {" ".join(words)}', *scaled])
 
@@ -613,8 +613,9 @@ def _parse(argv: list | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace, started: float) -> int:
     "List or work; an exit status"
     seconds = parse_budget(options.budget) if options.budget else None
-    if options.results == 'results' and not Path('results').is_dir():
-        raise FileNotFoundError('no folder results here: run this in a checkout, or name a folder with --results')
+    if not Path(options.results).is_dir():
+        where = 'run this in a checkout, or name a folder of records with --results'
+        raise FileNotFoundError(f'there is no folder {options.results}: {where}')
     device = where_to_run(options.device)
     absolute_folders()
     found = plan(options.results, options.runs, device)

@@ -119,7 +119,11 @@ def _differences(old: dict, new: dict) -> str:
     def show(settings, k):
         return repr(settings[k]) if k in settings else 'absent'
 
-    return ', '.join(f'{k}: {show(old, k)} -> {show(new, k)}' for k in _differing(old, new))
+    def change(k):
+        hashed = k in old and k in new and k in ('corpus_sha256', 'module_sha256', 'data')
+        return f'{k}: other content' if hashed else f'{k}: {show(old, k)} -> {show(new, k)}'
+
+    return ', '.join(map(change, _differing(old, new)))
 
 # %% ../nbs/01_records.ipynb #6bfe6c20
 class FolderInUse(RuntimeError):

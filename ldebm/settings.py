@@ -84,8 +84,7 @@ def check_settings(
             allowed = f'a finite number {allowed}'.rstrip()
         elif _in_range(value, f.metadata):
             continue
-        remedy = f'leave it out for the default {f.default!r}'
-        wrong.append(f"setting {f.name}={value!r} ({f.metadata['help']}) must be {allowed}: {remedy}")
+        wrong.append(f"setting {f.name}={value!r} ({f.metadata['help']}) must be {allowed}: change it, or leave it out")
     if wrong:
         raise ValueError('; '.join(wrong))
     return cfg

@@ -50,12 +50,8 @@ def _download(name: str, trusted: bool, **how) -> Path:
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=wanted, **how))
     except (OSError, hub.errors.HFValidationError) as e:
-        beside = sorted(path.parent.name for path in Path(name).parent.glob('*/config.json'))
-        here = f' ({Path(name).parent} has {", ".join(beside)})' if beside else ''
         why = str(e).split('\n')[0]
-        raise FileNotFoundError(
-            f'{name} is no model here{here}, and the Hugging Face Hub does not give it: {why}'
-        ) from e
+        raise FileNotFoundError(f'{name} is no model here, and the Hugging Face Hub does not give it: {why}') from e
     if (folder / 'own.py').exists() and not trusted:
         raise ValueError(f'{name} brings code of its own: read {folder / "own.py"}, then pass trust_remote_code=True')
     return folder
@@ -66,7 +62,8 @@ def _place(name: str | Path, trusted: bool, **how) -> Path:
     try:
         return model_folder(name)
     except FileNotFoundError:
-        if Path(name).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
+        here = Path(name).exists() or Path(name).parent.is_dir()
+        if here or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
             raise
     return _download(str(name), trusted, **how)
 

@@ -168,6 +168,9 @@ def exit_status(
     except SweepStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has read enough; nothing more can be written when Python leaves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(as_typed(f'{type(e).__name__}: {e}'), file=sys.stderr)
         return 2
@@ -449,7 +452,8 @@ class _Interruptible:
         class Engine(NBClientEngine):
             @classmethod
             def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
-                kw |= dict(kernel_manager_class=manager, extra_arguments=['--log-level=ERROR'])
+                quiet = ['--log-level=CRITICAL']  # A kernel that is told to stop at an error calls that an error, too
+                kw |= dict(kernel_manager_class=manager, extra_arguments=quiet)
                 return super().execute_managed_notebook(nb_man, kernel_name, **kw)
 
         return Engine

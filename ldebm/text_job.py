@@ -185,6 +185,15 @@ def read_settings(
 MODELS = came_along('models')  # Trained ones
 
 
+def _picture_prior(folder: str | Path) -> str:
+    "What `load_prior` takes for a run on pictures, one of its systems, or a prior that came along; empty for others"
+    if (MODELS / folder / 'model.safetensors').exists() and not (MODELS / folder / 'config.json').exists():
+        return str(folder)
+    systems = [Path(folder), *sorted(Path(folder).glob('ldebm*'))]
+    found = [path for path in systems if (path.parent / 'generator').is_dir() and (path / 'result.json').exists()]
+    return str(found[0]) if found else ''
+
+
 def model_folder(
     folder: str | Path,  # Run folder, or the name of a model that came along
 ) -> Path:
@@ -192,10 +201,12 @@ def model_folder(
     for place in (Path(folder), MODELS / folder):
         if (place / 'config.json').exists():
             return place
-    if str(folder) in {path.parent.name for path in MODELS.glob('*/model.safetensors')}:
-        raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({str(folder)!r})` opens it')
+    if pictures := _picture_prior(folder):
+        raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({pictures!r})` opens it')
     there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
-    came = f'nor a model that came along ({", ".join(there) or "none"}); {did_you_mean(folder, there)}'.rstrip('; ')
+    beside = sorted(str(path.parent) for path in Path(folder).parent.glob('*/config.json'))
+    meant = did_you_mean(folder, [*there, *beside])
+    came = f'nor a model that came along ({", ".join(there) or "none"}); {meant}'.rstrip('; ')
     missing = Path(folder) / 'config.json'
     raise FileNotFoundError(f'{missing} does not exist: {folder} is not the folder of a finished run, {came}')
 

@@ -507,8 +507,12 @@ def prior_cfg(
 def _check_latent(settings: TextSettings):
     "The prior, and the parts of its latent"
     choose('prior', settings.prior, ('ebm', 'none', *PRIORS))
-    if (settings.prior == 'none') != (settings.d == 0):
-        raise ValueError("a model without latent has d=0 and prior='none', and no other has")
+    if settings.prior == 'none' and settings.d:
+        raise ValueError(f'prior=none has no latent, and d={settings.d}: give d=0 as well')
+    if settings.prior != 'none' and not settings.d:
+        raise ValueError(
+            f'd=0 leaves the prior {settings.prior} no latent: give d of at least 1, or prior=none as well'
+        )
     for name in ('start', 'step'):
         part = getattr(settings, name)
         if part.isdigit():

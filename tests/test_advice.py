@@ -469,7 +469,7 @@ PICTURES = [
         "layer_free_nats has 2 numbers for 3 layers",
         dict(settings="layer_free_nats='1 2 3'"),
     ),
-    (dict(n_samples=20), "more pictures, or n_samples", dict(n_samples=100)),
+    (dict(n_samples=20), ": give n_samples", dict(n_samples=100)),
     (dict(settings="schedule=published"), "'consistent' takes consistent or cosine", dict(settings="schedule=cosine")),
     (dict(settings="mixed_precision=fp16"), "on a CPU use 'bf16' or 'no'", dict(settings="mixed_precision=no")),
 ]

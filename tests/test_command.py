@@ -79,7 +79,7 @@ def test_parameters_are_those_of_the_notebook(capsys):
         ("sample digits", "digits draws pictures: `ldebm.image_shipped.load_prior('digits')` opens it"),
         ("sample -n 0", "-n 0: at least one sentence"),
         ("sample --ask farm", "--ask farm: write what it is as well, such as topic=farm"),
-        ("pending", "no folder results here: run this in a checkout, or name a folder with --results"),
+        ("pending", "there is no folder results: run this in a checkout, or name a folder of records with --results"),
         ("sample --symbol 80", "grammar has symbols 0 to 79"),
         ("sample --ask topic=frm", "unknown topic 'frm'; did you mean 'farm'?"),
         ("sample --ask tpic=farm", "unknown attribute 'tpic'; did you mean 'topic'?"),
@@ -257,7 +257,7 @@ def test_elsewhere_than_in_a_terminal_lines_are_plain(tmp_path, seconds):
         "train      step 20/40   nll 30   loss 9   62 s left of this stage",
         "train      step 30/40   nll 20   loss 9   31 s left of this stage",
         "train      step 40/40   nll 10   loss 9",
-        "energies   step 5/10   kl 2.5",
+        "energies   step 5/10   validation: kl 2.5",
         "score      sampler",
         "score      sampler, likelihood-test",
     ]

@@ -488,6 +488,21 @@ def test_parameters_cells_have_the_names_of_the_dataclass(name):
         notebook_params(ImageJob, {**values, "sead": 1})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_digits", "train_images"])
+def test_every_cell_of_a_job_runs_shrunk(tmp_path, name):
+    "With a coupled prior, which half of the cells are for"
+    given = dict(systems="ldebm ldebm-coupled", settings=TINY + " n_samples=70", out=str(tmp_path / "run"))
+    args = [word for key, value in given.items() for word in ("-r", key, value)]
+    command = [sys.executable, "-m", "papermill", "--cwd", ".", "--kernel", "python3", "--no-progress-bar"]
+    res = subprocess.run(
+        [*command, str(ROOT / "nbs" / f"{name}.ipynb"), "out.ipynb", *args], capture_output=True, text=True
+    )
+    assert res.returncode == 0, res.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "ldebm-coupled" / "result.json").read_text())["metrics"]
+    assert any(key.startswith("control_") for key in metrics)
+
+
 @pytest.mark.parametrize("objective", list(ij.OBJECTIVES))
 def test_every_preset_resolves(objective):
     for dataset, preset in ij.PRESETS:

@@ -152,11 +152,11 @@ class Described:
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(rate=0.0), r"rate=0.0 \(Speed\) must be above 0 and at most 1: leave it out for the default 0.1"),
+        (dict(rate=0.0), r"rate=0.0 \(Speed\) must be above 0 and at most 1: change it, or leave it out"),
         (dict(rate=1.5), "rate=1.5.*at most 1"),
         (dict(rate=float("nan")), "rate=nan.*a finite number above 0"),
         (dict(steps=0), r"steps=0 \(Updates\) must be at least 1"),
-        (dict(mode="c"), "mode='c'.*one of 'a', 'b'.*default 'a'"),
+        (dict(mode="c"), "mode='c'.*one of 'a', 'b'.*leave it out"),
         (dict(limit=0), "limit=0.*at least 1"),
         (dict(rate=-1.0, steps=0), "rate=-1.0.*; setting steps=0"),
     ],
