@@ -197,9 +197,13 @@ def did_you_mean(
     known,  # Names that there are
 ) -> str:  # Empty when none is near
     "A question for the known name most like `name`, whatever its case"
-    lower = {str(k).lower(): k for k in known}
-    found = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
-    return f'did you mean {lower[found[0]]!r}?' if found else ''
+    lower, name = {str(k).lower(): k for k in known}, str(name).lower()
+    found = difflib.get_close_matches(name, lower, n=3, cutoff=0.5)
+
+    def likeness(other):  # A wrong letter is likelier than one too many
+        return difflib.SequenceMatcher(None, other, name).ratio() + 0.1 * (len(other) == len(name))
+
+    return f'did you mean {lower[max(found, key=likeness)]!r}?' if found else ''
 
 # %% ../nbs/02_settings.ipynb #a638f492
 def _meant(name, known) -> str:

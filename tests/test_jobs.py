@@ -448,7 +448,7 @@ BAD = [
     (dict(settings="schedule=cosin"), "unknown schedule 'cosin'; did you mean 'cosine'"),
     (dict(settings="T=300"), "T must be an integer from 1 to 250"),
     (dict(settings="schedule=published"), "belongs to objective 'published' alone"),
-    (dict(settings="d=0"), "a model without latent has d=0"),
+    (dict(settings="d=0"), "d=0 leaves the prior ebm no latent"),
     (dict(settings="d=-1"), "setting d=-1 .* must be at least 0"),
     (dict(settings="embed=16 hidden=32"), r"hidden \(32\) must equal embed \(16\)"),
     (dict(settings="n_symbols=0"), "setting n_symbols=0 .* must be at least 1"),

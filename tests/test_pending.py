@@ -160,7 +160,8 @@ def estimated(records, system="vae", here="here"):
 def test_an_estimate_says_what_it_comes_from():
     same = estimated([made(minutes=10.0), made(minutes=12.0, seed=1), made("dgm-vae", minutes=90.0)])
     assert (
-        same.minutes == pytest.approx(11.0 + P.STARTING) and same.source == "from vae mine quick consistent s0, 1 here"
+        same.minutes == pytest.approx(11.0 + P.STARTING)
+        and same.source == "from vae mine quick consistent s0, 1 on such a machine"
     )
     relative = estimated([made("ldebm", minutes=40.0), made("vae", corpus="other", minutes=7.0)])
     assert relative.minutes == pytest.approx(20.0 + P.STARTING) and "ldebm" in relative.source

@@ -692,7 +692,7 @@ def test_settings_without_effect_are_refused(system, setting):
         (dict(system="dvae", settings="select=base_bound"), "unknown select 'base_bound'"),
         (dict(system="dae", settings="select=neg_elbo"), "unknown select 'neg_elbo'"),
         (dict(system="vae", settings="noise=False"), "a bound needs draws"),
-        (dict(system="vae", settings="prior=none"), "d=0 and prior='none'"),
+        (dict(system="vae", settings="prior=none"), "prior=none has no latent, and d="),
     ],
 )
 def test_unknown_names_are_refused_before_work(tmp_path, change, wrong):
