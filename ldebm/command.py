@@ -127,7 +127,9 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     metrics = lines[kind]
     parts = [f'step {step}/{total}' if total else f'step {step}']
     shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
-    parts += [' '.join(['validation:'] * (kind == 'valid') + shown[:1]), *shown[1:]]
+    if shown and kind == 'valid':
+        shown[0] = f'validation: {shown[0]}'
+    parts += shown
     first, since = watch.began.setdefault(stage, (step, time.monotonic()))
     if total and first < step < total:
         parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')

@@ -103,6 +103,16 @@ def identity(
     settings = renamed(settings)
     return {k: v for k, v in {**_defaults(settings), **settings}.items() if k not in drop}
 
+# %% ../nbs/01_records.ipynb #6c41bb93
+def _is_data(key: str) -> bool:
+    "Does this setting say which data it was?"
+    return key == 'data' or key.endswith('_sha256') and key != 'module_sha256'
+
+
+def _is_hash(key: str) -> bool:
+    "Does a setting stand for the content of files?"
+    return _is_data(key) or key == 'module_sha256'
+
 # %% ../nbs/01_records.ipynb #905b8104
 def _differing(old: dict, new: dict) -> list:
     "Names whose values differ, or that one of two settings lacks"
@@ -120,7 +130,7 @@ def _differences(old: dict, new: dict) -> str:
         return repr(settings[k]) if k in settings else 'absent'
 
     def change(k):
-        hashed = k in old and k in new and k in ('corpus_sha256', 'module_sha256', 'data')
+        hashed = k in old and k in new and _is_hash(k)
         return f'{k}: other content' if hashed else f'{k}: {show(old, k)} -> {show(new, k)}'
 
     return ', '.join(map(change, _differing(old, new)))
@@ -770,11 +780,6 @@ def load_results(
     return sorted(records, key=lambda r: str(RecordName(**{k: r[k] for k in (*_TEXT_KEYS, 'seed')})))
 
 # %% ../nbs/01_records.ipynb #cb838d31
-def _is_data(key: str) -> bool:
-    "Does this setting say which data it was?"
-    return key == 'data' or key.endswith('_sha256') and key != 'module_sha256'
-
-
 def data_of(
     settings: dict,  # Of a record
 ) -> dict:  # Setting -> fingerprint
@@ -784,7 +789,7 @@ def data_of(
 # %% ../nbs/01_records.ipynb #c783cb63
 def _say(settings: dict, key: str) -> str:
     "A setting of another group in a few characters"
-    if _is_data(key) or key == 'module_sha256':
+    if _is_hash(key):
         what = 'data' if _is_data(key) else 'module'
         value = str(settings[key])[:8] if key in settings else 'not said'
         return f'other {what}: {value}'
@@ -798,7 +803,7 @@ def _what_differs(
 ) -> str:
     "How `other` differs, in a few words: data and code first"
     names = _differing(base, other)
-    names.sort(key=lambda k: not (_is_data(k) or k == 'module_sha256'))  # stable
+    names.sort(key=lambda k: not _is_hash(k))  # stable
     words = [_say(other, k) for k in names[:most]]
     if len(names) > most:
         words.append(f'and {len(names) - most} more, {settings_hash(other)[:6]}')

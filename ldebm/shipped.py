@@ -62,7 +62,7 @@ def _place(name: str | Path, trusted: bool, **how) -> Path:
     try:
         return model_folder(name)
     except FileNotFoundError:
-        here = Path(name).exists() or Path(name).parent.is_dir()
+        here = Path(name).exists() or any(Path(name).parent.glob('*/*.json'))  # Beside runs
         if here or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
             raise
     return _download(str(name), trusted, **how)

@@ -1,6 +1,7 @@
 "Models that are saved, opened, uploaded: in the repository, in folders, on a Hub"
 
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -160,6 +161,21 @@ def test_a_misspelt_run_is_told_its_neighbours(grammar, repository, tmp_path, mo
         FileNotFoundError, match="runs/god is not the folder of a finished run, .*; did you mean 'runs/good'"
     ):
         TextModel.from_pretrained("runs/god", **repository)
+
+
+def test_a_repository_may_be_called_like_a_folder_without_runs(grammar, repository, tmp_path, monkeypatch):
+    (tmp_path / "someone").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert same(TextModel.from_pretrained("someone/grammar", **repository), grammar)
+
+
+def test_a_run_on_pictures_says_what_opens_it(tmp_path):
+    (tmp_path / "generator").mkdir()
+    (tmp_path / "ldebm").mkdir()
+    (tmp_path / "ldebm" / "result.json").touch()
+    for folder in (tmp_path, tmp_path / "ldebm"):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"load_prior({str(tmp_path / 'ldebm')!r})` opens it")):
+            TextModel.from_pretrained(folder)
 
 
 def test_code_from_a_hub_is_asked_for(repository, tmp_path):
