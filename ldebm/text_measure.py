@@ -155,33 +155,55 @@ def reconstructions(
     return out
 
 # %% ../nbs/60d_text_measure.ipynb #311e3825
-def _code_metrics(posterior: Posterior) -> dict:
-    "What the categorical variables hold"
+def _agreement(symbols: Tensor, labels: dict, gen: torch.Generator) -> dict:
+    "Of one symbol a sentence with each attribute"
+    out = {}
+    for name, values in labels.items():
+        for score in (ami, homogeneity, v_measure):
+            out |= score(values, symbols, gen=gen, attribute=name)
+    return out
+
+
+def _codes_as_symbols(posterior: Posterior) -> Tensor | None:
+    "A number for each combination of the codes; none when they are so many that they name sentences apart"
+    values = posterior.code.logits.argmax(-1)
+    n, M, k = posterior.code.logits.shape
+    return (values * k ** torch.arange(M, device=values.device)).sum(-1) if 10 * k**M <= n else None
+
+
+def _code_metrics(posterior: Posterior, labels: dict, gen: torch.Generator) -> dict:
+    "What the categorical variables hold, and their agreement with labels"
     estimators = dict(
         ckl='KL of codes to uniform ones, nats',
         aggc='KL of the average code to uniform, whole split, nats',
         mi='mutual information of sentence and codes, summed over variables, whole split, nats',
     )
     terms = code_terms(posterior.code.log_q)
-    return {('mi_codes' if k == 'mi' else k): _mean_metric(v, estimators[k]) for k, v in terms.items()}
+    out = {('mi_codes' if k == 'mi' else k): _mean_metric(v, estimators[k]) for k, v in terms.items()}
+    symbols = _codes_as_symbols(posterior)
+    return out if symbols is None else out | _agreement(symbols, labels, gen)
+
+# %% ../nbs/60d_text_measure.ipynb #0f7d6ee1
+def _n_clusters(settings: TextSettings, n: int) -> int:
+    "Symbols, or combinations of codes where `n` sentences fill them"
+    combinations = settings.classes**settings.codes
+    return combinations if head_of(settings) != 'gaussian' and 10 * combinations <= n else settings.n_symbols
 
 
 def _kmeans_metrics(task: TextTask, means: Tensor, split: str, seed: int) -> dict:
     "Agreement of labels with k-means clusters of the latents and of the words, and what symbols could have"
-    labels = task.corpus[split].labels
+    labels, sentences = task.corpus[split].labels, task.corpus[split].sentences()
     if labels and (few := lacking(task.corpus, task.settings, split).get('ami_kmeans')):
         return {f'ami_{name}_kmeans': left_out(few, len(values)) for name, values in labels.items()}
-    out = {}
+    out, K = {}, _n_clusters(task.settings, len(sentences))
     if labels:
-        clusters = kmeans_labels(means, task.settings.n_symbols, make_gen(seed, 'evaluate', 'k-means'))
-        words = tfidf_clusters(
-            task.corpus[split].sentences(), task.settings.n_symbols, make_gen(seed, 'evaluate', 'tf-idf')
-        )
+        clusters = kmeans_labels(means, K, make_gen(seed, 'evaluate', 'k-means'))
+        words = tfidf_clusters(sentences, K, make_gen(seed, 'evaluate', 'tf-idf'))
     for name, values in labels.items():
         for source, found in dict(kmeans=clusters, tfidf=words).items():
             scores = ami(values, found, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name)
             out |= {f'{k}_{source}': v for k, v in scores.items()}
-        out |= even_ceiling(values, task.settings.n_symbols, name)
+        out |= even_ceiling(values, K, name)
     return out
 
 # %% ../nbs/60d_text_measure.ipynb #c593b71e
@@ -198,7 +220,7 @@ def latent_metrics(
     if has_bound(task.settings):
         out['information'] = information(posterior, make_gen(seed, 'evaluate', 'information'))
     if head_of(task.settings) != 'gaussian':
-        out |= _code_metrics(posterior)
+        out |= _code_metrics(posterior, task.corpus[split].labels, gen)
     elif has_bound(task.settings) and len(task.corpus['train']) > 20 * task.settings.d:
         out |= fitted_rates(task.encode('train'), posterior, make_gen(seed, 'evaluate', 'fitted'))
     return out | _kmeans_metrics(task, means, split, seed)
@@ -210,12 +232,8 @@ def symbol_metrics(
     gen: torch.Generator,  # Source of permutations, on the CPU
 ) -> dict:
     "Information and agreement of the symbols"
-    symbols = logits.argmax(-1)
-    out = dict(mi=mutual_information(logits), active_symbols=active_symbols(logits))
-    for name, values in labels.items():
-        for agreement in (ami, homogeneity, v_measure):
-            out |= agreement(values, symbols, gen=gen, attribute=name)
-    return out
+    found = dict(mi=mutual_information(logits), active_symbols=active_symbols(logits))
+    return found | _agreement(logits.argmax(-1), labels, gen)
 
 # %% ../nbs/60d_text_measure.ipynb #0b1f3577
 def draw_samples(

@@ -42,6 +42,7 @@ def command(tables, folder, *more):
         f"P.TABLES = {{str(i): P.ResultTable('few', 'quick', *t[:3], reads=t[3]) for i, t in enumerate({own!r})}}\n"
         "sys.exit(P.main(sys.argv[1:], started))"
     )
+    (folder / "results").mkdir(parents=True, exist_ok=True)
     folders = ["--results", str(folder / "results"), "--runs", str(folder / "runs"), "--workers", "1"]
     return [sys.executable, "-c", make, *folders, "--device", "cpu", *more]
 

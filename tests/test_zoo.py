@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import adjusted_mutual_info_score, homogeneity_score
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 from torch.nn import functional as nnf
 from torch.testing import assert_close
@@ -21,7 +22,7 @@ from ldebm.posterior import DiagGaussian, Posterior, Prior, StandardNormal
 from ldebm.records import SCORING, Run
 from ldebm.text import get_batch
 from ldebm.text_job import open_job, record_settings
-from ldebm.text_measure import evaluate
+from ldebm.text_measure import evaluate, latent_metrics
 from ldebm.text_nll import sentence_log_lik, text_nll
 from ldebm.text_score import score
 from ldebm.text_settings import LATER, OBJECTIVES, TextJob, TextSettings, resolve, train_cfg, unused
@@ -929,6 +930,25 @@ def test_evaluate_and_score(corpus, system):
         assert v["objective"] == pytest.approx(v["recon_nll"] + v["ckl"], rel=1e-5) and v["objective"] == pytest.approx(
             v["neg_elbo"], rel=1e-5
         )
+
+
+@pytest.mark.parametrize("shape,number", [("codes=1 classes=5", 5), ("codes=2 classes=2", 4), ("codes=4 classes=5", 0)])
+def test_codes_are_held_against_labels(corpus, shape, number):
+    "Each combination is a symbol, where sixty sentences can fill them"
+    sizes = dict(part.split("=") for part in shape.split())
+    _, task = make(corpus, "dgm-vae-i", **sizes)
+    posterior, gen = task.encode("test"), G()
+    found = latent_metrics(task, posterior, gen, 0)
+    assert ("ami_topic" in found) == (number > 0)
+    k_means = found["ami_topic_kmeans"]["estimator"]
+    assert "not computed" not in k_means
+    if number:
+        own = [tuple(code) for code in posterior.code.logits.argmax(-1).tolist()]
+        symbols = [sorted(set(own)).index(code) for code in own]
+        labels = corpus["test"].labels["topic"].tolist()
+        assert found["ami_topic"]["value"] == pytest.approx(adjusted_mutual_info_score(labels, symbols))
+        assert found["homogeneity_topic"]["value"] == pytest.approx(homogeneity_score(labels, symbols))
+        assert f"of {number} symbols" in found["ami_topic_ceiling"]["estimator"]
 
 
 @pytest.mark.parametrize("system,objective", [("dvae", "published"), ("gm-vae", "consistent")])
