@@ -162,8 +162,7 @@ seeds  = $(or $(call ask,SEEDS,$(SEEDS)),$(call ask,SEED,$(SEED)),$(1))
 
 # $(call execute,job,folder,parameters)
 define execute
-@run=$(call q,$(2)); mkdir -p "$$run" && [ -w "$$run" ] || { echo "$$run cannot be written: name another folder with RUN" >&2; exit 1; }; \
-LDEBM_MAKE=1 $(LDEBM) train $(1) --out="$$run" $(3) $(ARGS)
+@LDEBM_MAKE=1 $(LDEBM) train $(1) --out=$(call q,$(2)) $(3) $(ARGS)
 endef
 
 TRAIN := $(call folder,$(SYSTEM)-$(call stem,$(CORPUS))-$(PRESET)-$(OBJECTIVE)-s$(SEED))

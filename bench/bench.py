@@ -48,7 +48,6 @@ from ldebm.prior import DiffusionEBM
 from ldebm.records import provenance, results_root
 from ldebm.schedule import make_schedule
 from ldebm.settings import check_params
-from ldebm.stats import two_sample_auroc
 from ldebm.text import Batch, Vocab
 from ldebm.text_job import load_model, open_job
 from ldebm.text_kernels import FastReader
@@ -57,6 +56,7 @@ from ldebm.text_settings import TextJob, TextSettings, prior_cfg, resolve, train
 from ldebm.text_task import TextTask, build_model
 from ldebm.text_vae import sample_sentences, strip
 from ldebm.train import fit, make_optimizer
+from ldebm.two_samples import two_sample_auroc
 from ldebm.whole_chains import sizes_of
 
 OBJECTIVES = ("published", "consistent")

@@ -1,7 +1,6 @@
 "Sphinx settings of the site; pages come from `ldebm.docs.build`, which also runs Sphinx"
 
 import re
-import sys
 from configparser import ConfigParser
 from functools import cache
 from html import escape
@@ -10,8 +9,9 @@ from pathlib import Path
 from sphinx.search.en import SearchEnglish
 
 from ldebm.docs import mathml
+from ldebm.sweep import skip_address_checks
 
-sys.modules.setdefault("rfc3987_syntax", None)  # Takes five seconds to load, and would check addresses in notebooks
+skip_address_checks()
 SearchEnglish.stem = cache(SearchEnglish.stem)  # Sphinx forgets the words of a page on the next
 
 _cfg = ConfigParser(delimiters=["="], interpolation=None)

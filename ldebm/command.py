@@ -13,12 +13,14 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import sys
 import threading
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 # %% ../nbs/68_command.ipynb #1b3b8f37
 def _check_packages():
@@ -220,12 +222,69 @@ def _begin(folder: Path, notebook: Path) -> Path:
             old.unlink()
     return folder / f'{notebook.stem}.running.{os.getpid()}.ipynb'
 
+# %% ../nbs/68_command.ipynb #d54a11cc
+class _Parts(NamedTuple):
+    "Where a job's parameters and settings are defined"
+
+    parameters: str = 'text_settings.TextJob'
+    settings: str = 'text_settings.TextSettings'
+    resolve: str = 'text_settings.resolve'  # Settings of parameters, or the error that they deserve
+
+
+_PICTURES = _Parts('image_job.ImageJob', 'image_job.ImageSettings', 'image_job.resolve')
+_JOBS = {  # Jobs that are not a text model's
+    'control': _Parts('control_show.ControlJob'),
+    'toy2d': _Parts('toy_job.ToyJob', 'toy_job.ToySettings', 'toy_job.resolve'),
+    'digits': _PICTURES,
+    'images': _PICTURES,
+    'semisup': _Parts('label_job.LabelJob', 'few_labels.LabelSettings', 'label_job.resolve'),
+    'response': _Parts('response_task.ResponseJob', 'response_task.ResponseSettings', 'response_task.resolve'),
+}
+
+
+def _named(part: str):
+    "What a module of this package has, as `module.name`"
+    module, name = part.split('.')
+    return getattr(importlib.import_module(f'ldebm.{module}'), name)
+
+# %% ../nbs/68_command.ipynb #563326ba
+def _check_source(found, folder: Path):
+    "The error of a corpus or of pictures that are not there, unless the run has begun and may have its own copy"
+    from ldebm.corpora import CORPORA, corpus_file
+    from ldebm.image_files import list_images
+    from ldebm.image_sets import images_path
+    from ldebm.sentences import read_sentences
+
+    if (folder / 'settings.json').exists():
+        return
+    if isinstance(found, _named('text_settings.TextJob')) and found.corpus not in CORPORA:
+        if not corpus_file(found.corpus).exists():
+            read_sentences(corpus_file(found.corpus))
+    if hasattr(found, 'dataset') and len(Path(found.dataset).parts) > 1:
+        if not images_path(found.dataset).exists():
+            list_images(images_path(found.dataset))
+
+# %% ../nbs/68_command.ipynb #af1ceae2
+def _refuse(job: str, given: dict, folder: Path):
+    "`ValueError` or `FileNotFoundError` for what parameters alone show to be impossible, before a kernel starts"
+    from ldebm.settings import check_params, parse_settings
+
+    parts = _JOBS.get(job, _Parts())
+    cls = _named(parts.parameters)
+    values = parse_settings(cls, ' '.join(f'{name}={shlex.quote(value)}' for name, value in given.items()))
+    texts = {name: os.path.expanduser(value) for name, value in values.items() if isinstance(value, str)}
+    found = check_params(cls, values | texts)
+    if job == 'control':
+        found = found.text_job()
+    _named(parts.resolve)(found)
+    _check_source(found, folder)
+
 # %% ../nbs/68_command.ipynb #f6b85d48
 def train_job(
     job: str,  # One of `ldebm.sweep.job_notebooks`
     given: dict[str, str],  # Parameter of its notebook -> value, as written in a shell
 ) -> int:  # Exit status: 0 when done, 2 where the job refused, 130 where it was stopped
-    "Execute a job's notebook; `ValueError` for an unknown job or parameter, `ImportError` for a missing package"
+    "Execute a job's notebook; `ValueError` for what parameters alone forbid, `ImportError` for a missing package"
     from ldebm.core import check_writable
     from ldebm.settings import choose
     from ldebm.sweep import job_notebooks, notebook_parameters
@@ -238,6 +297,7 @@ def train_job(
         choose(f'parameter of {job}', name, known)
     folder = Path(given.get('out') or _run_folder(job, known, given)).expanduser()
     check_writable(folder, 'name another folder with --out')
+    _refuse(job, given | dict(out=str(folder)), folder)
     copy, began = _begin(folder, notebook), time.time()
     status = _execute(notebook, copy, given | dict(out=str(folder)), known)
     _keep(copy, notebook, status, began)
@@ -449,15 +509,6 @@ def _runs(options) -> int:
     print(runs_table(options.folder))
     return 0
 
-# %% ../nbs/68_command.ipynb #d54a11cc
-_SETTINGS = {  # Module and class of what a job takes in `settings`, where it is not a text model's
-    'toy2d': ('toy_job', 'ToySettings'),
-    'digits': ('image_job', 'ImageSettings'),
-    'images': ('image_job', 'ImageSettings'),
-    'semisup': ('few_labels', 'LabelSettings'),
-    'response': ('response_task', 'ResponseSettings'),
-}
-
 # %% ../nbs/68_command.ipynb #b00a8196
 def parameters_table(
     job: str,  # One of `ldebm.sweep.job_notebooks`
@@ -471,8 +522,7 @@ def parameters_table(
     choose('job', job, job_notebooks())
     known = notebook_parameters(str(job_notebooks()[job]))
     rows = [(name, about['default'], about['help']) for name, about in known.items()]
-    module, settings = _SETTINGS.get(job, ('text_settings', 'TextSettings'))
-    each = fields(getattr(importlib.import_module(f'ldebm.{module}'), settings))
+    each = fields(_named(_JOBS.get(job, _Parts()).settings))
     return '\n\n'.join(
         [
             markdown_table(dict(zip(('parameter', 'default', 'meaning'), zip(*rows)))),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .convergence import ess, rhat_metric
 from .diagnostics import energy_traces, trace_rhat
-from .stats import two_sample_auroc
+from .two_samples import two_sample_auroc
 
 # %% ../nbs/61b_evidence.ipynb #0f4b4e90
 def _rhat_metrics(traces: Tensor) -> dict:  # `rhat_t` for each level t, and `rhat`

@@ -27,7 +27,7 @@ from .classifier import CLASSIFIERS, FROZEN_CLASSIFIERS, frozen_classifier
 from .core import settings_hash
 from .generator_parts import GeneratorCfg
 from .image_files import shown
-from .image_sets import IMAGE_SETS, load_images
+from .image_sets import IMAGE_SETS, images_path, load_images
 from .images import Images, fewer_levels
 from .job import check_names, describe, job_device, use_machine, with_folder
 from .levels import PriorCfg
@@ -523,6 +523,8 @@ def resolve(
     job: ImageJob,  # Parameters
 ) -> ImageSettings:  # Every number of the run
     "Settings of a job; `ValueError` for anything unknown or impossible, before any work"
+    if known_set(job.dataset) not in IMAGE_SETS:
+        images_path(job.dataset)
     choose('objective', job.objective, OBJECTIVES)
     values = preset_of(job.dataset, job.preset) | OBJECTIVES[job.objective] | dict(objective=job.objective)
     settings = check_params(ImageSettings, values | _own_settings(job))

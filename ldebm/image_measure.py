@@ -26,7 +26,7 @@ from .images import Images, image_batches
 from .job import record, work_of
 from .prior import DiffusionEBM
 from .records import metric
-from .stats import latent_mmd, two_sample_auroc
+from .two_samples import latent_mmd, two_sample_auroc
 
 # %% ../nbs/62b_image_measure.ipynb #7e700c2f
 @torch.no_grad()

@@ -25,7 +25,8 @@ from .outliers import inverted, noise_images, permuted, rotated, textures
 from .prior import DiffusionEBM
 from .records import metric
 from .shapes import shapes
-from .stats import auroc, share_metric, wilson_interval
+from .stats import share_metric, wilson_interval
+from .two_samples import auroc
 
 # %% ../nbs/62c_image_uses.ipynb #4a4f0103
 def in_turns(

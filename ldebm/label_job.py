@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import progress
-from .documents import Documents, bag_batches, load_documents
+from .documents import DOCUMENTS, Documents, bag_batches, load_documents
 from ldebm.few_labels import (
     NETWORKS,
     SYSTEMS,
@@ -119,6 +119,7 @@ def resolve(
     job: LabelJob,  # Parameters
 ) -> LabelSettings:
     "Settings of a job; `ValueError` for anything unknown or impossible, before any work"
+    choose('corpus with classes', job.corpus, DOCUMENTS)
     choose('preset', job.preset, PRESETS)
     choose('objective', job.objective, OBJECTIVES)
     for name in ('steps', 'threads'):

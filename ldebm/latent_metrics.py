@@ -22,14 +22,8 @@ from torch import Tensor
 
 from .posterior import DiagGaussian
 from .records import metric
-from ldebm.stats import (
-    bootstrap_interval,
-    jackknife_interval,
-    latent_mmd,
-    mean_interval,
-    resample_counts,
-    two_sample_auroc,
-)
+from .stats import bootstrap_interval, jackknife_interval, mean_interval, resample_counts
+from .two_samples import latent_mmd, two_sample_auroc
 
 # %% ../nbs/41a_latent_metrics.ipynb #e0138338
 def _log_p(x: Tensor, probs: bool) -> Tensor:

@@ -106,7 +106,7 @@ DEFINED = {  # Metric -> page and symbol of its definition; those under drawn wo
     **dict.fromkeys(('exact_gap', 'nll_published'), '61a_text_nll.ipynb#{}'),
     **dict.fromkeys(('density', 'coverage'), '42_image_metrics.ipynb#density_coverage'),
     **dict.fromkeys(('frechet', 'frechet_test'), '42_image_metrics.ipynb#frechet_metric'),
-    **dict.fromkeys(('mmd', 'mmd_fresh'), '06_stats.ipynb#mmd'),
+    **dict.fromkeys(('mmd', 'mmd_fresh'), '06b_two_samples.ipynb#mmd'),
     **dict.fromkeys(('modes_covered', 'mode_tv', 'stray'), '63a_toy_measure.ipynb#score'),
     'mi': '41a_latent_metrics.ipynb#mutual_information',
     'ami': '41a_latent_metrics.ipynb#ami',
@@ -115,7 +115,7 @@ DEFINED = {  # Metric -> page and symbol of its definition; those under drawn wo
     'ppl_forward': '43b_reverse.ipynb#forward_ppl',
     'gap_closed': '42_image_metrics.ipynb#{}',
     'nearest': '62b_image_measure.ipynb#{}',
-    'mmd_ratio': '06_stats.ipynb#latent_mmd',
+    'mmd_ratio': '06b_two_samples.ipynb#latent_mmd',
     'long_auroc': '61b_evidence.ipynb#sampler_evidence',
 }
 

@@ -27,9 +27,9 @@ from .prior import DiffusionEBM
 from .records import JOB_SETTINGS, Run
 from .schedule import consistent_schedule
 from .settings import check_settings, choose, setting, settings_table
-from .stats import mmd
 from .toys import TOYS
 from .train import TrainCfg, fit
+from .two_samples import mmd
 
 # %% ../nbs/63_toy_job.ipynb #9bd54abe
 @dataclass(frozen=True)

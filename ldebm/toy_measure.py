@@ -19,9 +19,9 @@ from .job import record, work_of
 from .prior import DiffusionEBM
 from .records import metric
 from .schedule import diffuse
-from .stats import mmd
 from .toy_job import ToyPlace, evaluations, record_name, record_settings, settings_for
 from .toys import ARMS, RATE, TOYS, grid16
+from .two_samples import mmd
 
 # %% ../nbs/63a_toy_measure.ipynb #a0354a21
 @torch.no_grad()

@@ -142,6 +142,12 @@ def papermill(monkeypatch):
     return stand_in
 
 
+@pytest.fixture
+def accepting(monkeypatch):
+    "Any parameter will do"
+    monkeypatch.setattr(command, "_refuse", lambda *what: None)
+
+
 def finished(folder):
     (folder / "result.json").write_text((MODELS / "grammar" / "result.json").read_text())
     return 0
@@ -152,6 +158,38 @@ def begun(folder):
     return 130
 
 
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        ("train -p system svebn", "unknown system 'svebn'; did you mean 'svebm'?"),
+        ("train zoo --preset smal", "unknown preset 'smal'; did you mean 'small'?"),
+        ("train --corpus ptbb", "unknown corpus 'ptbb'; did you mean 'ptb'?"),
+        ("train --corpus texts/mine.txt", "no such file: texts/mine.txt"),
+        ("train -p settings wkl=1", "unknown setting 'wkl'; did you mean 'w_kl'?"),
+        ("train -p steps many", "steps='many' must be int"),
+        ("train control -p settings attributs=all", "unknown setting 'attributs'; did you mean 'attributes'?"),
+        ("train images --dataset shape", "unknown images 'shape'; did you mean 'shapes'?"),
+        ("train images --dataset my/pictures", "no such folder or zip: my/pictures"),
+        ("train digits -p systems ldebn", "unknown system 'ldebn'; did you mean 'ldebm'?"),
+        ("train toy2d -p density pinweel", "unknown density 'pinweel'; did you mean 'pinwheel'?"),
+        ("train semisup --corpus agnew", "unknown corpus with classes 'agnew'; did you mean 'agnews'?"),
+        ("train response -p system ldeb", "unknown system 'ldeb'; did you mean 'ldebm'?"),
+    ],
+)
+def test_refused_before_a_kernel_starts(arguments, says, papermill, elsewhere, capsys):
+    "And nothing is left behind"
+    assert run(arguments) == 2 and says in capsys.readouterr().err
+    assert not papermill.calls and not list(Path().iterdir())
+
+
+def test_a_run_that_has_begun_needs_its_file_no_more(papermill, elsewhere, capsys):
+    papermill.status = finished
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/settings.json").write_text("{}")
+    assert run("train --corpus gone.txt --out runs/mine") == 0 and papermill.calls
+
+
+@pytest.mark.usefixtures("accepting")
 def test_parameters_reach_the_notebook(papermill, elsewhere, capsys):
     papermill.status = finished
     assert run("train --corpus 12 --preset small -p seed 3 -p variant 7 --out runs/mine") == 0
@@ -179,6 +217,7 @@ def test_parameters_reach_the_notebook(papermill, elsewhere, capsys):
         ("train images --dataset cifar10 --preset small", "runs/images-cifar10-small-s0"),
     ],
 )
+@pytest.mark.usefixtures("accepting")
 def test_a_folder_of_its_own(arguments, folder, papermill):
     papermill.status = finished
     assert run(arguments) == 0 and Path(folder, "result.json").exists()

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from ldebm import latent_metrics, layers, text_nets, text_vae
 from ldebm import likelihood as L
 from ldebm import stats as st
+from ldebm import two_samples as two
 from ldebm.annealing import LogZ, Plan, anneal, model_level
 from ldebm.clusters import balance_weights, cluster_targets, published_draw
 from ldebm.codes import Codes
@@ -765,7 +766,7 @@ def test_interval_of_an_auroc_by_hand(a, n, m):
 def test_a_permutation_test_counts_the_sample_itself():
     "No p-value is below 1/(permutations + 1)"
     x = torch.arange(8.0)[:, None] / 8
-    assert st.mmd_test(x, x + 100, gen(), n_perm=9)[1] == pytest.approx(1 / 10)
+    assert two.mmd_test(x, x + 100, gen(), n_perm=9)[1] == pytest.approx(1 / 10)
 
 
 # --- likelihood

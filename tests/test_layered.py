@@ -20,7 +20,7 @@ from ldebm.posterior import DiagGaussian
 from ldebm.prior import DiffusionEBM
 from ldebm.schedule import consistent_schedule, diffuse_pair, published_schedule
 from ldebm.stacks import Stack, VectorNets
-from ldebm.stats import mmd_test
+from ldebm.two_samples import mmd_test
 
 F64 = torch.float64
 SE = 5  # standard errors allowed

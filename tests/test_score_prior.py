@@ -12,7 +12,7 @@ from ldebm.core import load_tensors, make_gen, save_tensors
 from ldebm.perfect_score import GaussianScore, gaussian_moments
 from ldebm.posterior import DiagGaussian, StandardNormal
 from ldebm.schedule import diffuse
-from ldebm.stats import mmd2
+from ldebm.two_samples import mmd2
 
 
 def small(d=3, n_symbols=0, **kw):

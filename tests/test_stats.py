@@ -9,9 +9,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.testing import assert_close
 
 from ldebm import stats as st
+from ldebm import two_samples as two
 from ldebm.core import make_gen
-from ldebm.stats import kernel, mmd, mmd2, mmd_test
 from ldebm.toys import TOYS, pinwheel
+from ldebm.two_samples import kernel, mmd, mmd2, mmd_test
 
 
 def value(m):
@@ -112,22 +113,24 @@ def test_jackknife_of_a_mean_is_the_normal_interval():
 
 
 def test_auroc_by_hand_and_against_sklearn():
-    assert value(st.auroc([2, 2], [2, 2])) == 0.5
-    assert value(st.auroc([3, 1], [2])) == 0.5
-    assert value(st.auroc([1, 1, 0], [1, 0])) == pytest.approx((0.5 + 1 + 0.5 + 1 + 0 + 0.5) / 6)
+    assert value(two.auroc([2, 2], [2, 2])) == 0.5
+    assert value(two.auroc([3, 1], [2])) == 0.5
+    assert value(two.auroc([1, 1, 0], [1, 0])) == pytest.approx((0.5 + 1 + 0.5 + 1 + 0 + 0.5) / 6)
     for seed in range(3):
         i, o = (
             normal(57, 1, "i", seed)[:, 0].mul(3).round(),
             normal(80, 1, "o", seed)[:, 0].mul(3).round() - 1,
         )  # many ties
         y, s = np.r_[np.ones(57), np.zeros(80)], torch.cat([i, o]).numpy()
-        assert value(st.auroc(i, o)) == pytest.approx(roc_auc_score(y, s))
-        assert value(st.auroc(-i, -o)) == pytest.approx(1 - roc_auc_score(y, s))
-        assert value(st.aupr(i, o)) == pytest.approx(average_precision_score(y, s))
-    assert st.aupr(i, o, make_gen(0))["interval"][0] < value(st.aupr(i, o)) < st.aupr(i, o, make_gen(0))["interval"][1]
+        assert value(two.auroc(i, o)) == pytest.approx(roc_auc_score(y, s))
+        assert value(two.auroc(-i, -o)) == pytest.approx(1 - roc_auc_score(y, s))
+        assert value(two.aupr(i, o)) == pytest.approx(average_precision_score(y, s))
+    assert (
+        two.aupr(i, o, make_gen(0))["interval"][0] < value(two.aupr(i, o)) < two.aupr(i, o, make_gen(0))["interval"][1]
+    )
     for bad in ([], [float("inf")], [[1.0]]):
         with pytest.raises(ValueError, match="finite"):
-            st.auroc(bad, [0.0])
+            two.auroc(bad, [0.0])
 
 
 def test_auroc_interval():
@@ -156,7 +159,7 @@ def test_two_sample_auroc():
     a = normal(n, d, "a")
 
     def run(b, **kw):
-        return value(st.two_sample_auroc(a, b, make_gen(0, "c"), **kw))
+        return value(two.two_sample_auroc(a, b, make_gen(0, "c"), **kw))
 
     same = run(normal(n, d, "b"))
     assert abs(same - 0.5) < 0.07
@@ -170,13 +173,13 @@ def test_two_sample_auroc():
 
 def test_two_sample_auroc_many_dimensions_and_points():
     a, b = normal(300, 100, "a"), normal(400, 100, "b")
-    m = st.two_sample_auroc(a, 1.1 * b, make_gen(0), n_folds=3, max_dim=8, max_n=250)
+    m = two.two_sample_auroc(a, 1.1 * b, make_gen(0), n_folds=3, max_dim=8, max_n=250)
     assert m["n"] == 500 and "reduced to 8" in m["estimator"] and m["value"] > 0.75  # the norm tells
-    assert abs(value(st.two_sample_auroc(a, b, make_gen(0), n_folds=3, max_dim=8)) - 0.5) < 0.1
+    assert abs(value(two.two_sample_auroc(a, b, make_gen(0), n_folds=3, max_dim=8)) - 0.5) < 0.1
     with pytest.raises(ValueError, match="at least 20"):
-        st.two_sample_auroc(a[:19], b, make_gen(0))
+        two.two_sample_auroc(a[:19], b, make_gen(0))
     with pytest.raises(ValueError, match="compared"):
-        st.two_sample_auroc(a, b[:, :5], make_gen(0))
+        two.two_sample_auroc(a, b[:, :5], make_gen(0))
 
 
 # --- MMD
@@ -205,7 +208,7 @@ def test_mmd_tells_laws_apart_and_no_more():
 
 def test_latent_mmd():
     a, b = normal(500, 8, "a"), normal(500, 8, "b")
-    same, wide = st.latent_mmd(a, b), st.latent_mmd(a, 2 * b)
+    same, wide = two.latent_mmd(a, b), two.latent_mmd(a, 2 * b)
     assert abs(value(same)) < 2e-3 < 20 * 2e-3 < value(wide)
 
     def naive(x, y):
@@ -217,22 +220,22 @@ def test_latent_mmd():
     assert value(wide) == pytest.approx(
         float(off(naive(a, a)) + off(naive(2 * b, 2 * b)) - 2 * naive(a, 2 * b).mean()), abs=1e-6
     )
-    assert value(wide) == pytest.approx(float(st.mmd2(a, 2 * b, [h * 8**0.5 for h in st.BANDWIDTHS])), abs=1e-9)
+    assert value(wide) == pytest.approx(float(two.mmd2(a, 2 * b, [h * 8**0.5 for h in two.BANDWIDTHS])), abs=1e-9)
     assert same["interval"][0] < 0 < same["interval"][1] and wide["interval"][0] > 0.5 * value(wide)
-    few = st.latent_mmd(a[:40], 2 * b[:30], chunk=7)  # the jackknife by definition
-    widths = [h * 8**0.5 for h in st.BANDWIDTHS]
+    few = two.latent_mmd(a[:40], 2 * b[:30], chunk=7)  # the jackknife by definition
+    widths = [h * 8**0.5 for h in two.BANDWIDTHS]
 
     def drop(x, i):
         return torch.cat([x[:i], x[i + 1 :]])
 
     out = [
-        [float(st.mmd2(drop(a[:40], i), 2 * b[:30], widths)) for i in range(40)],
-        [float(st.mmd2(a[:40], 2 * drop(b[:30], i), widths)) for i in range(30)],
+        [float(two.mmd2(drop(a[:40], i), 2 * b[:30], widths)) for i in range(40)],
+        [float(two.mmd2(a[:40], 2 * drop(b[:30], i), widths)) for i in range(30)],
     ]
     assert few["interval"] == pytest.approx(list(st.jackknife_interval(value(few), *out)), abs=1e-9)
-    assert st.latent_mmd(a[:2], b[:2])["interval"] is None
+    assert two.latent_mmd(a[:2], b[:2])["interval"] is None
     with pytest.raises(ValueError, match="at least two points"):
-        st.latent_mmd(a, b[:1])
+        two.latent_mmd(a, b[:1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
@@ -240,7 +243,7 @@ def test_latent_mmd_interval_covers(scale):
     def draw(i):
         return (normal(60, 3, "a", i), scale * normal(50, 3, "b", i))
 
-    ms = [st.latent_mmd(*draw(i)) for i in range(300)]
+    ms = [two.latent_mmd(*draw(i)) for i in range(300)]
     truth = np.mean([value(m) for m in ms])  # unbiased
     if scale == 1:
         assert abs(truth) < 5 * np.std([value(m) for m in ms]) / 300**0.5
