@@ -267,7 +267,17 @@ def finish(
     return record(run.path, record_name(job), metrics, settings, work, job.results, data)
 
 # %% ../nbs/61_text_job.ipynb #3333931a
-_BRIEF = ('nll_valid', 'exact_gap', 'rppl', 'rppl_floor', 'bleu', 'wkl', 'grammatical', 'ami_topic', 'prior_hole_auroc')
+_BRIEF = {  # Metric -> what it says
+    'nll_valid': 'nats a sentence; lower is better',
+    'exact_gap': 'of them above the true law of the grammar',
+    'rppl': 'real text judged by the samples; lower is better',
+    'rppl_floor': 'the same of real text instead of samples',
+    'bleu': 'sentences decoded again, at most 100',
+    'wkl': 'word frequencies of samples; 0 is best',
+    'grammatical': 'share of samples in the grammar',
+    'ami_topic': 'symbols agree with topics, at most 1',
+    'prior_hole_auroc': 'one half, or below: prior has no hole',
+}
 
 
 def not_valid(
@@ -279,9 +289,9 @@ def not_valid(
 # %% ../nbs/61_text_job.ipynb #0d796d40
 def _score_line(name: str, m: dict, flawed: bool) -> str:
     "A metric in a terminal"
-    interval = f'   ({m["interval"][0]:.4g} to {m["interval"][1]:.4g})' if m['interval'] else ''
-    warning = '   not valid, see nll_gap in result.json' if flawed and name in ('nll_valid', 'exact_gap') else ''
-    return f'{name:17}{m["value"]:10.4g}{interval}{warning}'
+    interval = f'({m["interval"][0]:.4g} to {m["interval"][1]:.4g})' if m['interval'] else ''
+    about = 'not valid, see nll_gap in result.json' if flawed and name in ('nll_valid', 'exact_gap') else _BRIEF[name]
+    return f'{name:17}{m["value"]:10.4g}   {interval:22}{about}'
 
 
 def scores(

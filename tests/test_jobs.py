@@ -621,12 +621,12 @@ def test_a_terminal_says_when_a_likelihood_is_not_valid(tmp_path):
         return [" ".join(line.split()) for line in scores(tmp_path).splitlines()]
 
     assert show("upper bound; valid: largest mean gap of a level 0.02 nats") == [
-        "nll_valid 161.1 (125 to 197.1)",
-        "bleu 5",
+        "nll_valid 161.1 (125 to 197.1) nats a sentence; lower is better",
+        "bleu 5 sentences decoded again, at most 100",
         "rppl: too few",
     ]
     assert show("upper bound; NOT valid: largest mean gap of a level 0.2 nats") == [
         "nll_valid 161.1 (125 to 197.1) not valid, see nll_gap in result.json",
-        "bleu 5",
+        "bleu 5 sentences decoded again, at most 100",
         "rppl: too few",
     ]
