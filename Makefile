@@ -222,7 +222,7 @@ look: $(READY) ## Look at the built site in a headless Chromium: widths, colours
 	@python tests/look_at_site.py $(if $(AXE),--axe $(call q,$(AXE))) $(LOOK_ARGS)
 
 lab: $(READY) ## Open the notebooks in JupyterLab
-	@$(call TOOL,jupyter) lab --notebook-dir=nbs $(LAB_ARGS)
+	@$(call TOOL,jupyter) lab --notebook-dir=nbs nbs/tour.ipynb $(LAB_ARGS)
 
 # The package is written by nbdev: the notebooks are formatted
 lint: $(READY) ## Check style, format and, on the pages of the method and the models, types

@@ -114,7 +114,7 @@ class _Watch:
         for path in [path for path, stamp in now.items() if self.known.get(path) != stamp]:
             if path.suffix == '.json':
                 self.measured += [path.stem] * (path.stem not in self.measured)
-                self.line.tell('score', ', '.join(self.measured))
+                self.line.tell('score', f'{", ".join(self.measured)}; more may follow')
             elif lines := _last_lines(path):
                 self.line.tell(*_trained(self, path, lines))
             self.known[path] = now[path]
@@ -130,11 +130,13 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     parts = [f'step {step}/{total}' if total else f'step {step}']
     shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
     if shown and kind == 'valid':
-        shown[0] = f'validation: {shown[0]}'
+        shown[0] = f'validation at {metrics["step"]}: {shown[0]}'
     parts += shown
     first, since = watch.began.setdefault(stage, (step, time.monotonic()))
     if total and first < step < total:
         parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')
+    if step == total:
+        parts.append('done')
     return stage, '   '.join(parts)
 
 # %% ../nbs/68_command.ipynb #7a44d986
@@ -447,7 +449,9 @@ def score_sentences(
     if len(parts) > 1:
         low, _, high = estimation_interval(parts)
         mean += f', an upper bound in expectation; 95 % of estimation {low:.2f} to {high:.2f}'
-    return f'{table}\n\n{mean}. Words outside the vocabulary: {split.flat.eq(split.vocab.unk).sum()}.'
+    unknown = sorted({word for words in reading.sentences for word in words} - set(split.vocab.stoi))
+    outside = ', '.join(unknown[:10]) + ' ...' * (len(unknown) > 10) or 'none'
+    return f'{table}\n\n{mean}. Words outside the vocabulary: {outside}.'
 
 # %% ../nbs/68_command.ipynb #6760f6fc
 def _request(model, options):  # A symbol, several of them, or `None`
@@ -486,6 +490,14 @@ def _sample(options) -> int:
     return 0
 
 # %% ../nbs/68_command.ipynb #34a94377
+def _say_if_busy():
+    "Threads that wait for each other where others compute can take several times as long as one"
+    load, processors = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0, os.cpu_count() or 1
+    if processors > 1 and load > 0.75 * processors and os.environ.get('OMP_NUM_THREADS') != '1':
+        busy = f'This machine is busy (load {load:.1f} on {processors} processors)'
+        print(f'{busy}: with OMP_NUM_THREADS=1 in front this may be several times faster.', file=sys.stderr)
+
+# %% ../nbs/68_command.ipynb #9de6790d
 def _train(options) -> int:
     "What the options ask `train_job` for"
     named = {name: getattr(options, name) for name in ('corpus', 'dataset', 'preset', 'out')}
@@ -493,12 +505,14 @@ def _train(options) -> int:
     if options.parameters:
         print(parameters_table(options.job))
         return 0
+    _say_if_busy()
     return train_job(options.job, given)
 
 
 def _score(options) -> int:
     from ldebm.sentences import read_sentences
 
+    _say_if_busy()
     n = len(read_sentences(options.file))
     print(f'{n} to score: about a minute for the first few, seconds for each other', file=sys.stderr, flush=True)
     print(html.unescape(score_sentences(options.model, options.file, options.draws, options.seed)))

@@ -23,7 +23,7 @@ from .data import PTB_FILES, read_data
 from .grammar_corpus import GRAMMAR_ATTRIBUTES, load_grammar_files
 from .records import DATA_SETS, own_name
 from .sentences import parse_sentences, read_file, read_sentences
-from .settings import did_you_mean
+from .settings import choose
 from .text import PAD, UNK, Split, Vocab, build_vocab, make_split
 
 # %% ../nbs/04b_corpora.ipynb #13d21ab1
@@ -308,7 +308,8 @@ def _warnings(corpus: Corpus, max_len: int) -> list[str]:
     found = []
     whole = torch.cat([corpus._uncut(split).lengths for split in corpus.splits])
     if cut := int((whole > max_len).sum()):
-        found.append(f'{cut:,} of {len(whole):,} sentences are cut at {max_len - 2} words, max_len={max_len}')
+        none = f'settings="max_len={int(whole.max())}" cuts none'
+        found.append(f'{cut:,} of {len(whole):,} sentences are cut at {max_len - 2} words; {none}')
     known = torch.cat([corpus.in_train(split) for split in ('valid', 'test')])
     if known.double().mean() > 0.1:
         found.append(f'{known.sum():,} of {len(known):,} held-out sentences stand in training too, word for word')
@@ -351,11 +352,9 @@ def corpus_file(
 ) -> Path:
     "File that a name stands for. `ValueError` for what looks like the misspelt name of a corpus"
     path = Path(name).expanduser()
-    if path.exists() or path.suffix or len(path.parts) > 1:
-        return path
-    known = f'Known: {", ".join(CORPORA)}, or the path of a text file'
-    hint = ' '.join(filter(None, [did_you_mean(name, CORPORA), known]))
-    raise ValueError(f'unknown corpus {str(name)!r}; {hint}')
+    if not (path.exists() or path.suffix or len(path.parts) > 1):
+        choose('corpus', str(path), CORPORA, 'or the path of a text file')
+    return path
 
 # %% ../nbs/04b_corpora.ipynb #2a1bf845
 def load_corpus(

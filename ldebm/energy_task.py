@@ -78,10 +78,10 @@ class EnergyTask:
         self.labels = None
         if task.symbols is not None:
             self.labels = task.symbols.of(task.corpus['train'].labels)
-        elif self.settings.n_symbols > 1 and self.settings.w_cls > 0:
-            means = self.data['train'].mean
+        elif self.settings.n_symbols > 1 and (self.settings.w_cls > 0 or self.settings.w_mi > 0):
+            means, is_clustered = self.data['train'].mean, self.settings.w_cls > 0
             self.labels = logits_of(task, means).argmax(-1)
-            if self.settings.cluster_by == 'lifts':  # Those of the finished latents, under the numbers of before
+            if is_clustered and self.settings.cluster_by == 'lifts':  # Of the finished latents, numbered as before
                 self.labels = task.lift_clusters(means, make_gen(task.seed, 'energies', 'clusters'), self.labels)
 
     def start_epoch(self, epoch, state, gen):

@@ -35,7 +35,7 @@ from .peers import one_process
 from .records import JOB_SETTINGS, Run, own_name, renamed
 from .schedule import SCHEDULES, make_schedule
 from .score_prior import ScorePriorCfg
-from .settings import check_params, check_settings, choose, parse_settings, setting, settings_table
+from .settings import check_params, check_settings, choose, did_you_mean, parse_settings, setting, settings_table
 from .train import TrainCfg
 
 # %% ../nbs/62_image_job.ipynb #052e05e5
@@ -310,8 +310,9 @@ def preset_of(
     dataset = known_set(dataset)
     name = dataset if any(of == dataset for of, _ in PRESETS) else '*'
     if (name, preset) not in PRESETS:
-        there = ', '.join(k for of, k in PRESETS if of == name)
-        raise ValueError(f'no preset {preset!r} for {dataset!r}; there is {there}')
+        there = [k for of, k in PRESETS if of == name]
+        hint = ' '.join(filter(None, [did_you_mean(preset, there), f'There is {", ".join(there)}']))
+        raise ValueError(f'no preset {preset!r} for {dataset!r}; {hint}')
     return PRESETS[name, preset]
 
 # %% ../nbs/62_image_job.ipynb #a9fd3f51
@@ -737,6 +738,12 @@ def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
         raise ValueError(f'{what}; leave out the systems with energies, or choose other layers')
 
 # %% ../nbs/62_image_job.ipynb #9a01c78b
+def _batches_within(settings: ImageSettings, n: int) -> list:
+    "Settings of the batches that are larger than `n` pictures, lowered to a power of two"
+    large = [name for name in ('gen_batch', 'batch') if getattr(settings, name) > n]
+    return [f'{name}={2 ** (n.bit_length() - 1)}' for name in large]
+
+
 def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
     "`ValueError` for fewer pictures than a Frechet distance needs"
     need = CLASSIFIERS[settings.clf_preset]['n_features'] + 1
@@ -748,7 +755,8 @@ def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
         small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features'])
         fewer = CLASSIFIERS[small]['n_features'] + 1
         distance = f'a Frechet distance in {need - 1} features needs {need}'
-        hint = f'; or settings="clf_preset={small}", which needs {fewer}' if min(few.values()) >= fewer else ''
+        others = ' '.join([f'clf_preset={small}', *_batches_within(settings, len(images['train']))])
+        hint = f'; or settings="{others}", which needs {fewer}' if min(few.values()) >= fewer else ''
         what = ' and '.join(f'{n} {what}' for what, n in few.items())
         more = ' and '.join('n_samples' if what == 'n_samples' else f'more {what}' for what in few)
         raise ValueError(f'{images["train"].name}: {what}, and {distance}: give {more}{hint}')
@@ -770,10 +778,10 @@ def _check_classifier(settings: ImageSettings, train: Images):
 # %% ../nbs/62_image_job.ipynb #82c4ca8c
 def _check_training(job: ImageJob, settings: ImageSettings, train: Images):
     "`ValueError` for batches larger than the data, and for a coupled prior without labels"
-    for name in ('gen_batch', 'batch'):
-        size = getattr(settings, name)
-        if size > len(train):
-            raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {name}={size}: lower it')
+    if lower := _batches_within(settings, len(train)):
+        large = ' and '.join(f'{k}={getattr(settings, k)}' for k in (one.partition('=')[0] for one in lower))
+        remedy = f'settings="{" ".join(lower)}"'
+        raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {large}: {remedy}')
     labels = train.attributes and (train.labels >= 0).any()
     if 'ldebm-coupled' in job.systems.split() and not labels:
         remedy = 'leave out the system ldebm-coupled (make: SYSTEM=ldebm), or give attributes'

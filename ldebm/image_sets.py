@@ -20,7 +20,7 @@ from .decode import Decoding
 from .image_files import find_images
 from .image_folders import LAYOUTS, images_from_files
 from .images import Images, fair_order
-from .settings import did_you_mean
+from .settings import choose
 from .shapes import shapes
 
 # %% ../nbs/05g_image_sets.ipynb #d1746e92
@@ -156,11 +156,9 @@ def images_path(
 ) -> Path:
     "Folder or zip that a name stands for. `ValueError` for what looks like the misspelt name of a data set"
     path = Path(name).expanduser()
-    if path.exists() or path.suffix or len(path.parts) > 1:
-        return path
-    known = f'Known: {", ".join(IMAGE_SETS)}, or the path of a folder or zip'
-    hint = ' '.join(filter(None, [did_you_mean(str(name).lower().replace('-', '_'), IMAGE_SETS), known]))
-    raise ValueError(f'unknown images {str(name)!r}; {hint}')
+    if not (path.exists() or path.suffix or len(path.parts) > 1):
+        choose('data set', str(name).lower().replace('-', '_'), IMAGE_SETS, 'or the path of a folder or zip')
+    return path
 
 # %% ../nbs/05g_image_sets.ipynb #3a55f62e
 @patch

@@ -217,6 +217,7 @@ def choose(
     kind: str,  # What is named: `'preset'`
     name: str,  # As it was written
     known,  # Names that there are
+    also: str = '',  # What would do besides
 ) -> None:
     "`ValueError` naming what is known when `name` is not"
     if name in known:
@@ -224,7 +225,9 @@ def choose(
     meant = _meant(name, known)
     hint = f'; {meant}' if meant else ''
     end = '' if meant.endswith('?') else '.'
-    raise ValueError(f'unknown {kind} {name!r}{hint}{end} Known: {", ".join(known)}')
+    hides = meant and len(known) > 20  # the name that is meant
+    others = '' if hides else f' Known: {", ".join([*known, *filter(None, [also])])}'
+    raise ValueError(f'unknown {kind} {name!r}{hint}{end}{others}')
 
 # %% ../nbs/02_settings.ipynb #0dd6b865
 def _fit(value, kind):

@@ -448,7 +448,7 @@ class _Interruptible:
         if self.asked or not self.started:
             raise KeyboardInterrupt
         self.asked = True
-        print('\nstopping, once the state is saved (again: at once)', file=sys.stderr, flush=True)
+        print('\nstopping once the state is saved; once more stops at once', file=sys.stderr, flush=True)
 
     def engine(self):
         "An engine for papermill"

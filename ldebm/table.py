@@ -261,12 +261,13 @@ def outcome(
 def _add_what(parser: argparse.ArgumentParser):
     "Options that say what is run"
     add, systems = parser.add_argument, ', '.join(SYSTEMS)
+    defaults = '; '.join(f'{preset}: {own or "none"}' for preset, own in SETTINGS.items())
     add('--corpus', default='grammar', help='grammar, ptb, dailydialog, movie-reviews, or a file, one sentence a line')
     add('--preset', default='quick', choices=list(PRESETS))
     add('--objective', default='consistent', choices=list(OBJECTIVES))
-    add('--systems', nargs='+', metavar='SYSTEM', help=f'any of {systems}; the sixteen and the control without it')
+    add('--systems', nargs='+', metavar='SYSTEM', help=f'any of {systems}; by default the sixteen and vae-fb')
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    add('--settings', default='', help=f'for every run that they have an effect on; by default {SETTINGS}')
+    add('--settings', default='', help=f'for every run that they have an effect on; by default {defaults}')
     add('--variant', default='', help='tag of records whose settings are not the systems\' own')
     add('--module', default='', help='Python file that adds systems and priors of your own')
     tuning = 'every configuration of both objectives of LDEBM, on validation sentences'

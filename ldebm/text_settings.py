@@ -516,7 +516,8 @@ def _check_latent(settings: TextSettings):
     for name in ('start', 'step'):
         part = getattr(settings, name)
         if part.isdigit():
-            raise ValueError(f'{name}={part}: {name} names a part of the latent; did you mean steps={part}?')
+            reads = f'{name} is what the decoder reads of the latent'
+            raise ValueError(f'{name}={part}: did you mean steps={part}? {reads}')
         choose(f'value of {name}', part, ('all', 'z', 'codes', 'none'))
         begin, end = latent_parts(settings)[part]
         if settings.prior != 'none' and part != 'none' and begin == end:

@@ -949,8 +949,9 @@ def plot_curves(
     for ax, name in zip(axs[0], names):
         for kind, style in (('train', dict(lw=1)), ('valid', dict(marker='o', ms=3, ls=''))):
             points = [(line['step'], line[name]) for line in lines if line['kind'] == kind and name in line]
-            ax.plot(*zip(*points) if points else ([], []), **style)
+            ax.plot(*zip(*points) if points else ([], []), label=kind, **style)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
         ax.tick_params(labelsize=7)
+    axs[0, 0].legend(fontsize=7, frameon=False)
     return axs[0]

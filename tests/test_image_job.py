@@ -394,10 +394,10 @@ BAD = [
     (dict(systems="ldebm nonsense"), "unknown system 'nonsense'. Known: gaussian"),
     (dict(systems="ldbem"), "unknown system 'ldbem'; did you mean 'ldebm'"),
     (dict(systems=" "), "systems is empty"),
-    (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"),
+    (dict(preset="huge"), "no preset 'huge' for 'digits'; There is quick"),
     (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
-    (dict(dataset="digit", preset="small"), "unknown images 'digit'; did you mean 'digits'"),
-    (dict(dataset="digit"), "unknown images 'digit'; did you mean 'digits'"),
+    (dict(dataset="digit", preset="small"), "unknown data set 'digit'; did you mean 'digits'"),
+    (dict(dataset="digit"), "unknown data set 'digit'; did you mean 'digits'"),
     (dict(settings="langevin_stps=3"), "unknown setting 'langevin_stps'; did you mean 'langevin_steps'"),
     (dict(settings="T"), "settings 'T': write name=value"),
     (dict(settings="T=three"), "setting T='three' must be int"),
@@ -411,8 +411,11 @@ BAD = [
     (dict(settings="layer_free_nats='1 2'"), "layer_free_nats has 2 numbers for 3 layers"),
     (dict(settings="layer_free_nats='1 two 3'"), "layer_free_nats='1 two 3' must be numbers"),
     (dict(settings="layer_free_nats='1 -2 3'"), "layer_free_nats must not be negative"),
-    (dict(settings="batch=4000"), "digits has 1257 training pictures, fewer than batch=4000: lower it"),
-    (dict(settings="limit=50 batch=10"), "digits has 50 training pictures, fewer than gen_batch=128"),
+    (dict(settings="batch=4000"), 'digits has 1257 training pictures, fewer than batch=4000: settings="batch=1024"'),
+    (
+        dict(settings="limit=50 batch=10"),
+        'digits has 50 training pictures, fewer than gen_batch=128: settings="gen_batch=32"',
+    ),
     (dict(settings="mixed_precision=fp16"), "mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'"),
     (dict(settings="mixed_precision=fp8"), "setting mixed_precision='fp8' .* must be one of"),
     (
@@ -696,10 +699,23 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
     ):
         ij.open_job(job(tmp_path / "other", **{**kw, "attributes": str(tmp_path / "b.csv")}))
     with pytest.raises(
-        ValueError, match="57 training pictures, and a Frechet distance in 64 features needs 65.*clf_preset=digits"
+        ValueError,
+        match="57 training pictures, and a Frechet .* 64 features needs 65.*clf_preset=digits",
     ):
         ij.open_job(job(tmp_path / "other", **{**kw, "settings": FEW.replace("clf_preset=digits", "clf_preset=small")}))
     assert not (tmp_path / "other").exists()
+
+
+def test_too_few_pictures_are_told_of_at_once(tmp_path):
+    "With settings that work as they stand"
+    path = folder(tmp_path / "few", [f"{i}.png" for i in range(40)], side=16)
+    kw = dict(dataset=str(path), preset="quick", systems="ldebm", out=str(tmp_path / "run"), device="cpu", threads=1)
+    with pytest.raises(ValueError, match="36 training pictures") as error:
+        ij.open_job(ImageJob(**kw))
+    remedy = re.search('settings="([^"]*)"', str(error.value))[1]
+    assert remedy == "clf_preset=digits gen_batch=32 batch=32" and not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match="not computed, for want of data"):
+        assert ij.open_job(ImageJob(**kw, settings=remedy)).run.path.exists()
 
 
 @pytest.mark.parametrize("remedy", ["size=32", "layers='2x1x8x0 4x1x8x0'"])

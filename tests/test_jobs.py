@@ -13,7 +13,7 @@ import torch
 
 from ldebm.core import load_tensors
 from ldebm.corpora import CORPORA, load_corpus
-from ldebm.energy_task import fit_energies
+from ldebm.energy_task import EnergyTask, fit_energies
 from ldebm.grammar_corpus import load_grammar_files
 from ldebm.posterior import DiagGaussian
 from ldebm.records import check_result, load_results
@@ -608,6 +608,17 @@ def test_energies_alone(tmp_path):
     quiet = tiny(tmp_path, settings=f"{NET} batch=64 energy_steps=0", out=tmp_path / "c")
     run, task, device = open_job(quiet)
     assert fit_energies(task, run, 0, device) == 0 and not (run.path / "energies").exists()
+
+
+@pytest.mark.parametrize("system,w_mi,kept", [("svebm-ib", 1, True), ("svebm-ib", 0, False), ("ldebm-no-gc", 1, True)])
+def test_symbols_of_the_bottleneck_stay_in_the_last_stage(tmp_path, system, w_mi, kept):
+    "As those of clusters do: without a term of their own they would collapse there"
+    _, task, _ = open_job(tiny(tmp_path, system=system, settings=f"{NET} batch=64 energy_steps=20 w_mi={w_mi}"))
+    energies = EnergyTask(task)
+    assert (energies.labels is not None) == ("cls" in energies.weights(0, 20)) == kept
+    if kept:
+        own = task.model.prior.symbol_logits(energies.data["train"].mean).argmax(-1)
+        assert torch.equal(energies.labels, own)
 
 
 def test_a_terminal_says_when_a_likelihood_is_not_valid(tmp_path):

@@ -156,7 +156,7 @@ def test_names_and_paths_that_do_not_exist(tmp_path):
     known = "Known: grammar, ptb, dailydialog, movie-reviews"
     with pytest.raises(ValueError, match=f"unknown corpus 'gramar'; did you mean 'grammar'. {known}"):
         load_corpus("gramar")
-    with pytest.raises(ValueError, match="unknown corpus 'zzz'; Known:"):
+    with pytest.raises(ValueError, match="unknown corpus 'zzz'. Known:"):
         load_corpus("zzz")
     with pytest.raises(FileNotFoundError, match="no such file: .*missing.txt"):
         load_corpus(str(tmp_path / "missing.txt"))
