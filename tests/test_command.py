@@ -182,6 +182,17 @@ def test_refused_before_a_kernel_starts(arguments, says, papermill, elsewhere, c
     assert not papermill.calls and not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("load,threads,told", [(1.9, "2", True), (0.1, "2", False), (1.9, "1", False)])
+def test_a_busy_machine_is_told_of(load, threads, told, papermill, elsewhere, capsys, monkeypatch):
+    "Two threads that wait for each other there take longer than one"
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    papermill.status = finished
+    assert run("train") == 0
+    assert ("OMP_NUM_THREADS=1 in front" in capsys.readouterr().err) == told
+
+
 def test_a_run_that_has_begun_needs_its_file_no_more(papermill, elsewhere, capsys):
     papermill.status = finished
     Path("runs/mine").mkdir(parents=True)
