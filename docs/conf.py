@@ -1,6 +1,7 @@
 "Sphinx settings of the site; pages come from `ldebm.docs.build`, which also runs Sphinx"
 
 import re
+import sys
 from configparser import ConfigParser
 from functools import cache
 from html import escape
@@ -9,9 +10,8 @@ from pathlib import Path
 from sphinx.search.en import SearchEnglish
 
 from ldebm.docs import mathml
-from ldebm.sweep import skip_address_checks
 
-skip_address_checks()
+sys.modules.setdefault("rfc3987_syntax", None)  # Takes five seconds to load, and would check addresses in notebooks
 SearchEnglish.stem = cache(SearchEnglish.stem)  # Sphinx forgets the words of a page on the next
 
 _cfg = ConfigParser(delimiters=["="], interpolation=None)

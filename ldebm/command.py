@@ -259,12 +259,13 @@ def _check_source(found, folder: Path):
 
     if (folder / 'settings.json').exists():
         return
+    path, read = None, None
     if isinstance(found, _named('text_settings.TextJob')) and found.corpus not in CORPORA:
-        if not corpus_file(found.corpus).exists():
-            read_sentences(corpus_file(found.corpus))
-    if hasattr(found, 'dataset') and len(Path(found.dataset).parts) > 1:
-        if not images_path(found.dataset).exists():
-            list_images(images_path(found.dataset))
+        path, read = corpus_file(found.corpus), read_sentences
+    elif hasattr(found, 'dataset') and len(Path(found.dataset).parts) > 1:
+        path, read = images_path(found.dataset), list_images
+    if path is not None and not path.exists():
+        read(path)
 
 # %% ../nbs/68_command.ipynb #af1ceae2
 def _refuse(job: str, given: dict, folder: Path):

@@ -311,8 +311,9 @@ def preset_of(
     name = dataset if any(of == dataset for of, _ in PRESETS) else '*'
     if (name, preset) not in PRESETS:
         there = [k for of, k in PRESETS if of == name]
-        hint = ' '.join(filter(None, [did_you_mean(preset, there), f'There is {", ".join(there)}']))
-        raise ValueError(f'no preset {preset!r} for {dataset!r}; {hint}')
+        meant = did_you_mean(preset, there)
+        others = f'{meant} There' if meant else 'there'
+        raise ValueError(f'no preset {preset!r} for {dataset!r}; {others} is {", ".join(there)}')
     return PRESETS[name, preset]
 
 # %% ../nbs/62_image_job.ipynb #a9fd3f51
@@ -738,10 +739,11 @@ def _check_layers(job: ImageJob, settings: ImageSettings, cfg: GeneratorCfg):
         raise ValueError(f'{what}; leave out the systems with energies, or choose other layers')
 
 # %% ../nbs/62_image_job.ipynb #9a01c78b
-def _batches_within(settings: ImageSettings, n: int) -> list:
-    "Settings of the batches that are larger than `n` pictures, lowered to a power of two"
-    large = [name for name in ('gen_batch', 'batch') if getattr(settings, name) > n]
-    return [f'{name}={2 ** (n.bit_length() - 1)}' for name in large]
+def _too_large(settings: ImageSettings, n: int) -> tuple[str, str]:  # As `settings` has them, and as they would do
+    "Batches that are larger than `n` pictures"
+    names = [name for name in ('gen_batch', 'batch') if getattr(settings, name) > n]
+    lower = 2 ** (n.bit_length() - 1)
+    return ' and '.join(f'{k}={getattr(settings, k)}' for k in names), ' '.join(f'{k}={lower}' for k in names)
 
 
 def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
@@ -755,7 +757,7 @@ def _check_distances(job: ImageJob, settings: ImageSettings, images: dict):
         small = min(CLASSIFIERS, key=lambda k: CLASSIFIERS[k]['n_features'])
         fewer = CLASSIFIERS[small]['n_features'] + 1
         distance = f'a Frechet distance in {need - 1} features needs {need}'
-        others = ' '.join([f'clf_preset={small}', *_batches_within(settings, len(images['train']))])
+        others = f'clf_preset={small} {_too_large(settings, len(images["train"]))[1]}'.strip()
         hint = f'; or settings="{others}", which needs {fewer}' if min(few.values()) >= fewer else ''
         what = ' and '.join(f'{n} {what}' for what, n in few.items())
         more = ' and '.join('n_samples' if what == 'n_samples' else f'more {what}' for what in few)
@@ -778,10 +780,10 @@ def _check_classifier(settings: ImageSettings, train: Images):
 # %% ../nbs/62_image_job.ipynb #82c4ca8c
 def _check_training(job: ImageJob, settings: ImageSettings, train: Images):
     "`ValueError` for batches larger than the data, and for a coupled prior without labels"
-    if lower := _batches_within(settings, len(train)):
-        large = ' and '.join(f'{k}={getattr(settings, k)}' for k in (one.partition('=')[0] for one in lower))
-        remedy = f'settings="{" ".join(lower)}"'
-        raise ValueError(f'{train.name} has {len(train)} training pictures, fewer than {large}: {remedy}')
+    large, lower = _too_large(settings, len(train))
+    if large:
+        has = f'{train.name} has {len(train)} training pictures'
+        raise ValueError(f'{has}, fewer than {large}: settings="{lower}"')
     labels = train.attributes and (train.labels >= 0).any()
     if 'ldebm-coupled' in job.systems.split() and not labels:
         remedy = 'leave out the system ldebm-coupled (make: SYSTEM=ldebm), or give attributes'

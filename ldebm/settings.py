@@ -226,7 +226,7 @@ def choose(
     hint = f'; {meant}' if meant else ''
     end = '' if meant.endswith('?') else '.'
     hides = meant and len(known) > 20  # the name that is meant
-    others = '' if hides else f' Known: {", ".join([*known, *filter(None, [also])])}'
+    others = '' if hides else f' Known: {", ".join(known)}' + (also and f', {also}')
     raise ValueError(f'unknown {kind} {name!r}{hint}{end}{others}')
 
 # %% ../nbs/02_settings.ipynb #0dd6b865

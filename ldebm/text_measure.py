@@ -164,13 +164,18 @@ def _agreement(symbols: Tensor, labels: dict, gen: torch.Generator) -> dict:
     return out
 
 
+def _combinations(k: int, M: int, n: int) -> int | None:
+    "Of `M` codes of `k` values; none when `n` sentences do not fill them, ten each"
+    return k**M if 10 * k**M <= n else None
+
+
 def _codes_as_symbols(posterior: Posterior) -> Tensor | None:
     "A number for each combination of the codes; none when they are so many that they name sentences apart"
     values = posterior.code.logits.argmax(-1)
     n, M, k = posterior.code.logits.shape
-    return (values * k ** torch.arange(M, device=values.device)).sum(-1) if 10 * k**M <= n else None
+    return (values * k ** torch.arange(M, device=values.device)).sum(-1) if _combinations(k, M, n) else None
 
-
+# %% ../nbs/60d_text_measure.ipynb #8ccf5d3d
 def _code_metrics(posterior: Posterior, labels: dict, gen: torch.Generator) -> dict:
     "What the categorical variables hold, and their agreement with labels"
     estimators = dict(
@@ -186,19 +191,19 @@ def _code_metrics(posterior: Posterior, labels: dict, gen: torch.Generator) -> d
 # %% ../nbs/60d_text_measure.ipynb #0f7d6ee1
 def _n_clusters(settings: TextSettings, n: int) -> int:
     "Symbols, or combinations of codes where `n` sentences fill them"
-    combinations = settings.classes**settings.codes
-    return combinations if head_of(settings) != 'gaussian' and 10 * combinations <= n else settings.n_symbols
+    has_codes = head_of(settings) != 'gaussian'
+    return (has_codes and _combinations(settings.classes, settings.codes, n)) or settings.n_symbols
 
 
 def _kmeans_metrics(task: TextTask, means: Tensor, split: str, seed: int) -> dict:
     "Agreement of labels with k-means clusters of the latents and of the words, and what symbols could have"
-    labels, sentences = task.corpus[split].labels, task.corpus[split].sentences()
+    labels = task.corpus[split].labels
     if labels and (few := lacking(task.corpus, task.settings, split).get('ami_kmeans')):
         return {f'ami_{name}_kmeans': left_out(few, len(values)) for name, values in labels.items()}
-    out, K = {}, _n_clusters(task.settings, len(sentences))
+    out, K = {}, _n_clusters(task.settings, len(task.corpus[split]))
     if labels:
         clusters = kmeans_labels(means, K, make_gen(seed, 'evaluate', 'k-means'))
-        words = tfidf_clusters(sentences, K, make_gen(seed, 'evaluate', 'tf-idf'))
+        words = tfidf_clusters(task.corpus[split].sentences(), K, make_gen(seed, 'evaluate', 'tf-idf'))
     for name, values in labels.items():
         for source, found in dict(kmeans=clusters, tfidf=words).items():
             scores = ami(values, found, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name)

@@ -394,7 +394,7 @@ BAD = [
     (dict(systems="ldebm nonsense"), "unknown system 'nonsense'. Known: gaussian"),
     (dict(systems="ldbem"), "unknown system 'ldbem'; did you mean 'ldebm'"),
     (dict(systems=" "), "systems is empty"),
-    (dict(preset="huge"), "no preset 'huge' for 'digits'; There is quick"),
+    (dict(preset="huge"), "no preset 'huge' for 'digits'; there is quick"),
     (dict(objective="consitent"), "unknown objective 'consitent'; did you mean 'consistent'"),
     (dict(dataset="digit", preset="small"), "unknown data set 'digit'; did you mean 'digits'"),
     (dict(dataset="digit"), "unknown data set 'digit'; did you mean 'digits'"),
@@ -700,7 +700,7 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
         ij.open_job(job(tmp_path / "other", **{**kw, "attributes": str(tmp_path / "b.csv")}))
     with pytest.raises(
         ValueError,
-        match="57 training pictures, and a Frechet .* 64 features needs 65.*clf_preset=digits",
+        match="57 training pictures, and a Frechet distance in 64 features needs 65.*clf_preset=digits",
     ):
         ij.open_job(job(tmp_path / "other", **{**kw, "settings": FEW.replace("clf_preset=digits", "clf_preset=small")}))
     assert not (tmp_path / "other").exists()
