@@ -67,7 +67,7 @@ _QUICK = dict(d=8, hidden=64, T=3, energy_hidden=32, n_blocks=2, langevin_steps=
 _SMALL = dict(vocab_size=6000, d=32, hidden=128, T=3, energy_hidden=64, n_blocks=3, langevin_steps=8)
 PRESETS = dict(
     quick=dict(_QUICK, batch=100, labelled_batch=50, lr=5e-3, lr_ebm=3e-3, steps=400),
-    small=dict(_SMALL, batch=100, labelled_batch=100, steps=1800),
+    small=dict(_SMALL, batch=100, labelled_batch=100, steps=3600, w_cls=10.0),
     paper=dict(),
 )
 OBJECTIVES = dict(
