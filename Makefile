@@ -26,7 +26,7 @@ SHELL := /bin/bash
 #: PORT         port of the site, 8000
 #: AXE          axe.min.js, of the wheel axe-playwright-python (look)
 #: LOOK_ARGS    options of tests/look_at_site.py, such as "--shots folder index results"
-#: LAB_ARGS     options of JupyterLab, such as "--no-browser --port 8889", or --allow-root in a container
+#: LAB_ARGS     options of JupyterLab, such as "--no-browser --port 8889"
 #: VENV         folder of the environment, .venv
 #: NO_VENV      1: the environment that is active instead
 #: PYTHON       the Python that makes the environment
@@ -135,6 +135,10 @@ COMPILE := python -m compileall -q -j 0 -x '/tests?/'
 # `pip install -e .` writes into the checkout, and takes a dollar in its path for a variable: a .pth file, the metadata and a script do the same
 POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("purelib"); open(lib + "/ldebm.pth", "w").write(os.getcwd()); \
   sys.exit(subprocess.call([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", lib]))
+# What pip does goes into the log; a terminal is told how far it is
+TELL := n=0; while IFS= read -r line; do printf '%s\n' "$$line"; case "$$line" in \
+  Collecting*|Processing*) n=$$((n + 1)); said="$$n of $$all packages";; Installing*) said="unpacking them: the longest part";; *) continue;; esac; \
+  if [ -t 3 ]; then printf '\r\033[2K  %s' "$$said" >&3; fi; done
 .environment:
 	@env=$(call q,$(ENV)); log="$$env/install.log"; \
 	if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(CHECK)' 2>/dev/null; then \
@@ -142,14 +146,16 @@ POINT := import os, sysconfig, subprocess, sys; lib = sysconfig.get_path("pureli
 	if [ ! -f $(LOCK) ]; then echo "$(LOCK) is missing: this checkout has no lock file for that Python" >&2; exit 1; fi; \
 	if [ -f "$$env/pyvenv.cfg" ] && ! "$$env/bin/python" -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$(TAG)')" 2>/dev/null; then \
 	  echo "$$env is of another Python version: making it anew"; rm -rf -- "$$env"; fi; \
-	echo "Installing $$(grep -c == $(LOCK)) packages of $(LOCK) into $$env with $$($(PYTHON) --version): once, a few minutes"; \
+	all=$$(grep -c == $(LOCK) || true); exec 3>&2; \
+	echo "Installing $$all packages of $(LOCK) into $$env with $$($(PYTHON) --version): once, a few minutes"; \
 	$(PYTHON) -m venv -- "$$env" || { echo "$$env cannot be made: name another folder, make VENV=/path/to/folder ..., or with NO_VENV=1 use the environment that is active" >&2; exit 1; }; \
 	rm -f -- "$$env"/.installed-*; \
-	if { python -m pip install -q --no-compile $(PIP_ARGS) -r $(LOCK) && \
+	if { python -m pip install --no-compile --progress-bar off $(PIP_ARGS) -r $(LOCK) | { $(TELL); } && \
+	  { [ ! -t 3 ] || printf '\r\033[2K  compiling them' >&3; } && \
 	  { $(COMPILE) -- "$$env/lib" || true; } && python -c '$(POINT)' && printf '%s\n' '#!/bin/sh' 'exec "$${0%/*}/python" -m ldebm.command "$$@"' > "$$env/bin/ldebm" && chmod +x "$$env/bin/ldebm" && \
 	  python -m ipykernel install --sys-prefix --name python3; } > "$$log" 2>&1; \
-	then touch -- $(call q,$(STAMP)); echo "Ready: $$env"; \
-	else tail -n 15 -- "$$log" >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
+	then touch -- $(call q,$(STAMP)); [ ! -t 3 ] || printf '\r\033[2K' >&3; echo "Ready: $$env"; \
+	else echo >&2; tail -n 15 -- "$$log" >&2; echo "Installation failed; the whole log is $$log. Behind a proxy or mirror set pip's own settings, or PIP_ARGS." >&2; exit 1; fi
 
 # -- Runs
 # The last part of a path without its ending, with dashes for spaces
@@ -222,7 +228,7 @@ look: $(READY) ## Look at the built site in a headless Chromium: widths, colours
 	@python tests/look_at_site.py $(if $(AXE),--axe $(call q,$(AXE))) $(LOOK_ARGS)
 
 lab: $(READY) ## Open the notebooks in JupyterLab
-	@$(call TOOL,jupyter) lab --notebook-dir=nbs nbs/tour.ipynb $(LAB_ARGS)
+	@$(call TOOL,jupyter) lab --notebook-dir=nbs nbs/tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # The package is written by nbdev: the notebooks are formatted
 lint: $(READY) ## Check style, format and, on the pages of the method and the models, types

@@ -472,15 +472,36 @@ def _request(model, options):  # A symbol, several of them, or `None`
         raise ValueError(f'--symbol {options.symbol}: {options.model} has symbols 0 to {model.prior.n_symbols - 1}')
     return options.symbol
 
-# %% ../nbs/68_command.ipynb #c40f9ba4
-def _sample(options) -> int:
-    "Print sentences"
+# %% ../nbs/68_command.ipynb #c48972cf
+def _sample_pictures(options, path: str) -> int:
+    "Draw samples of an image prior into a file"
     import torch
 
+    from ldebm.image_measure import decode_all
+    from ldebm.image_stages import load_prior
+    from ldebm.images import plot_grid
+
+    if options.ask or options.symbol is not None or options.temperature:
+        raise ValueError(f'{options.model} draws pictures: --ask, --symbol and --temperature are for sentences')
+    generator, prior = load_prior(path)
+    u = prior.sample(options.number, gen=torch.Generator().manual_seed(options.seed))
+    file = Path(options.out)
+    plot_grid(decode_all(generator, u)).figure.savefig(file, dpi=150, bbox_inches='tight')
+    print(f'{options.number} pictures: {file}')
+    return 0
+
+# %% ../nbs/68_command.ipynb #c40f9ba4
+def _sample(options) -> int:
+    "Print sentences, or draw pictures"
+    import torch
+
+    from ldebm.text_job import picture_prior
     from ldebm.text_vae import TextModel, sample_sentences
 
     if options.number < 1:
-        raise ValueError(f'-n {options.number}: at least one sentence')
+        raise ValueError(f'-n {options.number}: at least one')
+    if pictures := picture_prior(options.model):
+        return _sample_pictures(options, pictures)
     model = TextModel.from_pretrained(options.model)
     y = _request(model, options)
     if y is not None and options.guidance != 1:
@@ -576,14 +597,20 @@ def _add_train(parser):
 def _add_sample(parser):
     "Arguments of `ldebm sample`"
     add = parser.add_argument
-    add('model', nargs='?', default='grammar', help='folder of a run, grammar, or user/model of the Hugging Face Hub')
-    add('-n', '--number', type=int, default=5, help='sentences')
+    add(
+        'model',
+        nargs='?',
+        default='grammar',
+        help='folder of a run, grammar, digits, shapes, or user/model of the Hugging Face Hub',
+    )
+    add('-n', '--number', type=int, default=5, help='sentences or pictures')
     add('--seed', type=int, default=0)
     asked = parser.add_mutually_exclusive_group().add_argument
     asked('--symbol', type=int, help='symbol to ask for')
     asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='labels to ask for, such as topic=farm')
     add('--guidance', type=float, default=1.0, help='weight of what is asked')
     add('--temperature', type=float, default=0.0, help='of the words; 0 decodes greedily')
+    add('--out', default='samples.png', help='file for pictures (samples.png)')
     parser.set_defaults(run=_sample)
 
 # %% ../nbs/68_command.ipynb #f3226086
@@ -595,7 +622,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'ldebm {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
     _add_train(commands.add_parser('train', help='run a job: train, measure, record'))
-    _add_sample(commands.add_parser('sample', help='print sentences of a trained model'))
+    _add_sample(commands.add_parser('sample', help='sentences or pictures of a trained model'))
     score = commands.add_parser('score', help='likelihood of the sentences of a file')
     score.add_argument('model', help='as for sample')
     score.add_argument('file', help='one sentence a line')

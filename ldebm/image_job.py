@@ -49,7 +49,7 @@ class ImageJob:
     systems: str = 'ldebm ldebm-coupled'  # Priors to train, separated by spaces; `gaussian` is always evaluated
     seed: int = 0  # Seed of weights, data order, noise and chains
     steps: int = 0  # Optimiser steps of a prior; 0 takes the preset's
-    generator_steps: int = 0  # Optimiser steps of the generator; 0 takes the preset's
+    gen_steps: int = 0  # Optimiser steps of the generator; 0 takes the preset's
     n_samples: int = 0  # Pictures generated for the metrics; 0 takes the preset's
     settings: str = ''  # Any other setting, as `"T=4 w_cls=0.5"`
     attributes: str = ''  # Table of attributes of a folder's pictures
@@ -472,7 +472,7 @@ def _check_systems(job: ImageJob):
 
 def _own_settings(job: ImageJob) -> dict:
     "What a job sets itself; its text has the last word"
-    own = dict(steps=job.steps, gen_steps=job.generator_steps, n_samples=job.n_samples)
+    own = dict(steps=job.steps, gen_steps=job.gen_steps, n_samples=job.n_samples)
     text = parse_settings(ImageSettings, job.settings, ImageJob)
     if 'objective' in text:
         raise ValueError("'objective' is a parameter of its own, not one of `settings`: with it come other constants")
@@ -533,7 +533,7 @@ def resolve(
     if os.environ.get('IN_TEST'):
         settings = _shrunk(settings)
     check_settings(settings)
-    for name in ('seed', 'steps', 'generator_steps', 'n_samples', 'threads'):
+    for name in ('seed', 'steps', 'gen_steps', 'n_samples', 'threads'):
         if getattr(job, name) < 0:
             raise ValueError(f'{name} must not be negative, got {getattr(job, name)}')
     _check_systems(job)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'corpus_name', 'record_name', 'job_name', 'job_folder', 'record_settings', 'keep_corpus', 'open_job',
-           'save_model', 'read_settings', 'model_folder', 'load_model', 'load_symbols', 'finish', 'not_valid', 'scores']
+           'save_model', 'read_settings', 'picture_prior', 'model_folder', 'load_model', 'load_symbols', 'finish',
+           'not_valid', 'scores']
 
 # %% ../nbs/61_text_job.ipynb #4768ad78
 import hashlib
@@ -185,15 +186,17 @@ def read_settings(
 MODELS = came_along('models')  # Trained ones
 
 
-def _picture_prior(folder: str | Path) -> str:
-    "What `load_prior` takes for a run on pictures, one of its systems, or a prior that came along; empty for others"
+def picture_prior(
+    folder: str | Path,  # Run folder, a system in it, or the name of a model that came along
+) -> str:  # As `ldebm.image_stages.load_prior` takes it; empty for anything else
+    "Where the prior of a run on pictures lies"
     if (MODELS / folder / 'model.safetensors').exists() and not (MODELS / folder / 'config.json').exists():
         return str(folder)
     systems = [Path(folder), *sorted(Path(folder).glob('ldebm*'))]
     found = [path for path in systems if (path.parent / 'generator').is_dir() and (path / 'result.json').exists()]
     return str(found[0]) if found else ''
 
-
+# %% ../nbs/61_text_job.ipynb #259a7619
 def model_folder(
     folder: str | Path,  # Run folder, or the name of a model that came along
 ) -> Path:
@@ -201,7 +204,7 @@ def model_folder(
     for place in (Path(folder), MODELS / folder):
         if (place / 'config.json').exists():
             return place
-    if pictures := _picture_prior(folder):
+    if pictures := picture_prior(folder):
         raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({pictures!r})` opens it')
     there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
     beside = sorted(str(path.parent) for path in Path(folder).parent.glob('*/config.json'))

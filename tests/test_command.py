@@ -76,8 +76,8 @@ def test_parameters_are_those_of_the_notebook(capsys):
         ("train -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
         ("train digits --corpus mine.txt", "unknown parameter of digits 'corpus'"),
         ("sample gramar", "nor a model that came along (grammar); did you mean 'grammar'?"),
-        ("sample digits", "digits draws pictures: `ldebm.image_shipped.load_prior('digits')` opens it"),
-        ("sample -n 0", "-n 0: at least one sentence"),
+        ("sample digits --symbol 3", "digits draws pictures: --ask, --symbol and --temperature are for sentences"),
+        ("sample -n 0", "-n 0: at least one"),
         ("sample --ask farm", "--ask farm: write what it is as well, such as topic=farm"),
         ("pending", "there is no folder results: run this in a checkout, or name a folder of records with --results"),
         ("sample --symbol 80", "grammar has symbols 0 to 79"),
@@ -341,6 +341,19 @@ def test_samples_are_those_of_the_card(capsys):
     y = load_symbols("grammar").request(topic="farm", mood="question")
     want = sample_sentences(model, 4, y=y, gen=torch.Generator().manual_seed(0))
     assert capsys.readouterr().out.splitlines() == [" ".join(vocab.decode(ids)) for ids in want]
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes"])
+def test_samples_of_pictures_are_a_file(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, seed in zip(files, (0, 0, 1)):
+        assert run(f"sample {name} -n 4 --seed {seed} --out {file}") == 0
+        assert str(file) in capsys.readouterr().out
+    first, again, other = (file.read_bytes() for file in files)
+    assert first == again != other
+    assert run(f"sample {name} --ask topic=farm") == 2 and "draws pictures" in capsys.readouterr().err
+    assert list(tmp_path.glob("samples.png")) == []
 
 
 def test_seeds_symbols_and_temperature_matter(capsys):

@@ -429,7 +429,7 @@ BAD = [
     (dict(settings="T=0"), "setting T=0 .* must be at least 1"),
     (dict(settings="T=500"), "levels T must be an integer from 1 to 250"),
     (dict(steps=-1), "setting steps=-1 .* must be at least 1"),
-    (dict(generator_steps=-3), "setting gen_steps=-3 .* must be at least 1"),
+    (dict(gen_steps=-3), "setting gen_steps=-3 .* must be at least 1"),
     (dict(n_samples=-5), "setting n_samples=-5 .* must be at least 2"),
     (dict(seed=-1), "seed must not be negative"),
     (dict(threads=-1), "threads must not be negative"),
@@ -514,9 +514,7 @@ def test_every_preset_resolves(objective):
             ImageSettings(), **ij.PRESETS[dataset, preset] | ij.OBJECTIVES[objective] | dict(objective=objective)
         )
     assert (
-        ij.resolve(
-            ImageJob(objective=objective, steps=7, generator_steps=8, n_samples=9, settings="steps=11 beta1=.5")
-        ).steps
+        ij.resolve(ImageJob(objective=objective, steps=7, gen_steps=8, n_samples=9, settings="steps=11 beta1=.5")).steps
         == 11
     )  # settings have the last word
 
@@ -691,7 +689,8 @@ def test_what_a_late_stage_needs_is_asked_first(tmp_path):
         assert part in said
     assert all(list(v.attributes) == ["fur"] and v.labels.shape[1] == 1 for v in p.images.values())
     acc = stages.train_classifier(p)[1]
-    assert figures.accuracy_text(acc) == "classifier (fur): no test picture has a label"  # labels for training only
+    said = figures.generator_text(SimpleNamespace(step=3, seconds=1.0), [], acc)
+    assert said == "generator: 3 steps, 1 s; classifier (fur): no test picture has a label"  # labels for training only
     (tmp_path / "b.csv").write_text("file,wings\n" + "".join(f"train/{i}.png,0\n" for i in range(60)))
     with (
         pytest.raises(ValueError, match="no labels to couple to: leave out the system ldebm-coupled"),
@@ -815,7 +814,7 @@ def whole_job(p):
     results = {"gaussian": measure.gaussian_metrics(p, ref), system: done.metrics}
     measure.finish(p, "gaussian", results["gaussian"], None, 0.0)
     measure.add_metrics(p, system, done, uses.ood_metrics(uses.ood(p, done.prior, uses.outliers(p, 8), 8)))
-    said = figures.accuracy_text(acc) + figures.systems_table(results)
+    said = figures.generator_text(SimpleNamespace(step=3, seconds=1.0), [], acc) + figures.systems_table(results)
     if system == "ldebm-coupled":
         asked = uses.control_all(p, ref, done.prior, n=40)
         measure.add_metrics(p, system, done, uses.request_metrics(asked))
@@ -1258,3 +1257,12 @@ def test_small_preset_is_small():
     assert s.T * (s.langevin_steps + 1) <= 110  # a sample's evaluations, about those of its DDPM
     paper = ij.parse_layers(ij.resolve(ij.ImageJob(dataset="cifar10", preset="paper")).layers)
     assert len(paper["sizes"]) >= 9
+
+
+@pytest.mark.parametrize(
+    ("curve", "when"), [([200, 90, 80, 140], 3), ([200, 90, 80, 84], None), ([200], None), ([], None)]
+)
+def test_a_generator_that_learns_pictures_by_heart_says_so(curve, when):
+    log = [dict(kind="valid", step=step, nll=float(nll)) for step, nll in enumerate(curve, 1)]
+    said = figures.generator_text(SimpleNamespace(step=len(curve), seconds=1.0), log, {})
+    assert ("by heart" in said, f"gen_steps={when}" in said) == (when is not None, when is not None)
