@@ -117,7 +117,7 @@ _SYMBOLS = (
     ('dgm-vae-i+k20', 'consistent', 'DGM-VAE + I, one code of 20 values'),
     ('vae-fb', 'consistent', 'the same training, no energies'),
 )
-_AGREEMENT = 'lm= nll_draws=0 n_samples=2000'  # With labels: needs neither language models nor likelihoods
+_AGREEMENT = 'lm= nll_draws=0 n_samples=2000 mixed_precision=bf16'  # Neither language models nor likelihoods
 _AGREED = {'': _AGREEMENT, 'k20': f'codes=1 classes=20 {_AGREEMENT}'}
 _ELSEWHERE = (
     ('ldebm', 'consistent', 'LDEBM'),
