@@ -206,6 +206,10 @@ def model_folder(
             return place
     if pictures := picture_prior(folder):
         raise FileNotFoundError(f'{folder} draws pictures: `ldebm.image_shipped.load_prior({pictures!r})` opens it')
+    if (Path(folder) / 'settings.json').exists():
+        raise FileNotFoundError(
+            f'{folder} holds a run that has not finished: the command that began it goes on with it'
+        )
     there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
     beside = sorted(str(path.parent) for path in Path(folder).parent.glob('*/config.json'))
     meant = did_you_mean(folder, [*there, *beside])

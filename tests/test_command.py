@@ -356,6 +356,11 @@ def test_samples_of_pictures_are_a_file(name, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("samples.png")) == []
 
 
+def test_a_run_that_has_not_finished_is_named(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("{}")
+    assert run(f"sample {tmp_path}") == 2 and "has not finished" in capsys.readouterr().err
+
+
 def test_seeds_symbols_and_temperature_matter(capsys):
     said = []
     for more in ("", "--seed 0", "--seed 1", "--symbol 3", "--symbol 3 --guidance 4", "--temperature 1"):
