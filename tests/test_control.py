@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_jobs import papermill
 
-from ldebm.control_show import check_control, control_table
+from ldebm.control_show import accuracy_at, check_control, control_table, request_metric, requested
 from ldebm.core import make_gen
 from ldebm.corpora import load_corpus
 from ldebm.exact import MixtureEnergy
@@ -16,6 +16,7 @@ from ldebm.explorer import explore
 from ldebm.label_symbols import LabelSymbols, label_symbols
 from ldebm.levels import PriorCfg
 from ldebm.prior import DiffusionEBM
+from ldebm.records import metric
 from ldebm.schedule import consistent_schedule
 from ldebm.text_control import changed_latents, latents_by_example, requested_latents
 from ldebm.text_job import load_model, load_symbols, open_job, save_model
@@ -164,6 +165,28 @@ def test_no_energies_are_asked_by_example(grammar):
     assert (z.std(0) / sd - 1).abs().max() < 0.05
 
 
+# -- equal fluency
+
+
+def along(*points):
+    "A made-up record: `(decoding, perplexity, accuracy)`"
+    out = {}
+    for how, perplexity, share in points:
+        out[request_metric("ppl_forward", "mood", "g4", how)] = metric(perplexity)
+        out[request_metric("accuracy", "mood", "g4", how)] = metric(share, [share - 0.1, share + 0.1], 50)
+    return out
+
+
+def test_obedience_is_compared_at_equal_fluency():
+    record = along(("greedy", 9.0, 1.0), ("drawn", 400.0, 0.5), ("drawn_0.9", 100.0, 0.7), ("drawn_0.7", 25.0, 0.8))
+    at = {ppl: accuracy_at(record, "mood", "g4", ppl) for ppl in (25.0, 50.0, 200.0, 400.0)}
+    assert [m["value"] for m in at.values()] == pytest.approx([0.8, 0.75, 0.6, 0.5])
+    assert at[200.0]["interval"] == pytest.approx([0.5, 0.7]) and at[200.0]["n"] == 50
+    for outside in (9.0, 24.0, 401.0):  # greedy words are of another kind
+        assert accuracy_at(record, "mood", "g4", outside)["value"] is None
+    assert accuracy_at({}, "mood", "g4", 50.0)["value"] is None
+
+
 # -- the job
 
 
@@ -181,6 +204,8 @@ def test_control_job_shrunk(tmp_path):
     names = set(record["metrics"])
     assert {"reader_mood", "accuracy_mood_g1", "accuracy_mood_told_drawn", "changed_mood_l2", "bleu"} <= names
     assert "mood, g4" in control_table(record["metrics"])
+    cooler = {how for _, request, how in requested(record["metrics"]) if request == "told"}
+    assert cooler == {"drawn", "drawn_0.9", "drawn_0.8", "drawn_0.7"}
     again = papermill(tmp_path / "b.ipynb", *args, notebook=notebook)
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == record["metrics"]
