@@ -54,7 +54,7 @@ def encoder_contrast(
     negative: Tensor,  # Ends of chains, shape `(B, d)`
     weights=None,  # From `energy.weights()`
 ) -> Tensor:  # Shape `(B,)`, nats: to be minimised by the encoder
-    "`[F(m + sg(y' - m)) - F(y)]/temperature`, with weights held fixed"
+    "`[F(m + sg(z' - m)) - F(z)]/temperature`, with weights held fixed"
     carried = level.mean + (negative - level.mean).detach()
     latents = torch.cat([positive, carried])
     both = frozen_free(energy, latents, level.t.repeat(2), weights, tiled(level.context, 2))
@@ -80,7 +80,7 @@ def encoder_bound(
     gen: torch.Generator | None = None,  # Source of noise
     weights=None,  # From `energy.weights()`
 ) -> Tensor:  # Shape `(B,)`, nats, at least `-log n`: to be minimised by the encoder
-    "`log Zhat - F(y)/temperature`, the energy's weights held fixed (Lawson et al. 2019)"
+    "`log Zhat - F(z)/temperature`, the energy's weights held fixed (Lawson et al. 2019)"
     B, d = positive.shape
     points = torch.cat([positive[None], gaussian_draws(level, n - 1, gen)])
     F = frozen_free(energy, points.view(n * B, d), level.t.repeat(n), weights, tiled(level.context, n))

@@ -281,7 +281,7 @@ def interpolate(
 def toward_symbol(
     model: TextModel,  # With a `DiffusionEBM` that has symbols
     batch,  # One sentence
-    y: int,  # Symbol
+    y,  # Symbol, or the mask of several, as `LabelSymbols.request` makes it
     gen: torch.Generator | None = None,  # Source of noise
     max_len: int = 40,  # Words at most
 ) -> Tensor:  # Ids, shape `(T + 1, <=max_len)`: the reconstruction, then from level 1, 2, ...
