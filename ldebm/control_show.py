@@ -115,8 +115,10 @@ def accuracy_at(
     request: str,  # As from `requested`
     perplexity: float,  # Of drawn words, under language models of real text
 ) -> dict:  # Metric
-    "Obedience at some fluency, linear in log perplexity between temperatures; without a value outside of them"
+    "Obedience at some fluency, linear in log perplexity between temperatures; as it is where all words are more fluent"
     points = _along(metrics, attribute, request)
+    if points and points[-1][0] < perplexity:
+        return points[-1][1]
     estimator = f'read as asked at perplexity {perplexity:.1f}, between word temperatures'
     for (x0, low), (x1, high) in zip(points, points[1:]):
         if x0 <= perplexity <= x1:
@@ -134,6 +136,7 @@ def plot_control(
 ):  # Axes, one an attribute
     "Accuracy against perplexity of drawn words, each weight along its temperatures; dashed: what the judge reads right"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     asked = list(dict.fromkeys(entry[:2] for entry in requested(metrics)))
     attributes = list(dict.fromkeys(attribute for attribute, _ in asked))
@@ -149,6 +152,9 @@ def plot_control(
             ax.plot([points[-1][0]] * 2, points[-1][1]['interval'], color='0.7', lw=1, zorder=0)
         ax.axhline(metrics[f'reader_{attribute}']['value'], ls='--', lw=0.8, color='0.4')
         ax.set(title=attribute, xlabel='perplexity', xscale='log')
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_minor_formatter(NullFormatter())
     axs[0].set_ylabel('read as asked')
     axs[-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
     return axs

@@ -356,6 +356,13 @@ def test_samples_of_pictures_are_a_file(name, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("samples.png")) == []
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m ldebm.command sample -n 3000 | head -n 1", shell=True, capture_output=True, text=True
+    )
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+
+
 def test_a_run_that_has_not_finished_is_named(tmp_path, capsys):
     (tmp_path / "settings.json").write_text("{}")
     assert run(f"sample {tmp_path}") == 2 and "has not finished" in capsys.readouterr().err

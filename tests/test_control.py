@@ -182,7 +182,8 @@ def test_obedience_is_compared_at_equal_fluency():
     at = {ppl: accuracy_at(record, "mood", "g4", ppl) for ppl in (25.0, 50.0, 200.0, 400.0)}
     assert [m["value"] for m in at.values()] == pytest.approx([0.8, 0.75, 0.6, 0.5])
     assert at[200.0]["interval"] == pytest.approx([0.5, 0.7]) and at[200.0]["n"] == 50
-    for outside in (9.0, 24.0, 401.0):  # greedy words are of another kind
+    assert accuracy_at(record, "mood", "g4", 401.0)["value"] == 0.5  # all words are more fluent than that
+    for outside in (9.0, 24.0):  # greedy words are of another kind
         assert accuracy_at(record, "mood", "g4", outside)["value"] is None
     assert accuracy_at({}, "mood", "g4", 50.0)["value"] is None
 
