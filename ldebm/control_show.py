@@ -59,9 +59,9 @@ def requested(
 # %% ../nbs/64d_control_show.ipynb #0b536cc1
 def request_metric(
     name: str,  # Such as `accuracy`
-    attribute: str,
-    request: str,  # The latter three as from `requested`
-    decoding: str,
+    attribute: str,  # Such as `mood`
+    request: str,  # As from `requested`
+    decoding: str,  # As from `requested`
 ) -> str:
     "What a record calls a metric of a request"
     by = '' if request == 'by example' else f'_{request}'
