@@ -481,8 +481,9 @@ def _sample_pictures(options, path: str) -> int:
     from ldebm.image_stages import load_prior
     from ldebm.images import plot_grid
 
-    if options.ask or options.symbol is not None or options.temperature:
-        raise ValueError(f'{options.model} draws pictures: --ask, --symbol and --temperature are for sentences')
+    if options.ask or options.symbol is not None or options.temperature or options.guidance != 1:
+        words = '--ask, --symbol, --guidance and --temperature'
+        raise ValueError(f'{options.model} draws pictures: {words} are for sentences')
     generator, prior = load_prior(path)
     u = prior.sample(options.number, gen=torch.Generator().manual_seed(options.seed))
     file = Path(options.out)

@@ -76,7 +76,14 @@ def test_parameters_are_those_of_the_notebook(capsys):
         ("train -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
         ("train digits --corpus mine.txt", "unknown parameter of digits 'corpus'"),
         ("sample gramar", "nor a model that came along (grammar); did you mean 'grammar'?"),
-        ("sample digits --symbol 3", "digits draws pictures: --ask, --symbol and --temperature are for sentences"),
+        (
+            "sample digits --symbol 3",
+            "digits draws pictures: --ask, --symbol, --guidance and --temperature are for sentences",
+        ),
+        (
+            "sample digits --guidance 3",
+            "digits draws pictures: --ask, --symbol, --guidance and --temperature are for sentences",
+        ),
         ("sample -n 0", "-n 0: at least one"),
         ("sample --ask farm", "--ask farm: write what it is as well, such as topic=farm"),
         ("pending", "there is no folder results: run this in a checkout, or name a folder of records with --results"),
