@@ -476,17 +476,21 @@ def _request(model, options):  # A symbol, several of them, or `None`
 def _sample_pictures(options, path: str) -> int:
     "Draw samples of an image prior into a file"
     import torch
+    from matplotlib.backend_bases import FigureCanvasBase
 
     from ldebm.image_measure import decode_all
     from ldebm.image_stages import load_prior
     from ldebm.images import plot_grid
 
+    file = Path(options.out or 'samples.png')
+    if file.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f'--out {file}: {options.model} draws pictures, so let it end in .png')
     if options.ask or options.symbol is not None or options.temperature or options.guidance != 1:
         words = '--ask, --symbol, --guidance and --temperature'
         raise ValueError(f'{options.model} draws pictures: {words} are for sentences')
     generator, prior = load_prior(path)
     u = prior.sample(options.number, gen=torch.Generator().manual_seed(options.seed))
-    file = Path(options.out)
+    file.parent.mkdir(parents=True, exist_ok=True)
     plot_grid(decode_all(generator, u)).figure.savefig(file, dpi=150, bbox_inches='tight')
     print(f'{options.number} pictures: {file}')
     return 0
@@ -496,11 +500,16 @@ def _sample(options) -> int:
     "Print sentences, or draw pictures"
     import torch
 
+    from ldebm.core import check_writable
     from ldebm.text_job import picture_prior
     from ldebm.text_vae import TextModel, sample_sentences
 
     if options.number < 1:
         raise ValueError(f'-n {options.number}: at least one')
+    if options.out:
+        if Path(options.out).is_dir():
+            raise ValueError(f'--out {options.out} is a folder: name a file in it')
+        check_writable(Path(options.out).parent, 'name another file with --out')
     if pictures := picture_prior(options.model):
         return _sample_pictures(options, pictures)
     model = TextModel.from_pretrained(options.model)
@@ -508,8 +517,14 @@ def _sample(options) -> int:
     if y is not None and options.guidance != 1:
         model.prior = model.prior.guided(options.guidance)
     how = dict(temperature=options.temperature, gen=torch.Generator().manual_seed(options.seed))
-    for ids in sample_sentences(model, options.number, y=y, **how):
-        print(*model.vocab.decode(ids))
+    found = [' '.join(model.vocab.decode(ids)) for ids in sample_sentences(model, options.number, y=y, **how)]
+    if not options.out:
+        print(*found, sep='\n')
+        return 0
+    file = Path(options.out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('\n'.join(found) + '\n', encoding='utf-8')
+    print(f'{len(found)} sentences: {file}')
     return 0
 
 # %% ../nbs/68_command.ipynb #34a94377
@@ -611,7 +626,7 @@ def _add_sample(parser):
     asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='labels to ask for, such as topic=farm')
     add('--guidance', type=float, default=1.0, help='weight of what is asked')
     add('--temperature', type=float, default=0.0, help='of the words; 0 decodes greedily')
-    add('--out', default='samples.png', help='file for pictures (samples.png)')
+    add('--out', help='file; without it sentences are printed, and pictures are in samples.png')
     parser.set_defaults(run=_sample)
 
 # %% ../nbs/68_command.ipynb #f3226086

@@ -360,7 +360,24 @@ def test_samples_of_pictures_are_a_file(name, tmp_path, monkeypatch, capsys):
     first, again, other = (file.read_bytes() for file in files)
     assert first == again != other
     assert run(f"sample {name} --ask topic=farm") == 2 and "draws pictures" in capsys.readouterr().err
+    assert run(f"sample {name} --out mine.txt") == 2 and ".png" in capsys.readouterr().err
     assert list(tmp_path.glob("samples.png")) == []
+
+
+def test_samples_go_into_a_file_that_is_named(tmp_path, capsys):
+    assert run("sample -n 3") == 0
+    printed = capsys.readouterr().out
+    assert run(f"sample -n 3 --out {tmp_path}/new/mine.txt") == 0
+    assert str(tmp_path) in capsys.readouterr().out
+    assert (tmp_path / "new" / "mine.txt").read_text(encoding="utf-8") == printed
+
+
+@pytest.mark.parametrize("out, said", [("", "is a folder"), ("/mine.txt/more.txt", "cannot be written")])
+def test_a_file_that_cannot_be_written_is_refused_before_drawing(out, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.txt").write_text("kept")
+    monkeypatch.setattr("ldebm.text_vae.sample_sentences", None)
+    assert run(f"sample --out {tmp_path}{out}") == 2 and said in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
 def test_a_reader_that_has_read_enough_is_no_error():
