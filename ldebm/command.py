@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -31,11 +32,12 @@ def _check_packages():
         raise ImportError(f'a job is a notebook, and what executes it is not installed: pip install {names}')
 
 
-def _run_folder(job: str, known: dict, given: dict) -> Path:
-    "`runs/<job>-<data>-<preset>-s<seed>`, of the parameters that the job has"
+def _run_folder(known: dict, given: dict) -> Path:
+    "Where the notebook runs without `out`, as its own line about `out` says"
     values = {name: given.get(name, about['default'].strip('"\'')) for name, about in known.items()}
-    data = [Path(values[name]).stem for name in ('corpus', 'dataset') if name in values]
-    return Path('runs', '-'.join([job, *data, values['preset'], f's{values.get("seed", 0)}']))
+    form = re.search(r'runs/[\w<>-]+', known['out']['help'])[0]
+    variant = f'+{values["variant"]}' if values.get('variant') else ''
+    return Path(re.sub(r'<(\w+)>', lambda part: Path(values[part[1]]).stem, form) + variant)
 
 # %% ../nbs/68_command.ipynb #d40e17d7
 _STEPS = dict(energies='energy_steps', generator='gen_steps', joint='joint_steps')  # Part of a stage's name -> setting
@@ -101,6 +103,7 @@ class _Watch:
         self.known = self.stamps()
         self.began = {}  # Stage -> step and time when it was first seen
         self.measured = []  # Names of measurements
+        self.quiet, self.since = 'prepare', time.monotonic()  # What goes on where no file changes, and since when
 
     def stamps(self) -> dict:
         "When the files were written last, in that order"
@@ -111,10 +114,14 @@ class _Watch:
     def look(self):
         "Tell what has changed"
         now = self.stamps()
-        for path in [path for path, stamp in now.items() if self.known.get(path) != stamp]:
+        changed = [path for path, stamp in now.items() if self.known.get(path) != stamp]
+        if not changed and self.quiet and time.monotonic() - self.since > 5:
+            self.line.tell(self.quiet, f'for {_length(time.monotonic() - self.since)}')
+        for path in changed:
+            self.quiet, self.since = None, time.monotonic()
             if path.suffix == '.json':
                 self.measured += [path.stem] * (path.stem not in self.measured)
-                self.line.tell('score', f'{", ".join(self.measured)}; more may follow')
+                self.line.tell('measure', f'done so far: {", ".join(self.measured)}')
             elif lines := _last_lines(path):
                 self.line.tell(*_trained(self, path, lines))
             self.known[path] = now[path]
@@ -137,6 +144,7 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
         parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')
     if step == total:
         parts.append('done')
+        watch.quiet = 'measure'
     return stage, '   '.join(parts)
 
 # %% ../nbs/68_command.ipynb #7a44d986
@@ -226,21 +234,20 @@ def _begin(folder: Path, notebook: Path) -> Path:
 
 # %% ../nbs/68_command.ipynb #d54a11cc
 class _Parts(NamedTuple):
-    "Where a job's parameters and settings are defined"
+    "What knows a job's parameters and settings"
 
     parameters: str = 'text_settings.TextJob'
-    settings: str = 'text_settings.TextSettings'
     resolve: str = 'text_settings.resolve'  # Settings of parameters, or the error that they deserve
 
 
-_PICTURES = _Parts('image_job.ImageJob', 'image_job.ImageSettings', 'image_job.resolve')
+_PICTURES = _Parts('image_job.ImageJob', 'image_job.resolve')
 _JOBS = {  # Jobs that are not a text model's
     'control': _Parts('control_show.ControlJob'),
-    'toy2d': _Parts('toy_job.ToyJob', 'toy_job.ToySettings', 'toy_job.resolve'),
+    'toy2d': _Parts('toy_job.ToyJob', 'toy_job.resolve'),
     'digits': _PICTURES,
     'images': _PICTURES,
-    'semisup': _Parts('label_job.LabelJob', 'few_labels.LabelSettings', 'label_job.resolve'),
-    'response': _Parts('response_task.ResponseJob', 'response_task.ResponseSettings', 'response_task.resolve'),
+    'semisup': _Parts('label_job.LabelJob', 'label_job.resolve'),
+    'response': _Parts('response_task.ResponseJob', 'response_task.resolve'),
 }
 
 
@@ -268,8 +275,8 @@ def _check_source(found, folder: Path):
         read(path)
 
 # %% ../nbs/68_command.ipynb #af1ceae2
-def _refuse(job: str, given: dict, folder: Path):
-    "`ValueError` or `FileNotFoundError` for what parameters alone show to be impossible, before a kernel starts"
+def _resolved(job: str, given: dict) -> tuple:  # Parameters, and settings
+    "What a job's parameters come to; `ValueError` for what they show to be impossible"
     from ldebm.settings import check_params, parse_settings
 
     parts = _JOBS.get(job, _Parts())
@@ -279,8 +286,35 @@ def _refuse(job: str, given: dict, folder: Path):
     found = check_params(cls, values | texts)
     if job == 'control':
         found = found.text_job()
-    _named(parts.resolve)(found)
-    _check_source(found, folder)
+    return found, _named(parts.resolve)(found)
+
+# %% ../nbs/68_command.ipynb #f6b85d40
+def _earlier(folder: Path) -> str:
+    "What was done before, where a run goes on"
+    if (folder / 'result.json').exists():
+        return f'{folder} is finished: its page is made anew, nothing is trained'
+    logs = sorted(folder.rglob('log.jsonl'), key=lambda log: log.stat().st_mtime)
+    steps = [line['step'] for line in _last_lines(logs[-1]).values()] if logs else []
+    return f'{logs[-1].parent} goes on after step {max(steps)}' if steps else ''
+
+# %% ../nbs/68_command.ipynb #f6b85d41
+def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and those given
+    "A job by name; `ValueError` for parameters that it does not have"
+    from ldebm.settings import choose
+    from ldebm.sweep import job_notebooks, notebook_parameters
+
+    _check_packages()
+    choose('job', job, job_notebooks())
+    notebook = job_notebooks()[job]
+    known = notebook_parameters(str(notebook))
+    if 'systems' in known:
+        given = {'systems' if name == 'system' else name: value for name, value in given.items()}
+    for name, other in dict(dataset='images', corpus='ptb').items():
+        if name in given and name not in known:
+            raise ValueError(f'{job} takes no {name}: did you mean `ldebm train {other} --{name} ...`?')
+    for name in given:
+        choose(f'parameter of {job}', name, known)
+    return notebook, known, given
 
 # %% ../nbs/68_command.ipynb #f6b85d48
 def train_job(
@@ -289,18 +323,13 @@ def train_job(
 ) -> int:  # Exit status: 0 when done, 2 where the job refused, 130 where it was stopped
     "Execute a job's notebook; `ValueError` for what parameters alone forbid, `ImportError` for a missing package"
     from ldebm.core import check_writable
-    from ldebm.settings import choose
-    from ldebm.sweep import job_notebooks, notebook_parameters
 
-    _check_packages()
-    choose('job', job, job_notebooks())
-    notebook = job_notebooks()[job]
-    known = notebook_parameters(str(notebook))
-    for name in given:
-        choose(f'parameter of {job}', name, known)
-    folder = Path(given.get('out') or _run_folder(job, known, given)).expanduser()
+    notebook, known, given = _known(job, given)
+    folder = Path(given.get('out') or _run_folder(known, given)).expanduser()
     check_writable(folder, 'name another folder with --out')
-    _refuse(job, given | dict(out=str(folder)), folder)
+    _check_source(_resolved(job, given | dict(out=str(folder)))[0], folder)  # before a kernel starts
+    if said := _earlier(folder):
+        print(said, flush=True)
     copy, began = _begin(folder, notebook), time.time()
     status = _execute(notebook, copy, given | dict(out=str(folder)), known)
     _keep(copy, notebook, status, began)
@@ -367,9 +396,11 @@ def _outcome(folder: Path) -> str:
     parts = []
     if (folder / 'samples.txt').exists():
         parts += ['Samples:', *(folder / 'samples.txt').read_text().splitlines()[:10], '']
-    if (folder / 'result.json').exists():
-        parts += [scores(folder), '']
-    return '\n'.join(['', *parts, f'Everything is in {folder}:', runs_table(folder)])
+    for path in [*folder.glob('result.json'), *sorted(folder.glob('*/result.json'))]:
+        head = [] if path.parent == folder else [f'{path.parent.name}:']
+        parts += [*head, scores(path.parent), '']
+    end = 'The page howto_check says how to tell whether a run is sound.'
+    return '\n'.join(['', *parts, f'Everything is in {folder}:', runs_table(folder), '', end])
 
 # %% ../nbs/68_command.ipynb #9da489a5
 @dataclass(frozen=True)
@@ -482,12 +513,12 @@ def _sample_pictures(options, path: str) -> int:
     from ldebm.image_stages import load_prior
     from ldebm.images import plot_grid
 
-    file = Path(options.out or 'samples.png')
+    file = Path(options.out or f'samples-{Path(options.model).name}.png')
     if file.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f'--out {file}: {options.model} draws pictures, so let it end in .png')
     if options.ask or options.symbol is not None or options.temperature or options.guidance != 1:
-        words = '--ask, --symbol, --guidance and --temperature'
-        raise ValueError(f'{options.model} draws pictures: {words} are for sentences')
+        words = '--ask, --symbol, --guidance and --temperature are for sentences'
+        raise ValueError(f'{options.model} draws pictures: {words}; the page image_shipped asks for pictures in Python')
     generator, prior = load_prior(path)
     u = prior.sample(options.number, gen=torch.Generator().manual_seed(options.seed))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -506,6 +537,10 @@ def _sample(options) -> int:
 
     if options.number < 1:
         raise ValueError(f'-n {options.number}: at least one')
+    if options.model is None:
+        options.model = 'grammar'
+        if sys.stderr.isatty():
+            print('From grammar, which comes along; `ldebm sample FOLDER` draws from a run', file=sys.stderr)
     if options.out:
         if Path(options.out).is_dir():
             raise ValueError(f'--out {options.out} is a folder: name a file in it')
@@ -541,7 +576,7 @@ def _train(options) -> int:
     named = {name: getattr(options, name) for name in ('corpus', 'dataset', 'preset', 'out')}
     given = dict(options.p) | {name: value for name, value in named.items() if value is not None}
     if options.parameters:
-        print(parameters_table(options.job))
+        print(parameters_table(options.job, given))
         return 0
     _say_if_busy()
     return train_job(options.job, given)
@@ -549,7 +584,10 @@ def _train(options) -> int:
 
 def _score(options) -> int:
     from ldebm.sentences import read_sentences
+    from ldebm.text_job import picture_prior
 
+    if picture_prior(options.model):
+        raise ValueError(f'{options.model} draws pictures, and `ldebm score` is for sentences')
     _say_if_busy()
     n = len(read_sentences(options.file))
     print(f'{n} to score: about a minute for the first few, seconds for each other', file=sys.stderr, flush=True)
@@ -564,22 +602,20 @@ def _runs(options) -> int:
 # %% ../nbs/68_command.ipynb #b00a8196
 def parameters_table(
     job: str,  # One of `ldebm.sweep.job_notebooks`
+    given: dict | None = None,  # Parameter -> value: settings of a preset or system, say
 ) -> str:  # Markdown
-    "Parameters of a job, with defaults and meaning, and the settings that it takes"
+    "Parameters of a job, with defaults and meaning, and the settings that they come to"
     from ldebm.report import markdown_table
-    from ldebm.settings import choose
-    from ldebm.sweep import job_notebooks, notebook_parameters
 
-    _check_packages()
-    choose('job', job, job_notebooks())
-    known = notebook_parameters(str(job_notebooks()[job]))
+    _, known, given = _known(job, given or {})
     rows = [(name, about['default'], about['help']) for name, about in known.items()]
-    each = fields(_named(_JOBS.get(job, _Parts()).settings))
+    settings = _resolved(job, given)[1]
+    each = [(f.name, getattr(settings, f.name), f.metadata.get('help', '')) for f in fields(settings)]
     return '\n\n'.join(
         [
             markdown_table(dict(zip(('parameter', 'default', 'meaning'), zip(*rows)))),
-            'Settings, of which `-p settings "name=value name=value"` takes any; presets differ in them:',
-            markdown_table(dict(setting=[f.name for f in each], meaning=[f.metadata.get('help', '') for f in each])),
+            'Settings, of which `-p settings "name=value name=value"` takes any. Preset and system differ in them:',
+            markdown_table(dict(zip(('setting', 'value here', 'meaning'), zip(*each)))),
         ]
     )
 
@@ -616,17 +652,16 @@ def _add_sample(parser):
     add(
         'model',
         nargs='?',
-        default='grammar',
-        help='folder of a run, grammar, digits, shapes, or user/model of the Hugging Face Hub',
+        help='folder of a run, grammar (the default), digits, shapes, or user/model of the Hugging Face Hub',
     )
     add('-n', '--number', type=int, default=5, help='sentences or pictures')
     add('--seed', type=int, default=0)
     asked = parser.add_mutually_exclusive_group().add_argument
-    asked('--symbol', type=int, help='symbol to ask for')
-    asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='labels to ask for, such as topic=farm')
-    add('--guidance', type=float, default=1.0, help='weight of what is asked')
-    add('--temperature', type=float, default=0.0, help='of the words; 0 decodes greedily')
-    add('--out', help='file; without it sentences are printed, and pictures are in samples.png')
+    asked('--symbol', type=int, help='sentences: symbol to ask for')
+    asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='sentences: labels to ask for, such as topic=farm')
+    add('--guidance', type=float, default=1.0, help='sentences: weight of what is asked')
+    add('--temperature', type=float, default=0.0, help='sentences: of the words; 0 decodes greedily')
+    add('--out', help='file; without it sentences are printed, and pictures are in samples-MODEL.png')
     parser.set_defaults(run=_sample)
 
 # %% ../nbs/68_command.ipynb #f3226086

@@ -72,13 +72,13 @@ def _equal_bounds(ax, points: list):
 
     sums = [p.rate + p.distortion for p in points]
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    small = dict(fontsize=6, alpha=0.7)
+    small = dict(fontsize=8, alpha=0.7, xytext=(3, -3), textcoords='offset points', va='top')
     for total in MaxNLocator(5).tick_values(min(sums), max(sums)):
         ax.plot([left, right], [total - left, total - right], color='.7', lw=0.5, antialiased=False)
         if bottom < total - left < top:
             ax.annotate(f'{total:g}', (left, total - left), **small)
         elif left < total - top < right:
-            ax.annotate(f'{total:g}', (total - top, top), va='top', **small)
+            ax.annotate(f'{total:g}', (total - top, top), **small)
 
 # %% ../nbs/65b_rates.ipynb #978278b1
 def _free_place(ax, at: tuple, size, taken: list, scale: float):
@@ -109,7 +109,7 @@ def _name_systems(ax, points: list, taken: list):
     for system in dict.fromkeys(p.system for p in points):
         mine = [p for p in points if p.system == system]
         at = statistics.fmean(p.rate for p in mine), statistics.fmean(p.distortion for p in mine)
-        text = dict(xytext=(4, 3), textcoords='offset points', arrowprops=line, fontsize=6)
+        text = dict(xytext=(4, 3), textcoords='offset points', arrowprops=line, fontsize=8)
         name = ax.annotate(SYSTEMS[system].title, at, **text)
         offset, box = _free_place(ax, at, Text.get_window_extent(name).size, taken, scale)
         name.set_position(offset)
@@ -120,7 +120,7 @@ def _colour_bar(ax, dots, label: str):
     bar = ax.figure.colorbar(dots, ax=ax, label=label).ax
     bar.yaxis.set_major_formatter('{x:g}')
     bar.yaxis.set_minor_formatter('{x:g}')
-    bar.tick_params(which='both', labelsize=6)
+    bar.tick_params(which='both', labelsize=8)
 
 # %% ../nbs/65b_rates.ipynb #ca29ee8b
 def plot_rates(
@@ -146,7 +146,7 @@ def plot_rates(
     ax.set_title('Grey lines: equal bound', fontsize=9)
     _equal_bounds(ax, points)
     _colour_bar(ax, dots, colour)
-    legend = ax.legend(fontsize=6)
+    legend = ax.legend(fontsize=8)
     ax.figure.draw_without_rendering()
     _name_systems(ax, points, [legend.get_window_extent()])
     return ax

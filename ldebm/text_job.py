@@ -210,7 +210,7 @@ def model_folder(
         raise FileNotFoundError(
             f'{folder} holds a run that has not finished: the command that began it goes on with it'
         )
-    there = sorted(path.parent.name for path in MODELS.glob('*/config.json'))
+    there = sorted(path.parent.name for path in MODELS.glob('*/result.json'))
     beside = sorted(str(path.parent) for path in Path(folder).parent.glob('*/config.json'))
     meant = did_you_mean(folder, [*there, *beside])
     came = f'nor a model that came along ({", ".join(there) or "none"}); {meant}'.rstrip('; ')
@@ -283,6 +283,10 @@ _BRIEF = {  # Metric -> what it says
     'wkl': 'word frequencies of samples; 0 is best',
     'grammatical': 'share of samples in the grammar',
     'ami_topic': 'symbols agree with topics, at most 1',
+    'frechet': 'distance of sampled pictures to real ones; lower is better',
+    'frechet_gaussian': 'the same under the Gaussian prior',
+    'frechet_recon': 'the same of reconstructions, which no prior is asked to beat',
+    'gap_closed': 'share of the way from the Gaussian prior to reconstructions',
     'prior_hole_auroc': 'one half, or below: prior has no hole',
 }
 
@@ -298,7 +302,7 @@ def _score_line(name: str, m: dict, flawed: bool) -> str:
     "A metric in a terminal"
     interval = f'({m["interval"][0]:.4g} to {m["interval"][1]:.4g})' if m['interval'] else ''
     about = 'not valid, see nll_gap in result.json' if flawed and name in ('nll_valid', 'exact_gap') else _BRIEF[name]
-    return f'{name:17}{m["value"]:10.4g}   {interval:22}{about}'
+    return f'{name:17}{m["value"]:10.4g}   {interval:25} {about}'
 
 
 def scores(

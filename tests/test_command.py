@@ -74,8 +74,8 @@ def test_parameters_are_those_of_the_notebook(capsys):
     [
         ("train prb", "unknown job 'prb'; did you mean 'ptb'?"),
         ("train -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
-        ("train digits --corpus mine.txt", "unknown parameter of digits 'corpus'"),
-        ("sample gramar", "nor a model that came along (grammar); did you mean 'grammar'?"),
+        ("train digits --corpus mine.txt", "did you mean `ldebm train ptb --corpus ...`?"),
+        ("sample gramar", "nor a model that came along (digits, grammar, shapes); did you mean 'grammar'?"),
         (
             "sample digits --symbol 3",
             "digits draws pictures: --ask, --symbol, --guidance and --temperature are for sentences",
@@ -152,7 +152,7 @@ def papermill(monkeypatch):
 @pytest.fixture
 def accepting(monkeypatch):
     "Any parameter will do"
-    monkeypatch.setattr(command, "_refuse", lambda *what: None)
+    monkeypatch.setattr(command, "_resolved", lambda *what: (None, None))
 
 
 def finished(folder):
@@ -229,10 +229,10 @@ def test_parameters_reach_the_notebook(papermill, elsewhere, capsys):
 @pytest.mark.parametrize(
     "arguments,folder",
     [
-        ("train", "runs/ptb-grammar-quick-s0"),
-        ("train --corpus texts/mine.txt -p seed 2", "runs/ptb-mine-quick-s2"),
-        ("train toy2d", "runs/toy2d-small-s0"),
-        ("train images --dataset cifar10 --preset small", "runs/images-cifar10-small-s0"),
+        ("train", "runs/ldebm-grammar-quick-consistent-s0"),
+        ("train --corpus texts/mine.txt -p seed 2", "runs/ldebm-mine-quick-consistent-s2"),
+        ("train toy2d", "runs/toy2d-s0"),
+        ("train images --dataset cifar10 --preset small", "runs/cifar10-small-consistent-s0"),
     ],
 )
 @pytest.mark.usefixtures("accepting")
@@ -315,16 +315,44 @@ def test_elsewhere_than_in_a_terminal_lines_are_plain(tmp_path, seconds):
         "train      step 30/40   nll 20   loss 9   31 s left of this stage",
         "train      step 40/40   nll 10   loss 9   done",
         "energies   step 5/10   validation at 5: kl 2.5",
-        "score      sampler; more may follow",
-        "score      sampler, likelihood-test; more may follow",
+        "measure    done so far: sampler",
+        "measure    done so far: sampler, likelihood-test",
     ]
 
 
 def test_a_terminal_has_one_live_line_a_stage(tmp_path, seconds):
     said = watched(Screen(True), seconds, tmp_path / "run")
     left = [line.split("\r")[-1].removeprefix("\x1b[2K") for line in said.split("\n")[:-1]]
-    assert [line.split()[0] for line in left] == ["train", "energies", "score"] and "step 40/40" in left[0]
+    assert [line.split()[0] for line in left] == ["train", "energies", "measure"] and "step 40/40" in left[0]
     assert said.count("\r") == 7
+
+
+def test_what_takes_long_without_a_line_says_so(tmp_path, seconds):
+    "Imports before training, measurements of pictures after it"
+    screen = Screen(False)
+    watch = command._Watch(tmp_path, command._Line(screen))
+    for _ in range(2):
+        seconds[0] += 4
+        watch.look()
+    log(tmp_path, dict(kind="train", step=20, loss=1.0))
+    for step in (None, 40):
+        if step:
+            log(tmp_path, dict(kind="train", step=step, loss=1.0))
+        for _ in range(2):
+            watch.look()
+            seconds[0] += 40
+    watch.look()
+    watch.line.end()
+    told = [line.split("  ")[0] for line in screen.getvalue().splitlines()]
+    assert told == ["prepare", "train", "train", "measure", "measure"], screen.getvalue()
+
+
+def test_a_run_that_goes_on_says_so(tmp_path):
+    assert command._earlier(tmp_path) == ""
+    log(tmp_path, dict(kind="train", step=20), dict(kind="valid", step=10))
+    assert command._earlier(tmp_path) == f"{tmp_path} goes on after step 20"
+    (tmp_path / "result.json").write_text("{}")
+    assert "is finished" in command._earlier(tmp_path)
 
 
 def test_a_stage_that_is_quick_has_its_last_line_alone(tmp_path, seconds):
@@ -463,7 +491,7 @@ def test_a_corpus_of_ones_own_from_a_file_to_sentences(elsewhere, capsys):
     assert {"train_ptb.ipynb", "result.json", "model.safetensors"} <= {p.name for p in Path("run").iterdir()}
     said = capsys.readouterr().out
     stages = [line.split()[0] for line in said.partition("Samples:")[0].splitlines() if line]
-    assert list(dict.fromkeys(stages)) == ["train", "energies", "score"], said
+    assert [stage for stage in dict.fromkeys(stages) if stage != "prepare"] == ["train", "energies", "measure"], said
     assert "Everything is in run:" in said and "epoch 1," not in said
     assert run("sample run -n 3 --temperature 1") == 0
     assert len(capsys.readouterr().out.splitlines()) >= 3

@@ -94,7 +94,7 @@ def test_its_jobs_run_outside_a_checkout(environment, outside):
     about = call(environment / "ldebm", "train", "toy2d", "--parameters", **outside)
     assert "| density |" in about
     call(environment / "ldebm", "train", "semisup", "-p", "steps", "2", "-p", "systems", "logistic", **outside)
-    folder = outside["cwd"] / "runs" / "semisup-grammar-quick-s0"
+    folder = outside["cwd"] / "runs" / "labels-grammar-quick-consistent"
     assert (folder / "train_semisup.ipynb").exists()
     assert "logistic+n10-grammar" in call(environment / "ldebm", "runs", **outside)
 
