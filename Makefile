@@ -81,8 +81,8 @@ LOST   := $(filter-out $(ALL_TAKE) $(foreach g,$(GOALS),$(TAKES.$(g))),$(filter 
 # Old names of variables, and those given
 RENAMED.ROW := SYSTEM
 OLD    := $(foreach v,ROW,$(if $(or $(call from,command,$(v)),$(and $(filter $(RUNS),$(GOALS)),$(call from,environment,$(v)))),$(v)))
-NEAR   := import sys, difflib; o = difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1); \
-  print("did you mean " + o[0] + "?" if o else "what is meant for the environment stands before `make`")
+NEAR   := import sys, difflib; o = difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0.65); \
+  print("did you mean " + o[0] + "?" if o else "settings are given as SETTINGS=\"" + sys.argv[1].lower() + "=...\", and what is meant for the environment stands before `make`")
 q       = '$(subst ','\'',$(1))'
 ifeq ($(MAKELEVEL),0)
 $(foreach v,$(OLD),$(error there is no variable $(v): $(v) is now $(RENAMED.$(v))))
@@ -217,7 +217,7 @@ bench: $(READY) ## Measure chains, training steps, samples and memory into resul
 	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(READY) ## Build the documentation site into docs/_build/html
-	@echo 'About a minute, in silence where nothing is wrong ...'
+	@echo 'Some two minutes, in silence where nothing is wrong ...'
 	@python -c 'from ldebm.docs import build; print("Site:", build())'
 
 docs-serve: docs ## Build the site and serve it on this machine
@@ -228,7 +228,7 @@ look: $(READY) ## Look at the built site in a headless Chromium: widths, colours
 	@python tests/look_at_site.py $(if $(AXE),--axe $(call q,$(AXE))) $(LOOK_ARGS)
 
 lab: $(READY) ## Open the notebooks in JupyterLab
-	@$(call TOOL,jupyter) lab --notebook-dir=nbs nbs/tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+	@$(call TOOL,jupyter) lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # The package is written by nbdev: the notebooks are formatted
 lint: $(READY) ## Check style, format and, on the pages of the method and the models, types

@@ -6,6 +6,8 @@
 __all__ = ['whitened_directions', 'cluster_targets', 'match_labels', 'balance_weights', 'published_draw']
 
 # %% ../nbs/13b_clusters.ipynb #5bffed1c
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def cluster_targets(
 ) -> Tensor:  # Labels, shape `(N,)`, long; with `previous`, numbered to agree with it
     "PCA whitening and unit sphere, if asked for, and k-means; `ValueError` when there are fewer points than clusters"
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     if len(means) < K:
@@ -44,7 +47,8 @@ def cluster_targets(
         how.update(init=_centres(torch.from_numpy(x), previous.cpu(), K), n_init=1)
     if starts is not None:
         how.update(init=x[starts.cpu().numpy()], n_init=1, tol=0.0)
-    with threadpool_limits(1):  # sums over several threads differ in their last bits
+    with threadpool_limits(1), warnings.catch_warnings():  # sums over several threads differ in their last bits
+        warnings.simplefilter('ignore', ConvergenceWarning)  # equal points make fewer clusters
         labels = KMeans(K, max_iter=20, **how).fit_predict(x)
     labels = torch.from_numpy(labels).long()
     return labels if previous is None else match_labels(labels, previous.cpu(), K)

@@ -201,7 +201,7 @@ def plot_samples(
 
     panels = {'data': place.images['train'].subset(slice(0, n)).x()}
     panels |= {system: measured.pictures(n) for system, measured in done.items()}
-    size = (2.6 * len(panels), 2.8)
+    size = (2.6 * len(panels), 3.0)
     _, axes = plt.subplots(1, len(panels), figsize=size, layout='constrained', squeeze=False)
     for ax, (title, x) in zip(axes[0], panels.items()):
         plot_grid(x, ax=ax, title=title)
@@ -380,7 +380,11 @@ def _plot_aurocs(ax, scheme: str, by_set: dict):
         layers = range(first, len(values))
         ax.plot(layers, [values[k]['value'] for k in layers], 'o-', ms=3, label=name)
     ax.axhline(0.5, c='k', lw=0.5, ls=':')
-    ax.set(ylim=(-0.03, 1.03), xlabel='layers above k', xticks=range(len(next(iter(by_set.values())))))
+    ax.set(
+        ylim=(-0.03, 1.03),
+        xlabel='k: layers above it score',
+        xticks=range(len(next(iter(by_set.values())))),
+    )
     ax.set_title(f'AUROC, {scheme}', fontsize=8)
 
 

@@ -9,12 +9,14 @@ __all__ = ['mutual_information', 'mutual_information_per_batch', 'active_symbols
 
 # %% ../nbs/41a_latent_metrics.ipynb #cdc2b950
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
@@ -263,7 +265,8 @@ def kmeans_labels(
     if n < K:
         raise ValueError(f'{n} points cannot make {K} clusters: lower the number of symbols or use more data')
     seed = int(torch.randint(2**31 - 1, (), generator=gen))
-    with threadpool_limits(1):  # sums over several threads differ in their last bits
+    with threadpool_limits(1), warnings.catch_warnings():  # sums over several threads differ in their last bits
+        warnings.simplefilter('ignore', ConvergenceWarning)  # equal points make fewer clusters
         found = KMeans(K, n_init=5, random_state=seed).fit_predict(features.double().numpy())
     return torch.from_numpy(found).long()
 

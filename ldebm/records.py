@@ -362,9 +362,8 @@ def _open(self: Run, resume: bool):
     old = self._stored()
     if old is not None and settings_hash(_run_identity(old)) != self.hash:
         differences = _differences(_run_identity(old), _run_identity(self.settings))
-        raise ValueError(
-            f'{self.path} holds a run with other settings ({differences}); choose another folder, or delete this one'
-        )
+        remedy = 'choose another folder with --out, or delete this one'
+        raise ValueError(f'{self.path} holds a run with other settings ({differences}); {remedy}')
     for p in self.path.glob('.*.tmp'):  # left by a process that was killed while writing
         if time.time() - p.stat().st_mtime > 60:
             p.unlink(missing_ok=True)
@@ -382,7 +381,7 @@ def _stored(self: Run) -> dict | None:
     p = self.file('settings.json')
     if not p.exists():
         return None
-    remedy = 'choose another folder, or delete this one'
+    remedy = 'choose another folder with --out, or delete this one'
     try:
         old = json.loads(p.read_text())
     except ValueError as e:
@@ -745,6 +744,17 @@ def result_path(
         _check_free(path, settings)
     return path
 
+# %% ../nbs/01_records.ipynb #d5a1be40
+def _own_text(path: Path, rec: dict) -> str:
+    "JSON of a record; a finished run that was opened again keeps the provenance that it has there"
+    text = json.dumps(_plain(rec), indent=1, sort_keys=True) + '\n'
+    try:
+        old = json.loads(before := path.read_text())
+    except (OSError, ValueError):
+        return text
+    kept = json.loads(text) | dict(provenance=old.get('provenance')) if isinstance(old, dict) else None
+    return before if kept == old else text
+
 # %% ../nbs/01_records.ipynb #3a6c4796
 def write_result(
     run,  # `Run`, or the path of its folder
@@ -759,9 +769,9 @@ def write_result(
     about = dataclasses.asdict(RecordName(**about))
     rec = check_result({**about, 'metrics': metrics, 'settings': settings, 'provenance': provenance})
     rec['metrics'] = {k: metric(**m) for k, m in metrics.items()}
-    text = json.dumps(_plain(rec), indent=1, sort_keys=True) + '\n'
-    folder = run.path if isinstance(run, Run) else Path(run)
-    own = atomic_write(folder / 'result.json', text)
+    own = (run.path if isinstance(run, Run) else Path(run)) / 'result.json'
+    text = _own_text(own, rec)
+    atomic_write(own, text)
     if results_dir is False:
         return own
     path = result_path(**about, settings=settings, results_dir=results_dir)

@@ -394,7 +394,7 @@ def test_unreadable_settings_of_a_folder(tmp_path):
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text("[")
-    with pytest.raises(ValueError, match="choose another folder, or delete this one"):
+    with pytest.raises(ValueError, match="choose another folder with --out, or delete this one"):
         line(tmp_path / "run")
     line(tmp_path / "another", dataclasses.replace(LINE, steps=3))
     shutil.rmtree(tmp_path / "run")

@@ -220,6 +220,21 @@ def test_records(tmp_path):
     }
 
 
+def test_a_finished_run_opened_again_keeps_its_minutes(tmp_path):
+    results = tmp_path / "results"
+    run = Run(tmp_path / "r", {})
+    first = write_result(run, **record(), results_dir=results).read_text()
+    longer = record()
+    longer["provenance"] = {**longer["provenance"], "minutes": 77.0}
+    assert write_result(run, **longer, results_dir=results).read_text() == first
+    longer["metrics"] = {"wkl": metric(0.25)}
+    assert (
+        json.loads(write_result(run, **longer, results_dir=False).read_text())["provenance"]["minutes"] == 77
+    )
+    (tmp_path / "r" / "result.json").write_text("[half")
+    assert json.loads(write_result(run, **record(), results_dir=False).read_text())["corpus"]
+
+
 def test_name_is_checked_before_the_work(tmp_path):
     about = {k: v for k, v in record().items() if k in ("system", "corpus", "preset", "objective", "seed")}
     assert (
