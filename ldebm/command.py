@@ -108,8 +108,7 @@ class _Watch:
     def stamps(self) -> dict:
         "When the files were written last, in that order"
         files = [*self.run.rglob('log.jsonl'), *self.run.glob('score/*.json')]
-        stamps = {path: path.stat().st_mtime_ns for path in files}
-        return dict(sorted(stamps.items(), key=lambda item: item[1]))
+        return dict(sorted(((path, path.stat().st_mtime_ns) for path in files), key=lambda item: item[1]))
 
     def look(self):
         "Tell what has changed"
@@ -526,25 +525,31 @@ def _sample_pictures(options, path: str) -> int:
     print(f'{options.number} pictures: {file}')
     return 0
 
+# %% ../nbs/68_command.ipynb #c40f9ba5
+def _check_sample(options):
+    "`ValueError` or `PermissionError` for what can be refused before a model is read"
+    from ldebm.core import check_writable
+
+    if options.number < 1:
+        raise ValueError(f'-n {options.number}: at least one')
+    if options.out and Path(options.out).is_dir():
+        raise ValueError(f'--out {options.out} is a folder: name a file in it')
+    if options.out:
+        check_writable(Path(options.out).parent, 'name another file with --out')
+    if options.model is None:
+        options.model = 'grammar'
+        if sys.stderr.isatty():
+            print('From grammar, which comes along; `ldebm sample FOLDER` draws from a run', file=sys.stderr)
+
 # %% ../nbs/68_command.ipynb #c40f9ba4
 def _sample(options) -> int:
     "Print sentences, or draw pictures"
     import torch
 
-    from ldebm.core import check_writable
     from ldebm.text_job import picture_prior
     from ldebm.text_vae import TextModel, sample_sentences
 
-    if options.number < 1:
-        raise ValueError(f'-n {options.number}: at least one')
-    if options.model is None:
-        options.model = 'grammar'
-        if sys.stderr.isatty():
-            print('From grammar, which comes along; `ldebm sample FOLDER` draws from a run', file=sys.stderr)
-    if options.out:
-        if Path(options.out).is_dir():
-            raise ValueError(f'--out {options.out} is a folder: name a file in it')
-        check_writable(Path(options.out).parent, 'name another file with --out')
+    _check_sample(options)
     if pictures := picture_prior(options.model):
         return _sample_pictures(options, pictures)
     model = TextModel.from_pretrained(options.model)

@@ -228,9 +228,7 @@ def test_a_finished_run_opened_again_keeps_its_minutes(tmp_path):
     longer["provenance"] = {**longer["provenance"], "minutes": 77.0}
     assert write_result(run, **longer, results_dir=results).read_text() == first
     longer["metrics"] = {"wkl": metric(0.25)}
-    assert (
-        json.loads(write_result(run, **longer, results_dir=False).read_text())["provenance"]["minutes"] == 77
-    )
+    assert json.loads(write_result(run, **longer, results_dir=False).read_text())["provenance"]["minutes"] == 77
     (tmp_path / "r" / "result.json").write_text("[half")
     assert json.loads(write_result(run, **record(), results_dir=False).read_text())["corpus"]
 
