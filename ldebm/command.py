@@ -290,11 +290,12 @@ def _resolved(job: str, given: dict) -> tuple:  # Parameters, and settings
 # %% ../nbs/68_command.ipynb #f6b85d40
 def _earlier(folder: Path) -> str:
     "What was done before, where a run goes on"
-    if (folder / 'result.json').exists():
-        return f'{folder} is finished: its page is made anew, nothing is trained'
     logs = sorted(folder.rglob('log.jsonl'), key=lambda log: log.stat().st_mtime)
+    last = logs[-1].parent if logs else folder
+    if (folder / 'result.json').exists() or (last / 'result.json').exists():
+        return f'{folder} is finished: its page is made anew, and what was trained is not trained again'
     steps = [line['step'] for line in _last_lines(logs[-1]).values()] if logs else []
-    return f'{logs[-1].parent} goes on after step {max(steps)}' if steps else ''
+    return f'{last} goes on after step {max(steps)}' if steps else ''
 
 # %% ../nbs/68_command.ipynb #f6b85d41
 def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and those given
