@@ -35,8 +35,8 @@ def _check_packages():
 def _run_folder(known: dict, given: dict) -> Path:
     "Where the notebook runs without `out`, as its own line about `out` says"
     values = {name: given.get(name, about['default'].strip('"\'')) for name, about in known.items()}
-    form = re.search(r'runs/[\w<>-]+', known['out']['help'])[0]
-    variant = f'+{values["variant"]}' if values.get('variant') else ''
+    form = re.search(r'runs/[\w<>+-]+', known['out']['help'])[0]
+    variant = f'+{values["variant"]}' if values.get('variant') and '<variant>' not in form else ''
     return Path(re.sub(r'<(\w+)>', lambda part: Path(values[part[1]]).stem, form) + variant)
 
 # %% ../nbs/68_command.ipynb #d40e17d7

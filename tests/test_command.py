@@ -232,6 +232,10 @@ def test_parameters_reach_the_notebook(papermill, elsewhere, capsys):
         ("train", "runs/ldebm-grammar-quick-consistent-s0"),
         ("train --corpus texts/mine.txt -p seed 2", "runs/ldebm-mine-quick-consistent-s2"),
         ("train toy2d", "runs/toy2d-s0"),
+        ("train digits -p variant wide", "runs/digits-quick-consistent-s0+wide"),
+        ("train control", "runs/ldebm+control-grammar-quick-consistent-s0"),
+        ("train response -p seed 1", "runs/response-ldebm-grammar-quick-consistent-s1"),
+        ("train semisup", "runs/labels-grammar-quick-consistent"),
         ("train images --dataset cifar10 --preset small", "runs/cifar10-small-consistent-s0"),
     ],
 )
