@@ -327,8 +327,9 @@ def train_job(
     notebook, known, given = _known(job, given)
     folder = Path(given.get('out') or _run_folder(known, given)).expanduser()
     check_writable(folder, 'name another folder with --out')
-    _check_source(_resolved(job, given | dict(out=str(folder)))[0], folder)  # before a kernel starts
-    if said := _earlier(folder):
+    found = _resolved(job, given | dict(out=str(folder)))[0]
+    _check_source(found, folder)  # before a kernel starts
+    if getattr(found, 'resume', True) and (said := _earlier(folder)):
         print(said, flush=True)
     copy, began = _begin(folder, notebook), time.time()
     status = _execute(notebook, copy, given | dict(out=str(folder)), known)
@@ -514,7 +515,7 @@ def _sample_pictures(options, path: str) -> int:
     from ldebm.images import plot_grid
 
     file = Path(options.out or f'samples-{Path(options.model).name}.png')
-    if file.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
+    if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f'--out {file}: {options.model} draws pictures, so let it end in .png')
     if options.ask or options.symbol is not None or options.temperature or options.guidance != 1:
         words = '--ask, --symbol, --guidance and --temperature are for sentences'
