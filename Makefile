@@ -59,7 +59,12 @@ ALL_TAKE := VENV NO_VENV PYTHON PIP_ARGS
 # Not listed: what else may stand behind `make`; LDEBM_* reaches the package through the environment
 UNLISTED := LDEBM THREADS WORKERS OMP_NUM_THREADS SHELL MAKE% LDEBM_%
 
-.PHONY: help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve look lab lint prepare clean distclean .environment
+TARGETS := help venv train toy2d digits images test test-slow table tune pending bench docs docs-serve look lab lint prepare clean distclean
+.PHONY: $(TARGETS) .environment
+# A target that there is not
+.DEFAULT:
+	@$(or $(PYTHON),python3) -c 'import sys, difflib; o = difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1); \
+	  print("there is no target " + sys.argv[1] + (": did you mean " + o[0] + "?" if o else ";"), "`make` lists all")' $(call q,$@) $(TARGETS) >&2; exit 2
 
 # The first Python of a supported version that really runs (a version manager's stub may not) and can make environments
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))

@@ -473,3 +473,8 @@ def test_a_notebook_that_is_stopped_has_the_time_to_save(tmp_path, sig):
     ), said
     assert "Traceback" not in said and "ZMQ" not in said and "Aborted" not in said
     assert "run the same command again" in (tmp_path / "b.ipynb").read_text()
+
+
+def test_a_target_that_there_is_not_is_told_its_neighbour():
+    done = subprocess.run(["make", "-C", ROOT, "tran"], capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no target tran: did you mean train?" in done.stderr
