@@ -31,6 +31,7 @@ from ldebm.records import (
     system_name,
     write_result,
 )
+from ldebm.response_task import ResponseSettings
 from ldebm.text_settings import TextJob, TextSettings
 from ldebm.toy_job import ToySettings
 
@@ -482,7 +483,7 @@ def test_every_record_of_this_repository_is_read_in_the_words_of_today(folder):
     more = {"corpus_sha256", "processes", "split", "module_sha256", "n_train", "shape", "data"}
     more |= {"density", "scale", "sample_steps"}
     more |= {"n_labels"}
-    jobs = (TextSettings, TextJob, ImageSettings, ToySettings, LabelSettings)
+    jobs = (TextSettings, TextJob, ImageSettings, ToySettings, LabelSettings, ResponseSettings)
     known = more | {f.name for job in jobs for f in dataclasses.fields(job)}
     found = load_results(ROOT / folder)
     assert found

@@ -401,8 +401,11 @@ def test_figures_of_others_stand_beside_ours():
 def test_settings_of_every_job_are_known():
     from ldebm.label_job import LabelSettings
     from ldebm.records import JOB_SETTINGS
+    from ldebm.response_task import ResponseSettings
 
-    assert {TextSettings, LabelSettings, image_job.ImageSettings, toy_job.ToySettings} <= {*JOB_SETTINGS}
+    assert {TextSettings, LabelSettings, ResponseSettings, image_job.ImageSettings, toy_job.ToySettings} <= {
+        *JOB_SETTINGS
+    }
     for r in load_results(PLACE / "results"):
         cls = max(JOB_SETTINGS, key=lambda c: len(r["settings"].keys() & c.__dataclass_fields__.keys()))
         assert cls is (
@@ -412,6 +415,8 @@ def test_settings_of_every_job_are_known():
             if "shape" in r["settings"]
             else LabelSettings
             if "n_labels" in r["settings"]
+            else ResponseSettings
+            if "n_turns" in r["settings"]
             else TextSettings
         )
 
