@@ -135,7 +135,7 @@ def plot_rates(
     "Rate against distortion, every run a dot coloured by a metric; lines of equal bound"
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(8, 5), dpi=80, layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(7.4, 4.6), dpi=80, layout='constrained')[1]
     points = rate_points(records, corpus, preset, objective, systems, colour)
     if not points:
         ax.set_title('pending')
