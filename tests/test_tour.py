@@ -8,7 +8,7 @@ import pytest
 from test_jobs import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWER = re.compile(r"<details>\s*<summary>Answer</summary>\s*```python\n(.*?)```\s*</details>", flags=re.S)
+ANSWER = re.compile(r"<details>\s*<summary>Answer</summary>\s*```python\n(.*?)```.*?</details>", flags=re.S)
 
 
 def text(source):
@@ -35,7 +35,8 @@ def test_the_tour_and_its_answers_run(tmp_path, monkeypatch):
     exercises = sum(len(re.findall(r"^\*\*\d\.\*\*", text(c["source"]), flags=re.M)) for c in nb["cells"])
     assert n == exercises == 3
     (tmp_path / "tour.ipynb").write_text(json.dumps(nb), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)  # where runs/ appears
+    (tmp_path / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs")  # beside which runs/ appears
     done = tmp_path / "done.ipynb"
     res = papermill(done, "-p", "steps", "20", notebook=tmp_path / "tour.ipynb", PYTHONPATH=str(ROOT))
     assert res.returncode == 0, res.stderr[-2000:]
@@ -45,6 +46,8 @@ def test_the_tour_and_its_answers_run(tmp_path, monkeypatch):
     assert obeyed[0] < 0.3 < obeyed[1] < obeyed[2], answers[0]
     grammatical = [int(x) for x in re.findall(r": (\d+) of 500", answers[1])]
     assert len(grammatical) == 4 and grammatical[0] < min(grammatical[2:]), answers[1]
+    met = [float(x) for x in re.findall(r"([\d.]+) are read as asked", answers[1])]
+    assert len(met) == 4 and met[0] < 0.2 < 0.5 < met[2], answers[1]
     moved = [int(x) for x in re.findall(r": (\d+) of 20", answers[2])]
     assert moved[0] <= 3 < 14 <= moved[-1], answers[2]
     assert (tmp_path / "runs" / "tour" / "model" / "result.json").exists()
