@@ -222,7 +222,7 @@ bench: $(READY) ## Measure chains, training steps, samples and memory into resul
 	@python bench/bench.py $(BENCH_ARGS)
 
 docs: $(READY) ## Build the documentation site into docs/_build/html
-	@echo 'Some two minutes, in silence where nothing is wrong ...'
+	@echo 'A minute or two, in silence where nothing is wrong ...'
 	@python -c 'from ldebm.docs import build; print("Site:", build())'
 
 docs-serve: docs ## Build the site and serve it on this machine

@@ -356,14 +356,16 @@ def _hold(self: Run) -> _FolderLock | None:
         raise
 
 # %% ../nbs/01_records.ipynb #538c82b9
+_ANOTHER = 'choose another folder with --out, or delete this one'
+
+
 @patch
 def _open(self: Run, resume: bool):
     "Compare settings, which must come first, and tidy up"
     old = self._stored()
     if old is not None and settings_hash(_run_identity(old)) != self.hash:
         differences = _differences(_run_identity(old), _run_identity(self.settings))
-        remedy = 'choose another folder with --out, or delete this one'
-        raise ValueError(f'{self.path} holds a run with other settings ({differences}); {remedy}')
+        raise ValueError(f'{self.path} holds a run with other settings ({differences}); {_ANOTHER}')
     for p in self.path.glob('.*.tmp'):  # left by a process that was killed while writing
         if time.time() - p.stat().st_mtime > 60:
             p.unlink(missing_ok=True)
@@ -381,13 +383,12 @@ def _stored(self: Run) -> dict | None:
     p = self.file('settings.json')
     if not p.exists():
         return None
-    remedy = 'choose another folder with --out, or delete this one'
     try:
         old = json.loads(p.read_text())
     except ValueError as e:
-        raise ValueError(f'{p} is not readable JSON ({e}); {remedy}') from e
+        raise ValueError(f'{p} is not readable JSON ({e}); {_ANOTHER}') from e
     if not isinstance(old, dict):
-        raise ValueError(f'{p} does not hold settings; {remedy}')
+        raise ValueError(f'{p} does not hold settings; {_ANOTHER}')
     return renamed(old)
 
 
@@ -752,8 +753,8 @@ def _own_text(path: Path, rec: dict) -> str:
         old = json.loads(before := path.read_text())
     except (OSError, ValueError):
         return text
-    kept = json.loads(text) | dict(provenance=old.get('provenance')) if isinstance(old, dict) else None
-    return before if kept == old else text
+    same = isinstance(old, dict) and {**json.loads(text), 'provenance': old.get('provenance')} == old
+    return before if same else text
 
 # %% ../nbs/01_records.ipynb #3a6c4796
 def write_result(

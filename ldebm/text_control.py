@@ -194,7 +194,8 @@ def requests(
     out = {}
     for request, z in latents.items():
         out[request] = _decoded(task, z, gen)
-        out[request] |= _cooler_words(task, task.model, z, seed, 'cooler', attribute, f'_{request}')
+        stream = seed, 'cooler', attribute, f'_{request}'  # The name that records were drawn under
+        out[request] |= _cooler_words(task, task.model, z, *stream)
     if told is not None:
         z = told.model.eval().told(told.labels['train'][asked].to(task.device))
         cooler = _cooler_words(task, told.model, z, seed, 'cooler', attribute, 'told')

@@ -230,8 +230,9 @@ def test_a_finished_run_opened_again_keeps_its_minutes(tmp_path):
     assert write_result(run, **longer, results_dir=results).read_text() == first
     longer["metrics"] = {"wkl": metric(0.25)}
     assert json.loads(write_result(run, **longer, results_dir=False).read_text())["provenance"]["minutes"] == 77
-    (tmp_path / "r" / "result.json").write_text("[half")
-    assert json.loads(write_result(run, **record(), results_dir=False).read_text())["corpus"]
+    for other in ("[half", "null", "[]"):
+        (tmp_path / "r" / "result.json").write_text(other)
+        assert json.loads(write_result(run, **record(), results_dir=False).read_text())["corpus"]
 
 
 def test_name_is_checked_before_the_work(tmp_path):
