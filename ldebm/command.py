@@ -487,13 +487,18 @@ def score_sentences(
     return f'{table}\n\n{mean}. Words outside the vocabulary: {outside}.'
 
 # %% ../nbs/68_command.ipynb #6760f6fc
+def _wanted(options) -> dict[str, str]:  # Attribute -> value
+    "What `--ask` says"
+    if bare := [part for part in options.ask if '=' not in part]:
+        raise ValueError(f'--ask {bare[0]}: write what it is as well, such as topic={bare[0]}')
+    return dict(part.partition('=')[::2] for part in options.ask)
+
+
 def _request(model, options):  # A symbol, several of them, or `None`
     "What is asked of the prior"
     from ldebm.explorer import lacking
 
-    if bare := [part for part in options.ask if '=' not in part]:
-        raise ValueError(f'--ask {bare[0]}: write what it is as well, such as topic={bare[0]}')
-    wanted = dict(part.partition('=')[::2] for part in options.ask)
+    wanted = _wanted(options)
     if (options.symbol is not None or wanted) and (why := lacking(model).get('symbols')):
         raise ValueError(why)
     if wanted and model.symbols is None:
@@ -512,16 +517,20 @@ def _sample_pictures(options, path: str) -> int:
 
     from ldebm.image_measure import decode_all
     from ldebm.image_stages import load_prior
+    from ldebm.image_uses import sample_requested
     from ldebm.images import plot_grid
 
     file = Path(options.out or f'samples-{Path(options.model).name}.png')
     if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f'--out {file}: {options.model} draws pictures, so let it end in .png')
-    if options.ask or options.symbol is not None or options.temperature or options.guidance != 1:
-        words = '--ask, --symbol, --guidance and --temperature are for sentences'
-        raise ValueError(f'{options.model} draws pictures: {words}; the page image_shipped asks for pictures in Python')
+    if options.symbol is not None or options.temperature:
+        raise ValueError(f'{options.model} draws pictures: --symbol and --temperature are for sentences')
     generator, prior = load_prior(path)
-    u = prior.sample(options.number, gen=torch.Generator().manual_seed(options.seed))
+    gen = torch.Generator().manual_seed(options.seed)
+    if options.ask:
+        u = sample_requested(prior, options.number, _wanted(options), options.guidance, gen)
+    else:
+        u = prior.sample(options.number, gen=gen)
     file.parent.mkdir(parents=True, exist_ok=True)
     plot_grid(decode_all(generator, u)).figure.savefig(file, dpi=150, bbox_inches='tight')
     print(f'{options.number} pictures: {file}')
@@ -534,6 +543,8 @@ def _check_sample(options):
 
     if options.number < 1:
         raise ValueError(f'-n {options.number}: at least one')
+    if options.guidance != 1 and not options.ask and options.symbol is None:
+        raise ValueError('--guidance weighs what is asked: say what, with --ask or --symbol')
     if options.out and Path(options.out).is_dir():
         raise ValueError(f'--out {options.out} is a folder: name a file in it')
     if options.out:
@@ -634,7 +645,8 @@ def _add_train(parser):
         'job',
         nargs='?',
         default='ptb',
-        help='ptb (text, the default), digits, images, toy2d, dailydialog, control, response, semisup or zoo',
+        type=lambda job: 'ptb' if job == 'text' else job,
+        help='text or ptb (the default), digits, images, toy2d, dailydialog, control, response, semisup or zoo',
     )
     add('--corpus', help='of a text job: a corpus by name, or a file, one sentence a line')
     add('--dataset', help='of a picture job: a data set by name, or a folder or zip')
@@ -665,8 +677,8 @@ def _add_sample(parser):
     add('--seed', type=int, default=0)
     asked = parser.add_mutually_exclusive_group().add_argument
     asked('--symbol', type=int, help='sentences: symbol to ask for')
-    asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='sentences: labels to ask for, such as topic=farm')
-    add('--guidance', type=float, default=1.0, help='sentences: weight of what is asked')
+    asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='labels to ask for, such as topic=farm')
+    add('--guidance', type=float, default=1.0, help='weight of what is asked')
     add('--temperature', type=float, default=0.0, help='sentences: of the words; 0 decodes greedily')
     add('--out', help='file; without it sentences are printed, and pictures are in samples-MODEL.png')
     parser.set_defaults(run=_sample)

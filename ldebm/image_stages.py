@@ -493,6 +493,7 @@ def save_prior(
         settings=asdict(place.settings),
         generator=asdict(generator.cfg),
         values=list(n_values(place.images['train'])),
+        attributes=place.images['train'].attributes,
     )
     folder = place.run.path / system
     folder.mkdir(parents=True, exist_ok=True)
@@ -522,7 +523,7 @@ def _tuples(value):
 def load_prior(
     path,  # `model.safetensors` of a system, its folder, or `digits` or `shapes`, which come along
     device='cpu',  # Where to put it
-) -> tuple:  # Generator and prior, in evaluation mode
+) -> tuple:  # Generator and prior, in evaluation mode; `prior.attributes` are the names of what it may be asked for
     "Read what `save_prior` wrote; `FileNotFoundError` when nothing is there, `ValueError` when it is something else"
     device, path = pick_device(device), _weights(path)
     tensors, about = load_tensors(path, device)
@@ -540,4 +541,5 @@ def load_prior(
         prior = layered_prior(settings, about['system'], generator, about['values']).to(device)
         net = prior.energy.nets
     net.load_state_dict(_part(tensors, 'prior'))
+    prior.attributes = about.get('attributes', {}) if about['system'].startswith('ldebm-coupled') else {}
     return generator, prior.eval()

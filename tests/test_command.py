@@ -73,17 +73,13 @@ def test_parameters_are_those_of_the_notebook(capsys):
     "arguments,complaint",
     [
         ("train prb", "unknown job 'prb'; did you mean 'ptb'?"),
-        ("train -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
+        ("train text -p stepps 5", "unknown parameter of ptb 'stepps'; did you mean 'steps'?"),
         ("train digits --corpus mine.txt", "did you mean `ldebm train ptb --corpus ...`?"),
         ("sample gramar", "nor a model that came along (digits, grammar, shapes); did you mean 'grammar'?"),
-        (
-            "sample digits --symbol 3",
-            "digits draws pictures: --ask, --symbol, --guidance and --temperature are for sentences",
-        ),
-        (
-            "sample digits --guidance 3",
-            "digits draws pictures: --ask, --symbol, --guidance and --temperature are for sentences",
-        ),
+        ("sample digits --symbol 3", "digits draws pictures: --symbol and --temperature are for sentences"),
+        ("sample digits --guidance 3", "--guidance weighs what is asked: say what, with --ask or --symbol"),
+        ("sample digits --ask clas=3", "unknown attribute 'clas'; did you mean 'class'?"),
+        ("sample shapes --ask colour=gren", "unknown colour 'gren'; did you mean 'green'?"),
         ("sample -n 0", "-n 0: at least one"),
         ("sample --ask farm", "--ask farm: write what it is as well, such as topic=farm"),
         ("pending", "there is no folder results: run this in a checkout, or name a folder of records with --results"),
@@ -391,7 +387,9 @@ def test_samples_of_pictures_are_a_file(name, tmp_path, monkeypatch, capsys):
         assert str(file) in capsys.readouterr().out
     first, again, other = (file.read_bytes() for file in files)
     assert first == again != other
-    assert run(f"sample {name} --ask topic=farm") == 2 and "draws pictures" in capsys.readouterr().err
+    value = dict(digits="class=7", shapes="colour=red shape=cross")[name]
+    assert run(f"sample {name} -n 4 --seed 1 --guidance 2 --out {files[0]} --ask {value}") == 0
+    assert files[0].read_bytes() != other and str(files[0]) in capsys.readouterr().out
     assert run(f"sample {name} --out mine.txt") == 2 and ".png" in capsys.readouterr().err
     assert list(tmp_path.glob("samples*")) == []
 

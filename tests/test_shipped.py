@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import hub
 import pytest
 import torch
+from torch.testing import assert_close
 
-from ldebm.core import load_tensors, make_gen, weights_hash
+from ldebm.core import load_tensors, make_gen, save_tensors, weights_hash
 from ldebm.image_measure import decode_all
 from ldebm.image_shipped import prior_card
 from ldebm.image_stages import load_prior
-from ldebm.image_uses import UPDATES
+from ldebm.image_uses import UPDATES, sample_requested
 from ldebm.records import check_result
 from ldebm.shipped import latents_of, model_card
 from ldebm.text_job import MODELS, load_model, load_symbols
@@ -55,15 +56,35 @@ def test_the_card_of_an_image_prior_is_what_the_record_says(name):
 
 def test_shapes_have_the_colour_that_they_are_asked_for():
     generator, prior = load_prior("shapes")
-    asked = torch.arange(4).repeat(16)
-    wanted = torch.full((64, 4), -1)
-    wanted[:, 1] = asked
-    x = decode_all(generator, prior.guided(3).sample(64, y=wanted, n_steps=UPDATES, gen=make_gen(0, "colours")))
+    asked = torch.arange(4).repeat_interleave(16)
+    gen = make_gen(0, "colours")
+    u = [sample_requested(prior, 16, dict(colour=colour), 3, gen) for colour in prior.attributes["colour"]]
+    x = decode_all(generator, torch.cat(u))
     pixels = x.flatten(2).transpose(1, 2)  # (64, 256, 3)
     brightest = pixels[torch.arange(64), (pixels.amax(2) - pixels.amin(2)).argmax(1)]
     pure = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]])
     read = torch.nn.functional.normalize(brightest) @ torch.nn.functional.normalize(pure).T
     assert (read.argmax(1) == asked).double().mean() > 0.9
+
+
+def test_a_request_by_name_is_the_request_by_number():
+    for name, by_name, by_number in (
+        ("shapes", dict(size="large", shape="cross"), [3, -1, 1, -1]),
+        ("digits", {"class": "7"}, 7),
+    ):
+        _, prior = load_prior(name)
+        u = sample_requested(prior, 3, by_name, 2, make_gen(0, "request"))
+        y = torch.tensor(by_number).repeat(3, *[1] * isinstance(by_number, list))
+        same = prior.guided(2).sample(3, y=y, n_steps=UPDATES, gen=make_gen(0, "request"))
+        assert_close(u, same, atol=0, rtol=0)
+
+
+def test_a_prior_without_names_says_why_it_takes_no_request(tmp_path):
+    tensors, about = load_tensors(MODELS / "digits" / "model.safetensors", "cpu")
+    del about["attributes"]
+    _, prior = load_prior(save_tensors(tmp_path / "model.safetensors", tensors, about))
+    with pytest.raises(ValueError, match="no names to be asked by: .* a run of ldebm-coupled has them"):
+        sample_requested(prior, 1, {"class": "7"})
 
 
 def test_digits_look_like_the_class_that_they_are_asked_for():
