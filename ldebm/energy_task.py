@@ -81,8 +81,8 @@ class EnergyTask:
         elif self.settings.n_symbols > 1 and (self.settings.w_cls > 0 or self.settings.w_mi > 0):
             means, is_clustered = self.data['train'].mean, self.settings.w_cls > 0
             self.labels = logits_of(task, means).argmax(-1)
-            if is_clustered and self.settings.cluster_by == 'lifts':  # Of the finished latents, numbered as before
-                self.labels = task.lift_clusters(means, make_gen(task.seed, 'energies', 'clusters'), self.labels)
+            if is_clustered and self.settings.cluster_by != 'whitened':  # Of the finished latents, numbered as before
+                self.labels = task.clusters(means, make_gen(task.seed, 'energies', 'clusters'), self.labels)
 
     def start_epoch(self, epoch, state, gen):
         return dict(epoch=torch.tensor(epoch))

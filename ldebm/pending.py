@@ -111,14 +111,19 @@ _ABLATIONS = (
     *((f'ldebm+{name}', 'consistent', f'`{own}`') for name, own in _CHANGED.items()),
 )
 _SYMBOLS = (
-    ('ldebm', 'consistent', 'LDEBM'),
+    ('ldebm+fisher', 'consistent', 'LDEBM, words by their use'),
+    ('ldebm', 'consistent', 'LDEBM, all words alike'),
     ('ldebm-no-gc', 'consistent', 'LDEBM without clustering'),
     ('svebm-ib', 'consistent', 'SVEBM-IB'),
     ('dgm-vae-i+k20', 'consistent', 'DGM-VAE + I, one code of 20 values'),
     ('vae-fb', 'consistent', 'the same training, no energies'),
 )
 _AGREEMENT = 'lm= nll_draws=0 n_samples=2000 mixed_precision=bf16'  # Neither language models nor likelihoods
-_AGREED = {'': _AGREEMENT, 'k20': f'codes=1 classes=20 {_AGREEMENT}'}
+_AGREED = {
+    '': _AGREEMENT,
+    'fisher': f'cluster_by=fisher {_AGREEMENT}',
+    'k20': f'codes=1 classes=20 {_AGREEMENT}',
+}
 _ELSEWHERE = (
     ('ldebm', 'consistent', 'LDEBM'),
     ('vae-fb', 'consistent', 'the same training, no energies'),

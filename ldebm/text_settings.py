@@ -183,7 +183,7 @@ class _Learning:
     w_sym: float = _symbols(0.05, 'Weight that teaches every level the symbols', systems=('taught',))
     cluster_by: str = _later(
         'whitened',
-        'What k-means sees: latents, `whitened`, or the words that they make likelier, `lifts`',
+        'What k-means sees: `whitened` latents, words that they make likelier (`lifts`), a metric of words (`fisher`)',
         group='energies and symbols',
         systems=('grouped',),
     )
@@ -532,9 +532,10 @@ def _check_loss(settings: TextSettings):
     "Terms, annealing, and the metric that selects"
     choose('anneal', settings.anneal, ANNEAL)
     parse_terms(settings.terms)
-    choose('cluster_by', settings.cluster_by, ('whitened', 'lifts'))
-    if settings.cluster_by == 'lifts' and settings.w_bow == 0 and 'grouped' in system_kinds(settings):
-        raise ValueError('cluster_by=lifts reads the bag-of-words layer: give w_bow a weight, or cluster_by=whitened')
+    choose('cluster_by', settings.cluster_by, ('whitened', 'lifts', 'fisher'))
+    if settings.cluster_by != 'whitened' and settings.w_bow == 0 and 'grouped' in system_kinds(settings):
+        why = f'cluster_by={settings.cluster_by} reads the bag-of-words layer'
+        raise ValueError(f'{why}: give w_bow a weight, or cluster_by=whitened')
     if settings.attributes and settings.w_cls == 0:
         raise ValueError(f'attributes={settings.attributes} teaches symbols by w_cls: give it a weight')
     if has_bound(settings) and not settings.noise:

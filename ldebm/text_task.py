@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_model', 'check_corpus', 'named_symbols', 'with_named_symbols', 'TextTask', 'check_symbols', 'by_words',
-           'word_lifts']
+           'by_fisher', 'word_lifts']
 
 # %% ../nbs/60b_text_task.ipynb #608f22dc
 import math
@@ -251,14 +251,32 @@ def weights(
     return out
 
 # %% ../nbs/60b_text_task.ipynb #8b7bd7c3
+def _in_metric(z: Tensor, metric: Tensor) -> Tensor:
+    "Coordinates whose plain distances are those of a quadratic form, shape `(d, d)`"
+    eigenvalues, Q = torch.linalg.eigh(metric)
+    return (z.double() @ Q * eigenvalues.clamp(min=0).sqrt()).float()
+
+
 def by_words(
     means: Tensor,  # Posterior means, shape `(N, d)`
     weight: Tensor,  # Of the bag-of-words layer, shape `(V, d)`
 ) -> Tensor:  # Shape `(N, d)`, whose distances are those between the word log-odds `weight @ mean`
     "Latents in the metric of the words they predict"
     W = weight.detach().double().cpu()
-    eigenvalues, Q = torch.linalg.eigh(W.T @ W)
-    return (means.double() @ Q * eigenvalues.clamp(min=0).sqrt()).float()
+    return _in_metric(means, W.T @ W)
+
+# %% ../nbs/60b_text_task.ipynb #f15e0002
+@torch.no_grad()
+def by_fisher(
+    means: Tensor,  # Posterior means, shape `(N, d)`
+    layer: torch.nn.Linear,  # The bag-of-words layer, from `d` to `V`
+    rows: int = 1024,  # Latents at a time
+) -> Tensor:  # Shape `(N, d)`
+    "Latents in the Fisher metric of the words they predict (Rao 1945)"
+    W, b = layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu()
+    usual = sum((part.double() @ W.T + b).softmax(1).sum(0) for part in means.split(rows)) / len(means)
+    mean = W.T @ usual
+    return _in_metric(means, W.T @ (usual[:, None] * W) - mean[:, None] * mean)
 
 # %% ../nbs/60b_text_task.ipynb #83cecb5f
 def word_lifts(
@@ -286,17 +304,24 @@ def word_lifts(
 
 # %% ../nbs/60b_text_task.ipynb #2a25682f
 @patch
-def lift_clusters(
+def clusters(
     self: TextTask,
     means: Tensor,  # Posterior means, shape `(N, d)`
     gen: torch.Generator,  # Source of the starts, on the CPU
     previous: Tensor | None = None,  # Labels to agree with in number, shape `(N,)`
 ) -> Tensor:  # Labels, shape `(N,)`
-    "Clusters of latents by the words that they make likelier, the best of ten starts"
-    K = self.settings.n_symbols
-    lifts = word_lifts(means, self.model.bow, gen=make_gen(self.seed, 'lifts'))
-    labels = cluster_targets(lifts, K, dims=0, gen=gen, n_init=10)
-    return labels if previous is None else match_labels(labels, previous, K)
+    "Clusters of latents, seen as `cluster_by` says"
+    settings, bow = self.settings, self.model.bow
+    K, dims = settings.n_symbols, settings.cluster_dims
+    if settings.cluster_by == 'lifts':  # the best of ten starts
+        lifts = word_lifts(means, bow, gen=make_gen(self.seed, 'lifts'))
+        labels = cluster_targets(lifts, K, dims=0, gen=gen, n_init=10)
+        return labels if previous is None else match_labels(labels, previous, K)
+    if settings.cluster_by == 'fisher':
+        means, dims = by_fisher(means, bow), 0
+    elif bow is not None:
+        means = by_words(means, bow.weight)
+    return cluster_targets(means, K, dims=dims, gen=gen, previous=previous, n_init=5)
 
 # %% ../nbs/60b_text_task.ipynb #01cb0241
 @patch
@@ -311,20 +336,12 @@ def start_epoch(
         return None
     if self.symbols is not None:
         return dict(labels=self.symbols.of(self.corpus['train'].labels))
-    settings, bow = self.settings, self.model.bow
-    K, dims = settings.n_symbols, settings.cluster_dims
-    means = self.encode('train').mean
+    settings, K, means = self.settings, self.settings.n_symbols, self.encode('train').mean
     if released(settings):
         starts = torch.randperm(len(means), generator=make_gen(self.seed, 'k-means'))[:K]
-        labels = cluster_targets(means, K, dims=dims, gen=gen, starts=starts)
+        labels = cluster_targets(means, K, dims=settings.cluster_dims, gen=gen, starts=starts)
         return dict(labels=labels, index=published_draw(labels, gen))
-    previous = None if state is None else state['labels']
-    if settings.cluster_by == 'lifts':
-        labels = self.lift_clusters(means, gen, previous)
-        return dict(labels=labels, weights=balance_weights(labels, K))
-    if bow is not None:
-        means = by_words(means, bow.weight)
-    labels = cluster_targets(means, K, dims=dims, gen=gen, previous=previous, n_init=5)
+    labels = self.clusters(means, gen, None if state is None else state['labels'])
     return dict(labels=labels, weights=balance_weights(labels, K))
 
 # %% ../nbs/60b_text_task.ipynb #dd6ad20a
