@@ -107,7 +107,8 @@ class _Watch:
 
     def stamps(self) -> dict:
         "When the files were written last, in that order"
-        files = [*self.run.rglob('log.jsonl'), *self.run.glob('score/*.json')]
+        measured = [*self.run.glob('score/*.json'), *self.run.glob('*/result.json')]
+        files = [*self.run.rglob('log.jsonl'), *measured]
         return dict(sorted(((path, path.stat().st_mtime_ns) for path in files), key=lambda item: item[1]))
 
     def look(self):
@@ -119,7 +120,8 @@ class _Watch:
         for path in changed:
             self.quiet, self.since = None, time.monotonic()
             if path.suffix == '.json':
-                self.measured += [path.stem] * (path.stem not in self.measured)
+                name = path.parent.name if path.stem == 'result' else path.stem
+                self.measured += [name] * (name not in self.measured)
                 self.line.tell('measure', f'done so far: {", ".join(self.measured)}')
             elif lines := _last_lines(path):
                 self.line.tell(*_trained(self, path, lines))
@@ -142,7 +144,8 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     if total and first < step < total:
         parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')
     if step == total:
-        parts.append('done')
+        best = lines.get('valid', {}).get('best_step')
+        parts.append(f'done, step {best} is kept' if best else 'done')
         watch.quiet = 'measure'
     return stage, '   '.join(parts)
 
@@ -183,11 +186,20 @@ _REFUSALS = (
 )
 
 
+def _as_typed(text: str) -> str:
+    "An error, with options as `ldebm train` or `make` take them"
+    from ldebm.sweep import as_typed
+
+    if os.environ.get('LDEBM_MAKE'):
+        return as_typed(text)
+    return re.sub(r'(?<!-p )\b(settings|systems)="', r'-p \1 "', text)
+
+
 def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
     "Run a notebook in this folder; its exit status, 2 where the job refused"
     from papermill.exceptions import PapermillExecutionError
 
-    from ldebm.sweep import as_typed, papermill_command
+    from ldebm.sweep import papermill_command
 
     options = ['--cwd', '.', '--kernel', 'python3', '--no-progress-bar', '--log-output', '--log-level', 'WARNING']
     for name, value in given.items():
@@ -198,7 +210,7 @@ def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
         with _watching(copy.parent):
             return papermill_command([str(notebook), str(copy), *options])
     except PapermillExecutionError as error:
-        print(as_typed(f'{error.ename}: {error.evalue}'), file=sys.stderr)
+        print(_as_typed(f'{error.ename}: {error.evalue}'), file=sys.stderr)
         return 2 if error.ename in _REFUSALS else 1
 
 # %% ../nbs/68_command.ipynb #dbbd7d44
@@ -293,9 +305,15 @@ def _earlier(folder: Path) -> str:
     logs = sorted(folder.rglob('log.jsonl'), key=lambda log: log.stat().st_mtime)
     last = logs[-1].parent if logs else folder
     if (folder / 'result.json').exists() or (last / 'result.json').exists():
-        return f'{folder} is finished: its page is made anew, and what was trained is not trained again'
+        return f'{folder} is finished: with the same settings its page is made anew, and nothing is trained again'
     steps = [line['step'] for line in _last_lines(logs[-1]).values()] if logs else []
-    return f'{last} goes on after step {max(steps)}' if steps else ''
+    said = 'with the same settings it goes on'
+    return f'{last} is at step {max(steps)} or later: {said}' if steps else ''
+
+# %% ../nbs/68_command.ipynb #f311c0af
+def _setting_names(job: str) -> list[str]:
+    "What `-p settings` takes"
+    return [field.name for field in fields(_resolved(job, {})[1])]
 
 # %% ../nbs/68_command.ipynb #f6b85d41
 def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and those given
@@ -312,7 +330,11 @@ def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and tho
     for name, other in dict(dataset='images', corpus='ptb').items():
         if name in given and name not in known:
             raise ValueError(f'{job} takes no {name}: did you mean `ldebm train {other} --{name} ...`?')
-    for name in given:
+    if job == 'digits' and given.get('dataset', job) != job:
+        raise ValueError(f'the job digits has its own pictures: `ldebm train images --dataset {given["dataset"]}`')
+    for name, value in given.items():
+        if name not in known and name in _setting_names(job):
+            raise ValueError(f'{name} is a setting of {job}: -p settings "{name}={value}"')
         choose(f'parameter of {job}', name, known)
     return notebook, known, given
 
@@ -400,7 +422,7 @@ def _outcome(folder: Path) -> str:
     for path in [*folder.glob('result.json'), *sorted(folder.glob('*/result.json'))]:
         head = [] if path.parent == folder else [f'{path.parent.name}:']
         parts += [*head, scores(path.parent), '']
-    end = 'The page howto_check says how to tell whether a run is sound.'
+    end = 'How to tell whether a run is sound: https://ldebm.github.io/ldebm/howto_check.html'
     return '\n'.join(['', *parts, f'Everything is in {folder}:', runs_table(folder), '', end])
 
 # %% ../nbs/68_command.ipynb #9da489a5
@@ -484,13 +506,14 @@ def score_sentences(
         mean += f', an upper bound in expectation; 95 % of estimation {low:.2f} to {high:.2f}'
     unknown = sorted({word for words in reading.sentences for word in words} - set(split.vocab.stoi))
     outside = ', '.join(unknown[:10]) + ' ...' * (len(unknown) > 10) or 'none'
-    return f'{table}\n\n{mean}. Words outside the vocabulary: {outside}.'
+    return f'{table}\n\n{mean}. Words outside the vocabulary, read as one unknown word: {outside}.'
 
 # %% ../nbs/68_command.ipynb #6760f6fc
-def _wanted(options) -> dict[str, str]:  # Attribute -> value
-    "What `--ask` says"
+def _wanted(options, names: dict) -> dict[str, str]:  # Attribute -> value
+    "What `--ask` says of attributes with these names of values"
     if bare := [part for part in options.ask if '=' not in part]:
-        raise ValueError(f'--ask {bare[0]}: write what it is as well, such as topic={bare[0]}')
+        of = next((attribute for attribute, values in names.items() if bare[0] in values), 'NAME')
+        raise ValueError(f'--ask {bare[0]}: write what it is as well, {of}={bare[0]}')
     return dict(part.partition('=')[::2] for part in options.ask)
 
 
@@ -498,11 +521,12 @@ def _request(model, options):  # A symbol, several of them, or `None`
     "What is asked of the prior"
     from ldebm.explorer import lacking
 
-    wanted = _wanted(options)
+    wanted = _wanted(options, model.symbols.names if model.symbols else {})
     if (options.symbol is not None or wanted) and (why := lacking(model).get('symbols')):
         raise ValueError(why)
     if wanted and model.symbols is None:
-        raise ValueError(f'no labels taught the symbols of {options.model}: ask by number, with --symbol')
+        by = 'ask by number, with --symbol; the page explore shows what each says'
+        raise ValueError(f'no labels taught the symbols of {options.model}: {by}')
     if wanted:
         return model.symbols.request(**wanted)
     if options.symbol is not None and not 0 <= options.symbol < model.prior.n_symbols:
@@ -525,10 +549,14 @@ def _sample_pictures(options, path: str) -> int:
         raise ValueError(f'--out {file}: {options.model} draws pictures, so let it end in .png')
     if options.symbol is not None or options.temperature:
         raise ValueError(f'{options.model} draws pictures: --symbol and --temperature are for sentences')
+    folder = Path(path)
+    if folder.is_dir() and not (folder / 'model.safetensors').exists():
+        there = [file.parent.name for file in sorted(folder.parent.glob('*/model.safetensors'))]
+        raise ValueError(f'{path} has no weights, a Gaussian needs none: draw from one of {", ".join(there) or "none"}')
     generator, prior = load_prior(path)
     gen = torch.Generator().manual_seed(options.seed)
     if options.ask:
-        u = sample_requested(prior, options.number, _wanted(options), options.guidance, gen)
+        u = sample_requested(prior, options.number, _wanted(options, prior.attributes), options.guidance, gen)
     else:
         u = prior.sample(options.number, gen=gen)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -591,7 +619,7 @@ def _say_if_busy():
 # %% ../nbs/68_command.ipynb #9de6790d
 def _train(options) -> int:
     "What the options ask `train_job` for"
-    named = {name: getattr(options, name) for name in ('corpus', 'dataset', 'preset', 'out')}
+    named = {name: getattr(options, name) for name in ('corpus', 'dataset', 'system', 'preset', 'seed', 'out')}
     given = dict(options.p) | {name: value for name, value in named.items() if value is not None}
     if options.parameters:
         print(parameters_table(options.job, given))
@@ -650,7 +678,9 @@ def _add_train(parser):
     )
     add('--corpus', help='of a text job: a corpus by name, or a file, one sentence a line')
     add('--dataset', help='of a picture job: a data set by name, or a folder or zip')
+    add('--system', help='such as ldebm or vae; of pictures one or several, in quotes')
     add('--preset', help='quick, small or paper')
+    add('--seed', help='of weights, data order, noise and chains')
     add('--out', help='folder of the run; without it one under runs/')
     add(
         '-p',
@@ -720,7 +750,7 @@ def main(
     options = _parser().parse_args(argv)
     from ldebm.sweep import exit_status
 
-    return exit_status(lambda: options.run(options))
+    return exit_status(lambda: options.run(options), _as_typed)
 
 
 if __name__ == '__main__' and '__file__' in globals():

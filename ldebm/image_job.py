@@ -786,7 +786,7 @@ def _check_training(job: ImageJob, settings: ImageSettings, train: Images):
         raise ValueError(f'{has}, fewer than {large}: settings="{lower}"')
     labels = train.attributes and (train.labels >= 0).any()
     if 'ldebm-coupled' in job.systems.split() and not labels:
-        remedy = 'leave out the system ldebm-coupled (make: SYSTEM=ldebm), or give attributes'
+        remedy = 'leave out the system ldebm-coupled, as systems="ldebm" does, or give attributes'
         raise ValueError(f'{train.name} has no labels to couple to: {remedy}')
 
 

@@ -157,7 +157,8 @@ def images_path(
     "Folder or zip that a name stands for. `ValueError` for what looks like the misspelt name of a data set"
     path = Path(name).expanduser()
     if not (path.exists() or path.suffix or len(path.parts) > 1):
-        choose('data set', str(name).lower().replace('-', '_'), IMAGE_SETS, 'or the path of a folder or zip')
+        known = str(name).lower().replace('-', '_')
+        choose('data set', known, IMAGE_SETS, 'or a folder or zip that exists')
     return path
 
 # %% ../nbs/05g_image_sets.ipynb #3a55f62e

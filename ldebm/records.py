@@ -123,7 +123,7 @@ def _differing(old: dict, new: dict) -> list:
     return [k for k in sorted({*old, *new}) if not same(k)]
 
 
-def _differences(old: dict, new: dict) -> str:
+def _differences(old: dict, new: dict, most: int = 8) -> str:
     "What distinguishes two settings, one `name: old -> new` each"
 
     def show(settings, k):
@@ -133,7 +133,9 @@ def _differences(old: dict, new: dict) -> str:
         hashed = k in old and k in new and _is_hash(k)
         return f'{k}: other content' if hashed else f'{k}: {show(old, k)} -> {show(new, k)}'
 
-    return ', '.join(map(change, _differing(old, new)))
+    names = _differing(old, new)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(map(change, names[:most])) + more
 
 # %% ../nbs/01_records.ipynb #6bfe6c20
 class FolderInUse(RuntimeError):

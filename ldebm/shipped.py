@@ -51,7 +51,8 @@ def _download(name: str, trusted: bool, **how) -> Path:
         folder = Path(hub.snapshot_download(name, allow_patterns=wanted, **how))
     except (OSError, hub.errors.HFValidationError) as e:
         why = str(e).split('\n')[0]
-        raise FileNotFoundError(f'{name} is no model here, and the Hugging Face Hub does not give it: {why}') from e
+        none = f'{name} is no model here: there is no such folder'
+        raise FileNotFoundError(f'{none}, and the Hugging Face Hub does not give it: {why}') from e
     if (folder / 'own.py').exists() and not trusted:
         raise ValueError(f'{name} brings code of its own: read {folder / "own.py"}, then pass trust_remote_code=True')
     return folder

@@ -163,11 +163,19 @@ def as_typed(
     "Options as they are given where a command runs: `make` has `SETTINGS=` and `RUN=`"
     if not os.environ.get('LDEBM_MAKE'):
         return text
-    return text.replace('settings="', 'SETTINGS="').replace('another folder with --out', 'another folder with RUN')
+    typed = {
+        'settings="': 'SETTINGS="',
+        'systems="': 'SYSTEM="',
+        'another folder with --out': 'another folder with RUN',
+    }
+    for option, there in typed.items():
+        text = text.replace(option, there)
+    return text
 
 # %% ../nbs/51_sweep.ipynb #f6c956f7
 def exit_status(
     run: Callable,  # The command, which gives its own status
+    typed: Callable = as_typed,  # Makes an error speak of the command's own options
 ) -> int:  # That status; 130 where it was stopped, 2 where it was refused
     "What a command answers; an error is one line"
     try:
@@ -179,7 +187,7 @@ def exit_status(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        print(as_typed(f'{type(e).__name__}: {e}'), file=sys.stderr)
+        print(typed(f'{type(e).__name__}: {e}'), file=sys.stderr)
         return 2
 
 # %% ../nbs/51_sweep.ipynb #da8854b9

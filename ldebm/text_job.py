@@ -10,6 +10,7 @@ __all__ = ['MODELS', 'corpus_name', 'record_name', 'job_name', 'job_folder', 're
 # %% ../nbs/61_text_job.ipynb #4768ad78
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -288,7 +289,10 @@ _BRIEF = {  # Metric -> what it says
     'frechet_recon': 'the same of reconstructions, which no prior is asked to beat',
     'gap_closed': 'share of the way from the Gaussian prior to reconstructions',
     'prior_hole_auroc': 'one half, or below: prior has no hole',
+    'spread': 'of sampled latents, relative to those of pictures',
+    'spread_long': 'the same after chains ten times as long',
 }
+_ASKED = r'control_(?!coverage|the_first)\w+'  # Metrics of requests for pictures
 
 
 def not_valid(
@@ -298,11 +302,13 @@ def not_valid(
     return 'NOT valid' in metrics.get('nll_valid', {}).get('estimator', '')
 
 # %% ../nbs/61_text_job.ipynb #0d796d40
-def _score_line(name: str, m: dict, flawed: bool) -> str:
+def _score_line(name: str, m: dict, flawed: bool, width: int = 17) -> str:
     "A metric in a terminal"
     interval = f'({m["interval"][0]:.4g} to {m["interval"][1]:.4g})' if m['interval'] else ''
-    about = 'not valid, see nll_gap in result.json' if flawed and name in ('nll_valid', 'exact_gap') else _BRIEF[name]
-    return f'{name:17}{m["value"]:10.4g}   {interval:25} {about}'
+    about = _BRIEF.get(name, 'share of requests that a classifier reads in the pictures')
+    if flawed and name in ('nll_valid', 'exact_gap'):
+        about = 'not valid, see nll_gap in result.json'
+    return f'{name:{width}}{m["value"]:10.4g}   {interval:25} {about}'
 
 
 def scores(
@@ -310,7 +316,9 @@ def scores(
 ) -> str:  # Plain text
     "Its main metrics, a line each"
     metrics = json.loads((Path(folder) / 'result.json').read_text())['metrics']
-    shown = [name for name in _BRIEF if metrics.get(name, {}).get('value') is not None]
-    lines = [_score_line(name, metrics[name], not_valid(metrics)) for name in shown]
+    asked = [name for name in metrics if re.fullmatch(_ASKED, name)][:6]
+    shown = [name for name in [*_BRIEF, *asked] if metrics.get(name, {}).get('value') is not None]
+    width = max(map(len, ['prior_hole_auroc', *shown])) + 1
+    lines = [_score_line(name, metrics[name], not_valid(metrics), width) for name in shown]
     lacking = [name for name in _BRIEF if name in metrics and name not in shown]
     return '\n'.join([*lines, *(f'{name}: {metrics[name]["estimator"]}' for name in lacking)])

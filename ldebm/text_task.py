@@ -85,7 +85,8 @@ def _lacks(corpus: Corpus, settings: TextSettings, processes: int) -> list[str]:
         if (few := len(corpus[split])) < 2:
             found.append(f'{few} {split} sentence(s), at least 2 are needed: give 40 sentences or more')
     if n < batch:
-        lower = f'lower batch (settings="batch={max(2, n // 4)}")'
+        enough = max(n, 36) if found else n  # of forty sentences
+        lower = f'lower batch (settings="batch={max(2, enough // 4)}")'
         found.append(f'{n} training sentences, fewer than a batch of {batch}: {lower}')
     elif n // batch < settings.accumulate * processes:
         times = f' times processes={processes}' if processes > 1 else ''

@@ -66,6 +66,22 @@ def test_parameters_are_those_of_the_notebook(capsys):
         assert f"\n| {name} | " in command.parameters_table(job).partition("\n\n")[2], job
 
 
+def test_options_stand_for_parameters_of_the_notebook(monkeypatch):
+    given = []
+    monkeypatch.setattr(command, "train_job", lambda job, values: given.append((job, values)) or 0)
+    assert run("train text --system vae --seed 3 -p steps 5") == 0
+    assert given == [("ptb", dict(system="vae", seed="3", steps="5"))]
+
+
+def test_an_error_speaks_of_the_options_of_the_command(monkeypatch):
+    said = 'lower batch (settings="batch=9"), as systems="ldebm" does'
+    monkeypatch.delenv("LDEBM_MAKE", raising=False)
+    assert command._as_typed(said) == 'lower batch (-p settings "batch=9"), as -p systems "ldebm" does'
+    assert command._as_typed(command._as_typed(said)) == command._as_typed(said)
+    monkeypatch.setenv("LDEBM_MAKE", "1")
+    assert command._as_typed(said) == 'lower batch (SETTINGS="batch=9"), as SYSTEM="ldebm" does'
+
+
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +97,11 @@ def test_parameters_are_those_of_the_notebook(capsys):
         ("sample digits --ask clas=3", "unknown attribute 'clas'; did you mean 'class'?"),
         ("sample shapes --ask colour=gren", "unknown colour 'gren'; did you mean 'green'?"),
         ("sample -n 0", "-n 0: at least one"),
-        ("sample --ask farm", "--ask farm: write what it is as well, such as topic=farm"),
+        ("sample --ask farm", "--ask farm: write what it is as well, topic=farm"),
+        ("sample shapes --ask cross", "--ask cross: write what it is as well, shape=cross"),
+        ("sample shapes --ask crss", "--ask crss: write what it is as well, NAME=crss"),
+        ("train digits --dataset pics", "`ldebm train images --dataset pics`"),
+        ("train -p energy_steps 100", "energy_steps is a setting of ptb: -p settings \"energy_steps=100\""),
         ("pending", "there is no folder results: run this in a checkout, or name a folder of records with --results"),
         ("sample --symbol 80", "grammar has symbols 0 to 79"),
         ("sample --ask topic=frm", "unknown topic 'frm'; did you mean 'farm'?"),
@@ -350,7 +370,7 @@ def test_what_takes_long_without_a_line_says_so(tmp_path, seconds):
 def test_a_run_that_goes_on_says_so(tmp_path):
     assert command._earlier(tmp_path) == ""
     log(tmp_path, dict(kind="train", step=20), dict(kind="valid", step=10))
-    assert command._earlier(tmp_path) == f"{tmp_path} goes on after step 20"
+    assert command._earlier(tmp_path) == f"{tmp_path} is at step 20 or later: with the same settings it goes on"
     (tmp_path / "result.json").write_text("{}")
     assert "is finished" in command._earlier(tmp_path)
 
@@ -392,6 +412,16 @@ def test_samples_of_pictures_are_a_file(name, tmp_path, monkeypatch, capsys):
     assert files[0].read_bytes() != other and str(files[0]) in capsys.readouterr().out
     assert run(f"sample {name} --out mine.txt") == 2 and ".png" in capsys.readouterr().err
     assert list(tmp_path.glob("samples*")) == []
+
+
+def test_a_gaussian_has_nothing_to_draw_from(tmp_path, capsys):
+    for system in ("gaussian", "ldebm"):
+        (tmp_path / "run" / system).mkdir(parents=True)
+        (tmp_path / "run" / system / "result.json").write_text("{}")
+    (tmp_path / "run" / "generator").mkdir()
+    (tmp_path / "run" / "ldebm" / "model.safetensors").write_bytes(b"")
+    assert run(f"sample {tmp_path}/run/gaussian") == 2
+    assert "run/gaussian has no weights, a Gaussian needs none: draw from one of ldebm" in capsys.readouterr().err
 
 
 def test_samples_go_into_a_file_that_is_named(tmp_path, capsys):
@@ -440,7 +470,7 @@ def test_a_real_sentence_is_likelier_than_its_words_in_disorder(elsewhere, capsy
     mean = float(re.search(r"Mean ([\d.]+) nats", out)[1])
     assert abs(mean - sum(nats) / 3) < 0.01
     low, high = map(float, re.search(r"estimation (\d+\.\d+) to (\d+\.\d+)", out).groups())
-    assert low <= mean <= high and "Words outside the vocabulary: zyx." in out
+    assert low <= mean <= high and "read as one unknown word: zyx." in out
 
 
 def test_a_run_without_likelihood_is_scored_by_the_default(elsewhere, capsys):

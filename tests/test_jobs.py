@@ -22,7 +22,7 @@ from ldebm.text_job import corpus_name, finish, job_name, load_model, open_job, 
 from ldebm.text_measure import evaluate
 from ldebm.text_settings import TextJob, resolve, train_cfg
 from ldebm.text_show import plot_latents, samples_by_symbol
-from ldebm.text_task import TextTask
+from ldebm.text_task import TextTask, check_corpus
 from ldebm.text_vae import interpolate, sample_sentences
 from ldebm.train import fit
 
@@ -516,6 +516,15 @@ def test_bad_files_leave_nothing(tmp_path, content, wrong):
     with pytest.raises((ValueError, FileNotFoundError), match=wrong):
         open_job(tiny(tmp_path, corpus=path, results=tmp_path / "results"))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"] * (content is not None)
+
+
+def test_remedies_for_too_few_sentences_go_together(tmp_path, sentences):
+    path, job = tmp_path / "few.txt", TextJob(settings="n_symbols=4")
+    path.write_text("\n".join(sentences[:20]) + "\n")
+    with pytest.raises(ValueError, match="give 40 sentences or more; and 18 training .*batch=9"):
+        check_corpus(load_corpus(str(path), max_len=24), resolve(job))
+    path.write_text("\n".join(sentences[:40]) + "\n")
+    check_corpus(load_corpus(str(path), max_len=24), resolve(dataclasses.replace(job, settings="n_symbols=4 batch=9")))
 
 
 def test_fewer_sentences_than_symbols(tmp_path, sentences):

@@ -91,6 +91,14 @@ def test_other_settings_change_nothing(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_of_another_kind_is_told_by_its_first_differences(tmp_path):
+    Run(tmp_path / "run", {f"a{i:02}": i for i in range(30)})
+    with pytest.raises(
+        ValueError, match=r"other settings \(a00: 0 -> absent, .*, a07: 7 -> absent and 52 more\); choose"
+    ):
+        Run(tmp_path / "run", {f"b{i:02}": i for i in range(30)})
+
+
 def test_same_settings_continue_and_mend(tmp_path):
     run = Run(tmp_path / "r", {"lr": 0.1})
     for i in range(5):
