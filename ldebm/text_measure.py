@@ -47,7 +47,7 @@ from ldebm.text_metrics import (
     wkl,
 )
 from .text_settings import TextSettings, has_bound, released
-from .text_task import TextTask
+from .text_task import TextTask, by_fisher
 from .text_vae import decode_latents, sample_latents, strip
 from .zoo import head_of
 
@@ -196,16 +196,19 @@ def _n_clusters(settings: TextSettings, n: int) -> int:
 
 
 def _kmeans_metrics(task: TextTask, means: Tensor, split: str, seed: int) -> dict:
-    "Agreement of labels with k-means clusters of the latents and of the words, and what symbols could have"
+    "Agreement of labels with k-means clusters of latents (two metrics) and of words, and what symbols could have"
     labels = task.corpus[split].labels
     if labels and (few := lacking(task.corpus, task.settings, split).get('ami_kmeans')):
         return {f'ami_{name}_kmeans': left_out(few, len(values)) for name, values in labels.items()}
-    out, K = {}, _n_clusters(task.settings, len(task.corpus[split]))
+    out, K, clusters = {}, _n_clusters(task.settings, len(task.corpus[split])), {}
     if labels:
-        clusters = kmeans_labels(means, K, make_gen(seed, 'evaluate', 'k-means'))
-        words = tfidf_clusters(task.corpus[split].sentences(), K, make_gen(seed, 'evaluate', 'tf-idf'))
+        clusters['kmeans'] = kmeans_labels(means, K, make_gen(seed, 'evaluate', 'k-means'))
+        clusters['tfidf'] = tfidf_clusters(task.corpus[split].sentences(), K, make_gen(seed, 'evaluate', 'tf-idf'))
+    bow = task.model.bow
+    if labels and bow is not None and bow.in_features == means.shape[1]:
+        clusters['fisher'] = kmeans_labels(by_fisher(means, bow), K, make_gen(seed, 'evaluate', 'fisher'))
     for name, values in labels.items():
-        for source, found in dict(kmeans=clusters, tfidf=words).items():
+        for source, found in clusters.items():
             scores = ami(values, found, gen=make_gen(seed, 'evaluate', 'k-means', name), attribute=name)
             out |= {f'{k}_{source}': v for k, v in scores.items()}
         out |= even_ceiling(values, K, name)

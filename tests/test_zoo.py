@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from ldebm import codes as C
 from ldebm import zoo as Z
-from ldebm.core import load_tensors, save_tensors
+from ldebm.clusters import cluster_targets
+from ldebm.core import load_tensors, make_gen, save_tensors
 from ldebm.corpora import load_corpus
-from ldebm.latent_metrics import information
+from ldebm.latent_metrics import information, kmeans_labels
 from ldebm.likelihood import NLLCfg, estimation_interval, nll_importance
 from ldebm.posterior import DiagGaussian, Posterior, Prior, StandardNormal
 from ldebm.records import SCORING, Run
@@ -26,7 +27,7 @@ from ldebm.text_measure import evaluate, latent_metrics
 from ldebm.text_nll import sentence_log_lik, text_nll
 from ldebm.text_score import score
 from ldebm.text_settings import LATER, OBJECTIVES, TextJob, TextSettings, resolve, train_cfg, unused
-from ldebm.text_task import TextTask, build_model
+from ldebm.text_task import TextTask, build_model, by_fisher
 from ldebm.text_vae import frozen_weights, sample_sentences
 from ldebm.train import cyclical, fit, logistic
 
@@ -949,6 +950,21 @@ def test_codes_are_held_against_labels(corpus, shape, number):
         assert found["ami_topic"]["value"] == pytest.approx(adjusted_mutual_info_score(labels, symbols))
         assert found["homogeneity_topic"]["value"] == pytest.approx(homogeneity_score(labels, symbols))
         assert f"of {number} symbols" in found["ami_topic_ceiling"]["estimator"]
+
+
+def test_clusters_in_the_metric_of_words(corpus):
+    "In training, and of finished latents beside it"
+    _, task = make(corpus, "ldebm", cluster_by="fisher", n_symbols=4)
+    posterior = task.encode("train")
+    x = by_fisher(posterior.mean, task.model.bow)
+    labels = task.clusters(posterior.mean, G())
+    assert labels.equal(cluster_targets(x, 4, dims=0, n_init=5, gen=G()))
+    assert labels.equal(task.clusters(posterior.mean, G(1), labels)), "those of the epoch before are where it starts"
+    assert task.start_epoch(1000, None, G())["labels"].equal(labels)
+    found = latent_metrics(task, task.encode("test"), G(), 0)
+    own = kmeans_labels(by_fisher(task.encode("test").mean, task.model.bow), 4, make_gen(0, "evaluate", "fisher"))
+    topics = corpus["test"].labels["topic"].tolist()
+    assert found["ami_topic_fisher"]["value"] == pytest.approx(adjusted_mutual_info_score(topics, own.tolist()))
 
 
 @pytest.mark.parametrize("system,objective", [("dvae", "published"), ("gm-vae", "consistent")])
