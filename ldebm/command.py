@@ -94,26 +94,26 @@ class _Line:
             print(('\x1b[2K' if self.live else '') + self.text, file=self.stream, flush=True)
         self.text = ''
 
+# %% ../nbs/68_command.ipynb #c98d5a6f
+def _stamps(run: Path) -> dict:
+    "When logs and measurements of a run were written last, in that order"
+    files = [*run.rglob('log.jsonl'), *run.glob('score/*.json'), *run.glob('*/result.json')]
+    return dict(sorted(((path, path.stat().st_mtime_ns) for path in files), key=lambda item: item[1]))
+
 # %% ../nbs/68_command.ipynb #af98f75d
 class _Watch:
     "Tells what a run does, by the files in its folder that have changed since this was made"
 
     def __init__(self, run: Path, line: _Line):
         self.run, self.line = run, line
-        self.known = self.stamps()
+        self.known = _stamps(self.run)
         self.began = {}  # Stage -> step and time when it was first seen
         self.measured = []  # Names of measurements
         self.quiet, self.since = 'prepare', time.monotonic()  # What goes on where no file changes, and since when
 
-    def stamps(self) -> dict:
-        "When the files were written last, in that order"
-        measured = [*self.run.glob('score/*.json'), *self.run.glob('*/result.json')]
-        files = [*self.run.rglob('log.jsonl'), *measured]
-        return dict(sorted(((path, path.stat().st_mtime_ns) for path in files), key=lambda item: item[1]))
-
     def look(self):
         "Tell what has changed"
-        now = self.stamps()
+        now = _stamps(self.run)
         changed = [path for path, stamp in now.items() if self.known.get(path) != stamp]
         if not changed and self.quiet and time.monotonic() - self.since > 5:
             self.line.tell(self.quiet, f'for {_length(time.monotonic() - self.since)}')
@@ -174,6 +174,15 @@ def _watching(run: Path):
         look()
         line.end()
 
+# %% ../nbs/68_command.ipynb #b4bee595
+def _as_typed(text: str) -> str:
+    "An error, with options as `ldebm train` or `make` take them"
+    from ldebm.sweep import as_typed
+
+    if os.environ.get('LDEBM_MAKE'):
+        return as_typed(text)
+    return re.sub(r'(?<!-p )\b(settings|systems)="', r'-p \1 "', text)
+
 # %% ../nbs/68_command.ipynb #c8a5ca68
 _REFUSALS = (
     'ValueError',
@@ -184,15 +193,6 @@ _REFUSALS = (
     'FolderInUse',
     'PermissionError',
 )
-
-
-def _as_typed(text: str) -> str:
-    "An error, with options as `ldebm train` or `make` take them"
-    from ldebm.sweep import as_typed
-
-    if os.environ.get('LDEBM_MAKE'):
-        return as_typed(text)
-    return re.sub(r'(?<!-p )\b(settings|systems)="', r'-p \1 "', text)
 
 
 def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
@@ -682,15 +682,8 @@ def _add_train(parser):
     add('--preset', help='quick, small or paper')
     add('--seed', help='of weights, data order, noise and chains')
     add('--out', help='folder of the run; without it one under runs/')
-    add(
-        '-p',
-        '-r',
-        nargs=2,
-        action='append',
-        default=[],
-        metavar=('NAME', 'VALUE'),
-        help='any parameter of the notebook, as --parameters lists them; both mean the same',
-    )
+    pair = dict(nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'))
+    add('-p', '-r', **pair, help='any parameter of the notebook, as --parameters lists them; both mean the same')
     add('--parameters', action='store_true', help='list parameters and settings, and train nothing')
     parser.set_defaults(run=_train)
 

@@ -200,7 +200,8 @@ def _kmeans_metrics(task: TextTask, means: Tensor, split: str, seed: int) -> dic
     labels = task.corpus[split].labels
     if labels and (few := lacking(task.corpus, task.settings, split).get('ami_kmeans')):
         return {f'ami_{name}_kmeans': left_out(few, len(values)) for name, values in labels.items()}
-    out, K, clusters = {}, _n_clusters(task.settings, len(task.corpus[split])), {}
+    out, clusters = {}, {}
+    K = _n_clusters(task.settings, len(task.corpus[split]))
     if labels:
         clusters['kmeans'] = kmeans_labels(means, K, make_gen(seed, 'evaluate', 'k-means'))
         clusters['tfidf'] = tfidf_clusters(task.corpus[split].sentences(), K, make_gen(seed, 'evaluate', 'tf-idf'))

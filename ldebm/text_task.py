@@ -337,7 +337,8 @@ def start_epoch(
         return None
     if self.symbols is not None:
         return dict(labels=self.symbols.of(self.corpus['train'].labels))
-    settings, K, means = self.settings, self.settings.n_symbols, self.encode('train').mean
+    settings, K = self.settings, self.settings.n_symbols
+    means = self.encode('train').mean
     if released(settings):
         starts = torch.randperm(len(means), generator=make_gen(self.seed, 'k-means'))[:K]
         labels = cluster_targets(means, K, dims=settings.cluster_dims, gen=gen, starts=starts)
