@@ -269,7 +269,7 @@ def _named(part: str):
 
 # %% ../nbs/68_command.ipynb #563326ba
 def _check_source(found, folder: Path):
-    "The error of a corpus or of pictures that are not there, unless the run has begun and may have its own copy"
+    "The error of a corpus or of pictures that cannot be read, unless the run has begun and may have its own copy"
     from ldebm.corpora import CORPORA, corpus_file
     from ldebm.image_files import list_images
     from ldebm.image_sets import images_path
@@ -280,9 +280,9 @@ def _check_source(found, folder: Path):
     path, read = None, None
     if isinstance(found, _named('text_settings.TextJob')) and found.corpus not in CORPORA:
         path, read = corpus_file(found.corpus), read_sentences
-    elif hasattr(found, 'dataset') and len(Path(found.dataset).parts) > 1:
+    elif hasattr(found, 'dataset') and (len(Path(found.dataset).parts) > 1 or Path(found.dataset).is_file()):
         path, read = images_path(found.dataset), list_images
-    if path is not None and not path.exists():
+    if path is not None and not (read is list_images and path.is_dir()):
         read(path)
 
 # %% ../nbs/68_command.ipynb #af1ceae2
@@ -722,7 +722,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument('--draws', type=int, default=64, help='posterior draws a sentence (64)')
     score.add_argument('--seed', type=int, default=0)
     score.set_defaults(run=_score)
-    runs = commands.add_parser('runs', help='list runs with their main figures')
+    own = (
+        'minutes are those of training and measuring the system itself, without what systems share, such as a generator'
+    )
+    runs = commands.add_parser('runs', help='list runs with their main figures', epilog=own)
     runs.add_argument('folder', nargs='?', default='runs')
     runs.set_defaults(run=_runs)
     for name, about in _ELSEWHERE.items():

@@ -205,6 +205,22 @@ def test_refused_before_a_kernel_starts(arguments, says, papermill, elsewhere, c
     assert not papermill.calls and not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments,content,says",
+    [
+        ("train --corpus own.txt", b"a\x00b", "own.txt is a binary file"),
+        ("train --corpus own.txt", b"", "own.txt is empty"),
+        ("train --corpus own.txt", None, "own.txt is a folder"),
+        ("train images --dataset own.txt", b"no zip", "own.txt is not a zip"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_a_kernel_starts(arguments, content, says, papermill, elsewhere, capsys):
+    path = Path("own.txt")
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert run(arguments) == 2 and says in capsys.readouterr().err
+    assert not papermill.calls and [other.name for other in Path().iterdir()] == ["own.txt"]
+
+
 @pytest.mark.parametrize("load,threads,told", [(1.9, "2", True), (0.1, "2", False), (1.9, "1", False)])
 def test_a_busy_machine_is_told_of(load, threads, told, papermill, elsewhere, capsys, monkeypatch):
     "Two threads that wait for each other there take longer than one"
