@@ -549,10 +549,6 @@ def _sample_pictures(options, path: str) -> int:
         raise ValueError(f'--out {file}: {options.model} draws pictures, so let it end in .png')
     if options.symbol is not None or options.temperature:
         raise ValueError(f'{options.model} draws pictures: --symbol and --temperature are for sentences')
-    folder = Path(path)
-    if folder.is_dir() and not (folder / 'model.safetensors').exists():
-        there = [file.parent.name for file in sorted(folder.parent.glob('*/model.safetensors'))]
-        raise ValueError(f'{path} has no weights, a Gaussian needs none: draw from one of {", ".join(there) or "none"}')
     generator, prior = load_prior(path)
     gen = torch.Generator().manual_seed(options.seed)
     if options.ask:

@@ -510,6 +510,9 @@ def _weights(path) -> Path:
     for folder in (Path(path), came_along('models') / path):
         if (folder / 'model.safetensors').exists():
             return folder / 'model.safetensors'
+    if Path(path).is_dir():
+        there = ', '.join(file.parent.name for file in sorted(Path(path).parent.glob('*/model.safetensors')))
+        raise FileNotFoundError(f'{path} has no weights, a Gaussian needs none: draw from one of {there or "none"}')
     return Path(path)
 
 

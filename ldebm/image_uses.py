@@ -84,9 +84,9 @@ def sample_requested(
     gen: torch.Generator | None = None,  # Source of noise
 ) -> Tensor:  # Shape `(n, d)`
     "Latents of pictures that are asked to show something; `ValueError` for what the prior has no name for"
-    names = prior.attributes
+    names = getattr(prior, 'attributes', {})
     if not names:
-        why = 'it saw no labels, or an earlier version wrote its file'
+        why = 'it saw no labels, `load_prior` did not open it, or an earlier version wrote its file'
         raise ValueError(f'this prior has no names to be asked by: {why}; a run of ldebm-coupled has them')
     y = torch.full((n, len(names)), -1)
     for attribute, value in wanted.items():

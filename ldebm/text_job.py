@@ -302,7 +302,7 @@ def not_valid(
     return 'NOT valid' in metrics.get('nll_valid', {}).get('estimator', '')
 
 # %% ../nbs/61_text_job.ipynb #0d796d40
-def _score_line(name: str, m: dict, flawed: bool, width: int = 17) -> str:
+def _score_line(name: str, m: dict, flawed: bool, width: int) -> str:
     "A metric in a terminal"
     interval = f'({m["interval"][0]:.4g} to {m["interval"][1]:.4g})' if m['interval'] else ''
     about = _BRIEF.get(name, 'share of requests that a classifier reads in the pictures')
