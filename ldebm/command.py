@@ -270,20 +270,18 @@ def _named(part: str):
 # %% ../nbs/68_command.ipynb #563326ba
 def _check_source(found, folder: Path):
     "The error of a corpus or of pictures that cannot be read, unless the run has begun and may have its own copy"
-    from ldebm.corpora import CORPORA, corpus_file
+    from ldebm.corpora import CORPORA, split_sentences
     from ldebm.image_files import list_images
     from ldebm.image_sets import images_path
-    from ldebm.sentences import read_sentences
 
     if (folder / 'settings.json').exists():
         return
-    path, read = None, None
     if isinstance(found, _named('text_settings.TextJob')) and found.corpus not in CORPORA:
-        path, read = corpus_file(found.corpus), read_sentences
+        split_sentences(found.corpus)
     elif hasattr(found, 'dataset') and (len(Path(found.dataset).parts) > 1 or Path(found.dataset).is_file()):
-        path, read = images_path(found.dataset), list_images
-    if path is not None and not (read is list_images and path.is_dir()):
-        read(path)
+        path = images_path(found.dataset)
+        if not path.is_dir():
+            list_images(path)
 
 # %% ../nbs/68_command.ipynb #af1ceae2
 def _resolved(job: str, given: dict) -> tuple:  # Parameters, and settings

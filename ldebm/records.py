@@ -362,12 +362,22 @@ _ANOTHER = 'choose another folder with --out, or delete this one'
 
 
 @patch
+def _different(self: Run, old: dict) -> str:
+    "What distinguishes this run from the one in its folder, and how that one takes more steps"
+    before, now = _run_identity(old), _run_identity(self.settings)
+    said = f'{_differences(before, now)}); '
+    if _differing(before, now) != ['steps'] or 'changes' not in _defaults(now) or now['steps'] < before['steps']:
+        return said
+    steps, more = before['steps'], now['steps']
+    return f'{said}to go on to {more} steps, give steps={steps} again and changes={steps}:steps={more}; or '
+
+
+@patch
 def _open(self: Run, resume: bool):
     "Compare settings, which must come first, and tidy up"
     old = self._stored()
     if old is not None and settings_hash(_run_identity(old)) != self.hash:
-        differences = _differences(_run_identity(old), _run_identity(self.settings))
-        raise ValueError(f'{self.path} holds a run with other settings ({differences}); {_ANOTHER}')
+        raise ValueError(f'{self.path} holds a run with other settings ({self._different(old)}{_ANOTHER}')
     for p in self.path.glob('.*.tmp'):  # left by a process that was killed while writing
         if time.time() - p.stat().st_mtime > 60:
             p.unlink(missing_ok=True)

@@ -211,6 +211,7 @@ def test_refused_before_a_kernel_starts(arguments, says, papermill, elsewhere, c
     [
         ("train --corpus own.txt", b"a\x00b", "own.txt is a binary file"),
         ("train --corpus own.txt", b"", "own.txt is empty"),
+        ("train --corpus own.txt", b"a short line\n" * 19, "own.txt has 19 sentences; at least 20 are needed"),
         ("train --corpus own.txt", None, "own.txt is a folder"),
         ("train images --dataset own.txt", b"no zip", "own.txt is not a zip"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,17 @@ def test_other_settings_are_refused_and_change_nothing(whole):
         with pytest.raises(ValueError, match="holds a run with other settings"):
             open_job(job)
         assert files() == before, change
+
+
+def test_more_steps_are_refused_with_the_way_to_them(tmp_path):
+    job = text_job(tmp_path / "run", "published")
+    open_job(job)
+    more = dataclasses.replace(job, steps=STEPS + 5)
+    with pytest.raises(ValueError, match=rf"to go on to {STEPS + 5} steps, give steps={STEPS} again and changes=") as e:
+        open_job(more)
+    changes = re.search(r"changes=\S+(?=;)", str(e.value)).group()
+    task = open_job(dataclasses.replace(job, settings=f"{TINY} {changes}"))[1]
+    assert train_cfg(task.settings).total == STEPS + 5
 
 
 def test_starting_afresh_forgets_the_old_run(tmp_path):
