@@ -16,7 +16,7 @@ from .energy import Energy, energy_grad
 
 # %% ../nbs/11b_conditioning.ipynb #0a51478e
 class GuidedEnergy(Energy):
-    "Another energy, whose requests for symbols count `guidance` times: `F + guidance log p(y | z)`"
+    "Another energy, whose requests for symbols count `guidance` times: `F + temperature guidance log p(y | z)`"
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class GuidedEnergy(Energy):
             raise ValueError(f'guidance must not be negative, got {guidance}')
         self.energy, self.guidance = energy, guidance
         self.temperature = temperature
-        for name in ('d', 'n_levels', 'n_symbols', 'groups', 'symbol_temperature'):
+        for name in ('d', 'n_levels', 'n_symbols', 'groups', 'symbol_temperature', 'half_precision', 'separate'):
             setattr(self, name, getattr(energy, name))
 
     def __getattr__(self, name):  # Anything else is the energy's own

@@ -251,7 +251,7 @@ def chain(
     metropolis: bool = True,  # Accept or reject each update
     gen: torch.Generator | None = None,  # Source of noise, and of the accept draws
     on_step: Callable | None = None,  # Called as `on_step(i, z=, F=, slope=, accept=)` after each update
-) -> tuple[Tensor, Tensor]:  # Final states `(B, d)`, detached, and mean acceptance of each chain `(B,)`
+) -> tuple[Tensor, Tensor]:  # Final states `(B, d)`, detached, and mean acceptance `(B,)`, zeros without a test
     "Langevin chains; `FloatingPointError` naming step, level and seed when an energy is not finite"
     if n_steps < 0:
         raise ValueError(f'n_steps must be >= 0, got {n_steps}')

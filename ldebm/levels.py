@@ -38,9 +38,9 @@ class PriorCfg:
     clamp: bool = True  # `consistent`: how `free_nats` works, see `free_bits`
     free_over: str = 'dimension'  # `consistent`: what has `free_nats`, each `dimension` or the whole `latent`
     weighting: str = 'drl'  # `published`: a level's weight, `drl` (sigma_1/sigma_{t+1}) or `likelihood` (1/s_t^2)
-    encoder: bool = True  # Terms reach the latents; `False` when what made them is frozen
-    encoder_draws: int = 0  # `consistent`: points in the encoder's bound on log Z; 0: the contrast with chains
-    energy_draws: int = 0  # `consistent`: points in the bound that the energies learn by; 0: the contrast with chains
+    encoder: bool = True  # Terms reach the latents (by chains); `False` when what made them is frozen
+    encoder_draws: int = 0  # `consistent`: points in a bound on log Z for latents with gradients; 0: chains
+    energy_draws: int = 0  # `consistent`: points in the bound that the energies learn by, without chains; 0: chains
     chain_start: str = 'gaussian'  # `consistent`: where training chains start, the level's `gaussian` or the `data`
     levels: str = 'one'  # `consistent`: `one` stratified random level a sample, times T, or `all`
 

@@ -43,18 +43,18 @@ class NLLCfg:
     "How much work a likelihood does"
 
     refine: int = setting(40, "steps that move a sentence's posterior up its own bound", low=0)
-    like: int = setting(2048, 'draws of the prior whose moments stand for it then', low=2)
+    like: int = setting(2048, 'draws of the prior whose moments stand for it while posteriors are refined', low=2)
     draws: int = setting(256, 'posterior draws a sentence', low=2)
-    few: float = setting(4.0, 'effective draws under which annealing takes over')
-    chains: int = setting(8, 'annealed chains of a sentence then', low=2)
+    few: float = setting(4.0, 'trusted draws under which annealing takes over')
+    chains: int = setting(8, 'annealed chains of a sentence that falls under `few`', low=2)
     variance: float = setting(0.5, "wanted variance of such a chain's log-weight")
     most: int = setting(300, 'most temperatures of such a chain')
     paths: int = setting(4, 'paths of a sentence whose normalisers are bounded', low=1)
     n_z: int = setting(32, 'fixed draws behind a fast `log Z`', low=1)
     ais: AISCfg = AISCfg()  # Annealing of the normalisers
     top: int = setting(2048, 'chains for the last level, which is one number', low=1)
-    fit: int = setting(1024, 'draws that a proposal is fitted to, at least,')
-    rich: int = setting(64, 'or this many a latent dimension')
+    fit: int = setting(1024, 'fewest draws that a proposal is fitted to')
+    rich: int = setting(64, 'and fewest of them a latent dimension')
     test: int = setting(32, 'draws of a sentence that say whether a proposal is worth having', low=2)
     rows: int = setting(2048, 'rows at a time through decoder and energy', low=1)
     as_sampled: bool = setting(False, "`published`: the density at the sampler's temperature, not the paper's")
@@ -384,15 +384,16 @@ def estimation_interval(
 
 # %% ../nbs/40c_likelihood.ipynb #1815e55b
 def _worst_gap(parts: dict) -> float | None:
-    "Largest mean distance between the bounds of a level's `log Z`; `None` for a prior with an exact density"
-    return max((float(v.double().mean()) for k, v in parts.items() if k.startswith('gap_')), default=None)
+    "Mean distance between the bounds of a level's `log Z` where it is largest; `None` for an exact density"
+    gaps = [float(v.double().mean()) for k, v in parts.items() if k.startswith('gap_')]
+    return max(gaps, key=abs, default=None)
 
 
 def _valid(gap: float | None) -> str:
     "What the gap says of the likelihood"
     if gap is None:
         return 'the prior has an exact density'
-    verdict = 'valid' if gap <= 0.1 else 'NOT valid'
+    verdict = 'valid' if abs(gap) <= 0.1 else 'NOT valid'  # far below zero is a failure of chains as well
     return f'upper bound of every log Z; {verdict}: largest mean gap of a level {gap:.3f} nats'
 
 # %% ../nbs/40c_likelihood.ipynb #a10b4bb3
@@ -415,7 +416,7 @@ def nll_metric(
     about = {
         'nll_error': (high - low, 'width of the 95 % interval for the mean over these sentences'),
         'nll_annealed': (parts['annealed'].double().mean(), 'share of sentences whose posterior was annealed'),
-        'nll_ess': (parts['ess'].double().median(), 'effective draws behind a sentence, median'),
+        'nll_ess': (parts['ess'].double().median(), 'trusted draws behind a sentence, median'),
         'nll_gap': (gap, 'upper minus lower bound of log Z at the worst level, mean over conditions, nats'),
     }
     rest = {k: metric(float(v), n=n, estimator=how) for k, (v, how) in about.items() if v is not None}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['characteristic_words', 'typical_sentences', 'label_shares', 'plot_label_shares', 'symbol_table', 'even_ceiling',
-           'tfidf_clusters']
+           'tfidf_clusters', 'agreement_table']
 
 # %% ../nbs/41c_meaning.ipynb #364bde84
 from collections import Counter
@@ -191,3 +191,33 @@ def tfidf_clusters(
     reduced = TruncatedSVD(max(size, 1), random_state=seed).fit_transform(vectors)
     lengths = np.linalg.norm(reduced, axis=1, keepdims=True)
     return kmeans_labels(torch.from_numpy(reduced / np.maximum(lengths, 1e-12)), K, gen)
+
+# %% ../nbs/41c_meaning.ipynb #1448fdaa
+_KINDS = {
+    'symbols': '',
+    'k-means on latents': '_kmeans',
+    'the same, words by their use': '_fisher',
+    'k-means on tf-idf': '_tfidf',
+    'most that even symbols can': '_ceiling',
+    'permuted symbols': '_chance',
+}
+
+
+def agreement_table(
+    metrics: dict,  # Of a run, with `ami_<attribute>` and its like
+    attributes,  # Their names
+) -> str:  # Markdown
+    "Adjusted mutual information of symbols and of clusters with each attribute, with its 95 % interval"
+    lines = ['| | ' + ' | '.join(attributes) + ' |', '|---' * (1 + len(attributes)) + '|']
+    for kind, end in _KINDS.items():
+        found = [metrics.get(f'ami_{attribute}{end}') for attribute in attributes]
+        if any(found):
+            lines.append(f'| {kind} | ' + ' | '.join(map(_agreement, found)) + ' |')
+    return '\n'.join(lines)
+
+
+def _agreement(m: dict | None) -> str:
+    if m is None or m['value'] is None:
+        return '–'
+    interval = ' ({:.3f} to {:.3f})'.format(*m['interval']) if m['interval'] else ''
+    return f'{m["value"]:.3f}{interval}'.replace('-0.000', '0.000')

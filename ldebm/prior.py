@@ -210,7 +210,7 @@ def consistent_terms(
 
 # %% ../nbs/13_prior.ipynb #40f93698
 def _contrast(prior, level, positive, negatives, clean, weights, labels, label_weights) -> tuple[Tensor, dict]:
-    "What a level's data lack in `F`, latents held fixed, shape `(n B,)`; and the symbols' terms, if there are symbols"
+    "What data lack in `F` at a level, latents held, shape `(n B,)`; and symbols' terms, whose clean latents are not"
     energy, t, context = prior.energy, level.t, level.context
     many = negatives.view(-1, *positive.shape)  # the end of one chain, or draws
     others = many.flatten(0, 1), t.repeat(len(many)), tiled(context, len(many))

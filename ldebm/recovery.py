@@ -130,7 +130,7 @@ def symbol_terms(
     clean: Tensor,  # Logits of clean latents at level 0, shape `(B, K)`
     noisy: Tensor,  # Logits of positives at their levels, shape `(n B, K)`
     labels: Tensor | None = None,  # Shape `(B,)` or `(B, A)`; -1 is unknown
-    label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`; one attribute only
+    label_weights: Tensor | None = None,  # Weight of each label in `cls`, shape `(K,)`, where there is one attribute
 ) -> dict:  # Named terms, each `(B,)`
     "`mi` and `sym`; with labels, their cross-entropy at clean latents, `cls`, and at noisy positives, `cls_t`"
     log_p, n = energy.symbol_log_probs(clean), len(noisy) // len(clean)
@@ -142,7 +142,9 @@ def symbol_terms(
     )
     if labels is not None:
         cross_entropy = energy.symbol_nll(clean, labels)
-        out['cls'] = cross_entropy if label_weights is None else cross_entropy * label_weights[labels]
+        if label_weights is not None:
+            cross_entropy = cross_entropy * label_weights[labels.view(len(clean))]
+        out['cls'] = cross_entropy
         repeated = labels.repeat(n, *[1] * (labels.ndim - 1))
         out['cls_t'] = energy.symbol_nll(noisy, repeated).view(n, -1).mean(0)
     return out

@@ -161,13 +161,14 @@ def frozen_weights(
     model: torch.nn.Module,  # Restored on leaving
 ):
     "No gradient reaches the parameters inside, and the model evaluates"
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     needed = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:
         yield model
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         for p, needs in zip(model.parameters(), needed):
             p.requires_grad_(needs)
 
@@ -189,7 +190,8 @@ def strip(
     "Rows of a generated batch as lists"
     words = []
     for row in ids.tolist():
-        words.append([word for word in row if word not in (0, eos)])
+        end = row.index(eos) if eos in row else len(row)
+        words.append([word for word in row[:end] if word != 0])
     return words
 
 # %% ../nbs/20a_text_vae.ipynb #1c67aadc
@@ -207,7 +209,7 @@ def sample_latents(
     model: TextModel,
     n: int,  # How many
     *,
-    y: int | None = None,  # Symbol to condition on
+    y: int | Tensor | None = None,  # Symbol to condition on, or mask of those allowed, for all of them
     gen: torch.Generator | None = None,  # Source of noise
     n_steps: int | None = None,  # Updates a level, for a prior sampled by chains; its settings' if `None`
     chunk: int = 2048,  # Latents drawn at a time

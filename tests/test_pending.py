@@ -103,6 +103,16 @@ def test_pending_is_what_has_no_record(corpus, tmp_path):
     assert [str(piece.name) for piece in P.pending(tmp_path, tables)] == names
 
 
+def test_records_hold_the_grammars_likelihood_against_the_same_sentences():
+    "A paired difference varies less from sentence to sentence than either of its parts"
+    found = [r["metrics"] for r in load_results(results_root()) if "exact_gap" in r["metrics"]]
+    scored = [m for m in found if m["exact_gap"]["interval"] and "nll_valid" in m]
+    assert len(scored) > 40
+    for m in scored:
+        paired, alone = (end - begin for begin, end in (m[k]["interval"] for k in ("exact_gap", "nll_valid")))
+        assert paired < alone, m["exact_gap"]
+
+
 def test_every_piece_of_text_is_a_job_of_the_table():
     "Of the same folder as `make table` has it, so that nothing is run twice"
     for name, of in P.TABLES.items():
