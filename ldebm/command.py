@@ -217,14 +217,14 @@ def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
 def _keep(copy: Path, notebook: Path, status: int, began: float):
     "Put the executed notebook in its place; a job that refused before it wrote anything leaves none"
     folder = copy.parent
-    worked = any(path.stat().st_mtime >= began for path in folder.rglob('*.json*'))
+    worked = any(stamp >= 1e9 * began for stamp in _stamps(folder).values())
     if status == 0:
         copy.replace(folder / notebook.name)
         (folder / f'{notebook.stem}.stopped.ipynb').unlink(missing_ok=True)
     elif (status != 2 or worked) and (folder / 'settings.json').exists() and copy.exists():
         stopped = copy.replace(folder / f'{notebook.stem}.stopped.ipynb')
         print(f'The run stopped; {stopped} shows where.', file=sys.stderr)
-        if any(folder.rglob('checkpoint.safetensors')):
+        if status != 2 and any(folder.rglob('checkpoint.safetensors')):
             print('What had been trained is kept: the same command goes on from its checkpoint.', file=sys.stderr)
     else:
         copy.unlink(missing_ok=True)
@@ -298,15 +298,23 @@ def _resolved(job: str, given: dict) -> tuple:  # Parameters, and settings
     return found, _named(parts.resolve)(found)
 
 # %% ../nbs/68_command.ipynb #f6b85d40
-def _earlier(folder: Path) -> str:
-    "What was done before, where a run goes on"
+def _reached(folder: Path) -> tuple[Path, int]:
+    "What was trained last in the folder of a run, and its last step; 0 before the first that was logged"
     logs = sorted(folder.rglob('log.jsonl'), key=lambda log: log.stat().st_mtime)
-    last = logs[-1].parent if logs else folder
+    steps = [line['step'] for line in _last_lines(logs[-1]).values()] if logs else []
+    return logs[-1].parent if logs else folder, max(steps, default=0)
+
+
+def _earlier(folder: Path, settings) -> str:
+    "What was done before, where a run goes on with these settings"
+    file = folder / 'settings.json'
+    old = json.loads(file.read_text()) if file.exists() else {}
+    if any(old.get(name, value) != value for name, value in vars(settings).items()):
+        return ''
+    last, step = _reached(folder)
     if (folder / 'result.json').exists() or (last / 'result.json').exists():
         return f'{folder} is finished: with the same settings its page is made anew, and nothing is trained again'
-    steps = [line['step'] for line in _last_lines(logs[-1]).values()] if logs else []
-    said = 'with the same settings it goes on'
-    return f'{last} is at step {max(steps)} or later: {said}' if steps else ''
+    return f'{last} is at step {step} or later: with the same settings it goes on' if step else ''
 
 # %% ../nbs/68_command.ipynb #f311c0af
 def _setting_names(job: str) -> list[str]:
@@ -347,9 +355,9 @@ def train_job(
     notebook, known, given = _known(job, given)
     folder = Path(given.get('out') or _run_folder(known, given)).expanduser()
     check_writable(folder, 'name another folder with --out')
-    found = _resolved(job, given | dict(out=str(folder)))[0]
+    found, settings = _resolved(job, given | dict(out=str(folder)))
     _check_source(found, folder)  # before a kernel starts
-    if getattr(found, 'resume', True) and (said := _earlier(folder)):
+    if getattr(found, 'resume', True) and (said := _earlier(folder, settings)):
         print(said, flush=True)
     copy, began = _begin(folder, notebook), time.time()
     status = _execute(notebook, copy, given | dict(out=str(folder)), known)
@@ -404,7 +412,9 @@ def runs_table(
         name = RecordName(*(r[part] for part in ('system', 'corpus', 'preset', 'objective', 'seed', 'variant')))
         made = r['provenance']
         rows.append((place, name, _figures(r), f'{made["minutes"]:.1f}', made['finished'][:10]))
-    rows += [(run, 'not finished', '', '', '') for run in begun]
+    for run in begun:
+        part, step = _reached(Path(run))
+        rows.append((run, 'not finished', f'{part} at step {step}' if step else '', '', ''))
     if not rows:
         raise FileNotFoundError(f'no run under {folder}: `ldebm train` makes one')
     return markdown_table(dict(zip(('folder', 'run', 'figures', 'minutes', 'finished'), zip(*rows))))
@@ -512,7 +522,10 @@ def _wanted(options, names: dict) -> dict[str, str]:  # Attribute -> value
     if bare := [part for part in options.ask if '=' not in part]:
         of = next((attribute for attribute, values in names.items() if bare[0] in values), 'NAME')
         raise ValueError(f'--ask {bare[0]}: write what it is as well, {of}={bare[0]}')
-    return dict(part.partition('=')[::2] for part in options.ask)
+    pairs = [part.partition('=')[::2] for part in options.ask]
+    if len(wanted := dict(pairs)) < len(pairs):
+        raise ValueError(f'--ask {" ".join(options.ask)}: one value of each')
+    return wanted
 
 
 def _request(model, options):  # A symbol, several of them, or `None`
@@ -668,7 +681,8 @@ def _add_train(parser):
         nargs='?',
         default='ptb',
         type=lambda job: 'ptb' if job == 'text' else job,
-        help='text or ptb (the default), digits, images, toy2d, dailydialog, control, response, semisup or zoo',
+        help='text or ptb (the default), digits, images, toy2d; zoo (one of the sixteen systems of text); '
+        'dailydialog (what symbols mean), control (ask for an attribute), response (answer), semisup (few labels)',
     )
     add('--corpus', help='of a text job: a corpus by name, or a file, one sentence a line')
     add('--dataset', help='of a picture job: a data set by name, or a folder or zip')
@@ -690,13 +704,13 @@ def _add_sample(parser):
         nargs='?',
         help='folder of a run, grammar (the default), digits, shapes, or user/model of the Hugging Face Hub',
     )
-    add('-n', '--number', type=int, default=5, help='sentences or pictures')
-    add('--seed', type=int, default=0)
+    add('-n', '--number', type=int, default=5, help='sentences or pictures (5)')
+    add('--seed', type=int, default=0, help='of the noise (0)')
     asked = parser.add_mutually_exclusive_group().add_argument
     asked('--symbol', type=int, help='sentences: symbol to ask for')
     asked('--ask', nargs='+', default=[], metavar='NAME=VALUE', help='labels to ask for, such as topic=farm')
-    add('--guidance', type=float, default=1.0, help='weight of what is asked')
-    add('--temperature', type=float, default=0.0, help='sentences: of the words; 0 decodes greedily')
+    add('--guidance', type=float, default=1.0, help='weight of what is asked (1)')
+    add('--temperature', type=float, default=0.0, help='sentences: of the words; 0, the default, decodes greedily')
     add('--out', help='file; without it sentences are printed, and pictures are in samples-MODEL.png')
     parser.set_defaults(run=_sample)
 
@@ -714,13 +728,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument('model', help='as for sample')
     score.add_argument('file', help='one sentence a line')
     score.add_argument('--draws', type=int, default=64, help='posterior draws a sentence (64)')
-    score.add_argument('--seed', type=int, default=0)
+    score.add_argument('--seed', type=int, default=0, help='of the draws (0)')
     score.set_defaults(run=_score)
     own = (
         'minutes are those of training and measuring the system itself, without what systems share, such as a generator'
     )
     runs = commands.add_parser('runs', help='list runs with their main figures', epilog=own)
-    runs.add_argument('folder', nargs='?', default='runs')
+    runs.add_argument('folder', nargs='?', default='runs', help='of runs, at any depth, or of records (runs)')
     runs.set_defaults(run=_runs)
     for name, about in _ELSEWHERE.items():
         commands.add_parser(name, help=about, add_help=False)

@@ -290,7 +290,7 @@ def _split_sentences(sentences: list[list[str]], path, seed: int) -> dict[str, l
     "Sentences of a file by split. `ValueError` for fewer than 20, or for single words"
     if len(sentences) < 20:
         has = f'{path} has {len(sentences)} sentence{"s" * (len(sentences) > 1)}'
-        raise ValueError(f'{has}; at least 20 are needed to hold some out, and some eighty to train')
+        raise ValueError(f'{has}; at least 40 are needed, of which some are held out, and eighty for batches of 64')
     if max(map(len, sentences)) < 2:
         why = f'{path}: every line is a single word, too short for sentences'
         raise ValueError(f'{why}; a corpus has one sentence a line')

@@ -32,6 +32,7 @@ plot_grid(decode_all(generator, prior.sample(24, gen=gen)))
 def prior_card(
     record: dict,  # Of the system
     name: str,  # Of the model
+    licence: str = '',  # Of the weights, such as `apache-2.0`; not said if empty
 ) -> str:  # Markdown
     "What an image prior is, how to use it, and what was measured"
     metrics = record['metrics']
@@ -41,7 +42,7 @@ def prior_card(
         f'# {name}',
         f'Generator and latent prior of the pictures `{record["corpus"]}`: {of}.',
         _USAGE.format(name=name),
-        trained_line(record['provenance']),
+        trained_line(record['provenance'], licence),
         metrics_table(shown),
     ]
     return '\n\n'.join(lines) + '\n'
@@ -51,6 +52,7 @@ def ship_prior(
     system: str | Path,  # Folder of a finished system, such as `runs/digits-quick-consistent-s0/ldebm`
     name: str,  # Of the model
     models: str | Path | None = None,  # Where models lie; those that come along if `None`
+    licence: str = 'apache-2.0',  # See `prior_card`
 ) -> Path:  # Its folder
     "Put an image prior among the models that come along; `FileNotFoundError` for a system that is not finished"
     system, folder = Path(system), Path(models or came_along('models')) / name
@@ -59,5 +61,5 @@ def ship_prior(
     folder.mkdir(parents=True, exist_ok=True)
     for file in ('model.safetensors', 'result.json'):
         atomic_write(folder / file, (system / file).read_bytes())
-    atomic_write(folder / 'README.md', prior_card(record, name))
+    atomic_write(folder / 'README.md', prior_card(record, name, licence))
     return folder

@@ -86,8 +86,8 @@ def sample_requested(
     "Latents of pictures that are asked to show something; `ValueError` for what the prior has no name for"
     names = getattr(prior, 'attributes', {})
     if not names:
-        why = 'it saw no labels, `load_prior` did not open it, or an earlier version wrote its file'
-        raise ValueError(f'this prior has no names to be asked by: {why}; a run of ldebm-coupled has them')
+        why = 'only ldebm-coupled, trained on pictures with classes or attributes, has them, opened by `load_prior`'
+        raise ValueError(f'this prior has no names to be asked by: {why}')
     y = torch.full((n, len(names)), -1)
     for attribute, value in wanted.items():
         choose('attribute', attribute, names)

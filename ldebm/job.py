@@ -174,12 +174,13 @@ def metrics_table(
 # %% ../nbs/60_job.ipynb #3ca11e97
 def trained_line(
     provenance: dict,  # Of a record
+    licence: str = '',  # Of the weights, such as `apache-2.0`; not said if empty
 ) -> str:
     "How a model was trained, for its card"
     cost = f'{provenance["minutes"]:.0f} minutes, all metrics included'
     device = f'{provenance["threads"]} thread(s) of {provenance["device"]}'
-    licence = 'Weights are under the Apache-2.0 licence of the code.'
-    return f'Trained in {cost}, on {device}; commit `{provenance["commit"][:12]}`. {licence}'
+    under = f' Weights are under the licence `{licence}`.' if licence else ''
+    return f'Trained in {cost}, on {device}; commit `{provenance["commit"][:12]}`.{under}'
 
 # %% ../nbs/60_job.ipynb #3cc51041
 def save_figure(

@@ -368,8 +368,15 @@ def _different(self: Run, old: dict) -> str:
     said = f'{_differences(before, now)}); '
     if _differing(before, now) != ['steps'] or 'changes' not in _defaults(now) or now['steps'] < before['steps']:
         return said
-    steps, more = before['steps'], now['steps']
-    return f'{said}to go on to {more} steps, give steps={steps} again and changes={steps}:steps={more}; or '
+    steps, seen = before['steps'], ''
+    if self.file('checkpoint.safetensors').exists():
+        for step, name, value in self.load().get('changes', []):
+            seen += f'{step}:{name}={value:g},'
+            steps = int(value) if name == 'steps' else steps
+    if now['steps'] <= steps:
+        return said
+    changes = f'settings="changes={seen}{steps}:steps={now["steps"]}"'
+    return f'{said}to go on to {now["steps"]} steps, give steps={before["steps"]} again and {changes}; or '
 
 
 @patch

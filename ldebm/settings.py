@@ -398,7 +398,8 @@ def _read_value(name: str, text: str, kind: type):
             return kind(text)
     except ValueError:
         pass
-    raise ValueError(f'setting {name}={text!r} must be {kind.__name__}')
+    several = '; separate settings by spaces' if '=' in text else ''
+    raise ValueError(f'setting {name}={text!r} must be {kind.__name__}{several}')
 
 # %% ../nbs/02_settings.ipynb #472e5061
 def parse_settings(

@@ -28,6 +28,7 @@ class Origin(NamedTuple):
 
     files: dict[str, bytes]  # Name -> content, of all files but the weights
     weights: str  # `weights_hash` as they were read
+    licence: str = ''  # As its card has it
 
 # %% ../nbs/61e_shipped.ipynb #1c4029df
 _FILES = ('config.json', 'result.json', 'own.py')
@@ -80,18 +81,23 @@ def open_model(
     model, model.vocab = load_model(folder, device)
     model.symbols = load_symbols(folder)
     files = {file: (folder / file).read_bytes() for file in _FILES if (folder / file).exists()}
-    model.origin = Origin(files, weights_hash(model))
+    card = (folder / 'README.md').read_text() if (folder / 'README.md').exists() else ''
+    licence = re.match(r'---\n(?:.+\n)*?license: (.+)\n', card)
+    model.origin = Origin(files, weights_hash(model), licence[1] if licence else '')
     return model
 
 # %% ../nbs/61e_shipped.ipynb #cff43885
 _SAID = ('recon_nll', 'kl', 'bleu', 'wkl', 'wkl_drawn', 'self_bleu', 'grammatical')  # Metrics on every card
-_HEAD = """---
-license: apache-2.0
+_HEAD = """---{licence}
 library_name: ldebm
 pipeline_tag: text-generation
 tags: [energy-based-models, diffusion, langevin]
 ---
 """  # What the Hub reads
+
+
+def _head(licence: str) -> str:
+    return _HEAD.format(licence=f'\nlicense: {licence}' if licence else '')
 
 
 def _usage(name: str, request: str) -> str:
@@ -113,27 +119,28 @@ def model_card(
     record: dict,  # Of the run
     name: str,  # Of the model
     request: str = '',  # Arguments of a request for its symbols, such as `topic='farm'`
+    licence: str = '',  # Of the weights, such as `apache-2.0`; not said if empty
 ) -> str:  # Markdown, below a head that the Hub reads
     "What a model is, how to use it, what was measured, and where it came from"
     metrics = record['metrics']
     shown = {k: m for k, m in metrics.items() if k in _SAID or re.fullmatch('reader_.+|accuracy_.+_g4', k)}
     words = {k: f'{record[k]}' for k in ('system', 'corpus', 'preset', 'objective', 'seed')}
     lines = [
-        f'{_HEAD}\n# {name}',
+        f'{_head(licence)}\n# {name}',
         f'A latent diffusion energy-based model of the text corpus `{words["corpus"]}`: system `{words["system"]}`, '
         f'preset `{words["preset"]}`, objective `{words["objective"]}`, seed {words["seed"]}.',
         _usage(name, request),
-        trained_line(record['provenance']),
+        trained_line(record['provenance'], licence),
         metrics_table(shown),
     ]
     return '\n\n'.join(lines) + '\n'
 
 # %% ../nbs/61e_shipped.ipynb #99c9c9f3
-def _short_card(about: dict, name: str) -> str:
+def _short_card(about: dict, name: str, licence: str) -> str:
     "The card of a model without a record"
     what = f'A latent diffusion energy-based model of the text corpus `{about["corpus"]}`.'
     why = 'No record of a training run belongs to these weights: nothing about them has been measured.'
-    return '\n\n'.join([f'{_HEAD}\n# {name}', what, _usage(name, ''), why]) + '\n'
+    return '\n\n'.join([f'{_head(licence)}\n# {name}', what, _usage(name, ''), why]) + '\n'
 
 
 def _origin(model: TextModel) -> Origin:
@@ -151,19 +158,21 @@ def store_model(
     folder: str | Path,  # Made where it is missing
     name: str = '',  # On its card; the folder's if empty
     request: str = '',  # See `model_card`
+    licence: str | None = None,  # See `model_card`; that of the files it was opened from if `None`
 ) -> Path:  # The folder
     "`TextModel.save_pretrained`; `ValueError` for a model that was not opened from files"
-    files, weights = _origin(model)
+    origin = _origin(model)
+    licence = origin.licence if licence is None else licence
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {k: v for k, v in files.items() if k != 'result.json' or weights_hash(model) == weights}
+    kept = {k: v for k, v in origin.files.items() if k != 'result.json' or weights_hash(model) == origin.weights}
     for file, content in kept.items():
         atomic_write(folder / file, content)
     if 'result.json' in kept:
-        card = model_card(read_record(folder / 'result.json'), name or folder.name, request)
+        card = model_card(read_record(folder / 'result.json'), name or folder.name, request, licence)
     else:
         (folder / 'result.json').unlink(missing_ok=True)
-        card = _short_card(json.loads(kept['config.json']), name or folder.name)
+        card = _short_card(json.loads(kept['config.json']), name or folder.name, licence)
     atomic_write(folder / 'README.md', card)
     save_tensors(folder / 'model.safetensors', model.state_dict(), dict(kind='text'))
     return folder
@@ -177,6 +186,7 @@ def push_model(
     token: str | None = None,  # Of the Hub; that of `hf auth login` if `None`
     revision: str | None = None,  # Branch
     request: str = '',  # See `model_card`
+    licence: str | None = None,  # See `store_model`
     message: str = 'Upload a model of ldebm',  # Of the commit
 ) -> str:  # Address of the commit
     "`TextModel.push_to_hub`; `ImportError` without `huggingface_hub`"
@@ -184,7 +194,7 @@ def push_model(
     api = _hub(repo).HfApi(token=token)
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as place:
-        store_model(model, place, repo, request)
+        store_model(model, place, repo, request, licence)
         return api.upload_folder(repo_id=repo, folder_path=place, revision=revision, commit_message=message)
 
 # %% ../nbs/61e_shipped.ipynb #8adc79ab
@@ -203,12 +213,13 @@ def ship_model(
     run: str | Path,  # Folder of a finished text run
     name: str,  # Of the model
     request: str = '',  # See `model_card`
+    licence: str = 'apache-2.0',  # See `model_card`
     models: Path = MODELS,  # Where models lie
 ) -> Path:  # Its folder
     "Put a run among the models that come along; `FileNotFoundError` for a run that is not finished"
     run = Path(run)
     read_record(run / 'result.json')
-    folder = store_model(open_model(run), Path(models) / name, request=request)
+    folder = store_model(open_model(run), Path(models) / name, request=request, licence=licence)
     sentences = [words for words in read_sentences(run / 'drawn.txt') if words][:8]
     atomic_write(folder / 'sentences.json', json.dumps(sentences, indent=0))
     save_tensors(folder / 'latents.safetensors', dict(latents=latents_of(folder, sentences)), {})

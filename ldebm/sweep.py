@@ -328,7 +328,8 @@ def explain(
     if isinstance(error, PapermillExecutionError):
         last = (error.evalue.strip().splitlines() or [''])[-1]
         trace = strip_color('\n'.join(error.traceback)) or str(error)
-        return f'{error.ename}: {last} (cell [{error.exec_count}])', trace
+        where = f' (cell [{error.exec_count}])' if error.exec_count else ''
+        return f'{error.ename}{": " if last else ""}{last}{where}', trace
     if isinstance(error, DeadKernelError):
         return 'the kernel died: killed, for want of memory perhaps, or crashed; see the end of sweep.log', str(error)
     return f'{type(error).__name__}: {error}', ''.join(traceback.format_exception(error))
@@ -443,6 +444,21 @@ def _write_success(job: SweepJob, minutes: float) -> dict:
     return outcome(job, 'done', minutes)
 
 # %% ../nbs/51_sweep.ipynb #9be4d317
+def _unless(asked: Callable[[], bool], start: Callable) -> Callable:
+    "How a cell starts, but not once the run was asked to stop: a signal is lost on a cell that draws a figure"
+    from nbclient.exceptions import CellExecutionError
+    from nbformat.v4 import new_output
+
+    def begin(cell, *args, **kw):
+        start(cell, *args, **kw)
+        if asked():
+            said = dict(ename='Interrupted', evalue='stopped between two cells; the same command goes on')
+            cell.outputs = [new_output('error', traceback=[], **said)]
+            raise CellExecutionError('', **said)
+
+    return begin
+
+
 class _Interruptible:
     "Runs notebooks whose kernels are asked to stop, and at the second signal are killed"
 
@@ -456,7 +472,7 @@ class _Interruptible:
         if self.asked or not self.started:
             raise KeyboardInterrupt
         self.asked = True
-        print('\nstopping once the state is saved; once more stops at once', file=sys.stderr, flush=True)
+        print('\nstopping once nothing is lost by it; once more stops at once', file=sys.stderr, flush=True)
 
     def engine(self):
         "An engine for papermill"
@@ -469,6 +485,7 @@ class _Interruptible:
             def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
                 quiet = ['--log-level=CRITICAL']  # A kernel that is told to stop at an error calls that an error, too
                 kw |= dict(kernel_manager_class=manager, extra_arguments=quiet)
+                nb_man.cell_start = _unless(lambda: self.asked, nb_man.cell_start)
                 return super().execute_managed_notebook(nb_man, kernel_name, **kw)
 
         return Engine

@@ -61,6 +61,8 @@ def parse_symbols(
     "Read a request for symbols; `ValueError` for symbols that do not exist, and for what nothing can meet"
     if y is None:
         return None
+    if isinstance(y, str):
+        raise ValueError(f'symbol {y!r} is a name: `load_symbols(model).request(attribute=value)` reads names')
     y = torch.as_tensor(y, device=device)
     if y.dtype == torch.bool:
         return _parse_mask(y, sizes, n)

@@ -211,6 +211,8 @@ def model_folder(
         raise FileNotFoundError(
             f'{folder} holds a run that has not finished: the command that began it goes on with it'
         )
+    if inside := sorted(str(path.parent) for path in Path(folder).glob('*/config.json')):
+        raise FileNotFoundError(f'{folder} is a folder of runs; name one of them: {", ".join(inside)}')
     there = sorted(path.parent.name for path in MODELS.glob('*/result.json'))
     beside = sorted(str(path.parent) for path in Path(folder).parent.glob('*/config.json'))
     meant = did_you_mean(folder, [*there, *beside])

@@ -195,7 +195,9 @@ def strip(
     return words
 
 # %% ../nbs/20a_text_vae.ipynb #1c67aadc
-def _check_request(prior, temperature, n_steps):
+def _check_request(prior, n, temperature, n_steps):
+    if n < 1:
+        raise ValueError(f'{n} sentences: at least one')
     takes = {} if prior is None else inspect.signature(prior.sample).parameters
     if n_steps is not None and not {'n_steps', 'chains'} & set(takes):
         who = 'a model without prior' if prior is None else type(prior).__name__
@@ -260,7 +262,7 @@ def sample_sentences(
     top_p: float = 1.0,  # Nucleus mass
 ) -> list:  # `n` lists of word ids, without the end mark
     "Sentences from the prior"
-    _check_request(model.prior, temperature, n_steps)
+    _check_request(model.prior, n, temperature, n_steps)
     z = sample_latents(model, n, y=y, gen=gen, n_steps=n_steps, chunk=chunk, progress=progress)
     decoding = dict(max_len=max_len, temperature=temperature, top_p=top_p)
     return decode_latents(model, z, n=n, gen=gen, chunk=chunk, progress=progress, **decoding)
@@ -316,7 +318,7 @@ def from_pretrained(
 def save_pretrained(
     self: TextModel,
     folder: str | Path,  # Made where it is missing
-    **how,  # To `ldebm.shipped.store_model`: `name`, `request`
+    **how,  # To `ldebm.shipped.store_model`: `name`, `request`, `licence`
 ) -> Path:  # The folder
     "Weights, settings, record and card"
     return _files().store_model(self, folder, **how)

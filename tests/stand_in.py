@@ -8,6 +8,7 @@ HEAD = (
     + '''\
 import json, os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from ldebm import command, sweep
 
 def papermill(arguments):
@@ -16,7 +17,7 @@ def papermill(arguments):
     return execute(arguments, run)
 
 sweep.papermill_command = papermill
-command._resolved = lambda *what: (None, None)  # whatever the values are: they are to arrive
+command._resolved = lambda *what: (None, SimpleNamespace())  # whatever the values are: they are to arrive
 '''
 )
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def test_an_error_speaks_of_the_options_of_the_command(monkeypatch):
         ("sample digits --symbol 3", "digits draws pictures: --symbol and --temperature are for sentences"),
         ("sample digits --guidance 3", "--guidance weighs what is asked: say what, with --ask or --symbol"),
         ("sample digits --ask clas=3", "unknown attribute 'clas'; did you mean 'class'?"),
+        ("sample grammar --ask topic=farm topic=school", "--ask topic=farm topic=school: one value of each"),
         ("sample shapes --ask colour=gren", "unknown colour 'gren'; did you mean 'green'?"),
         ("sample -n 0", "-n 0: at least one"),
         ("sample --ask farm", "--ask farm: write what it is as well, topic=farm"),
@@ -169,7 +171,7 @@ def papermill(monkeypatch):
 @pytest.fixture
 def accepting(monkeypatch):
     "Any parameter will do"
-    monkeypatch.setattr(command, "_resolved", lambda *what: (None, None))
+    monkeypatch.setattr(command, "_resolved", lambda *what: (None, SimpleNamespace()))
 
 
 def finished(folder):
@@ -211,7 +213,7 @@ def test_refused_before_a_kernel_starts(arguments, says, papermill, elsewhere, c
     [
         ("train --corpus own.txt", b"a\x00b", "own.txt is a binary file"),
         ("train --corpus own.txt", b"", "own.txt is empty"),
-        ("train --corpus own.txt", b"a short line\n" * 19, "own.txt has 19 sentences; at least 20 are needed"),
+        ("train --corpus own.txt", b"a short line\n" * 19, "own.txt has 19 sentences; at least 40 are needed"),
         ("train --corpus own.txt", None, "own.txt is a folder"),
         ("train images --dataset own.txt", b"no zip", "own.txt is not a zip"),
     ],
@@ -386,11 +388,19 @@ def test_what_takes_long_without_a_line_says_so(tmp_path, seconds):
 
 
 def test_a_run_that_goes_on_says_so(tmp_path):
-    assert command._earlier(tmp_path) == ""
+    same, other = SimpleNamespace(steps=40), SimpleNamespace(steps=50)
+    assert command._earlier(tmp_path, same) == ""
     log(tmp_path, dict(kind="train", step=20), dict(kind="valid", step=10))
-    assert command._earlier(tmp_path) == f"{tmp_path} is at step 20 or later: with the same settings it goes on"
+    assert command._earlier(tmp_path, same) == f"{tmp_path} is at step 20 or later: with the same settings it goes on"
     (tmp_path / "result.json").write_text("{}")
-    assert "is finished" in command._earlier(tmp_path)
+    assert "is finished" in command._earlier(tmp_path, same) and command._earlier(tmp_path, other) == ""
+
+
+def test_a_folder_of_runs_names_them(elsewhere, capsys):
+    Path("some", "first").mkdir(parents=True)
+    Path("some", "first", "config.json").write_text("{}")
+    assert run("sample some") == 2
+    assert f"some is a folder of runs; name one of them: {Path('some', 'first')}" in capsys.readouterr().err
 
 
 def test_a_stage_that_is_quick_has_its_last_line_alone(tmp_path, seconds):

@@ -502,7 +502,7 @@ def test_impossible_jobs_leave_nothing(tmp_path, change, wrong):
         (b"", "mine.txt is empty"),
         (b"\x00\x01\x02" * 100, "mine.txt is a binary file"),
         (b"\xff\xfe oh\n", "mine.txt is not UTF-8"),
-        (b"only one line here\n", "mine.txt has 1 sentence; at least 20 are needed"),
+        (b"only one line here\n", "mine.txt has 1 sentence; at least 40 are needed"),
         (b"a few words\n" * 19, "has 19 sentences"),
         (b"a few words\n" * 39, "1 valid sentence.* at least 2 are needed: give 40"),
         (b"a few words\n" * 40, "36 training sentences, fewer than a batch of 64: lower batch"),

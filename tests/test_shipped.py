@@ -44,14 +44,14 @@ def test_the_card_is_what_the_record_says(name):
     assert not record["provenance"]["commit"].endswith("dirty")
     card = (MODELS / name / "README.md").read_text()
     request = card.partition("symbols.request(")[2].partition(")\n")[0]
-    assert card == model_card(record, name, request)
+    assert card == model_card(record, name, request, "apache-2.0")
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_card_of_an_image_prior_is_what_the_record_says(name):
     record = check_result(json.loads((MODELS / name / "result.json").read_text()))
     assert record["corpus"] == name and not record["provenance"]["commit"].endswith("dirty")
-    assert (MODELS / name / "README.md").read_text() == prior_card(record, name)
+    assert (MODELS / name / "README.md").read_text() == prior_card(record, name, "apache-2.0")
 
 
 def test_shapes_have_the_colour_that_they_are_asked_for():
@@ -83,7 +83,7 @@ def test_a_prior_without_names_says_why_it_takes_no_request(tmp_path):
     tensors, about = load_tensors(MODELS / "digits" / "model.safetensors", "cpu")
     del about["attributes"]
     _, prior = load_prior(save_tensors(tmp_path / "model.safetensors", tensors, about))
-    with pytest.raises(ValueError, match="no names to be asked by: .* a run of ldebm-coupled has them"):
+    with pytest.raises(ValueError, match="no names to be asked by: only ldebm-coupled"):
         sample_requested(prior, 1, {"class": "7"})
 
 
@@ -164,6 +164,11 @@ def test_weights_that_changed_have_no_record(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FORMAT - {"result.json"}
     card = (tmp_path / "README.md").read_text()
     assert "nothing about them has been measured" in card and "| metric |" not in card
+    assert card.startswith("---\nlicense: apache-2.0\n"), "as the card that came along"
+    (tmp_path / "README.md").unlink()
+    assert (
+        "licen" not in TextModel.from_pretrained(tmp_path).save_pretrained(tmp_path).joinpath("README.md").read_text()
+    )
     assert weights_hash(TextModel.from_pretrained(tmp_path)) == weights_hash(model)
 
 

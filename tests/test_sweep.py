@@ -318,6 +318,23 @@ def descendants(pid):
         return []
 
 
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_ctrl_c_on_one_notebook_is_never_lost(tmp_path, swallowed):
+    "IPython swallows a signal that comes while it draws a figure: then the next cell does not begin"
+    first = "open('there', 'w').close()\nimport time\ntime.sleep(60)"
+    if swallowed:
+        first = f"try:\n    {first.replace(chr(10), chr(10) + '    ')}\nexcept KeyboardInterrupt:\n    pass"
+    cells = [nbformat.v4.new_code_cell(first), nbformat.v4.new_code_cell("open('second', 'w').close()")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "two.ipynb")
+    command = [sys.executable, "-m", "ldebm.sweep", "two.ipynb", "out.ipynb", "--kernel", "python3"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=subprocess.STDOUT, text=True) as p:
+        wait_for((tmp_path / "there").exists)
+        p.send_signal(signal.SIGINT)
+        said = p.communicate(timeout=60)[0]
+    assert p.returncode == 130 and not (tmp_path / "second").exists(), said
+    assert ("Interrupted: stopped between two cells" if swallowed else "KeyboardInterrupt (cell [1])") in said
+
+
 @pytest.mark.slow
 def test_ctrl_c_lets_notebooks_save_and_the_same_jobs_go_on(make, cluster, tmp_path):
     jobs = [

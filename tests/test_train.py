@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,15 +183,16 @@ def test_other_settings_are_refused_and_change_nothing(whole):
         assert files() == before, change
 
 
-def test_more_steps_are_refused_with_the_way_to_them(tmp_path):
-    job = text_job(tmp_path / "run", "published")
-    open_job(job)
-    more = dataclasses.replace(job, steps=STEPS + 5)
-    with pytest.raises(ValueError, match=rf"to go on to {STEPS + 5} steps, give steps={STEPS} again and changes=") as e:
-        open_job(more)
-    changes = re.search(r"changes=\S+(?=;)", str(e.value)).group()
-    task = open_job(dataclasses.replace(job, settings=f"{TINY} {changes}"))[1]
-    assert train_cfg(task.settings).total == STEPS + 5
+def test_more_steps_are_refused_with_the_way_to_them(whole, tmp_path):
+    shutil.copytree(whole("published")[0].path, tmp_path / "run")
+    job, changes = text_job(tmp_path / "run", "published"), ""
+    for steps in (STEPS + 3, STEPS + 7):
+        with pytest.raises(ValueError, match=rf"to go on to {steps} steps, give steps={STEPS} again and") as e:
+            open_job(dataclasses.replace(job, steps=steps))
+        changes = re.search(r'settings="(changes=\S+)";', str(e.value)).group(1)
+        run, *_ = train_text(dataclasses.replace(job, settings=f"{TINY} {changes}"))
+        assert run.load()["progress"]["step"] == steps
+    assert changes == f"changes={STEPS}:steps={STEPS + 3},{STEPS + 3}:steps={STEPS + 7}"
 
 
 def test_starting_afresh_forgets_the_old_run(tmp_path):
