@@ -135,7 +135,7 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     step, total = max(line['step'] for line in lines.values()), _steps_of(folder, stage)
     kind = 'valid' if 'valid' in lines else 'train'
     metrics = lines[kind]
-    parts = [f'step {step}/{total}' if total else f'step {step}']
+    parts = [f'step {step}/{total}' if total and step <= total else f'step {step}']  # `changes` may have added some
     shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
     if shown and kind == 'valid':
         shown[0] = f'validation at {metrics["step"]}: {shown[0]}'

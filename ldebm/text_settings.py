@@ -429,6 +429,9 @@ def _run_once(name: str, path: Path, source: bytes):
     sys.modules[name] = module
     try:
         exec(compile(source, str(path), 'exec'), module.__dict__)
+    except SyntaxError as e:
+        del sys.modules[name]
+        raise ValueError(f'module {path}, line {e.lineno}: {e.msg}') from e
     except BaseException:
         del sys.modules[name]
         raise
@@ -437,7 +440,7 @@ def _run_once(name: str, path: Path, source: bytes):
 def load_own(
     path: str,  # Python file; nothing happens if empty
 ) -> str:  # SHA-256 of its text, or ''
-    "Run a user's file once, for what it adds to `ldebm.zoo`; `FileNotFoundError` naming it"
+    "Run a user's file once, for what it adds to `ldebm.zoo`; errors name a missing file, or a line that is no Python"
     if not path:
         return ''
     file = Path(path).expanduser().absolute()

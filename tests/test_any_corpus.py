@@ -330,6 +330,13 @@ def test_a_users_file_of_earlier_versions_is_read(tmp_path):
         zoo.Rows
 
 
+def test_a_module_that_is_no_python_is_one_line(tmp_path):
+    (tmp_path / "bad.py").write_text("import torch\nclass Mine(torch.nn.Module:\n")
+    with pytest.raises(ValueError, match=r"module .*bad.py, line 2: ") as e:
+        load_own(str(tmp_path / "bad.py"))
+    assert "\n" not in str(e.value)
+
+
 def test_all_runs_of_a_table_read_one_copy(tmp_path, monkeypatch):
     path, seen = tmp_path / "mine.txt", []
     path.write_text(lines(120))
