@@ -307,8 +307,9 @@ def _reached(folder: Path) -> tuple[Path, int]:
 
 def _earlier(folder: Path, settings) -> str:
     "What was done before, where a run goes on with these settings"
-    file = folder / 'settings.json'
-    old = json.loads(file.read_text()) if file.exists() else {}
+    old = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # what cannot be read is refused later
+        old = dict(json.loads((folder / 'settings.json').read_text()))
     if any(old.get(name, value) != value for name, value in vars(settings).items()):
         return ''
     last, step = _reached(folder)

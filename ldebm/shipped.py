@@ -81,7 +81,7 @@ def open_model(
     model, model.vocab = load_model(folder, device)
     model.symbols = load_symbols(folder)
     files = {file: (folder / file).read_bytes() for file in _FILES if (folder / file).exists()}
-    card = (folder / 'README.md').read_text() if (folder / 'README.md').exists() else ''
+    card = (folder / 'README.md').read_bytes().decode(errors='replace') if (folder / 'README.md').exists() else ''
     licence = re.match(r'---\n(?:.+\n)*?license: (.+)\n', card)
     model.origin = Origin(files, weights_hash(model), licence[1] if licence else '')
     return model
