@@ -357,7 +357,7 @@ def _hold(self: Run) -> _FolderLock | None:
             return None
         raise
 
-# %% ../nbs/01_records.ipynb #538c82b9
+# %% ../nbs/01_records.ipynb #8fb0c23a
 _ANOTHER = 'choose another folder with --out, or delete this one'
 
 
@@ -378,7 +378,7 @@ def _different(self: Run, old: dict) -> str:
     changes = f'settings="changes={seen}{steps}:steps={now["steps"]}"'
     return f'{said}to go on to {now["steps"]} steps, give steps={before["steps"]} again and {changes}; or '
 
-
+# %% ../nbs/01_records.ipynb #538c82b9
 @patch
 def _open(self: Run, resume: bool):
     "Compare settings, which must come first, and tidy up"

@@ -443,7 +443,7 @@ def _write_success(job: SweepJob, minutes: float) -> dict:
     atomic_write(job.file('sweep.json'), json.dumps(record, indent=1))
     return outcome(job, 'done', minutes)
 
-# %% ../nbs/51_sweep.ipynb #9be4d317
+# %% ../nbs/51_sweep.ipynb #685d2ae9
 def _unless(asked: Callable[[], bool], start: Callable) -> Callable:
     "How a cell starts, but not once the run was asked to stop: a signal is lost on a cell that draws a figure"
     from nbclient.exceptions import CellExecutionError
@@ -458,7 +458,7 @@ def _unless(asked: Callable[[], bool], start: Callable) -> Callable:
 
     return begin
 
-
+# %% ../nbs/51_sweep.ipynb #9be4d317
 class _Interruptible:
     "Runs notebooks whose kernels are asked to stop, and at the second signal are killed"
 
@@ -478,13 +478,11 @@ class _Interruptible:
         "An engine for papermill"
         from papermill.engines import NBClientEngine
 
-        manager = kernel_manager(self.started)
-
         class Engine(NBClientEngine):
             @classmethod
             def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
                 quiet = ['--log-level=CRITICAL']  # A kernel that is told to stop at an error calls that an error, too
-                kw |= dict(kernel_manager_class=manager, extra_arguments=quiet)
+                kw |= dict(kernel_manager_class=kernel_manager(self.started), extra_arguments=quiet)
                 nb_man.cell_start = _unless(lambda: self.asked, nb_man.cell_start)
                 return super().execute_managed_notebook(nb_man, kernel_name, **kw)
 
