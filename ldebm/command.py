@@ -569,7 +569,7 @@ def _sample_pictures(options, path: str) -> int:
         u = prior.sample(options.number, gen=gen)
     file.parent.mkdir(parents=True, exist_ok=True)
     plot_grid(decode_all(generator, u)).figure.savefig(file, dpi=150, bbox_inches='tight')
-    print(f'{options.number} pictures: {file}')
+    print(f'{options.number} picture{"s" * (options.number > 1)}: {file}')
     return 0
 
 # %% ../nbs/68_command.ipynb #c40f9ba5
@@ -613,7 +613,7 @@ def _sample(options) -> int:
     file = Path(options.out)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('\n'.join(found) + '\n', encoding='utf-8')
-    print(f'{len(found)} sentences: {file}')
+    print(f'{len(found)} sentence{"s" * (len(found) > 1)}: {file}')
     return 0
 
 # %% ../nbs/68_command.ipynb #34a94377

@@ -16,19 +16,21 @@ from .energy import Energy, energy_grad
 
 # %% ../nbs/11b_conditioning.ipynb #0a51478e
 class GuidedEnergy(Energy):
-    "Another energy, whose requests for symbols count `guidance` times: `F + temperature guidance log p(y | z)`"
+    "Another energy, whose requests for symbols count `guidance` times"
 
     def __init__(
         self,
         energy: Energy,  # Any energy with symbols
         guidance: float,  # Weight of the request; 1 is exact conditioning
         temperature: Callable | None = None,  # What divides `F`, `temperature(t, z) -> (B,)`; `None`: 1
+        alike: Tensor | None = None,  # Symbols that share what counts, `(K, K)`, bool; `None`: all of a symbol does
     ):
         super().__init__()
         if not guidance >= 0:
             raise ValueError(f'guidance must not be negative, got {guidance}')
         self.energy, self.guidance = energy, guidance
         self.temperature = temperature
+        self.register_buffer('alike', alike)
         for name in ('d', 'n_levels', 'n_symbols', 'groups', 'symbol_temperature', 'half_precision', 'separate'):
             setattr(self, name, getattr(energy, name))
 
@@ -61,15 +63,23 @@ def logits(self: GuidedEnergy, z: Tensor, t: Tensor, context=None, weights=None)
 # %% ../nbs/11b_conditioning.ipynb #7a036aee
 @patch
 def forward(self: GuidedEnergy, z: Tensor, t: Tensor, y=None, context=None, weights=None) -> Tensor:  # Shape `(B,)`
-    "`F`, with the request weighted"
+    "`F`, with the request weighted; `ValueError` for sets of symbols where one attribute counts"
     logits = self.logits(z, t, context, weights)
     F = self.energy.free(logits)
     if y is None:
         return F
-    log_p = (self.energy.free(logits, y) - F) / self.symbol_temperature
-    if self.temperature is not None:
-        log_p = log_p * self.temperature(t, z)
-    return F + self.guidance * log_p
+    asked = y if self.alike is None else self._shares(y)
+    whole, part = self.energy.free(logits, asked), self.energy.free(logits, y)
+    log_p = (self.guidance * (whole - F) + part - whole) / self.symbol_temperature
+    return F + log_p * (1 if self.temperature is None else self.temperature(t, z))
+
+
+@patch
+def _shares(self: GuidedEnergy, y: Tensor) -> Tensor:  # Shape `(B, K)`, bool
+    "Symbols that have what counts"
+    if y.dtype == torch.bool:
+        raise ValueError('guidance of one attribute needs one symbol for each latent, not a set of them')
+    return self.alike[y]
 
 # %% ../nbs/11b_conditioning.ipynb #07f5e88d
 class KnownPart:

@@ -287,8 +287,8 @@ def _load_movie_reviews(max_len, vocab_size) -> Corpus:
 
 # %% ../nbs/04b_corpora.ipynb #00b757a9
 def _split_sentences(sentences: list[list[str]], path, seed: int) -> dict[str, list[list[str]]]:
-    "Sentences of a file by split. `ValueError` for fewer than 20, or for single words"
-    if len(sentences) < 20:
+    "Sentences of a file by split. `ValueError` for fewer than 40, or for single words"
+    if len(sentences) < 40:
         has = f'{path} has {len(sentences)} sentence{"s" * (len(sentences) > 1)}'
         raise ValueError(f'{has}; at least 40 are needed, of which some are held out, and eighty for batches of 64')
     if max(map(len, sentences)) < 2:

@@ -71,6 +71,16 @@ def allowed(
     column = self.values[:, list(self.names).index(attribute)]
     return torch.as_tensor(values)[:, None] == column
 
+# %% ../nbs/10c_label_symbols.ipynb #3da248e2
+@patch
+def alike(
+    self: LabelSymbols,
+    attribute: str,  # One of `names`
+) -> Tensor:  # Shape `(K, K)`, bool
+    "Symbols that share an attribute, for [guidance](11b_conditioning.html) of that one alone"
+    choose('attribute', attribute, self.names)
+    return self.allowed(attribute, self.values[:, list(self.names).index(attribute)])
+
 # %% ../nbs/10c_label_symbols.ipynb #eb29a13a
 @patch
 def request(

@@ -220,9 +220,10 @@ def conditional(
 def guided(
     self: Levels,
     guidance: float,  # Weight of requests; 1 is exact conditioning
+    alike: Tensor | None = None,  # Symbols that share what counts, `(K, K)`, bool; `None`: all of a symbol does
 ) -> 'Levels':
     "The same levels, whose requests for symbols count `guidance` times"
-    return type(self)(self.schedule, GuidedEnergy(self.energy, guidance, self.temperature), self.cfg)
+    return type(self)(self.schedule, GuidedEnergy(self.energy, guidance, self.temperature, alike), self.cfg)
 
 # %% ../nbs/12c_levels.ipynb #915167f3
 @patch

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPERATIONAL', 'SCORING', 'RENAMED', 'JOB_SETTINGS', 'DATA_SETS', 'renamed', 'identity', 'FolderInUse', 'Run',
-           'env_report', 'provenance', 'metric', 'system_name', 'RecordName', 'own_name', 'check_result',
-           'results_root', 'read_record', 'result_path', 'write_result', 'load_results', 'data_of', 'group_records']
+           'show_changes', 'env_report', 'provenance', 'metric', 'system_name', 'RecordName', 'own_name',
+           'check_result', 'results_root', 'read_record', 'result_path', 'write_result', 'load_results', 'data_of',
+           'group_records']
 
 # %% ../nbs/01_records.ipynb #98361484
 import contextlib
@@ -357,6 +358,13 @@ def _hold(self: Run) -> _FolderLock | None:
             return None
         raise
 
+# %% ../nbs/01_records.ipynb #a867d8ef
+def show_changes(
+    changes: list,  # Each a step, a name and a value
+) -> str:  # Such as `100:steps=300,200:clip=1`
+    "Changes of a run as the setting `changes` has them"
+    return ','.join(f'{step}:{name}={value:g}' for step, name, value in changes)
+
 # %% ../nbs/01_records.ipynb #8fb0c23a
 _ANOTHER = 'choose another folder with --out, or delete this one'
 
@@ -368,14 +376,12 @@ def _different(self: Run, old: dict) -> str:
     said = f'{_differences(before, now)}); '
     if _differing(before, now) != ['steps'] or 'changes' not in _defaults(now) or now['steps'] < before['steps']:
         return said
-    steps, seen = before['steps'], ''
-    if self.file('checkpoint.safetensors').exists():
-        for step, name, value in self.load().get('changes', []):
-            seen += f'{step}:{name}={value:g},'
-            steps = int(value) if name == 'steps' else steps
+    saved = self.file('checkpoint.safetensors').exists()
+    seen = self.load().get('changes', []) if saved else []
+    steps = int(next((value for _, name, value in reversed(seen) if name == 'steps'), before['steps']))
     if now['steps'] <= steps:
         return said
-    changes = f'settings="changes={seen}{steps}:steps={now["steps"]}"'
+    changes = f'settings="changes={show_changes([*seen, (steps, "steps", now["steps"])])}"'
     return f'{said}to go on to {now["steps"]} steps, give steps={before["steps"]} again and {changes}; or '
 
 # %% ../nbs/01_records.ipynb #538c82b9

@@ -95,7 +95,9 @@ def published_schedule(
     a = torch.cat([cum[:1], cum.diff()]).exp()
     if a0 is not None:
         a = torch.cat([torch.tensor([a0], dtype=a.dtype), a[1:]])
-    return Schedule(a, f'published, T={T}' if a0 is None else f'linear, T={T}, a0={a0:g}')
+    if a0 == 1:
+        return Schedule(a, f'consistent, T={T}')
+    return Schedule(a, f'published, T={T}' + ('' if a0 is None else f', a0={a0:g}'))
 
 # %% ../nbs/10_schedule.ipynb #5bc44a82
 def consistent_schedule(

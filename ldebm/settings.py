@@ -421,6 +421,9 @@ def parse_settings(
                 f'{parameter!r} is a parameter of its own, not one of `settings`: '
                 f'set it beside them, in batch with `-p {parameter} {shlex.quote(value)}`'
             )
+        if len(kinds) > 20 and name not in kinds and not _meant(name, kinds):
+            page = cls.__module__.rpartition('.')[2]
+            raise ValueError(f'unknown setting {name!r}: the page {page} lists the {len(kinds)} that there are')
         choose('setting', name, kinds)
         values[name] = _read_value(name, value, kinds[name])
     return values

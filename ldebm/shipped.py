@@ -16,7 +16,7 @@ import torch
 
 from .core import atomic_write, save_tensors, weights_hash
 from .job import metrics_table, trained_line
-from .records import read_record
+from .records import DATA_SETS, own_name, read_record
 from .sentences import read_sentences
 from .text import get_batch, make_split
 from .text_job import MODELS, load_model, load_symbols, model_folder
@@ -138,7 +138,8 @@ def model_card(
 # %% ../nbs/61e_shipped.ipynb #99c9c9f3
 def _short_card(about: dict, name: str, licence: str) -> str:
     "The card of a model without a record"
-    what = f'A latent diffusion energy-based model of the text corpus `{about["corpus"]}`.'
+    corpus = about['corpus'] if about['corpus'] in DATA_SETS else own_name(about['corpus'])
+    what = f'A latent diffusion energy-based model of the text corpus `{corpus}`.'
     why = 'No record of a training run belongs to these weights: nothing about them has been measured.'
     return '\n\n'.join([f'{_head(licence)}\n# {name}', what, _usage(name, ''), why]) + '\n'
 

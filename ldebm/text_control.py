@@ -37,15 +37,16 @@ from .zoo import has_codes
 # %% ../nbs/64c_text_control.ipynb #d2350956
 def requested_latents(
     task: TextTask,  # Whose symbols labels have taught
-    attribute: str,  # One of its attributes
-    values: Tensor,  # Asked of each sample, shape `(n,)`
-    guidance: float = 1.0,  # Weight of the request; 1 is exact conditioning
+    attribute: str,  # One of its attributes, which is insisted on
+    y: Tensor,  # Symbol asked of each sample, shape `(n,)`
+    guidance: float = 1.0,  # Weight of the attribute; 1 is exact conditioning on the symbol
     gen: torch.Generator | None = None,  # Source of noise
 ) -> Tensor:  # Shape `(n, d)`
-    "Draws of the prior given an attribute"
-    prior = task.model.prior if guidance == 1 else task.model.prior.guided(guidance)
-    y = task.symbols.allowed(attribute, values).to(task.device)
-    return prior.sample(len(values), y=y, gen=gen)
+    "Draws of the prior given symbols, one attribute of which counts more than the others"
+    prior = task.model.prior
+    if guidance != 1:
+        prior = prior.guided(guidance, task.symbols.alike(attribute).to(task.device))
+    return prior.sample(len(y), y=y.to(task.device), gen=gen)
 
 # %% ../nbs/64c_text_control.ipynb #d384db5e
 def _gaussian_like(q, values: Tensor, labels: Tensor, gen) -> Tensor:  # Shape `(n, d)`
@@ -177,12 +178,13 @@ def requests(
     task: TextTask,  # With trained weights
     attribute: str,  # Of its corpus
     n: int,  # Samples
-    guidances: tuple = (1.0, 2.0, 4.0, 6.0),  # Weights of the request, for energies
+    guidances: tuple = (1.0, 2.0, 4.0, 8.0),  # Weights of the attribute, for energies
     told: LabelledTask | None = None,  # A language model that is told the label
     seed: int = 0,  # Of requests, latents and words
 ) -> tuple[Tensor, dict]:  # Values asked for, `(n,)`; request -> `greedy`, `drawn`, `drawn_0.9` and so on
     "Sentences that were asked to have an attribute"
-    labels = task.corpus['train'].labels[attribute]
+    every = task.corpus['train'].labels
+    labels = every[attribute]
     asked = torch.randint(len(labels), (n,), generator=make_gen(seed, 'asked', attribute))
     values, gen = labels[asked], make_gen(seed, 'control', attribute, device=task.device)
 
@@ -190,7 +192,8 @@ def requests(
         cpu = make_gen(seed, 'by example', attribute)
         latents = {'by example': latents_by_example(task, values, asked, labels, cpu).to(task.device)}
     else:
-        latents = {f'g{g:g}': requested_latents(task, attribute, values, g, gen) for g in guidances}
+        y = task.symbols.of(every)[asked]
+        latents = {f'g{g:g}': requested_latents(task, attribute, y, g, gen) for g in guidances}
     out = {}
     for request, z in latents.items():
         out[request] = _decoded(task, z, gen)
@@ -256,7 +259,7 @@ def control_metrics(
     reader: LabelReader,
     n: int = 1000,  # Samples of each request
     told: LabelledTask | None = None,  # A language model that is told the label
-    guidances: tuple = (1.0, 2.0, 4.0, 6.0),  # Weights of the request, for energies
+    guidances: tuple = (1.0, 2.0, 4.0, 8.0),  # Weights of the attribute, for energies
     lms=None,  # Folder of language models of real text; they are trained anew if `None`
     seed: int = 0,  # Of requests, latents and words
 ) -> dict:  # `<metric>_<attribute>[_g<guidance>|_told][_drawn[_<temperature>]]`, and `<metric>_free[_drawn]`

@@ -30,7 +30,7 @@ from torch import nn
 
 from .core import atomic_write, fast_precision, graceful_stop, make_gen, pick_device, progress, to_device
 from .peers import PatientStop, Peers, SharedModel, count_processes, launched
-from .records import Run
+from .records import Run, show_changes
 from .registry import deferred_checks
 from .settings import choose
 
@@ -799,21 +799,17 @@ def is_over(
     return saved['progress']['step'] >= cfg.total and saved['progress']['batch'] == 0
 
 # %% ../nbs/50_train.ipynb #d6003d7d
-def _show_changes(changes: list) -> str:
-    return ','.join(f'{step}:{name}={value:g}' for step, name, value in changes)
-
-
 def _check_saved_changes(saved: dict, path, cfg: TrainCfg):
     "`ValueError` unless a checkpoint has seen the changes that lie before it, and no others"
     step, seen = saved['progress']['step'], saved.get('changes', [])
     if seen != [list(change) for change in cfg.changes[: len(seen)]]:
         raise ValueError(
-            f'{path} went on under changes={_show_changes(seen)}: begin `changes` with these, or choose another folder'
+            f'{path} went on under changes={show_changes(seen)}: begin `changes` with these, or choose another folder'
         )
     late = [change for change in cfg.changes[len(seen) :] if change[0] < step]
     if late:
         raise ValueError(
-            f'{path} is at step {step}, and changes={_show_changes(late)} would have come before: '
+            f'{path} is at step {step}, and changes={show_changes(late)} would have come before: '
             f'give step {step} or a later one, or choose another folder'
         )
 

@@ -192,6 +192,7 @@ def begun(folder):
         ("train --corpus ptbb", "unknown corpus 'ptbb'; did you mean 'ptb'?"),
         ("train --corpus texts/mine.txt", "no such file: texts/mine.txt"),
         ("train -p settings wkl=1", "unknown setting 'wkl'; did you mean 'w_kl'?"),
+        ("train -p settings foo=1", "unknown setting 'foo': the page text_settings lists the "),
         ("train -p steps many", "steps='many' must be int"),
         ("train control -p settings attributs=all", "unknown setting 'attributs'; did you mean 'attributes'?"),
         ("train images --dataset shape", "unknown data set 'shape'; did you mean 'shapes'?"),
@@ -213,7 +214,7 @@ def test_refused_before_a_kernel_starts(arguments, says, papermill, elsewhere, c
     [
         ("train --corpus own.txt", b"a\x00b", "own.txt is a binary file"),
         ("train --corpus own.txt", b"", "own.txt is empty"),
-        ("train --corpus own.txt", b"a short line\n" * 19, "own.txt has 19 sentences; at least 40 are needed"),
+        ("train --corpus own.txt", b"a short line\n" * 39, "own.txt has 39 sentences; at least 40 are needed"),
         ("train --corpus own.txt", None, "own.txt is a folder"),
         ("train images --dataset own.txt", b"no zip", "own.txt is not a zip"),
     ],

@@ -114,9 +114,9 @@ def test_a_saved_model_knows_its_symbols(tmp_path):
 # -- requests
 
 
-def four_clusters():
+def four_clusters(far=2.0):
     "A task whose energies are perfect for four clusters, two attributes of two values"
-    centres = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
+    centres = far * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     schedule = consistent_schedule(4)
     prior = DiffusionEBM(schedule, MixtureEnergy(schedule, centres, 0.3, torch.full((4,), 0.25)), PriorCfg(n_steps=40))
     names = dict(right=("yes", "no"), up=("yes", "no"))
@@ -126,14 +126,20 @@ def four_clusters():
 
 def test_requests_reach_the_right_clusters():
     "What is asked for is where the samples lie"
-    task = four_clusters()
-    values = torch.arange(2).repeat(200)
-    for column, attribute in enumerate(task.symbols.names):
-        z = requested_latents(task, attribute, values, gen=make_gen(0))
-        asked = torch.where(values == 0, 1.0, -1.0)
-        assert ((z[:, column] * asked) > 0).float().mean() > 0.97
-        other = (z[:, 1 - column] > 0).float().mean()
-        assert abs(other - 0.5) < 0.1, "the other attribute is free"
+    task, y = four_clusters(), torch.arange(4).repeat(100)
+    for attribute in task.symbols.names:
+        z = requested_latents(task, attribute, y, gen=make_gen(0))
+        wanted = task.model.prior.energy.means[y]
+        assert ((z * wanted) > 0).float().mean() > 0.97
+
+
+def test_guidance_insists_on_one_attribute_alone():
+    "It pushes latents away from the other value, and leaves the other attribute where weight one has it"
+    task, y = four_clusters(0.4), torch.arange(4).repeat(500)
+    sign = task.model.prior.energy.means[y].sign()
+    plain = (requested_latents(task, "right", y, 1.0, make_gen(0)) * sign).mean(0)
+    far = (requested_latents(task, "right", y, 8.0, make_gen(0)) * sign).mean(0)
+    assert far[0] > plain[0] + 0.1 and abs(far[1] - plain[1]) < 0.05, (plain, far)
 
 
 def test_changing_one_attribute_keeps_the_others():

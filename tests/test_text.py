@@ -137,7 +137,7 @@ def test_dailydialog_files_that_do_not_go_together(tmp_path, monkeypatch):
         (b"", "is empty"),
         (b"\n \n\n", "is empty"),
         (b"just one line\n", "has 1 sentence; at least 40"),
-        (b"two words\n" * 19, "has 19 sentences; at least 40"),
+        (b"two words\n" * 39, "has 39 sentences; at least 40"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "binary file .a zero byte at 8"),
         (b"fine\nna\xefve\n", "not UTF-8: byte 0xef in line 2"),
         (b"word\n" * 40, "single word"),
