@@ -201,11 +201,11 @@ def plot_levels(
 
     levels = range(sched.T + 1) if levels is None else levels
     zs = [z, *diffuse_path(sched, z, gen)]
-    fig, axs = plt.subplots(1, len(levels), figsize=(7, 1.5), sharex=True, sharey=True, squeeze=False)
+    fig, axs = plt.subplots(1, len(levels), figsize=(7, 1.3), sharex=True, sharey=True, squeeze=False)
     for ax, i in zip(axs[0], levels):
         ax.scatter(*zs[i + 1].T, s=0.3, alpha=0.4, rasterized=True)
         ax.set_title(f'level {i}', fontsize=8)
-        ax.set(xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[], aspect='equal')
     return axs[0]
 
 # %% ../nbs/10_schedule.ipynb #7b56a61b
