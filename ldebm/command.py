@@ -57,10 +57,12 @@ def _last_lines(log: Path) -> dict:
 
 
 def _steps_of(folder: Path, stage: str) -> int | None:
-    "Steps that a stage takes, by its settings"
+    "Steps that a stage takes, by its settings and their changes"
     settings = json.loads((folder / 'settings.json').read_text())
     named = next((key for part, key in _STEPS.items() if part in stage), 'steps')
-    return settings.get(named) or settings.get('steps')
+    changed = re.findall(r'\bsteps=(\d+)', settings.get('changes', ''))
+    last = int(changed[-1]) if changed else settings.get('steps')
+    return last if named == 'steps' else settings.get(named) or last
 
 
 def _length(seconds: float) -> str:
@@ -135,7 +137,7 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     step, total = max(line['step'] for line in lines.values()), _steps_of(folder, stage)
     kind = 'valid' if 'valid' in lines else 'train'
     metrics = lines[kind]
-    parts = [f'step {step}/{total}' if total and step <= total else f'step {step}']  # `changes` may have added some
+    parts = [f'step {step}/{total}' if total else f'step {step}']
     shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
     if shown and kind == 'valid':
         shown[0] = f'validation at {metrics["step"]}: {shown[0]}'

@@ -78,7 +78,7 @@ def read(
 # %% ../nbs/24_response.ipynb #4097c2be
 @dataclass(frozen=True)
 class ResponseCfg:
-    "Sizes of a response model, by default as published but for GRUs, both directions, and contexts beside the latent"
+    "Sizes of a response model, by default as published"
 
     text: TextCfg = TextCfg(200, 512, 32, dropout=0.2, tied=False)  # Response encoder and decoder; `d` is the latent's
     embed: int = 200  # Width of a context's word embeddings

@@ -638,7 +638,7 @@ def check(self: Machine, job: SweepJob):
     if job.memory_gb > self.memory_gb:
         raise ValueError(
             f'job {job.name} needs {job.memory_gb:g} GB of memory and this machine offers {self.memory_gb:.1f}: '
-            'raise memory_gb= of the sweep, shrink the job, or use a scheduler with larger workers'
+            'raise --memory-gb (memory_gb of `run_jobs`), shrink the job, or use a scheduler with larger workers'
         )
     if math.ceil(job.gpus) > len(self.free):
         raise ValueError(

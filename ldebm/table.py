@@ -331,7 +331,7 @@ def _run(options: argparse.Namespace) -> tuple[list, Outcomes]:
         check_writable(folder, f'name another folder with {option}')
     names = ('scheduler', 'workers', 'threads', 'memory_gb', 'gpus', 'retry')
     how = {name: getattr(options, name) for name in names}
-    print(f'{len(jobs)} runs, each with its log in its folder under {Path(jobs[0].out).parent}', flush=True)
+    print(f'Runs: {len(jobs)}, each with its log in its folder under {Path(jobs[0].out).parent}', flush=True)
     return jobs, run_jobs(jobs, options.device, options.gpu_share, **how)
 
 # %% ../nbs/66_table.ipynb #f208b200

@@ -77,6 +77,7 @@ def latent_map(
 def plot_latents(
     means: Tensor,  # Posterior means, `(n, d)`
     groups: dict,  # Title -> group of each, `(n,)`
+    names: dict | None = None,  # Title -> names of its groups, for a legend
     n: int = 2000,  # Points drawn
 ):  # Axes, one a title
     "Two principal components of the latents, coloured by group"
@@ -85,7 +86,10 @@ def plot_latents(
     xy = latent_map(means[:n])(means[:n])
     fig, axs = plt.subplots(1, len(groups), figsize=(3.2 * len(groups), 2.8), squeeze=False, layout='constrained')
     for ax, (title, group) in zip(axs[0], groups.items()):
-        ax.scatter(*xy.T, c=group[:n], s=2, cmap='tab20', rasterized=True)
+        points = ax.scatter(*xy.T, c=group[:n], s=2, cmap='tab20', rasterized=True)
         ax.set_title(title, fontsize=9)
+        if title in (names or {}):
+            said = [names[title][value] for value in group[:n].unique().tolist()]
+            ax.legend(points.legend_elements(num=None)[0], said, fontsize=6, markerscale=0.6)
         ax.set(xticks=[], yticks=[], xlabel='PC 1', ylabel='PC 2')
     return axs[0]

@@ -556,3 +556,10 @@ def test_a_corpus_of_ones_own_from_a_file_to_sentences(elsewhere, capsys):
     assert "Everything is in run:" in said and "epoch 1," not in said
     assert run("sample run -n 3 --temperature 1") == 0
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("changes,steps", [("", 20), ("5:lr=1", 20), ("5:lr=1,20:steps=30,30:steps=45", 45)])
+def test_steps_of_a_run_are_those_that_changes_gave_it(tmp_path, changes, steps):
+    settings = dict(steps=20, energy_steps=7, changes=changes)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert (command._steps_of(tmp_path, "train"), command._steps_of(tmp_path, "energies")) == (steps, 7)
