@@ -331,7 +331,7 @@ def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and tho
     from ldebm.sweep import job_notebooks, notebook_parameters
 
     _check_packages()
-    choose('job', job, job_notebooks())
+    choose('job', job, [*job_notebooks(), 'text'])
     notebook = job_notebooks()[job]
     known = notebook_parameters(str(notebook))
     if 'systems' in known:

@@ -34,7 +34,7 @@ class ControlJob(TextJob):
 def check_control(
     task: TextTask,
 ):
-    "`ValueError` for a corpus without labels, or energies that no labels teach"
+    "`ValueError` for a corpus without labels, energies that no labels teach, or no measure of fluency"
     corpus, settings = task.corpus, task.settings
     if not corpus.label_names:
         with_labels = 'grammar (topic, mood, ...), dailydialog (act, emotion) or movie-reviews (polarity)'
@@ -43,6 +43,8 @@ def check_control(
         raise ValueError('energies are asked through symbols of labels: set attributes, as attributes=all in settings')
     if settings.prior == 'none':
         raise ValueError('a language model has no latent to ask: choose ldebm, svebm-ib, vae or dgm-vae-i')
+    if not settings.lm:
+        raise ValueError("control measures how fluent sentences are, and lm='' has no language model: set lm=quick")
 
 # %% ../nbs/64d_control_show.ipynb #ca46904a
 def requested(

@@ -396,7 +396,10 @@ def _atomic(path):
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as for any new file; some writers make theirs private
         yield temporary
+        os.chmod(temporary, mode)
         with open(temporary, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

@@ -30,7 +30,7 @@ def spread(
     mean = f'{statistics.fmean(values):.{digits}f}'
     return mean if len(values) == 1 else f'{mean}{SPACE}±{SPACE}{statistics.stdev(values):.{digits}f}'
 
-
+# %% ../nbs/65_report.ipynb #0fadad94
 def over_runs(
     metrics: list[dict],  # Of a record each, by seed
     digits: int = 2,  # After the point

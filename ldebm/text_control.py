@@ -183,16 +183,14 @@ def requests(
     seed: int = 0,  # Of requests, latents and words
 ) -> tuple[Tensor, dict]:  # Values asked for, `(n,)`; request -> `greedy`, `drawn`, `drawn_0.9` and so on
     "Sentences that were asked to have an attribute"
-    every = task.corpus['train'].labels
-    labels = every[attribute]
-    asked = torch.randint(len(labels), (n,), generator=make_gen(seed, 'asked', attribute))
-    values, gen = labels[asked], make_gen(seed, 'control', attribute, device=task.device)
-
+    labels = task.corpus['train'].labels
+    asked = torch.randint(len(labels[attribute]), (n,), generator=make_gen(seed, 'asked', attribute))
+    values, gen = labels[attribute][asked], make_gen(seed, 'control', attribute, device=task.device)
     if task.symbols is None:
         cpu = make_gen(seed, 'by example', attribute)
-        latents = {'by example': latents_by_example(task, values, asked, labels, cpu).to(task.device)}
+        latents = {'by example': latents_by_example(task, values, asked, labels[attribute], cpu).to(task.device)}
     else:
-        y = task.symbols.of(every)[asked]
+        y = task.symbols.of(labels)[asked]
         latents = {f'g{g:g}': requested_latents(task, attribute, y, g, gen) for g in guidances}
     out = {}
     for request, z in latents.items():

@@ -296,6 +296,16 @@ _BRIEF = {  # Metric -> what it says
 }
 _ASKED = r'control_(?!coverage|the_first)\w+'  # Metrics of requests for pictures
 
+# %% ../nbs/61_text_job.ipynb #3f7d72d6
+def _obeyed(metrics: dict) -> dict:  # Metric -> what it says
+    "The strongest request for each attribute of text"
+    best = {}
+    for name in metrics:
+        found = re.fullmatch(r'accuracy_(.+?)(?:_g([\d.]+))?', name)
+        if found and f'reader_{found[1]}' in metrics:
+            best[found[1]] = max(best.get(found[1], (0.0, '')), (float(found[2] or 0), name))
+    return {name: f'share of sentences with the {attribute} asked for' for attribute, (_, name) in best.items()}
+
 
 def not_valid(
     metrics: dict,  # Of a record
@@ -304,10 +314,10 @@ def not_valid(
     return 'NOT valid' in metrics.get('nll_valid', {}).get('estimator', '')
 
 # %% ../nbs/61_text_job.ipynb #0d796d40
-def _score_line(name: str, m: dict, flawed: bool, width: int) -> str:
+def _score_line(name: str, m: dict, says: dict, flawed: bool, width: int) -> str:
     "A metric in a terminal"
     interval = f'({m["interval"][0]:.4g} to {m["interval"][1]:.4g})' if m['interval'] else ''
-    about = _BRIEF.get(name, 'share of requests that a classifier reads in the pictures')
+    about = says.get(name, 'share of requests that a classifier reads in the pictures')
     if flawed and name in ('nll_valid', 'exact_gap'):
         about = 'not valid, see nll_gap in result.json'
     return f'{name:{width}}{m["value"]:10.4g}   {interval:25} {about}'
@@ -318,9 +328,10 @@ def scores(
 ) -> str:  # Plain text
     "Its main metrics, a line each"
     metrics = json.loads((Path(folder) / 'result.json').read_text())['metrics']
+    says = _BRIEF | _obeyed(metrics)
     asked = [name for name in metrics if re.fullmatch(_ASKED, name)][:6]
-    shown = [name for name in [*_BRIEF, *asked] if metrics.get(name, {}).get('value') is not None]
+    shown = [name for name in [*says, *asked] if metrics.get(name, {}).get('value') is not None]
     width = max(map(len, ['prior_hole_auroc', *shown])) + 1
-    lines = [_score_line(name, metrics[name], not_valid(metrics), width) for name in shown]
+    lines = [_score_line(name, metrics[name], says, not_valid(metrics), width) for name in shown]
     lacking = [name for name in _BRIEF if name in metrics and name not in shown]
     return '\n'.join([*lines, *(f'{name}: {metrics[name]["estimator"]}' for name in lacking)])

@@ -96,6 +96,8 @@ def test_what_cannot_be_asked(tmp_path, grammar):
         open_job(replace(job, corpus="grammar", settings=TINY + "attributes=moods"))
     with pytest.raises(ValueError, match="set attributes, as attributes=all in settings"):
         open_job(replace(job, corpus="grammar", settings=TINY), check_control)
+    with pytest.raises(ValueError, match="set lm=quick"):
+        open_job(replace(job, corpus="grammar", settings=TINY + "attributes=all lm=''"), check_control)
     with pytest.raises(ValueError, match="has no latent to ask"):
         open_job(replace(job, corpus="grammar", system="rnn-lm", settings="embed=16 hidden=16"), check_control)
     assert not out.exists(), "nothing is written before"
