@@ -83,10 +83,9 @@ def _lacks(corpus: Corpus, settings: TextSettings, processes: int) -> list[str]:
     n, batch, found = len(corpus['train']), settings.batch, []
     for split in ('valid', 'test'):
         if (few := len(corpus[split])) < 2:
-            found.append(f'{few} {split} sentence(s), at least 2 are needed: give 40 sentences or more')
+            found.append(f'{few} {split} sentence(s), at least 2 are needed')
     if n < batch:
-        enough = max(n, 36) if found else n  # of forty sentences
-        lower = f'lower batch (settings="batch={max(2, enough // 4)}")'
+        lower = f'lower batch (settings="batch={max(2, n // 4)}")'
         found.append(f'{n} training sentences, fewer than a batch of {batch}: {lower}')
     elif n // batch < settings.accumulate * processes:
         times = f' times processes={processes}' if processes > 1 else ''
