@@ -58,10 +58,12 @@ def _last_lines(log: Path) -> dict:
 
 def _steps_of(folder: Path, stage: str) -> int | None:
     "Steps that a stage takes, by its settings and their changes"
+    from ldebm.train import parse_changes
+
     settings = json.loads((folder / 'settings.json').read_text())
     named = next((key for part, key in _STEPS.items() if part in stage), 'steps')
-    changed = re.findall(r'\bsteps=(\d+)', settings.get('changes', ''))
-    last = int(changed[-1]) if changed else settings.get('steps')
+    changed = parse_changes(settings.get('changes', ''), dict(steps='steps'))
+    last = changed[-1][-1] if changed else settings.get('steps')
     return last if named == 'steps' else settings.get(named) or last
 
 
@@ -331,7 +333,7 @@ def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and tho
     from ldebm.sweep import job_notebooks, notebook_parameters
 
     _check_packages()
-    choose('job', job, [*job_notebooks(), 'text'])
+    choose('job', job, job_notebooks(), 'or text')
     notebook = job_notebooks()[job]
     known = notebook_parameters(str(notebook))
     if 'systems' in known:

@@ -68,9 +68,12 @@ def forward(self: GuidedEnergy, z: Tensor, t: Tensor, y=None, context=None, weig
     F = self.energy.free(logits)
     if y is None:
         return F
-    asked = y if self.alike is None else self._shares(y)
-    whole, part = self.energy.free(logits, asked), self.energy.free(logits, y)
-    log_p = (self.guidance * (whole - F) + part - whole) / self.symbol_temperature
+    log_p = self.energy.free(logits, y) - F
+    if self.alike is None:
+        log_p = self.guidance * log_p
+    else:
+        log_p = log_p + (self.guidance - 1) * (self.energy.free(logits, self._shares(y)) - F)
+    log_p = log_p / self.symbol_temperature
     return F + log_p * (1 if self.temperature is None else self.temperature(t, z))
 
 

@@ -67,9 +67,14 @@ def allowed(
     values: Tensor | list,  # What is asked of each sample, shape `(n,)`
 ) -> Tensor:  # Shape `(n, K)`, bool
     "Symbols that fulfil a request for one attribute, sample by sample"
+    return torch.as_tensor(values)[:, None] == self._column(attribute)
+
+
+@patch
+def _column(self: LabelSymbols, attribute: str) -> Tensor:  # Shape `(K,)`
+    "Value of an attribute in each symbol"
     choose('attribute', attribute, self.names)
-    column = self.values[:, list(self.names).index(attribute)]
-    return torch.as_tensor(values)[:, None] == column
+    return self.values[:, list(self.names).index(attribute)]
 
 # %% ../nbs/10c_label_symbols.ipynb #3da248e2
 @patch
@@ -78,8 +83,7 @@ def alike(
     attribute: str,  # One of `names`
 ) -> Tensor:  # Shape `(K, K)`, bool
     "Symbols that share an attribute, for [guidance](11b_conditioning.html) of that one alone"
-    choose('attribute', attribute, self.names)
-    return self.allowed(attribute, self.values[:, list(self.names).index(attribute)])
+    return self.allowed(attribute, self._column(attribute))
 
 # %% ../nbs/10c_label_symbols.ipynb #eb29a13a
 @patch

@@ -299,8 +299,7 @@ def changed_latents(
     kept = y.clone()
     for other in symbols.names:
         if other != attribute:
-            column = list(symbols.names).index(other)
-            kept &= symbols.allowed(other, symbols.values[own, column])
+            kept &= symbols.alike(other)[own]
     y = torch.where(kept.any(1, keepdim=True), kept, y).to(z.device)
     noisy = diffuse(prior.schedule, z, torch.full((len(z),), level, device=z.device), gen)
     return prior.sample(len(z), y=y, gen=gen, start=(noisy, level))
