@@ -210,12 +210,16 @@ def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
         kind = '-r' if known[name]['inferred_type_name'] == 'str' else '-p'  # papermill reads numbers out of the latter
         options += [kind, name, value]
     os.environ.setdefault('JUPYTER_PREFER_ENV_PATH', '1')  # the kernel of this environment
+    last_words = []  # Said once the live line has ended
     try:
         with _watching(copy.parent):
-            return papermill_command([str(notebook), str(copy), *options])
+            status = papermill_command([str(notebook), str(copy), *options], last_words.append)
     except PapermillExecutionError as error:
-        print(_as_typed(f'{error.ename}: {error.evalue}'), file=sys.stderr)
-        return 2 if error.ename in _REFUSALS else 1
+        last_words.append(_as_typed(f'{error.ename}: {error.evalue}'))
+        status = 2 if error.ename in _REFUSALS else 1
+    for words in last_words:
+        print(words, file=sys.stderr)
+    return status
 
 # %% ../nbs/68_command.ipynb #dbbd7d44
 def _keep(copy: Path, notebook: Path, status: int, began: float):
@@ -427,6 +431,7 @@ def runs_table(
 # %% ../nbs/68_command.ipynb #f6bb09a1
 def _outcome(folder: Path) -> str:
     "What a finished run says: ten samples, metrics, and where everything is"
+    from ldebm.data import came_along
     from ldebm.text_job import scores
 
     parts = []
@@ -435,7 +440,9 @@ def _outcome(folder: Path) -> str:
     for path in [*folder.glob('result.json'), *sorted(folder.glob('*/result.json'))]:
         head = [] if path.parent == folder else [f'{path.parent.name}:']
         parts += [*head, scores(path.parent), '']
-    end = 'How to tell whether a run is sound: https://ldebm.github.io/ldebm/howto_check.html'
+    page = came_along('nbs') / 'howto_check.ipynb'
+    where = page if page.exists() else 'https://ldebm.github.io/ldebm/howto_check.html'
+    end = f'How to tell whether a run is sound: {where}'
     return '\n'.join(['', *parts, f'Everything is in {folder}:', runs_table(folder), '', end])
 
 # %% ../nbs/68_command.ipynb #9da489a5
@@ -686,7 +693,7 @@ def _add_train(parser):
         nargs='?',
         default='ptb',
         type=lambda job: 'ptb' if job == 'text' else job,
-        help='text or ptb (the default), digits, images, toy2d; zoo (one of the sixteen systems of text); '
+        help='text or ptb (the default), digits, images, toy2d; zoo (any system of the table); '
         'dailydialog (what symbols mean), control (ask for an attribute), response (answer), semisup (few labels)',
     )
     add('--corpus', help='of a text job: a corpus by name, or a file, one sentence a line')

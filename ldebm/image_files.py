@@ -237,7 +237,7 @@ def list_images(
     "Pictures in a folder or zip. `FileNotFoundError`, or `ValueError` saying what is wrong with it"
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f'no such folder or zip: {path} (looked in {Path.cwd()})')
+        raise FileNotFoundError(f'no such folder or zip: {path.absolute()}')
     files, left_out = _list_all(path)
     known = {os.path.abspath(file) for file in known}
     pictures = []

@@ -59,7 +59,7 @@ def word_vectors(
     "Vectors of the job's file, or of the training text. `FileNotFoundError`, or `ValueError` naming a bad line"
     if job.vectors:
         if not Path(job.vectors).is_file():
-            raise FileNotFoundError(f'no such file of word vectors: {job.vectors} (looked in {Path.cwd()})')
+            raise FileNotFoundError(f'no such file of word vectors: {Path(job.vectors).absolute()}')
         return read_word_vectors(job.vectors, corpus.vocab.itos, lambda lines: progress(lines, desc='word vectors'))
     turns = corpus['train'].turns.sentences()
     return corpus_vectors(turns, make_gen(0, 'vectors'))

@@ -132,7 +132,7 @@ def read_file(
     except FileNotFoundError:
         if copy is not None and copy.is_file():
             return copy.read_bytes()
-        raise FileNotFoundError(f'no such file: {path} (looked in {Path.cwd()}); {wanted}') from None
+        raise FileNotFoundError(f'no such file: {path.absolute()}; {wanted}') from None
 
 # %% ../nbs/04a_sentences.ipynb #42d4a74d
 def read_sentences(

@@ -390,7 +390,7 @@ def execute(
     )
     silent = dict(progress_bar=False, extra_arguments=['--log-level=ERROR'], stdout_file=log, stderr_file=log)
     patience = dict(start_timeout=300, iopub_timeout=60)
-    out = str(job.file('notebook.ipynb'))
+    out = str(job.file(Path(job.notebook).name))
     kernel = dict(kernel_name='python3', kernel_manager_class=manager)
     papermill.execute_notebook(job.notebook, out, job.parameters, **kernel, **silent, **patience)
     if job.done and not job.file(job.done).exists():
@@ -489,8 +489,20 @@ class _Interruptible:
         return Engine
 
 # %% ../nbs/51_sweep.ipynb #dd037088
+def _complain(text: str):
+    print(text, file=sys.stderr)
+
+
+def _where_it_stopped(error) -> str:
+    "The last word of a notebook that was asked to stop"
+    if error.evalue.strip():
+        return explain(error)[0]
+    return f'Interrupted: stopped in cell [{error.exec_count}]; the same command goes on'
+
+
 def papermill_command(
     arguments: list,  # Of papermill
+    say: Callable = _complain,  # Gets the last word of a notebook that was asked to stop
 ) -> int:  # Exit status
     "`papermill`, whose Ctrl-C, like SIGTERM, first asks the notebook to stop"
     skip_address_checks()
@@ -508,7 +520,7 @@ def papermill_command(
     except PapermillExecutionError as error:
         if not run.asked:
             raise
-        print(explain(error)[0], file=sys.stderr)
+        say(_where_it_stopped(error))
         return 130
     finally:
         for signum, handler in before.items():

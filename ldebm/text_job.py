@@ -27,6 +27,7 @@ from .records import OPERATIONAL, SCORING, RecordName, Run, own_name, renamed
 from .settings import check_params, did_you_mean
 from .text import Vocab
 from .text_measure import lacking
+from .text_reader import request_metric, strongest
 from ldebm.text_settings import (
     LATER,
     TextJob,
@@ -290,7 +291,7 @@ _BRIEF = {  # Metric -> what it says
     'frechet_gaussian': 'the same under the Gaussian prior',
     'frechet_recon': 'the same of reconstructions, which no prior is asked to beat',
     'gap_closed': 'share of the way from the Gaussian prior to reconstructions',
-    'prior_hole_auroc': 'one half, or below: prior has no hole',
+    'prior_hole_auroc': 'a classifier tells prior and posterior apart; one half: it cannot',
     'spread': 'of sampled latents, relative to those of pictures',
     'spread_long': 'the same after chains ten times as long',
 }
@@ -299,12 +300,9 @@ _ASKED = r'control_(?!coverage|the_first)\w+'  # Metrics of requests for picture
 # %% ../nbs/61_text_job.ipynb #3f7d72d6
 def _obeyed(metrics: dict) -> dict:  # Metric -> what it says
     "The strongest request for each attribute of text"
-    best = {}
-    for name in metrics:
-        found = re.fullmatch(r'accuracy_(.+?)(?:_g([\d.]+))?', name)
-        if found and f'reader_{found[1]}' in metrics:
-            best[found[1]] = max(best.get(found[1], (0.0, '')), (float(found[2] or 0), name))
-    return {name: f'share of sentences with the {attribute} asked for' for attribute, (_, name) in best.items()}
+    found = {a: request for a, request in strongest(metrics).items() if f'reader_{a}' in metrics}
+    names = {a: request_metric('accuracy', a, request, 'greedy') for a, request in found.items()}
+    return {names[a]: f'share of sentences with the {a} asked for' for a in found}
 
 
 def not_valid(

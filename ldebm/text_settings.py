@@ -445,7 +445,7 @@ def load_own(
         return ''
     file = Path(path).expanduser().absolute()
     if not file.is_file():
-        raise FileNotFoundError(f'module {path!r}: no such file')
+        raise FileNotFoundError(f'no such module: {file}')
     source = file.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     _run_once(f'ldebm_own_{digest[:16]}', file, source)
@@ -622,8 +622,8 @@ def _layers(job: TextJob) -> dict:
 def preset_settings(
     job: TextJob,  # Parameters
 ) -> TextSettings:
-    "Settings of a job's preset, objective and system, without its own"
-    return check_params(TextSettings, _layers(job))
+    "Settings of a job's preset, objective and system, without its own and what those entail"
+    return check_params(TextSettings, _layers(replace(job, settings='')))
 
 # %% ../nbs/60a_text_settings.ipynb #12d81082
 def resolve(

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from ldebm import command, sweep
 
-def papermill(arguments):
+def papermill(arguments, say):
     run = Path(arguments[1]).parent
     (run / "settings.json").write_text("{}")
     return execute(arguments, run)

@@ -158,12 +158,13 @@ def papermill(monkeypatch):
     "A stand-in: what it was called with, and what it does"
     calls = []
 
-    def stand_in(arguments):
+    def stand_in(arguments, say):
         calls.append(arguments)
         Path(arguments[1]).write_text("executed")
+        say(stand_in.last_word)
         return stand_in.status(Path(arguments[1]).parent)
 
-    stand_in.calls, stand_in.status = calls, lambda folder: 0
+    stand_in.calls, stand_in.status, stand_in.last_word = calls, lambda folder: 0, "over"
     monkeypatch.setattr(sweep, "papermill_command", stand_in)
     return stand_in
 
@@ -190,13 +191,13 @@ def begun(folder):
         ("train -p system svebn", "unknown system 'svebn'; did you mean 'svebm'?"),
         ("train zoo --preset smal", "unknown preset 'smal'; did you mean 'small'?"),
         ("train --corpus ptbb", "unknown corpus 'ptbb'; did you mean 'ptb'?"),
-        ("train --corpus texts/mine.txt", "no such file: texts/mine.txt"),
+        ("train --corpus texts/mine.txt", "/texts/mine.txt; a corpus is a text file"),
         ("train -p settings wkl=1", "unknown setting 'wkl'; did you mean 'w_kl'?"),
         ("train -p settings foo=1", "unknown setting 'foo': the page text_settings lists the "),
         ("train -p steps many", "steps='many' must be int"),
         ("train control -p settings attributs=all", "unknown setting 'attributs'; did you mean 'attributes'?"),
         ("train images --dataset shape", "unknown data set 'shape'; did you mean 'shapes'?"),
-        ("train images --dataset my/pictures", "no such folder or zip: my/pictures"),
+        ("train images --dataset my/pictures", "/my/pictures"),
         ("train digits -p systems ldebn", "unknown system 'ldebn'; did you mean 'ldebm'?"),
         ("train toy2d -p density pinweel", "unknown density 'pinweel'; did you mean 'pinwheel'?"),
         ("train semisup --corpus agnew", "unknown corpus with classes 'agnew'; did you mean 'agnews'?"),
@@ -345,6 +346,19 @@ def watched(screen, seconds, run):
         watch.look()
     watch.line.end()
     return screen.getvalue()
+
+
+def test_the_last_word_comes_after_the_last_line(papermill, elsewhere, accepting, capfd):
+    def stopped(folder):
+        log(folder, dict(kind="train", step=7, nll=43.0))
+        return 130
+
+    papermill.status, papermill.last_word = stopped, "Interrupted: it stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", sys.stdout)  # one stream, as in a terminal
+        assert run("train --out new") == 130
+    said = capfd.readouterr().out
+    assert 0 < said.index("step 7/40") < said.index("Interrupted: it stopped") < said.index("The run stopped")
 
 
 def test_elsewhere_than_in_a_terminal_lines_are_plain(tmp_path, seconds):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_jobs import papermill
 
-from ldebm.control_show import accuracy_at, check_control, control_table, request_metric, requested
+from ldebm.control_show import accuracy_at, check_control, control_table
 from ldebm.core import make_gen
 from ldebm.corpora import load_corpus
 from ldebm.exact import MixtureEnergy
@@ -20,6 +20,7 @@ from ldebm.records import metric
 from ldebm.schedule import consistent_schedule
 from ldebm.text_control import changed_latents, latents_by_example, requested_latents
 from ldebm.text_job import load_model, load_symbols, open_job, save_model
+from ldebm.text_reader import request_metric, requested
 from ldebm.text_settings import TextJob, resolve
 from ldebm.text_task import TextTask
 

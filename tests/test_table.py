@@ -66,7 +66,7 @@ def environment():
         (["--systems", "vae", "--settings", "T=3"], "T=3: no effect on any of these systems"),
         (["--systems", "vae", "--settings", "temperature"], "write name=value"),
         (["--corpus", "/nowhere/text.txt"], "/nowhere/text.txt"),
-        (["--module", "/nowhere/mine.py"], "no such file"),
+        (["--module", "/nowhere/mine.py"], "no such module: /nowhere/mine.py"),
         (["--settings", "batch=9000", "--systems", "vae"], "fewer than a batch of 9000"),
         (["--device", "cuda", "--systems", "vae"], "GPUs and this machine offers 0")
         if not torch.cuda.is_available()
