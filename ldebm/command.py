@@ -55,7 +55,7 @@ def _last_lines(log: Path) -> dict:
             found |= {(line := json.loads(line))['kind']: line}
     return found
 
-
+# %% ../nbs/68_command.ipynb #11a19ea2
 def _steps_of(folder: Path, stage: str) -> int | None:
     "Steps that a stage takes, by its settings and their changes"
     from ldebm.train import parse_changes
@@ -64,6 +64,8 @@ def _steps_of(folder: Path, stage: str) -> int | None:
     named = next((key for part, key in _STEPS.items() if part in stage), 'steps')
     changed = parse_changes(settings.get('changes', ''), dict(steps='steps'))
     last = changed[-1][-1] if changed else settings.get('steps')
+    if last and 'ddpm' in stage:
+        last *= settings.get('ddpm_share', 1)
     return last if named == 'steps' else settings.get(named) or last
 
 
@@ -140,17 +142,17 @@ def _trained(watch: _Watch, log: Path, lines: dict) -> tuple[str, str]:  # Stage
     kind = 'valid' if 'valid' in lines else 'train'
     metrics = lines[kind]
     parts = [f'step {step}/{total}' if total else f'step {step}']
-    shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
-    if shown and kind == 'valid':
-        shown[0] = f'validation at {metrics["step"]}: {shown[0]}'
-    parts += shown
     first, since = watch.began.setdefault(stage, (step, time.monotonic()))
     if total and first < step < total:
-        parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left of this stage')
+        parts.append(f'{_length((total - step) * (time.monotonic() - since) / (step - first))} left')
     if step == total:
         best = lines.get('valid', {}).get('best_step')
         parts.append(f'done, step {best} is kept' if best else 'done')
         watch.quiet = 'measure'
+    shown = [f'{name} {metrics[name]:.4g}' for name in _SHOWN if name in metrics][:3]
+    if shown and kind == 'valid':
+        shown[0] = f'validation at {metrics["step"]}: {shown[0]}'
+    parts += shown
     return stage, '   '.join(parts)
 
 # %% ../nbs/68_command.ipynb #7a44d986
@@ -198,7 +200,7 @@ _REFUSALS = (
     'PermissionError',
 )
 
-
+# %% ../nbs/68_command.ipynb #fcdc2f61
 def _execute(notebook: Path, copy: Path, given: dict, known: dict) -> int:
     "Run a notebook in this folder; its exit status, 2 where the job refused"
     from papermill.exceptions import PapermillExecutionError
@@ -318,9 +320,12 @@ def _earlier(folder: Path, settings) -> str:
     old = {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # what cannot be read is refused later
         old = dict(json.loads((folder / 'settings.json').read_text()))
-    if any(old.get(name, value) != value for name, value in vars(settings).items()):
+    own = vars(settings)
+    if any(old.get(name, value) != value for name, value in own.items() if name != 'changes'):
         return ''
     last, step = _reached(folder)
+    if step and old.get('changes', '') != own.get('changes', ''):
+        return f'{folder} has been trained: it goes on as `changes` says'
     if (folder / 'result.json').exists() or (last / 'result.json').exists():
         return f'{folder} is finished: with the same settings its page is made anew, and nothing is trained again'
     return f'{last} is at step {step} or later: with the same settings it goes on' if step else ''
@@ -337,6 +342,8 @@ def _known(job: str, given: dict) -> tuple:  # Notebook, its parameters, and tho
     from ldebm.sweep import job_notebooks, notebook_parameters
 
     _check_packages()
+    if job not in job_notebooks() and Path(job).exists():
+        raise ValueError(f'{job} is no job: --corpus takes a file of sentences, --dataset pictures')
     choose('job', job, job_notebooks(), 'or text')
     notebook = job_notebooks()[job]
     known = notebook_parameters(str(notebook))

@@ -149,7 +149,7 @@ def plot_changes(
     attributes = list(dict.fromkeys(re.fullmatch(r'changed_(.+)_l\d+', k)[1] for k in metrics if k[:8] == 'changed_'))
     size = (2.6 * len(attributes) + 0.6, 2.5)
     axs = plt.subplots(1, len(attributes), figsize=size, squeeze=False, sharey=True, layout='constrained')[1][0]
-    lines = dict(changed='has the new value', kept='other attributes kept', words='BLEU to the sentence / 100')
+    lines = dict(changed='has the new value', kept='others, as in level 0', words='BLEU to the sentence / 100')
     for ax, attribute in zip(axs, attributes):
         for what, label in lines.items():
             names = [f'{what}_{attribute}_l{level}' for level in range(20)]

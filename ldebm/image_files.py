@@ -223,6 +223,8 @@ def _report_left_out(path, pictures, n_files, left_out):
     "Warn of what is left out; `ValueError` if that is everything"
     parts = [f'{len(names)} {why} ({_some(sorted(names))})' for why, names in left_out.items() if names]
     what = '; '.join(parts)
+    if not n_files and set(left_out) <= {'empty folders'}:
+        raise ValueError(f'{path} has no pictures: it is empty')
     if not pictures:
         why = f'{n_files} files, none of which ends in {", ".join(IMAGE_SUFFIXES)}'
         raise ValueError(f'{path} has no pictures: {why}' + (f': {what}' if what else ''))

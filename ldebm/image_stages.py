@@ -512,7 +512,7 @@ def _weights(path) -> Path:
             return folder / 'model.safetensors'
     if Path(path).is_dir():
         there = ', '.join(file.parent.name for file in sorted(Path(path).parent.glob('*/model.safetensors')))
-        raise FileNotFoundError(f'{path} has no weights, a Gaussian needs none: draw from one of {there or "none"}')
+        raise FileNotFoundError(f'{path} has no weights, a Gaussian needs none: models there: {there or "none"}')
     return Path(path)
 
 

@@ -86,7 +86,7 @@ def sample_requested(
     "Latents of pictures that are asked to show something; `ValueError` for what the prior has no name for"
     names = getattr(prior, 'attributes', {})
     if not names:
-        why = 'only ldebm-coupled, trained on pictures with classes or attributes, has them, opened by `load_prior`'
+        why = 'only ldebm-coupled has them, trained on pictures with classes or attributes and opened from its folder'
         raise ValueError(f'this prior has no names to be asked by: {why}')
     y = torch.full((n, len(names)), -1)
     for attribute, value in wanted.items():

@@ -10,6 +10,7 @@ __all__ = ['job_device', 'check_names', 'with_folder', 'use_machine', 'describe'
 import importlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -197,7 +198,8 @@ def save_figure(
 def run_files(
     run: Run | str | Path,  # The job's, or its folder
 ) -> list[str]:  # Names within the folder, sorted
-    "All that a run has left behind"
+    "All that a run leaves behind; a notebook that is still being written has its later name"
     folder = run.path if isinstance(run, Run) else Path(run)
     found = [p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.')]
-    return sorted(p.relative_to(folder).as_posix() for p in found)
+    names = {p.relative_to(folder).as_posix() for p in found if not p.name.endswith('.stopped.ipynb')}
+    return sorted({re.sub(r'\.running\.\d+\.ipynb$', '.ipynb', name) for name in names})

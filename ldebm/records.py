@@ -752,8 +752,8 @@ def _check_free(path: Path, settings: dict):
     if settings_hash(old) != settings_hash(new):
         raise ValueError(
             f'{path} already records a run with other settings ({_differences(old, new)}); '
-            'give this one a `variant` name where the job has such a parameter, or another folder of records '
-            '(`results`), or move the old record away'
+            'give this one a `variant` (a table takes --variant), or another folder of records (`results`), '
+            'or move the old record away'
         )
 
 # %% ../nbs/01_records.ipynb #274fa5ee

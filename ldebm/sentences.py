@@ -25,6 +25,9 @@ SHAPING = re.compile(  # Seen only in what they do to others
 )
 
 # %% ../nbs/04a_sentences.ipynb #a5e75a11
+_WANTED = 'it should be a text file with one sentence a line'
+
+
 def decode_text(
     raw: bytes,  # Content of a file
     name,  # Its name, for errors
@@ -34,7 +37,7 @@ def decode_text(
         raise ValueError(f'{name} is not UTF-8: it begins as UTF-16 does; convert it, as in `iconv -f utf-16 -t utf-8`')
     if b'\0' in raw:
         why = f'{name} is a binary file (a zero byte at {raw.index(0)})'
-        raise ValueError(f'{why}; a corpus is a text file with one sentence a line')
+        raise ValueError(f'{why}; {_WANTED}')
     try:
         return raw.decode()
     except UnicodeDecodeError as e:
@@ -112,7 +115,7 @@ def parse_sentences(
     reader = _LineReader({word for line in lines for word in line})
     sentences = _read_lines(reader, lines, name)
     if not sentences:
-        raise ValueError(f'{name} is empty: no line has a word; a corpus is a text file with one sentence a line')
+        raise ValueError(f'{name} is empty: no line has a word; {_WANTED}')
     marked = raw.startswith(b'\xef\xbb\xbf')  # a mark in front of the file is no news
     count = reader.count | Counter(hidden=hidden - marked)
     return sentences, tuple(f'{count[kind]:,} {what}' for kind, what in _NOTES.items() if count[kind])
@@ -124,15 +127,14 @@ def read_file(
 ) -> bytes:
     "Content of a user's file. `FileNotFoundError`, or `ValueError` for a folder"
     path = Path(path)
-    wanted = 'a corpus is a text file with one sentence a line'
     if path.is_dir():
-        raise ValueError(f'{path} is a folder; {wanted}')
+        raise ValueError(f'{path} is a folder; {_WANTED}')
     try:
         return path.read_bytes()
     except FileNotFoundError:
         if copy is not None and copy.is_file():
             return copy.read_bytes()
-        raise FileNotFoundError(f'no such file: {path.absolute()}; {wanted}') from None
+        raise FileNotFoundError(f'no such file: {path.absolute()}; {_WANTED}') from None
 
 # %% ../nbs/04a_sentences.ipynb #42d4a74d
 def read_sentences(

@@ -369,6 +369,9 @@ def kernel_environment(
     return env
 
 # %% ../nbs/51_sweep.ipynb #937271c7
+_QUIET = ['--log-level=CRITICAL']  # A kernel that is told to stop calls that an error, too
+
+
 def execute(
     job: SweepJob,
     threads: int,  # CPU threads of one run
@@ -388,7 +391,7 @@ def execute(
         stdout=subprocess.DEVNULL,
         stderr=log,
     )
-    silent = dict(progress_bar=False, extra_arguments=['--log-level=ERROR'], stdout_file=log, stderr_file=log)
+    silent = dict(progress_bar=False, extra_arguments=_QUIET, stdout_file=log, stderr_file=log)
     patience = dict(start_timeout=300, iopub_timeout=60)
     out = str(job.file(Path(job.notebook).name))
     kernel = dict(kernel_name='python3', kernel_manager_class=manager)
@@ -472,7 +475,7 @@ class _Interruptible:
         if self.asked or not self.started:
             raise KeyboardInterrupt
         self.asked = True
-        print('\nstopping once nothing is lost by it; once more stops at once', file=sys.stderr, flush=True)
+        print('\nstopping as soon as nothing is lost by it; again, and it stops at once', file=sys.stderr, flush=True)
 
     def engine(self):
         "An engine for papermill"
@@ -481,8 +484,7 @@ class _Interruptible:
         class Engine(NBClientEngine):
             @classmethod
             def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
-                quiet = ['--log-level=CRITICAL']  # A kernel that is told to stop at an error calls that an error, too
-                kw |= dict(kernel_manager_class=kernel_manager(self.started), extra_arguments=quiet)
+                kw |= dict(kernel_manager_class=kernel_manager(self.started), extra_arguments=_QUIET)
                 nb_man.cell_start = _unless(lambda: self.asked, nb_man.cell_start)
                 return super().execute_managed_notebook(nb_man, kernel_name, **kw)
 
@@ -499,7 +501,7 @@ def _where_it_stopped(error) -> str:
         return explain(error)[0]
     return f'Interrupted: stopped in cell [{error.exec_count}]; the same command goes on'
 
-
+# %% ../nbs/51_sweep.ipynb #7dcfcb1f
 def papermill_command(
     arguments: list,  # Of papermill
     say: Callable = _complain,  # Gets the last word of a notebook that was asked to stop
@@ -516,7 +518,7 @@ def papermill_command(
     try:
         papermill(arguments, prog_name='python -m ldebm.sweep')
     except SystemExit as end:
-        return end.code
+        return 130 if run.asked else end.code
     except PapermillExecutionError as error:
         if not run.asked:
             raise

@@ -212,7 +212,8 @@ def model_folder(
         raise FileNotFoundError(
             f'{folder} holds a run that has not finished: the command that began it goes on with it'
         )
-    if inside := sorted(str(path.parent) for path in Path(folder).glob('*/config.json')):
+    inside = sorted(str(path.parent) for depth in ('*', '*/*') for path in Path(folder).glob(f'{depth}/config.json'))
+    if inside:
         raise FileNotFoundError(f'{folder} is a folder of runs; name one of them: {", ".join(inside)}')
     there = sorted(path.parent.name for path in MODELS.glob('*/result.json'))
     beside = sorted(str(path.parent) for path in Path(folder).parent.glob('*/config.json'))

@@ -33,7 +33,7 @@ CASES = {
 }
 CFG = NLLCfg(draws=4, chains=4, fit=16, rich=2, top=16, n_z=4, paths=2, ais=AISCfg(chains=2, long=2, pilot=8))
 REMEDY = re.compile(
-    r"a corpus is a text file with one sentence a line|a corpus has one sentence a line|"
+    r"it should be a text file with one sentence a line|a corpus has one sentence a line|"
     r"at least \d+ (sentences )?are needed|convert it|begin a new line|lower |give "
 )
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<eos>", "<bos>", "<sos>", "<UNK>", "</S>", "<Pad>")

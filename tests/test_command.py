@@ -17,6 +17,7 @@ from tiny import tiny_corpus
 
 from ldebm import command, sweep
 from ldebm.core import save_tensors
+from ldebm.job import run_files
 from ldebm.text import Vocab, get_batch, make_split
 from ldebm.text_job import MODELS, load_model, load_symbols
 from ldebm.text_settings import TextJob, resolve
@@ -191,7 +192,7 @@ def begun(folder):
         ("train -p system svebn", "unknown system 'svebn'; did you mean 'svebm'?"),
         ("train zoo --preset smal", "unknown preset 'smal'; did you mean 'small'?"),
         ("train --corpus ptbb", "unknown corpus 'ptbb'; did you mean 'ptb'?"),
-        ("train --corpus texts/mine.txt", "/texts/mine.txt; a corpus is a text file"),
+        ("train --corpus texts/mine.txt", "/texts/mine.txt; it should be a text file"),
         ("train -p settings wkl=1", "unknown setting 'wkl'; did you mean 'w_kl'?"),
         ("train -p settings foo=1", "unknown setting 'foo': the page text_settings lists the "),
         ("train -p steps many", "steps='many' must be int"),
@@ -366,9 +367,9 @@ def test_elsewhere_than_in_a_terminal_lines_are_plain(tmp_path, seconds):
     assert "\r" not in said and "\x1b" not in said
     assert said.splitlines() == [
         "train      step 10/40   nll 40   loss 9",
-        "train      step 20/40   nll 30   loss 9   62 s left of this stage",
-        "train      step 30/40   nll 20   loss 9   31 s left of this stage",
-        "train      step 40/40   nll 10   loss 9   done",
+        "train      step 20/40   62 s left   nll 30   loss 9",
+        "train      step 30/40   31 s left   nll 20   loss 9",
+        "train      step 40/40   done   nll 10   loss 9",
         "energies   step 5/10   validation at 5: kl 2.5",
         "measure    done so far: sampler",
         "measure    done so far: sampler, likelihood-test",
@@ -409,6 +410,8 @@ def test_a_run_that_goes_on_says_so(tmp_path):
     assert command._earlier(tmp_path, same) == f"{tmp_path} is at step 20 or later: with the same settings it goes on"
     (tmp_path / "result.json").write_text("{}")
     assert "is finished" in command._earlier(tmp_path, same) and command._earlier(tmp_path, other) == ""
+    more = SimpleNamespace(steps=40, changes="40:steps=60")
+    assert command._earlier(tmp_path, more) == f"{tmp_path} has been trained: it goes on as `changes` says"
 
 
 def test_a_folder_of_runs_names_them(elsewhere, capsys):
@@ -464,7 +467,7 @@ def test_a_gaussian_has_nothing_to_draw_from(tmp_path, capsys):
     (tmp_path / "run" / "generator").mkdir()
     (tmp_path / "run" / "ldebm" / "model.safetensors").write_bytes(b"")
     assert run(f"sample {tmp_path}/run/gaussian") == 2
-    assert "run/gaussian has no weights, a Gaussian needs none: draw from one of ldebm" in capsys.readouterr().err
+    assert "run/gaussian has no weights, a Gaussian needs none: models there: ldebm" in capsys.readouterr().err
 
 
 def test_samples_go_into_a_file_that_is_named(tmp_path, capsys):
@@ -577,3 +580,20 @@ def test_steps_of_a_run_are_those_that_changes_gave_it(tmp_path, changes, steps)
     settings = dict(steps=20, energy_steps=7, changes=changes)
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     assert (command._steps_of(tmp_path, "train"), command._steps_of(tmp_path, "energies")) == (steps, 7)
+
+
+def test_a_ddpm_takes_its_share_of_steps(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(dict(steps=200, ddpm_share=3)))
+    assert [command._steps_of(tmp_path, stage) for stage in ("ldebm", "ddpm")] == [200, 600]
+
+
+def test_a_file_in_place_of_a_job_is_told_its_option(elsewhere, capsys):
+    Path("mine.txt").write_text("a sentence")
+    assert run("train mine.txt") == 2
+    assert "mine.txt is no job: --corpus takes a file of sentences" in capsys.readouterr().err
+
+
+def test_files_of_a_run_have_the_names_that_they_will_have(tmp_path):
+    for name in ("train_ptb.running.12.ipynb", "train_ptb.stopped.ipynb", "model.safetensors", ".lock"):
+        (tmp_path / name).touch()
+    assert run_files(tmp_path) == ["model.safetensors", "train_ptb.ipynb"]

@@ -264,7 +264,7 @@ def test_what_the_message_about_a_taken_name_advises(tmp_path):
     def ask(**more):
         return result_path(**{**about, "settings": {"lr": 1}, "results_dir": tmp_path, **more})
 
-    with pytest.raises(ValueError, match=r"`variant` name .*another folder of records.*move the old record away"):
+    with pytest.raises(ValueError, match=r"`variant` .*--variant.*another folder of records.*move the old record away"):
         ask()
     assert ask(variant="fast") != old and ask(results_dir=tmp_path / "elsewhere").name == old.name
     assert ask(settings={"lr": 0.1, "checkpoint_every": 7}) == old
