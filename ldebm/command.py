@@ -682,7 +682,9 @@ def parameters_table(
     _, known, given = _known(job, given or {})
     rows = [(name, about['default'], about['help']) for name, about in known.items()]
     settings = _resolved(job, given)[1]
-    each = [(f.name, getattr(settings, f.name), f.metadata.get('help', '')) for f in fields(settings)]
+    unused = getattr(sys.modules[type(settings).__module__], 'unused', lambda settings: ())
+    shown = [f for f in fields(settings) if f.name not in unused(settings)]
+    each = [(f.name, getattr(settings, f.name), f.metadata.get('help', '')) for f in shown]
     return '\n\n'.join(
         [
             markdown_table(dict(zip(('parameter', 'default', 'meaning'), zip(*rows)))),
