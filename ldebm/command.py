@@ -682,8 +682,8 @@ def parameters_table(
     _, known, given = _known(job, given or {})
     rows = [(name, about['default'], about['help']) for name, about in known.items()]
     settings = _resolved(job, given)[1]
-    unused = getattr(sys.modules[type(settings).__module__], 'unused', lambda settings: ())
-    shown = [f for f in fields(settings) if f.name not in unused(settings)]
+    idle = getattr(sys.modules[type(settings).__module__], 'unused', lambda settings: ())(settings)
+    shown = [f for f in fields(settings) if f.name not in idle]
     each = [(f.name, getattr(settings, f.name), f.metadata.get('help', '')) for f in shown]
     return '\n\n'.join(
         [

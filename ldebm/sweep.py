@@ -518,7 +518,7 @@ def papermill_command(
     try:
         papermill(arguments, prog_name='python -m ldebm.sweep')
     except SystemExit as end:
-        return 130 if run.asked else end.code
+        return 130 if run.asked and end.code else end.code  # it may have been asked too late to stop
     except PapermillExecutionError as error:
         if not run.asked:
             raise

@@ -301,9 +301,11 @@ _ASKED = r'control_(?!coverage|the_first)\w+'  # Metrics of requests for picture
 # %% ../nbs/61_text_job.ipynb #3f7d72d6
 def _obeyed(metrics: dict) -> dict:  # Metric -> what it says
     "The strongest request for each attribute of text"
-    found = {a: request for a, request in strongest(metrics).items() if f'reader_{a}' in metrics}
-    names = {a: request_metric('accuracy', a, request, 'greedy') for a, request in found.items()}
-    return {names[a]: f'share of sentences with the {a} asked for' for a in found}
+    return {
+        request_metric('accuracy', attribute, request, 'greedy'): f'share of sentences with the {attribute} asked for'
+        for attribute, request in strongest(metrics).items()
+        if f'reader_{attribute}' in metrics
+    }
 
 
 def not_valid(

@@ -362,7 +362,7 @@ def test_a_taken_record_name(tmp_path, corpus):
     longer = dataclasses.replace(job, settings=job.settings + " changes=14:steps=18")
     with pytest.raises(
         ValueError,
-        match=r"changes: '' -> '14:steps=18'\); give this one a `variant` .*, "
+        match=r"changes: '' -> '14:steps=18'\); give this one a `variant` \(a table takes --variant\), "
         r"or another folder of records \(`results`\), or move the old record away",
     ):
         open_job(longer)

@@ -335,6 +335,18 @@ def test_ctrl_c_on_one_notebook_is_never_lost(tmp_path, swallowed):
     assert ("Interrupted: stopped between two cells" if swallowed else "Interrupted: stopped in cell [1]; ") in said
 
 
+def test_a_notebook_that_ends_in_spite_of_ctrl_c_has_ended(tmp_path):
+    body = "open('there', 'w').close()\nimport time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass"
+    cells = [nbformat.v4.new_code_cell(body)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
+    command = [sys.executable, "-m", "ldebm.sweep", "one.ipynb", "out.ipynb", "--kernel", "python3"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=subprocess.STDOUT, text=True) as p:
+        wait_for((tmp_path / "there").exists)
+        p.send_signal(signal.SIGINT)
+        said = p.communicate(timeout=60)[0]
+    assert p.returncode == 0, said
+
+
 @pytest.mark.slow
 def test_ctrl_c_lets_notebooks_save_and_the_same_jobs_go_on(make, cluster, tmp_path):
     jobs = [
