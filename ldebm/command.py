@@ -40,7 +40,9 @@ def _run_folder(known: dict, given: dict) -> Path:
     return Path(re.sub(r'<(\w+)>', lambda part: Path(values[part[1]]).stem, form) + variant)
 
 # %% ../nbs/68_command.ipynb #d40e17d7
-_STEPS = dict(energies='energy_steps', generator='gen_steps', joint='joint_steps')  # Part of a stage's name -> setting
+_STEPS = dict(  # Part of a stage's name -> setting
+    encoder='refit_steps', energies='energy_steps', generator='gen_steps', joint='joint_steps'
+)
 _SHOWN = ('nll', 'neg_elbo', 'kl', 'ebm', 'score', 'loss')  # The first three that are there
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from .clusters import balance_weights, cluster_targets
 from .core import make_gen
 from .dialogues import DIALOGUES, Dialogues, pair_batches
+from .encoder_task import stage_run
 from .energy import EnergyNet
-from .energy_task import EnergyModel, EnergyTask, energy_run
+from .energy_task import EnergyModel, EnergyTask
 from .layers import full
 from .levels import PriorCfg
 from .posterior import DiagGaussian, Posterior, StandardNormal
@@ -417,5 +418,5 @@ def fit_response_energies(
     "Train the energies alone, for `energy_steps` steps; continues from its checkpoint"
     if task.settings.prior != 'ebm' or not task.settings.energy_steps:
         return 0.0
-    stage, cfg = energy_run(task, run), energy_cfg(task.settings)
+    stage, cfg = stage_run(task, run, 'energies'), energy_cfg(task.settings)
     return fit(ResponseEnergies(task), stage, cfg, seed, device, on_epoch).seconds

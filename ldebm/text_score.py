@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .completion import HIDDEN, hidden_words_nll, hide_words, read_gaps
 from .core import atomic_write, batch_sizes, make_gen, progress, weights_hash
-from .energy_task import fit_energies
+from .energy_task import fit_alone
 from .evidence import sampler_evidence
 from .grammar_corpus import load_grammar
 from .job import kept_metrics
@@ -31,7 +31,7 @@ from .text import get_batch
 from .text_job import finish, job_folder, open_job, record_name
 from .text_measure import evaluate, lacking, left_out, of_drawn
 from .text_nll import exact_gap, nll_published, sampled_gap, text_nll
-from .text_settings import TextJob, TextSettings, has_bound, has_energy_stage, released, scoring, train_cfg
+from .text_settings import TextJob, TextSettings, has_bound, later_stages, released, scoring, train_cfg
 from .text_task import TextTask
 from .zoo import has_codes
 
@@ -278,13 +278,13 @@ def run_job(
     settings = task.settings
     if is_scored(run, settings):
         return copy_record(job)
-    how = dict(on_epoch=on_epoch, processes=job.processes, more=has_energy_stage(settings))
+    how = dict(on_epoch=on_epoch, processes=job.processes, more=bool(later_stages(settings)))
     end = launch(task, run, train_cfg(settings), job.seed, device, **how)
-    energies = fit_energies(task, run, job.seed, device, on_epoch)
+    alone = fit_alone(task, run, job.seed, device, on_epoch)
     started = time.time()
     metrics, found = evaluate(task, job.seed, job.split)
     metrics |= score(task, job, found['samples'], run.path, drawn=found.get('drawn'))
-    seconds = end.seconds + energies + time.time() - started
+    seconds = end.seconds + alone + time.time() - started
     finish(run, task, job, metrics, found, seconds, end.samples / end.seconds)
     atomic_write(run.path / 'scored.json', json.dumps(scoring(settings)))
     return read_record(run.path / 'result.json')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LATER', 'PRESETS', 'OBJECTIVES', 'RECIPES', 'TAUGHT', 'ANNEAL', 'TextJob', 'TextSettings', 'scoring', 'system_kinds',
-           'unused', 'released', 'has_bound', 'has_energy_stage', 'selects', 'load_own', 'own_file', 'train_cfg',
-           'energy_cfg', 'text_cfg', 'prior_cfg', 'preset_settings', 'resolve']
+           'unused', 'released', 'has_bound', 'later_stages', 'selects', 'load_own', 'own_file', 'train_cfg',
+           'encoder_cfg', 'energy_cfg', 'text_cfg', 'prior_cfg', 'preset_settings', 'resolve']
 
 # %% ../nbs/60a_text_settings.ipynb #40961d45
 import hashlib
@@ -89,6 +89,7 @@ class _TextModel:
 _latent = partial(setting, group='latent', systems=('latent',))
 _latent_later = partial(_later, group='latent', systems=('latent',))
 _coded = partial(_later, group='latent', systems=('codes',))
+_refit = partial(_later, group='latent', systems=('refitted',))
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class _Latent:
     terms: str = _latent_later('', 'Terms of the loss, as `aggc zklM disp=.2`; empty: the EBMs\', or none')
     draws: int = _latent_later(1, 'Posterior draws a sentence in training', low=1)
     noise: bool = _latent_later(True, 'Training decodes draws of the posterior; otherwise its mode')
+    refit_steps: int = _refit(0, 'Further steps of the encoder alone, without free nats; 0: none', low=0)
+    refit_lr: float = _refit(1e-3, "Adam's rate in them", above=0)
 
 # %% ../nbs/60a_text_settings.ipynb #8766b82b
 _ebm = partial(setting, group='energies', systems=('ebm',))
@@ -286,6 +289,7 @@ def _latent_kinds(settings: TextSettings) -> dict:  # Word -> whether it holds
         'plain': latent and prior != 'ebm',
         'base bound': prior == 'ebm' or prior == 'normal' and settings.terms != '',
         'exact bound': _has_bound(settings) and not _is_published(settings),
+        'refitted': prior in ('ebm', 'normal') and _has_bound(settings) and not _is_published(settings),
     }
 
 # %% ../nbs/60a_text_settings.ipynb #2cabe8f2
@@ -333,11 +337,13 @@ def has_bound(
     return _has_bound(settings)
 
 # %% ../nbs/60a_text_settings.ipynb #65456232
-def has_energy_stage(
+def later_stages(
     settings: TextSettings,
-) -> bool:
-    "Are the energies trained further, alone?"
-    return settings.prior == 'ebm' and settings.energy_steps > 0
+) -> tuple:  # Of `encoder` and `energies`, in order
+    "What is trained further, alone"
+    refits = 'refitted' in system_kinds(settings) and settings.refit_steps > 0
+    tilts = settings.prior == 'ebm' and settings.energy_steps > 0
+    return ('encoder',) * refits + ('energies',) * tilts
 
 # %% ../nbs/60a_text_settings.ipynb #e81d59fe
 _SELECTS = (  # Validation metric, and the kind of system that has it
@@ -463,7 +469,9 @@ def own_file(
     return _OWN[file]
 
 # %% ../nbs/60a_text_settings.ipynb #b59bc775
-_ENERGY_CHANGES = dict(energy_steps='steps', energy_lr='lr_ebm')  # In `changes`: setting -> field of `TrainCfg`
+_CHANGES = dict(  # Stage -> what `changes` may name in it, and its field of `TrainCfg`
+    encoder=dict(refit_steps='steps', refit_lr='lr'), energies=dict(energy_steps='steps', energy_lr='lr_ebm')
+)
 
 
 def train_cfg(
@@ -472,6 +480,22 @@ def train_cfg(
     "The training loop's settings"
     changes = parse_changes(settings.changes, {name: name for name in CHANGEABLE})
     return pick(TrainCfg, settings, changes=changes)
+
+# %% ../nbs/60a_text_settings.ipynb #5175f972
+def encoder_cfg(
+    settings: TextSettings,
+) -> TrainCfg:
+    "The loop's settings where the encoder is trained alone"
+    return TrainCfg(
+        steps=settings.refit_steps,
+        lr=settings.refit_lr,
+        clip=5.0,
+        warmup=min(20, settings.refit_steps),
+        warmdown=1.0,
+        mixed_precision=settings.mixed_precision,
+        checkpoint_every=settings.checkpoint_every,
+        changes=parse_changes(settings.changes, _CHANGES['encoder']),
+    )
 
 # %% ../nbs/60a_text_settings.ipynb #08bf339a
 def energy_cfg(
@@ -485,7 +509,7 @@ def energy_cfg(
         warmup=min(100, settings.energy_steps),
         warmdown=0.5,
         checkpoint_every=settings.checkpoint_every,
-        changes=parse_changes(settings.changes, _ENERGY_CHANGES),
+        changes=parse_changes(settings.changes, _CHANGES['energies']),
     )
 
 # %% ../nbs/60a_text_settings.ipynb #b41fa788
@@ -574,7 +598,9 @@ def _check_parts(settings: TextSettings):
     if settings.prior == 'ebm':
         prior_cfg(settings)
         make_schedule(settings.schedule, settings.T)
-    if has_energy_stage(settings):
+    if 'encoder' in later_stages(settings):
+        encoder_cfg(settings)
+    if 'energies' in later_stages(settings):
         energy_cfg(settings)
         replace(prior_cfg(settings), energy_draws=settings.energy_draws)
         if settings.energy_match and settings.reference != 'gaussian':
@@ -585,9 +611,11 @@ def _check_effect(settings: TextSettings, own: dict, job: TextJob):
     "What the job sets must have an effect"
     idle = unused(settings)
     where = f'would have no effect on system {job.system!r} with objective {job.objective!r}'
-    changeable = {name: name for name in (*CHANGEABLE, *_ENERGY_CHANGES)}
+    stages = later_stages(settings)
+    left_out = {name for stage, names in _CHANGES.items() if stage not in stages for name in names}
+    changeable = {name: name for name in (*CHANGEABLE, *_CHANGES['encoder'], *_CHANGES['energies'])}
     for _, name, _ in parse_changes(settings.changes, changeable, check=True):
-        if name in idle or name in _ENERGY_CHANGES and not has_energy_stage(settings):
+        if name in idle or name in left_out:
             raise ValueError(f'changes: {name} {where}')
     if wrong := [name for name in own if name in idle]:
         raise ValueError(f'{", ".join(wrong)} {where}')

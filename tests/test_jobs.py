@@ -13,6 +13,7 @@ import torch
 
 from ldebm.core import load_tensors
 from ldebm.corpora import CORPORA, load_corpus
+from ldebm.encoder_task import fit_encoder
 from ldebm.energy_task import EnergyTask, fit_energies
 from ldebm.grammar_corpus import load_grammar_files
 from ldebm.posterior import DiagGaussian
@@ -566,6 +567,53 @@ def test_one_altered_byte_of_ptb(tmp_path, monkeypatch, ldebm_data):
     with pytest.raises(ValueError, match=r"ptb\.valid\.txt: wrong checksum"):
         open_job(tiny(tmp_path, corpus="ptb"))
     assert not (tmp_path / "run").exists()
+
+
+def test_encoder_alone(tmp_path):
+    "Without free nats its bound is tighter; all else stays to the bit, and a run that was stopped ends the same"
+
+    def prepared(name, more="refit_steps=24 refit_lr=.01"):
+        settings = f"{NET} batch=64 checkpoint_every=5 energy_steps=0 cls_start=0 free_nats=3 {more}"
+        run, task, device = open_job(tiny(tmp_path, settings=settings, out=tmp_path / name))
+        fit(task, run, train_cfg(task.settings), 0, device)
+        return run, task, device
+
+    run, task, device = prepared("a")
+    before, lines = {k: v.clone() for k, v in task.model.state_dict().items()}, []
+    needed = [p.requires_grad for p in task.model.parameters()]
+    first = task.validate()["base_bound"].item()
+    assert fit_encoder(task, run, 0, device, lines.append) > 0
+    after = {k: v.clone() for k, v in task.model.state_dict().items()}
+    moved = {k for k, v in before.items() if not torch.equal(after[k], v)}
+    assert moved == {k for k in before if k.startswith("encoder.")}
+    assert [p.requires_grad for p in task.model.parameters()] == needed and not task.model.training
+    assert lines[-1]["step"] == 24 and min(line["base_bound"] for line in lines) < first
+    assert task.validate()["base_bound"].item() == pytest.approx(min(line["base_bound"] for line in lines), abs=1e-4)
+
+    def stop(line):
+        raise InterruptedError
+
+    run, task, device = prepared("b")
+    with pytest.raises(InterruptedError):
+        fit_encoder(task, run, 0, device, stop)
+    run, task, device = prepared("b")
+    fit_encoder(task, run, 0, device)
+    assert all(torch.equal(v, after[k]) for k, v in task.model.state_dict().items())
+
+    run, task, device = prepared("c", "shared=True refit_steps=6")
+    words = task.model.encoder.embed.weight.clone()
+    assert fit_encoder(task, run, 0, device) > 0
+    assert torch.equal(task.model.decoder.embed.weight, words), "an embedding that both share is the decoder's"
+
+    run, task, device = prepared("d", "")
+    assert fit_encoder(task, run, 0, device) == 0 and not (run.path / "encoder").exists()
+
+
+@pytest.mark.parametrize("system,objective", [("rnn-lm", "consistent"), ("ae", "consistent"), ("ldebm", "published")])
+def test_an_encoder_is_refitted_only_under_a_bound(tmp_path, system, objective):
+    for own in ("refit_steps=5", "changes=2:refit_lr=1e-4"):
+        with pytest.raises(ValueError, match="refit_.* would have no effect"):
+            resolve(TextJob(system=system, objective=objective, settings=own))
 
 
 def test_energies_alone(tmp_path):

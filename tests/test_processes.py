@@ -550,15 +550,15 @@ def test_a_notebook_under_a_launcher(tmp_path, own):
 WAYS = f"""
 import os, sys
 from ldebm.core import save_tensors
-from ldebm.energy_task import fit_energies
+from ldebm.energy_task import fit_alone
 from ldebm.launch import launch
 from ldebm.text_job import open_job
-from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
-settings = "{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32"
+from ldebm.text_settings import TextJob, later_stages, train_cfg
+settings = "{NET} batch=32 cls_start=0 energy_steps=8 energy_batch=32 refit_steps=4"
 where = dict(threads=2, processes=2, device="cpu", out=sys.argv[1])
 run, task, device = open_job(TextJob(corpus=sys.argv[2], steps=6, settings=settings, **where))
-launch(task, run, train_cfg(task.settings), 0, device, processes=2, more=has_energy_stage(task.settings))
-took = fit_energies(task, run, 0, device)
+launch(task, run, train_cfg(task.settings), 0, device, processes=2, more=bool(later_stages(task.settings)))
+took = fit_alone(task, run, 0, device)
 import torch
 learned = dict(task.model.state_dict(), threads=torch.tensor(torch.get_num_threads()))
 said = dict(took=took, training=task.model.training)
@@ -600,7 +600,7 @@ def test_every_way_to_start_gives_one_run(tmp_path, own):
             got, said = load_tensors(tmp_path / name / f"learned-{rank}")
             assert_same_state(got, want, f"{name}, process {rank}")
             assert said["took"] > 0 and not said["training"]
-        for part in ("", "energies"):
+        for part in ("", "encoder", "energies"):
             a, b = (
                 Run(tmp_path / n / part, json.loads((tmp_path / n / part / "settings.json").read_text()))
                 for n in (name, "processes")

@@ -20,7 +20,7 @@ from ldebm.image_job import ImageJob
 from ldebm.layers import take_rows
 from ldebm.posterior import DiagGaussian
 from ldebm.text_job import open_job
-from ldebm.text_settings import TextJob, has_energy_stage, train_cfg
+from ldebm.text_settings import TextJob, later_stages, train_cfg
 from ldebm.zoo import SYSTEMS
 
 SMALL = "embed=16 hidden=16 batch=32"
@@ -98,7 +98,7 @@ def test_text(system, objective, watched, tmp_path):
     )
     task.validate = lambda: {task.select or "nll": torch.tensor(0.0)}
     train.fit(task, run, train_cfg(task.settings), 0, device)
-    if has_energy_stage(task.settings):
+    if "energies" in later_stages(task.settings):
         task.settings = replace(task.settings, energy_steps=1)
         fit_energies(task, run, 0, device)
 
