@@ -14,7 +14,9 @@ from torch import nn
 
 from .core import weights_hash
 from .launch import launch
+from .layers import full
 from .peers import launched
+from .posterior import free_bits
 from .records import Run
 from .text_settings import encoder_cfg, later_stages
 from .text_task import TextTask
@@ -27,21 +29,23 @@ class EncoderModel(nn.Module):
     def __init__(
         self,
         model: TextModel,  # Its decoder evaluates; an embedding that both share stays
+        nats: float = 0.0,  # Free ones of the whole latent
     ):
         super().__init__()
-        self.model = model
+        self.model, self.nats = model, nats
         fixed = set(model.decoder.parameters())
         self.learned = [p for p in model.encoder.parameters() if p not in fixed]
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.model.decoder.eval()
+        self.model.decoder.training = False  # No dropout; its GRU stays as it is, since cuDNN differentiates no other
         return self
 
-    def forward(self, batch, gen=None) -> dict:  # `nll` and `kl`, each `(B,)`, nats
-        q = self.model.encode(batch, gen)
+    def forward(self, batch, gen=None) -> dict:  # `nll`, `kl` with free nats and `kl_base` without, each `(B,)`
+        q = self.model.encode(batch, gen).map(full)
         nll = self.model.decoder.nll(batch.ids, batch.host_lengths, q.rsample(gen))
-        return dict(nll=nll, kl=q.kl_standard().sum(-1))
+        kl = q.kl_standard().sum(-1, keepdim=True)
+        return dict(nll=nll, kl=free_bits(kl, self.nats), kl_base=kl[:, 0].detach())
 
     def groups(self) -> dict:
         return dict(main=self.learned, ebm=[])
@@ -50,7 +54,7 @@ class EncoderModel(nn.Module):
 class EncoderTask:
     "The encoder of a trained text model, as `ldebm.train.fit` wants it"
 
-    select = 'base_bound'
+    select = 'objective'
     rates = dict(refit_lr='lr')  # See `ldebm.train.way_out`
 
     def __init__(
@@ -58,7 +62,7 @@ class EncoderTask:
         task: TextTask,  # With the selected weights loaded
     ):
         self.task = task
-        self.model = EncoderModel(task.model)
+        self.model = EncoderModel(task.model, task.settings.refit_nats)
 
     def start_epoch(self, epoch, state, gen):
         return None
@@ -69,10 +73,11 @@ class EncoderTask:
     def weights(self, step: int, steps: int) -> dict:  # Term -> weight
         return dict(nll=1.0, kl=1.0)
 
-    def validate(self) -> dict:  # `recon_nll`, `kl_base` and `base_bound`, nats
+    def validate(self) -> dict:  # `recon_nll`, `kl_base`, `base_bound` and what is minimised, `objective`: nats
         "Means over validation sentences, with the same noise every time"
         found = self.task.validate()
-        return {name: found[name] for name in ('recon_nll', 'kl_base', 'base_bound')}
+        out = {name: found[name] for name in ('recon_nll', 'kl_base', 'base_bound')}
+        return dict(out, objective=out['recon_nll'] + out['kl_base'].clamp(min=self.task.settings.refit_nats))
 
 # %% ../nbs/60ba_encoder_task.ipynb #0865a16f
 def stage_run(

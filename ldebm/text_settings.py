@@ -119,7 +119,8 @@ class _Latent:
     terms: str = _latent_later('', 'Terms of the loss, as `aggc zklM disp=.2`; empty: the EBMs\', or none')
     draws: int = _latent_later(1, 'Posterior draws a sentence in training', low=1)
     noise: bool = _latent_later(True, 'Training decodes draws of the posterior; otherwise its mode')
-    refit_steps: int = _refit(0, 'Further steps of the encoder alone, without free nats; 0: none', low=0)
+    refit_steps: int = _refit(0, 'Further steps of the encoder alone, with `refit_nats`; 0: none', low=0)
+    refit_nats: float = _refit(0.0, 'Free nats of the whole latent in them', low=0)
     refit_lr: float = _refit(1e-3, "Adam's rate in them", above=0)
 
 # %% ../nbs/60a_text_settings.ipynb #8766b82b

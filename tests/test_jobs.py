@@ -605,7 +605,13 @@ def test_encoder_alone(tmp_path):
     assert fit_encoder(task, run, 0, device) > 0
     assert torch.equal(task.model.decoder.embed.weight, words), "an embedding that both share is the decoder's"
 
-    run, task, device = prepared("d", "")
+    run, task, device = prepared("d", "refit_steps=24 refit_lr=.01 refit_nats=8")
+    held = []
+    fit_encoder(task, run, 0, device, held.append)
+    assert held[-1]["objective"] == pytest.approx(held[-1]["recon_nll"] + max(held[-1]["kl_base"], 8), abs=1e-3)
+    assert held[-1]["kl_base"] > lines[-1]["kl_base"] + 1, "free nats are kept"
+
+    run, task, device = prepared("e", "")
     assert fit_encoder(task, run, 0, device) == 0 and not (run.path / "encoder").exists()
 
 
