@@ -302,6 +302,8 @@ def test_notebook_clean(nb):
         assert o["output_type"] != "error", f"an error in the outputs: {o.get('evalue')}"
         assert not any("widget" in k for k in o.get("data", {})), "a widget in the outputs"
         seen = text(o.get("text", "")) + "".join(text(v) for k, v in o.get("data", {}).items() if k.startswith("text/"))
+        pictures = any(kind.startswith("image/") for kind in o.get("data", {}))
+        assert pictures or seen.strip(), "an output with nothing in it, as a progress bar leaves it"
         assert not re.search(r"\r(?!\n)|\d%\|[ #█▏▎▍▌▋▊▉]|\d(?:it/s|s/it)\b|\x1b\[", seen), (
             f"progress debris in the outputs: {seen[:200]!r}"
         )
