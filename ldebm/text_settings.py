@@ -281,6 +281,7 @@ def _latent_kinds(settings: TextSettings) -> dict:  # Word -> whether it holds
     prior = settings.prior
     latent, own = prior != 'none', prior not in _BUILT_IN
     head = head_of(settings)
+    tilted = prior in ('ebm', 'normal') and settings.reference == 'gaussian'  # N(0, I), as it is or tilted
     return {
         'latent': latent,
         'gaussian': own or head != 'codes',
@@ -290,7 +291,7 @@ def _latent_kinds(settings: TextSettings) -> dict:  # Word -> whether it holds
         'plain': latent and prior != 'ebm',
         'base bound': prior == 'ebm' or prior == 'normal' and settings.terms != '',
         'exact bound': _has_bound(settings) and not _is_published(settings),
-        'refitted': prior in ('ebm', 'normal') and _has_bound(settings) and not _is_published(settings),
+        'refitted': tilted and _has_bound(settings) and not _is_published(settings),
     }
 
 # %% ../nbs/60a_text_settings.ipynb #2cabe8f2

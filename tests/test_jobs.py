@@ -620,6 +620,8 @@ def test_an_encoder_is_refitted_only_under_a_bound(tmp_path, system, objective):
     for own in ("refit_steps=5", "changes=2:refit_lr=1e-4"):
         with pytest.raises(ValueError, match="refit_.* would have no effect"):
             resolve(TextJob(system=system, objective=objective, settings=own))
+    with pytest.raises(ValueError, match="refit_nats would have no effect"):
+        resolve(TextJob(settings="reference=flat refit_nats=3"))  # its bound at zero energy is another
 
 
 def test_energies_alone(tmp_path):
