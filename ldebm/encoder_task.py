@@ -115,5 +115,4 @@ def fit_encoder(
         for p in encoder.model.learned:
             p.requires_grad_()
         end = launch(encoder, stage, cfg, seed, device, on_epoch, **how)
-    task.model.eval()
     return end.seconds

@@ -613,11 +613,10 @@ def _check_effect(settings: TextSettings, own: dict, job: TextJob):
     "What the job sets must have an effect"
     idle = unused(settings)
     where = f'would have no effect on system {job.system!r} with objective {job.objective!r}'
-    stages = later_stages(settings)
-    left_out = {name for stage, names in _CHANGES.items() if stage not in stages for name in names}
-    changeable = {name: name for name in (*CHANGEABLE, *_CHANGES['encoder'], *_CHANGES['energies'])}
+    alone = {name: stage for stage, names in _CHANGES.items() for name in names}
+    changeable = {name: name for name in (*CHANGEABLE, *alone)}
     for _, name, _ in parse_changes(settings.changes, changeable, check=True):
-        if name in idle or name in left_out:
+        if name in idle or name in alone and alone[name] not in later_stages(settings):
             raise ValueError(f'changes: {name} {where}')
     if wrong := [name for name in own if name in idle]:
         raise ValueError(f'{", ".join(wrong)} {where}')

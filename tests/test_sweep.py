@@ -318,33 +318,33 @@ def descendants(pid):
         return []
 
 
+def after_ctrl_c(folder, *sources):
+    "Exit code and output of a notebook with these cells that gets Ctrl-C once the file `there` exists"
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "one.ipynb")
+    command = [sys.executable, "-m", "ldebm.sweep", "one.ipynb", "out.ipynb", "--kernel", "python3"]
+    with subprocess.Popen(command, cwd=folder, stdout=-1, stderr=subprocess.STDOUT, text=True) as p:
+        wait_for((folder / "there").exists)
+        p.send_signal(signal.SIGINT)
+        said = p.communicate(timeout=60)[0]
+    return p.returncode, said
+
+
 @pytest.mark.parametrize("swallowed", [True, False])
 def test_ctrl_c_on_one_notebook_is_never_lost(tmp_path, swallowed):
     "IPython swallows a signal that comes while it draws a figure: then the next cell does not begin"
     first = "open('there', 'w').close()\nimport time\ntime.sleep(60)"
     if swallowed:
         first = f"try:\n    {first.replace(chr(10), chr(10) + '    ')}\nexcept KeyboardInterrupt:\n    pass"
-    cells = [nbformat.v4.new_code_cell(first), nbformat.v4.new_code_cell("open('second', 'w').close()")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "two.ipynb")
-    command = [sys.executable, "-m", "ldebm.sweep", "two.ipynb", "out.ipynb", "--kernel", "python3"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=subprocess.STDOUT, text=True) as p:
-        wait_for((tmp_path / "there").exists)
-        p.send_signal(signal.SIGINT)
-        said = p.communicate(timeout=60)[0]
-    assert p.returncode == 130 and not (tmp_path / "second").exists(), said
+    code, said = after_ctrl_c(tmp_path, first, "open('second', 'w').close()")
+    assert code == 130 and not (tmp_path / "second").exists(), said
     assert ("Interrupted: stopped between two cells" if swallowed else "Interrupted: stopped in cell [1]; ") in said
 
 
 def test_a_notebook_that_ends_in_spite_of_ctrl_c_has_ended(tmp_path):
     body = "open('there', 'w').close()\nimport time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass"
-    cells = [nbformat.v4.new_code_cell(body)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
-    command = [sys.executable, "-m", "ldebm.sweep", "one.ipynb", "out.ipynb", "--kernel", "python3"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=subprocess.STDOUT, text=True) as p:
-        wait_for((tmp_path / "there").exists)
-        p.send_signal(signal.SIGINT)
-        said = p.communicate(timeout=60)[0]
-    assert p.returncode == 0, said
+    code, said = after_ctrl_c(tmp_path, body)
+    assert code == 0, said
 
 
 @pytest.mark.slow
