@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as nnf
 from torch.nn.utils.rnn import PackedSequence
 
@@ -121,6 +122,7 @@ def gru(
     x: PackedSequence,  # Inputs of every word, width `i`
     h0: Tensor,  # First states, shape `(B, H)`, longest sentence first
     extra: Tensor | None = None,  # Inputs that stay the same along a sentence, shape `(B, j)`; `rnn` reads `i + j`
+    recurrent: Tensor | None = None,  # Weights of states in place of its own, shape `(3H, H)`, such as some dropped
 ) -> tuple[Tensor, Tensor]:  # States after every word, `(N, H)`, and after the last word of each sentence, `(B, H)`
     "One direction of a GRU over packed sentences; `ValueError` for a GRU of several layers"
     if rnn.num_layers != 1:
@@ -128,7 +130,8 @@ def gru(
     if extra is not None:
         at_every_word = torch.cat([extra[:n] for n in x.batch_sizes.tolist()])
         x = PackedSequence(torch.cat([x.data, at_every_word], 1), x.batch_sizes)
-    states, last = rnn(x, h0[None])
+    own = {} if recurrent is None else {'weight_hh_l0': recurrent}
+    states, last = functional_call(rnn, own, (x, h0[None]))
     return states.data, last[0]
 
 # %% ../nbs/09_layers.ipynb #dbf8ff9b

@@ -220,10 +220,12 @@ def _word_backward(d, rs, m, hn, before, g, k) -> Tensor:  # The share of `d` th
 def gru_weights(
     rnn: nn.GRU,  # Of one layer, in one or two directions
     reverse: bool = False,  # The direction that reads from the end
+    recurrent: Tensor | None = None,  # Weights of the state in place of its own
 ) -> list:
     "Weights of one direction: of input `(3H, i)` and state `(3H, H)`, and their biases `(3H,)`"
     end = '_reverse' if reverse else ''
-    return [getattr(rnn, f'{name}_l0{end}') for name in ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh')]
+    wi, wh, bi, bh = (getattr(rnn, f'{name}_l0{end}') for name in ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh'))
+    return [wi, wh if recurrent is None else recurrent, bi, bh]
 
 # %% ../nbs/81c_text_kernels.ipynb #6b33c541
 def one_direction(
@@ -231,10 +233,11 @@ def one_direction(
     x: PackedSequence,  # Inputs, width `i` as `rnn` has it, or less with `extra`
     h0: Tensor,  # First states, shape `(B, H)`, longest sentence first
     extra: Tensor | None = None,  # Inputs that stay the same along a sentence, shape `(B, j)`
+    recurrent: Tensor | None = None,  # Weights of states in place of its own, shape `(3H, H)`
     reverse: bool = False,  # Use the second direction's weights; the caller reverses the sentences
 ) -> tuple[Tensor, Tensor]:  # States after every word, `(N, H)`, and after the last of each sentence, `(B, H)`
     "One direction of a GRU on a CPU, with first derivatives"
-    data, h0, extra, wi, wh, bi, bh = as_autocast('cpu', x.data, h0, extra, *gru_weights(rnn, reverse))
+    data, h0, extra, wi, wh, bi, bh = as_autocast('cpu', x.data, h0, extra, *gru_weights(rnn, reverse, recurrent))
     i = data.shape[1]
     with torch.autocast('cpu', enabled=False):
         constant = None if extra is None else linear(extra, wi[:, i:])
@@ -270,11 +273,12 @@ def packed_gru(
     x: PackedSequence,  # Inputs of each word
     h0: Tensor,  # First states, shape `(B, H)`
     extra: Tensor | None = None,  # What every word of a sentence sees besides, shape `(B, e)`
+    recurrent: Tensor | None = None,  # Weights of states in place of its own, shape `(3H, H)`
 ) -> tuple[Tensor, Tensor]:
     "As `one_direction`, by PyTorch's own kernels, under autocast in its precision"
     kind = h0.device.type
     data = x.data if extra is None else torch.cat([x.data, at_every_word(extra, x.batch_sizes)], 1)
-    data, h0, *weights = as_autocast(kind, data, h0, *gru_weights(rnn))
+    data, h0, *weights = as_autocast(kind, data, h0, *gru_weights(rnn, recurrent=recurrent))
     how = (True, 1, 0.0, torch.is_grad_enabled(), False)  # cuDNN differentiates what ran as training alone
     with torch.autocast(kind, enabled=False):
         out, last = torch._VF.gru(data, x.batch_sizes, h0[None], weights, *how)
@@ -287,10 +291,11 @@ def fast_gru(
     x: PackedSequence,  # Inputs of each word
     h0: Tensor,  # First states, shape `(B, H)`
     extra: Tensor | None = None,  # What every word of a sentence sees besides, shape `(B, e)`
+    recurrent: Tensor | None = None,  # Weights of states in place of its own, shape `(3H, H)`
 ) -> tuple[Tensor, Tensor]:
     "`gru`, on a CPU with the gradient of its weights as one product"
     run = one_direction if h0.device.type == 'cpu' else packed_gru
-    return run(rnn, x, h0, extra)
+    return run(rnn, x, h0, extra, recurrent)
 
 # %% ../nbs/81c_text_kernels.ipynb #16e49869
 def backwards(
