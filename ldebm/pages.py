@@ -43,7 +43,7 @@ SECTIONS = {
     'Jobs': (),
     'Foundations': range(10),
     'Machine room': range(80, 90),
-    'Results': ('results', 'benchmarks', 'calibration', 'norms'),
+    'Results': ('results', 'results_pictures', 'benchmarks', 'calibration', 'norms'),
     'This site': range(90, 100),
 }  # Numbers or names of each section's pages, in the order of the site; jobs are all other names
 

@@ -64,8 +64,9 @@ def record_files(folder):
 
 
 def test_the_results_page_and_the_list_have_one_source():
-    "The page renders every table of `TABLES`, has no rows of its own, and says what the list says"
-    cells = json.loads((PLACE / "nbs" / "results.ipynb").read_text())["cells"]
+    "The pages render every table of `TABLES`, have no rows of their own, and say what the list says"
+    pages = [PLACE / "nbs" / f"{name}.ipynb" for name in ("results", "results_pictures")]
+    cells = [cell for page in pages for cell in json.loads(page.read_text())["cells"]]
     source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     shown = set(re.findall(r"'([a-z0-9 -]+)'", source))
     for name, of in P.TABLES.items():
