@@ -323,7 +323,8 @@ def _earlier(folder: Path, settings) -> str:
     with contextlib.suppress(OSError, ValueError, TypeError):  # what cannot be read is refused later
         old = dict(json.loads((folder / 'settings.json').read_text()))
     own = vars(settings)
-    if any(old.get(name, value) != value for name, value in own.items() if name != 'changes'):
+    before = {f.name: f.default for f in fields(settings) if f.metadata.get('later')} | old  # what it says nothing of
+    if any(before.get(name, value) != value for name, value in own.items() if name != 'changes'):
         return ''
     last, step = _reached(folder)
     if step and old.get('changes', '') != own.get('changes', ''):

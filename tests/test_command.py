@@ -7,9 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from ldebm.core import save_tensors
 from ldebm.job import run_files
 from ldebm.text import Vocab, get_batch, make_split
 from ldebm.text_job import MODELS, load_model, load_symbols
-from ldebm.text_settings import TextJob, resolve
+from ldebm.text_settings import TextJob, TextSettings, resolve
 from ldebm.text_task import build_model
 from ldebm.text_vae import sample_sentences
 
@@ -173,7 +172,7 @@ def papermill(monkeypatch):
 @pytest.fixture
 def accepting(monkeypatch):
     "Any parameter will do"
-    monkeypatch.setattr(command, "_resolved", lambda *what: (None, SimpleNamespace()))
+    monkeypatch.setattr(command, "_resolved", lambda *what: (None, TextSettings()))
 
 
 def finished(folder):
@@ -404,13 +403,16 @@ def test_what_takes_long_without_a_line_says_so(tmp_path, seconds):
 
 
 def test_a_run_that_goes_on_says_so(tmp_path):
-    same, other = SimpleNamespace(steps=40), SimpleNamespace(steps=50)
+    same = TextSettings(steps=40, energy_steps=10)
+    other, refitted, more = (
+        replace(same, **new) for new in (dict(steps=50), dict(refit_steps=10), dict(changes="40:steps=60"))
+    )
     assert command._earlier(tmp_path, same) == ""
     log(tmp_path, dict(kind="train", step=20), dict(kind="valid", step=10))
     assert command._earlier(tmp_path, same) == f"{tmp_path} is at step 20 or later: with the same settings it goes on"
     (tmp_path / "result.json").write_text("{}")
     assert "is finished" in command._earlier(tmp_path, same) and command._earlier(tmp_path, other) == ""
-    more = SimpleNamespace(steps=40, changes="40:steps=60")
+    assert command._earlier(tmp_path, refitted) == "", "a setting that a run of its default does not keep"
     assert command._earlier(tmp_path, more) == f"{tmp_path} has been trained: it goes on as `changes` says"
 
 
