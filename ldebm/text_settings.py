@@ -401,7 +401,7 @@ RECIPES = {  # (preset, objective) -> what the two together change
     ('quick', 'consistent'): parse_settings(TextSettings, 'cluster_by=lifts'),
     ('paper', 'consistent'): parse_settings(
         TextSettings,
-        'dropout=.5 summary=largest free_nats=.75 free_over=latent kl_warmup=.2 n_blocks=4 '
+        'dropout=.5 summary=largest free_nats=1.25 free_over=latent kl_warmup=.2 n_blocks=4 refit_steps=400 '
         'batch=64 steps=5904 lr=2e-3 lr_ebm=1e-3 clip=5 warmdown=.6 mixed_precision=bf16 '
         'energy_match=.5 energy_draws=16 lm=small',
     ),
