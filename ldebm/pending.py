@@ -220,8 +220,8 @@ for _name, _preset in _PICTURES:
 OWN_SYSTEMS = ('ldebm', 'vae-fb', 'svebm-ib')
 
 # %% ../nbs/66a_pending.ipynb #eafe4089
-# What `SYSTEM=` says of it: the Gaussian prior is evaluated beside any other
-_ASKED = {'gaussian': 'ldebm', 'ldebm-joint': 'ldebm-joint SETTINGS=joint_steps=300'}
+# What `SYSTEM=` says of it: the Gaussian prior is evaluated beside any other, and a joint one starts from another
+_ASKED = {'gaussian': 'ldebm', 'ldebm-joint': '"ldebm ldebm-joint" SETTINGS=joint_steps=300'}
 
 
 @dataclass(frozen=True)

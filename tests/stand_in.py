@@ -8,8 +8,8 @@ HEAD = (
     + '''\
 import json, os, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from ldebm import command, sweep
+from ldebm.text_settings import TextSettings
 
 def papermill(arguments, say):
     run = Path(arguments[1]).parent
@@ -17,7 +17,7 @@ def papermill(arguments, say):
     return execute(arguments, run)
 
 sweep.papermill_command = papermill
-command._resolved = lambda *what: (None, SimpleNamespace())  # whatever the values are: they are to arrive
+command._resolved = lambda *what: (None, TextSettings())  # whatever the values are: they are to arrive
 '''
 )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import TINY, tiny_corpus
 
+from ldebm import image_job
 from ldebm import pending as P
 from ldebm import sweep as S
 from ldebm.comparison import SHOWN, system_rows
@@ -133,6 +135,16 @@ def test_the_commands_of_pictures_are_targets_with_their_variables():
                 )
                 assert res.returncode == 0, (piece.command, res.stderr)
                 break
+
+
+def test_the_commands_of_pictures_ask_for_what_a_job_can_train():
+    pieces = [piece for of in P.TABLES.values() if of.command for piece in P.by_value(of)]
+    asked = [dict(word.split("=", 1) for word in shlex.split(piece.command)[2:]) for piece in pieces]
+    for piece, given in zip(pieces, asked):
+        if "SYSTEM" in given:
+            about = dict(dataset=piece.table.corpus, preset=piece.table.preset, objective=piece.objective)
+            image_job.resolve(image_job.ImageJob(systems=given["SYSTEM"], settings=given.get("SETTINGS", ""), **about))
+            assert piece.system in (*given["SYSTEM"].split(), "gaussian"), piece.command
 
 
 def test_what_cannot_run_here_is_named(monkeypatch, tmp_path):
