@@ -67,7 +67,7 @@ class _TextModel:
     embed: int = _text(512, 'Word embedding width', low=1)
     hidden: int = _text(512, 'GRU units', low=1)
     dropout: float = _text(0.3, 'On decoder inputs and outputs', low=0)
-    locked: bool = _text_later(False, 'One mask of it for all words of a sentence')
+    locked: bool = _text_later(False, 'One mask of dropout for all words of a sentence')
     weight_drop: float = _text_later(0.0, "Share of the decoder's recurrent weights dropped in training", low=0)
     word_dropout: float = _text(0.0, 'Share of its input words that the decoder does not see in training', low=0)
     encoder_dropout: float = _text_later(0.0, 'On the words that the encoder reads', low=0, systems=('latent',))
