@@ -233,8 +233,8 @@ def one_direction(
     x: PackedSequence,  # Inputs, width `i` as `rnn` has it, or less with `extra`
     h0: Tensor,  # First states, shape `(B, H)`, longest sentence first
     extra: Tensor | None = None,  # Inputs that stay the same along a sentence, shape `(B, j)`
-    recurrent: Tensor | None = None,  # Weights of states in place of its own, shape `(3H, H)`
     reverse: bool = False,  # Use the second direction's weights; the caller reverses the sentences
+    recurrent: Tensor | None = None,  # Weights of states in place of its own, shape `(3H, H)`
 ) -> tuple[Tensor, Tensor]:  # States after every word, `(N, H)`, and after the last of each sentence, `(B, H)`
     "One direction of a GRU on a CPU, with first derivatives"
     data, h0, extra, wi, wh, bi, bh = as_autocast('cpu', x.data, h0, extra, *gru_weights(rnn, reverse, recurrent))
@@ -295,7 +295,7 @@ def fast_gru(
 ) -> tuple[Tensor, Tensor]:
     "`gru`, on a CPU with the gradient of its weights as one product"
     run = one_direction if h0.device.type == 'cpu' else packed_gru
-    return run(rnn, x, h0, extra, recurrent)
+    return run(rnn, x, h0, extra, recurrent=recurrent)
 
 # %% ../nbs/81c_text_kernels.ipynb #16e49869
 def backwards(

@@ -55,11 +55,11 @@ def _later(default, help: str, **about):
     described = setting(default, help, **about)
     return field(default=default, metadata={**described.metadata, 'later': True})
 
-# %% ../nbs/60a_text_settings.ipynb #d0a092ef
+
 _text = partial(setting, group='text model')
 _text_later = partial(_later, group='text model')
 
-
+# %% ../nbs/60a_text_settings.ipynb #d0a092ef
 @dataclass(frozen=True)
 class _TextModel:
     "Encoder and decoder"

@@ -71,7 +71,7 @@ def show(
     made = run_table(of, table.corpus, table.preset, rows, view, figures, intervals, more=more)
     return Markdown(link_metrics(made))
 
-
+# %% ../nbs/66b_views.ipynb #b423487e
 @patch
 def draw(
     self: Views,
