@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import make_gen
 from .image_job import SYSTEMS, ImagePlace
 from .image_measure import Reference, decode_all
-from .image_uses import SCHEMES
+from .image_outliers import SCHEMES
 from .images import plot_grid
 from .layer_control import from_top, resample_below
 from .prior import DiffusionEBM

@@ -23,6 +23,7 @@ from ldebm import classifier, image_metrics, langevin, train
 from ldebm import image_figures as figures
 from ldebm import image_job as ij
 from ldebm import image_measure as measure
+from ldebm import image_outliers as strange
 from ldebm import image_stages as stages
 from ldebm import image_uses as uses
 from ldebm.classifier import ClassifierTask
@@ -813,7 +814,7 @@ def whole_job(p):
     done = measure.run_system(p, system, ref)
     results = {"gaussian": measure.gaussian_metrics(p, ref), system: done.metrics}
     measure.finish(p, "gaussian", results["gaussian"], None, 0.0)
-    measure.add_metrics(p, system, done, uses.ood_metrics(uses.ood(p, done.prior, uses.outliers(p, 8), 8)))
+    measure.add_metrics(p, system, done, strange.ood_metrics(strange.ood(p, done.prior, strange.outliers(p, 8), 8)))
     said = figures.generator_text(SimpleNamespace(step=3, seconds=1.0), [], acc) + figures.systems_table(results)
     if system == "ldebm-coupled":
         asked = uses.control_all(p, ref, done.prior, n=40)
@@ -1227,16 +1228,22 @@ def test_control_and_outliers(whole, reference):
     assert set(uses.requests(p, 20)) == {"class", "not a class"}
     no = uses.requests(p, 20)["not a class"]
     assert no.shape == (20, 10) and (~no).sum(1).tolist() == [1] * 20
-    sets = uses.outliers(p, 12)
-    res = uses.ood(p, prior, {k: sets[k] for k in ("permuted", "noise")}, 12)
-    got = uses.ood_metrics(res)
-    assert set(got) == {
-        f"ood_{s}_{k}_{i}"
-        for s in ("inference", "diffusion", "ratio")
-        for k in ("permuted", "noise")
-        for i in range(2)
-        if not (s == "ratio" and i == 0)
-    }
+
+
+def test_outliers_are_scored_and_the_choice_is_made_elsewhere(whole):
+    p, prior, ddpm = whole("place"), whole("ldebm-coupled")[0], whole("ddpm")[0]
+    known, sets = strange.known_outliers(p, 12), strange.outliers(p, 12)
+    assert not set(known) & set(sets), "a score is chosen on other kinds than it is tested on"
+    chosen = strange.choose_score(strange.ood(p, prior, known, 12, "valid"))
+    res = strange.ood(p, prior, {k: sets[k] for k in ("permuted", "noise")}, 12, ddpm=ddpm)
+    got = strange.ood_metrics(res, chosen)
+    by_layer = {f"{s}_{k}_{i}" for s in strange.SCHEMES for k in ("permuted", "noise") for i in range(2)}
+    by_layer -= {"ratio_permuted_0", "ratio_noise_0"}
+    once = {f"{s}_{k}" for s in ("bound", "size", "ddpm", "chosen") for k in ("permuted", "noise")}
+    assert set(got) == {f"ood_{name}" for name in by_layer | once}
+    for k in ("permuted", "noise"):
+        assert got[f"ood_chosen_{k}"]["value"] == got[f"ood_{chosen[0]}_{k}_{chosen[1]}"]["value"]
+    assert "ood_ddpm_noise" not in strange.ood_metrics(strange.ood(p, prior, {"noise": sets["noise"]}, 12))
     assert all(0 <= v["value"] <= 1 for v in got.values())
 
 

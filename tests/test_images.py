@@ -30,7 +30,19 @@ from ldebm.image_files import ChangedFile, find_images, list_images
 from ldebm.image_folders import images_from_files
 from ldebm.image_sets import load_images
 from ldebm.images import Images, fair_order, fewer_levels, image_batches, plot_grid
-from ldebm.outliers import inverted, noise_images, only_class, permuted, rotated, textures, without_class
+from ldebm.outliers import (
+    blended,
+    blurred,
+    house_numbers,
+    inverted,
+    noise_images,
+    only_class,
+    permuted,
+    rotated,
+    shuffled,
+    textures,
+    without_class,
+)
 from ldebm.shapes import N_JITTER, SHAPES, draw_shapes, shapes
 
 
@@ -1096,6 +1108,29 @@ def test_other_strangers():
     assert (x.amax((1, 2, 3)) - x.amin((1, 2, 3)) > 0.2).all()  # none is blank
     assert rough.median() < 0.5  # white noise has 2
     assert textures((1, 8, 8), 5, gen(), 17).levels == 17
+
+
+def test_spoilt_pictures():
+    s = shapes(6, gen(), 32)
+    flat = Images("flat", torch.full((2, 3, 32, 32), 7, dtype=torch.uint8))
+    assert torch.equal(blurred(flat).pixels, flat.pixels)
+    assert (blurred(s).x().diff(dim=-1).abs().amax((1, 2, 3)) < s.x().diff(dim=-1).abs().amax((1, 2, 3))).all()
+    assert_close(blended(s).x()[3], (s.x()[3] + s.x()[2]) / 2, atol=0.51 / 255, rtol=0)
+    moved = shuffled(s).pixels
+    assert torch.equal(moved[:, :, :16, :16], s.pixels[:, :, 16:, 16:])
+    assert torch.equal(moved[:, :, 16:, :16], s.pixels[:, :, :16, 16:])
+
+
+def test_house_numbers_are_two_colours_and_their_mixtures():
+    train = load_images("digits", limit=200)["train"]
+    h = house_numbers(train, 32, 50, gen())
+    assert h.pixels.shape == (50, 3, 32, 32) and torch.equal(h.pixels, house_numbers(train, 32, 50, gen()).pixels)
+    x = h.x().flatten(2)
+    corner = x[:, :, :1]
+    assert (x.amax(2) - x.amin(2) > 0.15).all(), "the digit can be seen in every channel"
+    away = (x - corner).abs()
+    ratio = away / away.amax(2, keepdim=True)  # how much ink, the same in every channel
+    assert (ratio.amax(1) - ratio.amin(1)).max() < 0.05
 
 
 def test_held_out_class_and_levels():

@@ -269,3 +269,16 @@ def test_learns_a_mixture():
         z = p.sample(1000, gen=make_gen(3), **kw)
         assert mmd2(z, fresh) < 0.15 * mmd2(normal, fresh)
         assert 0.4 < (z.sum(1) > 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_norm_of_the_expected_noise_by_hand(predict):
+    "For N(0, I) the expected noise at `z_t` is `sbar z_t`, of mean square `sbar^2 (abar^2 z^2 + sbar^2)`"
+    cfg = sp.ScorePriorCfg(n_levels=40, predict=predict)
+    prior = sp.ScorePrior(GaussianScore(torch.zeros(3), torch.eye(3), cfg), cfg)
+    z = torch.tensor([0.0, 1.0, 4.0])[:, None].expand(3, 3).repeat_interleave(4000, 0)
+    got = prior.score_norm(z, n=4, gen=make_gen(0)).view(3, 4000).mean(1)
+    levels = torch.tensor([40, 30, 20, 10])
+    abar, sbar = (x[levels].float() for x in (prior.schedule.abar, prior.schedule.sbar))
+    want = (sbar**2 * (abar**2 * torch.tensor([[0.0], [1.0], [16.0]]) + sbar**2)).mean(1)
+    assert_close(got, want, rtol=0.03, atol=0.01)
