@@ -160,6 +160,7 @@ class _TrainingSettings:
     score_hidden: int = _score(128, 'width of the score network', low=2)
     score_blocks: int = _score(3, 'its residual blocks', low=0)
     score_levels: int = _score(100, 'its levels', low=2)
+    score_eta: float = _score(1.0, 'noise put back as it samples: 1 ancestral, 0 none', low=0, high=1)
     ddpm_share: int = _score(3, "its optimiser steps for each of an EBM's", low=1)
     checks: int = setting(4, 'validations during a stage', group='loop', low=1)
     mixed_precision: str = setting('no', 'precision of all stages', group='loop', choices=('no', 'bf16', 'fp16'))
@@ -416,6 +417,7 @@ def score_cfg(settings: ImageSettings) -> ScorePriorCfg:
         hidden=settings.score_hidden,
         n_blocks=settings.score_blocks,
         draws=1 if settings.score_net == 'maps' else 4,
+        eta=settings.score_eta,
     )
 
 # %% ../nbs/62_image_job.ipynb #9efbb1b3

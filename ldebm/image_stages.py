@@ -331,7 +331,8 @@ def _score_prior(settings: ImageSettings, generator: Generator, gen=None, **chan
     cfg = replace(score_cfg(settings), **changes)
     if settings.score_net == 'vector':
         return make_score_prior(generator.d, cfg, gen=gen)
-    return ScorePrior(MapScoreNet(generator.cfg, cfg.n_levels, cfg.hidden, cfg.n_blocks, gen), cfg)
+    half = settings.mixed_precision == 'bf16'
+    return ScorePrior(MapScoreNet(generator.cfg, cfg.n_levels, cfg.hidden, cfg.n_blocks, half, gen), cfg)
 
 # %% ../nbs/62a_image_stages.ipynb #bf3df45e
 def layered_prior(

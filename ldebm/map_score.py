@@ -11,7 +11,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from .core import fast_precision
 from .generator_parts import Conv, GeneratorCfg, draw, to_side
+from .layers import full
 from .top_down import LevelBlock, LevelEmbedding, feature_widths
 
 # %% ../nbs/31e_map_score.ipynb #ed499720
@@ -26,10 +28,11 @@ class MapScoreNet(nn.Module):
         n_levels: int,  # Number of levels T; `t` runs over 1..T
         hidden: int = 32,  # Width at the largest map
         n_blocks: int = 1,  # Residual blocks a side, on the way up and on the way down
+        half: bool = False,  # Convolutions in bfloat16
         gen: torch.Generator | None = None,  # Source of the initial weights
     ):
         super().__init__()
-        self.cfg, self.d, self.n_levels = cfg, cfg.d, n_levels
+        self.cfg, self.d, self.n_levels, self.half = cfg, cfg.d, n_levels, half
         self.level = LevelEmbedding(n_levels + 1, 64)
         self.sides = sorted(set(cfg.sizes), reverse=True)
         self.stages = nn.ModuleList()
@@ -90,11 +93,14 @@ def forward(
     y: Tensor | None = None,  # Classes; there are none
 ) -> Tensor:  # Shape `(B, d)`
     "What the network makes of noisy latents"
-    us, e, h, outs = self.cfg.split(u), self.level(t), None, {}
-    features = self._rise(us, e)
-    for stage, side, seen in zip(reversed(self.stages), reversed(self.sides), reversed(features)):
-        h = seen if h is None else seen + to_side(stage.down(h), side)
-        for block in stage.fall:
-            h = block(h, e)
-        outs[side] = list(stage.out(nnf.silu(h)).split([v.shape[1] for v in us if v.shape[-1] == side], 1))
-    return torch.cat([outs[side].pop(0).flatten(1) for side in self.cfg.sizes], 1)
+    us, h, outs = self.cfg.split(u), None, {}
+    half = self.half and fast_precision('bf16', t.device) == 'bf16'
+    with torch.autocast(t.device.type, torch.bfloat16, enabled=half):
+        e = self.level(t)
+        features = self._rise(us, e)
+        for stage, side, seen in zip(reversed(self.stages), reversed(self.sides), reversed(features)):
+            h = seen if h is None else seen + to_side(stage.down(h), side)
+            for block in stage.fall:
+                h = block(h, e)
+            outs[side] = list(stage.out(nnf.silu(h)).split([v.shape[1] for v in us if v.shape[-1] == side], 1))
+    return full(torch.cat([outs[side].pop(0).flatten(1) for side in self.cfg.sizes], 1))
