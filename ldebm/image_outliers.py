@@ -8,7 +8,6 @@ __all__ = ['SCHEMES', 'known_outliers', 'outliers', 'compressed_size', 'baseline
 # %% ../nbs/62ca_image_outliers.ipynb #49e7d832
 import io
 
-import PIL.Image
 import torch
 from torch import Tensor
 
@@ -80,6 +79,8 @@ def compressed_size(
     x: Tensor,  # Pictures in [0, 1], shape `(n, C, H, W)`
 ) -> Tensor:  # Shape `(n,)`, bytes
     "Size of each picture as a PNG: what is simple is small (Serra et al. 2020)"
+    import PIL.Image
+
     sizes = []
     for pixels in (x * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).numpy():
         file = io.BytesIO()
