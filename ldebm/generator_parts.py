@@ -263,10 +263,10 @@ def logistic_parts(
     out: Tensor,  # Output of the head, shape `(B, 3*M*C, H, W)`
     C: int,  # Channels of a picture
     M: int,  # Components
-) -> tuple[Tensor, Tensor, Tensor]:  # Log weights, means and log scales, each `(B, M, C, H, W)`
+) -> tuple[Tensor, Tensor, Tensor]:  # Log weights, means and log scales (-7 to 7), each `(B, M, C, H, W)`
     "Mixture parameters from the head's output"
     weights, means, log_scales = out.view(len(out), 3, M, C, *out.shape[2:]).unbind(1)
-    return weights.log_softmax(1), means.sigmoid(), (log_scales - 2.0).clamp(min=-7.0)
+    return weights.log_softmax(1), means.sigmoid(), (log_scales - 2.0).clamp(-7.0, 7.0)
 
 # %% ../nbs/30_generator_parts.ipynb #b99e2573
 def logistic_nll(

@@ -257,6 +257,16 @@ def test_finite_gradients_far_out(levels):
     assert torch.autograd.grad(logistic_nll(torch.zeros(1, 1, 1, 1), far, levels, 1).sum(), far)[0][0, 1] > 1
 
 
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("value", [1e4, -1e4, 1e30])
+def test_no_output_of_the_head_makes_a_pixel_impossible(part, value):
+    "One step of training that goes too far must not end it: the loss stays finite, however wild the head"
+    out = torch.zeros(1, 3, 2, 1, 1, 1)
+    out[:, part] = value
+    for pixel in (0.0, 0.5, 1.0):
+        assert torch.isfinite(logistic_nll(torch.full((1, 1, 1, 1), pixel), out.view(1, 6, 1, 1), 256, 2)).all()
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
 def test_gaussian_nll(sigma):
     x, out = torch.rand(5, 2, 3, 3, generator=gen(0), dtype=F64), torch.randn(5, 2, 3, 3, generator=gen(1), dtype=F64)
