@@ -18,7 +18,7 @@ from torch.nn import functional as nnf
 
 from .energy import level_table
 from .layers import full
-from .schedule import Schedule, cosine_schedule, diffuse, randn_like, stratified_levels
+from .schedule import Schedule, cosine_schedule, randn_like, stratified_levels
 
 # %% ../nbs/14_score_prior.ipynb #fd640c5d
 def linear_schedule(
@@ -341,21 +341,3 @@ def sample(
         visited = self._descend(z, None if classes is None else classes[i : i + chunk], levels, eta, guidance, gen)
         out.append(torch.stack(visited[::-1]) if path else visited[-1])
     return torch.cat(out, 1 if path else 0)
-
-# %% ../nbs/14_score_prior.ipynb #61c0b804
-@patch
-@torch.no_grad()
-def score_norm(
-    self: ScorePrior,
-    z: Tensor,  # Clean latents, shape `(B, d)`
-    n: int = 10,  # Levels, evenly spread, at most all
-    gen: torch.Generator | None = None,  # Source of noise
-) -> Tensor:  # Shape `(B,)`, less than 1 where latents are typical
-    "Mean square of the expected noise, over dimensions and levels: high out of distribution (Mahmood et al. 2021)"
-    norms = []
-    for level in step_levels(self.T, min(n, self.T))[:-1]:
-        t = torch.full((len(z),), level, device=z.device)
-        noisy = diffuse(self.schedule, z, t, gen)
-        _, eps = self.denoise(noisy, t, net=self.sampler_net)
-        norms.append(eps.square().mean(1))
-    return torch.stack(norms).mean(0)
