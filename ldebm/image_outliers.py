@@ -8,6 +8,7 @@ __all__ = ['SCHEMES', 'known_outliers', 'outliers', 'compressed_size', 'score_no
 
 # %% ../nbs/62ca_image_outliers.ipynb #49e7d832
 import io
+import math
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def outliers(
 def compressed_size(
     x: Tensor,  # Pictures in [0, 1], shape `(n, C, H, W)`
 ) -> Tensor:  # Shape `(n,)`, bytes
-    "Size of each picture as a PNG: what is simple is small (Serra et al. 2020)"
+    "Size of each picture as a PNG: what is simple is small"
     import PIL.Image
 
     sizes = []
@@ -121,7 +122,8 @@ def baselines(
         bounds.append(-generator.nll(part, u) - q.kl_standard().sum(1))
         if ddpm is not None:
             norms.append(-score_norm(ddpm, u, gen=gen))
-    out = dict(bound=torch.cat(bounds).cpu(), size=-compressed_size(x))
+    bound, size = torch.cat(bounds).cpu(), compressed_size(x)
+    out = dict(bound=bound, size=-size, corrected=bound + 8 * math.log(2) * size)
     return out if ddpm is None else out | dict(ddpm=torch.cat(norms).cpu())
 
 # %% ../nbs/62ca_image_outliers.ipynb #73f6cae1

@@ -1239,7 +1239,7 @@ def test_outliers_are_scored_and_the_choice_is_made_elsewhere(whole):
     got = strange.ood_metrics(res, chosen)
     by_layer = {f"{s}_{k}_{i}" for s in strange.SCHEMES for k in ("permuted", "noise") for i in range(2)}
     by_layer -= {"ratio_permuted_0", "ratio_noise_0"}
-    once = {f"{s}_{k}" for s in ("bound", "size", "ddpm", "chosen") for k in ("permuted", "noise")}
+    once = {f"{s}_{k}" for s in ("bound", "size", "corrected", "ddpm", "chosen") for k in ("permuted", "noise")}
     assert set(got) == {f"ood_{name}" for name in by_layer | once}
     for k in ("permuted", "noise"):
         assert got[f"ood_chosen_{k}"]["value"] == got[f"ood_{chosen[0]}_{k}_{chosen[1]}"]["value"]
