@@ -85,7 +85,7 @@ def compressed_size(
     import PIL.Image
 
     sizes = []
-    for pixels in (x * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).numpy():
+    for pixels in (x.cpu() * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1).numpy():
         file = io.BytesIO()
         PIL.Image.fromarray(pixels).save(file, 'PNG')
         sizes.append(file.tell())
