@@ -38,7 +38,7 @@ from .two_samples import auroc
 
 # %% ../nbs/62ca_image_outliers.ipynb #83c14f4e
 def _first(images: Images, n: int) -> Images:
-    return images.subset(slice(0, min(n, len(images))))
+    return images.subset(slice(0, n))
 
 
 def known_outliers(
@@ -108,6 +108,7 @@ def score_norm(
     return torch.stack(norms).mean(0)
 
 # %% ../nbs/62ca_image_outliers.ipynb #e193de8f
+@torch.no_grad()
 def baselines(
     generator: Generator,
     x: Tensor,  # Pictures, shape `(n, C, H, W)`
@@ -117,7 +118,8 @@ def baselines(
 ) -> dict:  # Name -> scores, high in distribution, `(n,)`
     "Scores that need no energies"
     bounds, norms = [], []
-    for part in x.to(generator.start).split(chunk):
+    for part in x.split(chunk):
+        part = part.to(generator.start)
         q, u = generator.encode(part, gen)
         bounds.append(-generator.nll(part, u) - q.kl_standard().sum(1))
         if ddpm is not None:

@@ -51,7 +51,7 @@ def blurred(
     "Averaged to a smaller side and enlarged again"
     side = side or max(4, images.shape[-1] // 4)
     small = nnf.adaptive_avg_pool2d(images.pixels.float(), side)
-    x = nnf.interpolate(small, images.shape[1:], mode='bilinear', antialias=False)
+    x = nnf.interpolate(small, images.shape[1:], mode='bilinear')
     return replace(images, name=f'{images.name}, blurred', pixels=x.round().byte())
 
 # %% ../nbs/05h_outliers.ipynb #41e30a7c
